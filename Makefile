@@ -1,0 +1,45 @@
+# Two commands are all that a new user needs: `make serve` and `make test`. Each sets up .venv when it has to.
+
+PYTHON ?= python3
+MODEL ?= demo
+PORT ?= 8000
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEV_STAMP := .venv/.installed-dev
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: serve test test-slow lint clean help
+
+help:  ## Show what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing fastqwen into .venv (once, a minute or two) ..."
+	$(PIP) -e .
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	@echo "Installing what the tests need ..."
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+serve: $(STAMP)  ## Serve MODEL (default: demo) on PORT (default: 8000); ARGS='...' adds flags
+	$(BIN)/fastqwen serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: $(DEV_STAMP)  ## Run the tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(DEV_STAMP)  ## Run the tests that take long
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(DEV_STAMP)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## Remove .venv and build leftovers
+	rm -rf .venv build dist *.egg-info

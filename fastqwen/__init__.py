@@ -1,0 +1,24 @@
+"""fastqwen serves every generation of Qwen on a CPU or a GPU.
+
+The public names load on first use, so that ``fastqwen --help`` and the planner never pay for importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastqwen.version import __version__
+
+if TYPE_CHECKING:
+    from fastqwen.records import SamplingParams
+
+__all__ = ["SamplingParams", "__version__"]
+
+_HOME = {"SamplingParams": "fastqwen.records"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastqwen' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,79 @@
+"""EngineConfig: what the user wishes, and nothing that was measured. CLI flags are made from its fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from fastqwen.errors import BadConfig
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
+
+
+def option(text: str) -> type:
+    """Attach the help text that the CLI shows for a field."""
+    return msgspec.Meta(description=text)  # type: ignore[return-value]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Frozen wishes under vLLM's names. Raises BadConfig, naming the flag, for a value that cannot work."""
+
+    model: str
+    dtype: Annotated[Dtype, option("auto takes bfloat16 where the device supports it, else float16.")] = "auto"
+    device: Annotated[Device, option("auto takes the GPU if there is one.")] = "auto"
+    load_format: Annotated[LoadFormat, option("dummy makes random weights from config.json alone, for benchmarks.")] = (
+        "auto"
+    )
+    max_model_len: Annotated[
+        int | None, option("Longest sequence, prompt and answer together. Default: what the model was made for.")
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, option("Most sequences that run at once. Default: 64 on a CPU, 256 on a GPU.")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None,
+        option("Most tokens in one step; long prompts are cut into chunks of this. Default: 512 CPU, 8192 GPU."),
+    ] = None
+    block_size: Annotated[int | None, option("Tokens in a KV cache block. Default: 16 on a CPU, 64 on a GPU.")] = None
+    gpu_memory_utilization: Annotated[float, option("Share of the GPU's memory that fastqwen may use.")] = 0.9
+    kv_cache_memory_bytes: Annotated[
+        int | None, option("Size of the KV cache in bytes. Default: from free memory, at most 4 GiB on a CPU.")
+    ] = None
+    enable_prefix_caching: Annotated[bool, option("Reuse the KV blocks of equal prompt beginnings.")] = True
+    enforce_eager: Annotated[bool, option("Do not use CUDA graphs.")] = False
+    num_threads: Annotated[int | None, option("CPU threads for computing. Default: all cores.")] = None
+    tokenizer: Annotated[str | None, option("Folder or hub name of the tokenizer. Default: the model's own.")] = None
+    skip_tokenizer_init: Annotated[bool, option("Work with token ids only.")] = False
+    chat_template: Annotated[str | None, option("File with a Jinja chat template, or the template itself.")] = None
+    generation_config: Annotated[
+        str, option("Where default sampling parameters come from: auto (the model), none, or a folder.")
+    ] = "auto"
+    served_model_name: Annotated[list[str], option("Name(s) of the model in the API. Default: MODEL.")] = []
+    trust_remote_code: Annotated[
+        bool, option("Accepted for compatibility. Nothing needs it: a checkpoint's code is never run.")
+    ] = False
+    revision: Annotated[str | None, option("Branch, tag or commit on the hub.")] = None
+    seed: Annotated[int, option("Seed for requests that bring none; dummy weights use it as well.")] = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "kv_cache_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadConfig(f"{flag(name)} is {value}, but must be at least 1")
+        if self.block_size is not None and (self.block_size < 8 or self.block_size & (self.block_size - 1)):
+            raise BadConfig(f"--block-size is {self.block_size}, but must be a power of two, at least 8")
+        if not 0.05 <= self.gpu_memory_utilization <= 1.0:
+            raise BadConfig(
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization}, but must be at least 0.05 and at most 1"
+            )
+
+    @property
+    def served_names(self) -> list[str]:
+        return self.served_model_name or [self.model]
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")

@@ -1,0 +1,1 @@
+"""Which sequences run, on which KV blocks. Nothing in this room imports torch."""

@@ -1,0 +1,299 @@
+"""Which sequences run in a step, and how many tokens of each.
+
+There is no prefill phase and no decode phase: every sequence has known tokens and computed tokens, and a step catches up
+some of the difference under a token budget. Chunked prefill, decode, prefix hits and recompute after preemption are
+the same thing. ``schedule`` may run ahead: it may be called again before the step that it returned has been committed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from fastqwen.engine.blocks import BlockPool
+from fastqwen.engine.sequence import NO_SLOT, Sequence
+from fastqwen.records import Admission, EngineRequest, RequestDelta, Row, SampledRow, ScheduledBatch, StepOutput
+
+ADMISSION_HEADROOM_BLOCKS = 8
+
+
+class Scheduler:
+    """Raises nothing on a valid request; ``limit`` says beforehand what a valid request is.
+
+    rope_key_of(num_prompt_tokens, max_tokens) names the rotary profile that a new sequence gets.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool = True,
+        rope_key_of: Callable[[int, int], str] = lambda num_prompt, max_tokens: "",
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # prompt tokens looked up
+        self.num_prefix_hits = 0  # prompt tokens found
+        self._rope_key_of = rope_key_of
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[tuple[tuple[int, float, str], int, Sequence]] = []
+        self._running: list[Sequence] = []
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._step_id = 0
+        self._num_pushes = 0
+
+    # ---- what others ask ----
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._sequences) - len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest sequence, prompt and output together, that the whole pool can hold."""
+        return self.blocks.num_blocks * self.blocks.block_size
+
+    def audit(self) -> None:
+        """Call when idle: nothing may be left behind."""
+        assert not self._sequences and not self._running, "sequences are left"
+        self._drop_gone_waiting()
+        assert not self._waiting
+        assert self.blocks.num_free == self.blocks.num_blocks, "blocks are still used"
+        self.blocks.audit()
+
+    # ---- requests come and go ----
+
+    def add(self, request: EngineRequest) -> None:
+        assert request.request_id not in self._sequences, f"request id {request.request_id!r} is in use"
+        num_prompt = len(request.prompt_token_ids)
+        assert num_prompt > 0 and num_prompt + request.max_tokens - 1 <= self.max_sequence_tokens, "not checked before"
+        sequence = Sequence(request, self._rope_key_of(num_prompt, request.max_tokens))
+        self._sequences[request.request_id] = sequence
+        self._push_waiting(sequence)
+
+    def abort(self, request_id: str) -> RequestDelta | None:
+        """End a request now. None if it had ended already."""
+        sequence = self._sequences.get(request_id)
+        return (
+            None
+            if sequence is None
+            else self._finish(sequence, RequestDelta(request_id=request_id, finish_reason="abort"))
+        )
+
+    # ---- a step ----
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next step, or None if nothing can advance before an earlier step is committed."""
+        rows: list[Row] = []
+        admissions: list[Admission] = []
+        budget = self._schedule_running(rows, self.max_num_batched_tokens)
+        self._schedule_waiting(rows, admissions, budget)
+        if not rows:
+            return None
+        self._step_id += 1
+        return ScheduledBatch(step_id=self._step_id, admissions=admissions, rows=rows)
+
+    def commit(self, batch: ScheduledBatch, output: StepOutput) -> list[RequestDelta]:
+        """Take in what a step sampled. Rows of requests that ended meanwhile are surplus and dropped."""
+        deltas = []
+        for row, sampled in zip(batch.rows, output.rows, strict=True):
+            sequence = self._sequences.get(row.request_id)
+            if sequence is not None:
+                delta = self._commit_row(sequence, row, sampled, batch.step_id)
+                if delta is not None:
+                    deltas.append(delta)
+        return deltas
+
+    def _schedule_running(self, rows: list[Row], budget: int) -> int:
+        """Advance what runs, in order; preempt from the end of the order when blocks run out."""
+        self._running.sort(key=lambda sequence: sequence.order)
+        index = 0
+        while index < len(self._running) and budget > 0:
+            sequence = self._running[index]
+            index += 1
+            if not sequence.wants_more:
+                continue
+            # A long prompt leaves one token of the budget to each stream behind it, so that none of them stalls.
+            share = max(1, budget - (len(self._running) - index))
+            num_tokens = min(sequence.num_known - sequence.num_computed, share)
+            if not self._make_room(sequence, num_tokens):
+                break  # it preempted itself: it was the last in the order
+            rows.append(self._advance(sequence, num_tokens))
+            budget -= num_tokens
+        return budget
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        while self._missing_blocks(sequence, num_tokens) > self.blocks.num_free:
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _schedule_waiting(self, rows: list[Row], admissions: list[Admission], budget: int) -> None:
+        self._drop_gone_waiting()
+        while self._waiting and self._free_slots and budget > 0:
+            sequence = self._waiting[0][2]
+            if sequence.num_pending:
+                break  # preempted with a step in flight: its last token must be read first
+            admission = self._try_admit(sequence)
+            if admission is None:
+                break
+            heapq.heappop(self._waiting)
+            admissions.append(admission)
+            num_tokens = min(sequence.num_known - sequence.num_computed, budget)
+            rows.append(self._advance(sequence, num_tokens, shared=sequence.blocks))
+            budget -= num_tokens
+            self._drop_gone_waiting()
+
+    def _try_admit(self, sequence: Sequence) -> Admission | None:
+        """Give the sequence a slot and the cached part of its prompt, if all that is known of it fits.
+
+        Not only its first chunk: two long prompts would else push each other out again and again.
+        """
+        cached = self._cached_blocks(sequence)
+        num_computed = len(cached) * self.blocks.block_size
+        needed = self._blocks_for(sequence.num_known) - len(cached) + self.blocks.num_free_among(cached)
+        # Blocks for the next tokens of the running sequences stay free, or the newcomer would soon push one out.
+        headroom = min(len(self._running), ADMISSION_HEADROOM_BLOCKS)
+        if self._running and needed + headroom > self.blocks.num_free:
+            return None
+        self.blocks.share(cached)
+        sequence.blocks = list(cached)
+        sequence.num_computed = num_computed
+        sequence.num_registered = len(cached)
+        sequence.admitted_in_step = self._step_id + 1
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.num_cached = num_computed
+            self.num_prefix_queries += sequence.num_prompt
+            self.num_prefix_hits += num_computed
+        sequence.slot = self._free_slots.pop()
+        self._running.append(sequence)
+        request = sequence.request
+        return Admission(
+            slot=sequence.slot,
+            request_id=request.request_id,
+            token_ids=list(sequence.token_ids),
+            num_prompt_tokens=sequence.num_prompt,
+            sampling=request.sampling,
+            seed=request.seed,
+            stop_token_ids=request.stop_token_ids,
+            rope_key=sequence.rope_key,
+        )
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        if not self.enable_prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
+            return []  # prompt log-probabilities need every position's logits
+        # The last known token is always computed: its logits are what the step is for.
+        usable = (len(sequence.token_ids) - 1) // self.blocks.block_size
+        return self.blocks.match(sequence.hashes(self.blocks.block_size)[:usable])
+
+    def _advance(self, sequence: Sequence, num_tokens: int, shared: list[int] | None = None) -> Row:
+        new_blocks = list(shared or [])
+        taken = self.blocks.take(self._missing_blocks(sequence, num_tokens))
+        sequence.blocks = sequence.blocks + taken
+        start = sequence.num_computed
+        sequence.num_computed += num_tokens
+        samples = sequence.num_computed == sequence.num_known
+        sequence.num_pending += samples
+        return Row(
+            slot=sequence.slot,
+            request_id=sequence.request_id,
+            start=start,
+            num_tokens=num_tokens,
+            new_blocks=new_blocks + taken,
+            samples=samples,
+            prompt_logprobs=sequence.request.sampling.prompt_logprobs is not None and start < sequence.num_prompt - 1,
+        )
+
+    def _commit_row(self, sequence: Sequence, row: Row, sampled: SampledRow, step_id: int) -> RequestDelta | None:
+        if sampled.error is not None:
+            return self._finish(
+                sequence, RequestDelta(request_id=row.request_id, finish_reason="error", error=sampled.error)
+            )
+        if row.samples:
+            assert sampled.token_id is not None
+            sequence.num_pending -= 1
+            sequence.token_ids.append(sampled.token_id)
+        if sequence.slot != NO_SLOT and step_id >= sequence.admitted_in_step:  # else preempted since: other blocks now
+            self._register_full_blocks(sequence, row.start + row.num_tokens)
+        if not row.samples:
+            if sampled.prompt_logprobs is None:
+                return None
+            return RequestDelta(request_id=row.request_id, prompt_logprobs=sampled.prompt_logprobs)
+        delta = self._delta_of(sequence, sampled)
+        return self._finish(sequence, delta) if delta.finish_reason else delta
+
+    def _delta_of(self, sequence: Sequence, sampled: SampledRow) -> RequestDelta:
+        token_id = sequence.token_ids[-1]
+        request = sequence.request
+        stopped = token_id in request.stop_token_ids and sequence.num_generated >= request.sampling.min_tokens
+        at_length = sequence.num_generated >= request.max_tokens
+        return RequestDelta(
+            request_id=sequence.request_id,
+            token_ids=[token_id],
+            logprobs=None if sampled.logprobs is None else [sampled.logprobs],
+            prompt_logprobs=sampled.prompt_logprobs,
+            finish_reason="stop" if stopped else "length" if at_length else None,
+            stop_reason=token_id if stopped else None,
+            num_cached_tokens=sequence.num_cached,
+        )
+
+    # ---- blocks of a sequence ----
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.blocks.block_size)
+
+    def _missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        return max(0, self._blocks_for(sequence.num_computed + num_tokens) - len(sequence.blocks))
+
+    def _register_full_blocks(self, sequence: Sequence, num_done: int) -> None:
+        if not self.enable_prefix_caching:
+            return
+        size = self.blocks.block_size
+        num_full = min(num_done, len(sequence.token_ids)) // size
+        hashes = sequence.hashes(size)
+        for index in range(sequence.num_registered, num_full):
+            self.blocks.register(sequence.blocks[index], hashes[index])
+        sequence.num_registered = max(sequence.num_registered, num_full)
+
+    # ---- leaving ----
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self._leave_slot(sequence)
+        sequence.forget_cache()
+        self._push_waiting(sequence)
+
+    def _finish(self, sequence: Sequence, delta: RequestDelta) -> RequestDelta:
+        del self._sequences[sequence.request_id]
+        if sequence in self._running:
+            self._leave_slot(sequence)
+        return delta
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self.blocks.release(sequence.blocks)
+        self._free_slots.append(sequence.slot)
+
+    def _drop_gone_waiting(self) -> None:
+        """Aborted sequences stay in the heap until they reach its top; then they are passed over."""
+        while self._waiting and self._sequences.get(self._waiting[0][2].request_id) is not self._waiting[0][2]:
+            heapq.heappop(self._waiting)
+
+    def _push_waiting(self, sequence: Sequence) -> None:
+        self._num_pushes += 1
+        heapq.heappush(self._waiting, (sequence.order, self._num_pushes, sequence))

@@ -1,0 +1,76 @@
+"""One sequence on its way: what is known of it, and how far its cache reaches."""
+
+from __future__ import annotations
+
+from fastqwen.engine.blocks import BlockHash, chain_next, chain_root
+from fastqwen.records import EngineRequest
+
+NO_SLOT = -1
+
+
+class Sequence:
+    """
+    token_ids   [ prompt ............ | generated so far ... ]  then num_pending tokens that were sampled in steps
+    num_computed  ---------------------------->                 still in flight: the device has them, the host not yet
+    """
+
+    def __init__(self, request: EngineRequest, rope_key: str) -> None:
+        self.request = request
+        self.rope_key = rope_key  # fixed by the prompt's whole length, and kept while decoding and after preemption
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_computed = 0  # tokens whose keys and values are in the cache once all scheduled steps are done
+        self.num_pending = 0
+        self.num_cached = 0  # of the prompt, found in the prefix cache at the first admission
+        self.was_admitted = False
+        self.admitted_in_step = 0  # rows of earlier steps belong to blocks that a preemption took away
+        self.slot = NO_SLOT
+        self.blocks: list[int] = []
+        self.num_registered = 0  # leading blocks that the prefix cache knows
+        self._hashes: list[BlockHash] = []
+        self._root = chain_root(rope_key, request.cache_salt)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that a step may compute: read ones and pending ones."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another step can serve it: its last scheduled token is not yet the last allowed one."""
+        return self.num_generated + self.num_pending < self.request.max_tokens and self.num_computed < self.num_known
+
+    @property
+    def order(self) -> tuple[int, float, str]:
+        """Who goes first: priority, then arrival. Preemption takes from the end of the same order."""
+        return (self.request.priority, self.request.arrival_s, self.request.request_id)
+
+    def hashes(self, block_size: int) -> list[BlockHash]:
+        """The hash chain of all blocks that are full of tokens the host knows."""
+        while (len(self._hashes) + 1) * block_size <= len(self.token_ids):
+            start = len(self._hashes) * block_size
+            parent = self._hashes[-1] if self._hashes else self._root
+            self._hashes.append(chain_next(parent, self.token_ids[start : start + block_size]))
+        return self._hashes
+
+    def forget_cache(self) -> None:
+        """After preemption: all that is known must be computed again."""
+        self.num_computed = 0
+        self.num_registered = 0
+        self.blocks = []
+        self.slot = NO_SLOT

@@ -1,0 +1,92 @@
+"""The Ops table: every operation that a decoder needs, once per device.
+
+reference.py   plain torch; the oracle for all others, and the way on a device that has no faster one
+cpu/           C++, compiled on first use; one result for a row whatever else is in the batch
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's part of the paged KV cache."""
+
+    k: Tensor  # [num_blocks, kv_heads, block_size, head_dim]
+    v: Tensor  # like k
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Where the flat tokens of a step belong. A row is one sequence's share of the step."""
+
+    positions: Tensor  # int32 [tokens]
+    cos_sin: Tensor  # float32 [tokens, head_dim]: cosines of head_dim/2 frequencies, then sines
+    q_scale: Tensor | None  # float32 [tokens], logN's factor; None if the model has none
+    token_rows: Tensor  # int32 [tokens]: the row that a token belongs to
+    row_starts: Tensor  # int32 [rows + 1]: tokens row_starts[r] to row_starts[r + 1] are row r's
+    context_lens: Tensor  # int32 [rows]: tokens of the row's sequence in the cache, this step's included
+    block_tables: Tensor  # int32 [rows, blocks]
+    cache_slots: Tensor  # int64 [tokens]: block * block_size + offset, where the token's key and value go
+    max_row_tokens: int
+    max_context: int
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Ops(Protocol):
+    """All matrices of weights are [out, in]. ``residual`` is changed in place where a comment says so.
+
+    Activations have ``activation_dtype(weights)``; sums are float32 at least.
+    """
+
+    name: str
+
+    def activation_dtype(self, weights_dtype: dtype) -> dtype: ...
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor: ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+    def norm_linear(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor: ...
+
+    def norm_gated_linear(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor: ...
+
+    def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None: ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        batch: AttentionBatch,
+        cache: LayerCache,
+        shape: HeadShape,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor: ...
+
+    def attention(
+        self, q: Tensor, batch: AttentionBatch, cache: LayerCache, shape: HeadShape, window: int | None
+    ) -> Tensor: ...
+
+    def experts(
+        self, x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor
+    ) -> Tensor: ...

@@ -1,0 +1,1 @@
+"""The parts of a decoder, switched by ModelConfig; what they compute with is the Ops table they were given."""

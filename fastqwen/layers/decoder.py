@@ -1,0 +1,41 @@
+"""A decoder: embedding, layers, final norm, head. It knows neither where its weights came from nor how they are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastqwen.kernels import AttentionBatch, LayerCache, Ops
+from fastqwen.layers.attention import Attention
+from fastqwen.layers.linear import Linear, Norm
+from fastqwen.layers.mlp import Mlp
+from fastqwen.layers.moe import Moe
+
+
+@dataclass(frozen=True)
+class Layer:
+    attention: Attention
+    mlp: Mlp | Moe
+
+
+@dataclass(frozen=True)
+class Decoder:
+    ops: Ops
+    embed: Tensor  # [vocab, hidden]
+    layers: Sequence[Layer]
+    norm: Norm
+    head: Linear
+
+    def hidden(self, ids: Tensor, batch: AttentionBatch, caches: Sequence[LayerCache]) -> Tensor:
+        """Advance the cache by a step's tokens: ids int32 [tokens] -> [tokens, hidden], before the final norm"""
+        residual = self.ops.embed(ids, self.embed)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            layer.attention.add_to(residual, batch, cache)
+            layer.mlp.add_to(residual)
+        return residual
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] -> float32 [tokens, vocab]"""
+        return self.head.of_norm(hidden, self.norm).float()

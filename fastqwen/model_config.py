@@ -1,0 +1,263 @@
+"""ModelConfig: what a checkpoint's config.json says, under one set of names for all architectures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from fastqwen.errors import BadCheckpoint, ModelNotFound, Unsupported
+
+RopeKind = Literal["default", "linear", "yarn", "llama3", "qwen1_ntk"]
+MAX_CONFIG_BYTES = 16 * 2**20
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How positions become angles. ``qwen1_ntk`` raises theta by the prompt's length; the others are fixed."""
+
+    theta: float
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    trained_len: int = 0  # positions seen in training, before any scaling
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
+class MoeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    normalize_top_k: bool
+    shared_size: int = 0  # 0: no shared expert
+    sparse_layers: tuple[int, ...] = ()  # the others have a dense MLP
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes are of the whole model, before any tensor-parallel split."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    rope: RopeConfig
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    logn_len: int | None = None  # queries beyond this position are scaled by log(position) / log(logn_len)
+    windows: tuple[int | None, ...] = ()  # per layer; None sees everything. Empty: no layer has a window
+    moe: MoeConfig | None = None
+    quantization: dict[str, Any] | None = None
+    dtype: str = "bfloat16"
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    @property
+    def default_max_len(self) -> int:
+        scaled = int(self.rope.trained_len * self.rope.factor) if self.rope.kind == "yarn" else 0
+        return max(self.max_position_embeddings, scaled)
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    def is_sparse(self, layer: int) -> bool:
+        return self.moe is not None and layer in self.moe.sparse_layers
+
+    @property
+    def num_dense_layers(self) -> int:
+        return sum(not self.is_sparse(layer) for layer in range(self.num_layers))
+
+
+class Fields:
+    """A config.json, read with checks: each error names the file and the key."""
+
+    def __init__(self, values: dict[str, Any], source: str) -> None:
+        self.values = values
+        self.source = source
+
+    def int(self, *keys: str, default: int | None = None, low: int = 1, high: int = 2**31) -> int:
+        value = self._first(keys, default)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or value != int(value)
+            or not low <= value <= high
+        ):
+            raise BadCheckpoint(
+                f"{self.source}: {keys[0]} is {_short(value)}, expected a whole number from {low} to {high}"
+            )
+        return int(value)
+
+    def float(self, *keys: str, default: float | None = None) -> float:
+        value = self._first(keys, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
+            raise BadCheckpoint(f"{self.source}: {keys[0]} is {_short(value)}, expected a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        return default if value is None else bool(value)
+
+    def get(self, *keys: str) -> Any:
+        return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def require(self, key: str, allowed: tuple[Any, ...]) -> None:
+        """Refuse a checkpoint whose ``key`` has a value that this architecture's code does not compute."""
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise Unsupported(f"{self.source}: {key} is {_short(value)}; supported: {', '.join(map(str, allowed))}")
+
+    def _first(self, keys: tuple[str, ...], default: Any) -> Any:
+        value = self.get(*keys)
+        if value is None:
+            if default is None:
+                raise BadCheckpoint(f"{self.source}: {keys[0]} is missing")
+            return default
+        return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def common(fields: Fields, *, default_head_dim: int | None = None) -> dict[str, Any]:
+    """The keys that Llama, Qwen2, Qwen3 and their MoE variants share, as ModelConfig arguments."""
+    fields.require("hidden_act", ("silu", "swish"))
+    num_heads = fields.int("num_attention_heads", high=4096)
+    hidden_size = fields.int("hidden_size", high=2**20)
+    head_dim = fields.int("head_dim", default=default_head_dim or max(1, hidden_size // num_heads), high=1024)
+    num_kv_heads = fields.int("num_key_value_heads", default=num_heads, high=4096)
+    if num_heads % num_kv_heads:
+        raise BadCheckpoint(
+            f"{fields.source}: num_attention_heads ({num_heads}) is no multiple of num_key_value_heads ({num_kv_heads})"
+        )
+    num_layers = fields.int("num_hidden_layers", high=4096)
+    max_position_embeddings = fields.int("max_position_embeddings", default=2048)
+    return {
+        "model_type": str(fields.get("model_type") or ""),
+        "vocab_size": fields.int("vocab_size", high=2**24),
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": fields.int("intermediate_size", high=2**22),
+        "rms_norm_eps": fields.float("rms_norm_eps", default=1e-6),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings"),
+        "max_position_embeddings": max_position_embeddings,
+        "rope": rope_config(fields, max_position_embeddings),
+        "windows": _windows(fields, num_layers),
+        **checkpoint_facts(fields),
+    }
+
+
+def checkpoint_facts(fields: Fields) -> dict[str, Any]:
+    """What every generation's config.json says in the same way."""
+    eos = fields.get("eos_token_id")
+    dtype = str(fields.get("dtype", "torch_dtype") or "bfloat16").removeprefix("torch.")
+    return {
+        "quantization": fields.get("quantization_config"),
+        "dtype": dtype if dtype in ("float32", "bfloat16", "float16") else "bfloat16",
+        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "bos_token_id": fields.get("bos_token_id"),
+    }
+
+
+def rope_config(fields: Fields, max_position_embeddings: int) -> RopeConfig:
+    """Both spellings: rope_theta + rope_scaling (transformers 4) and rope_parameters (transformers 5)."""
+    scaling = fields.get("rope_parameters", "rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise BadCheckpoint(f"{fields.source}: rope_scaling is {_short(scaling)}, expected an object")
+    inner = Fields(scaling, f"{fields.source}: rope_scaling")
+    theta = inner.float("rope_theta") if inner.has("rope_theta") else fields.float("rope_theta", default=10000.0)
+    kind = str(inner.get("rope_type", "type") or "default")
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        raise Unsupported(f"{fields.source}: rope_scaling type {kind!r}; supported: default, linear, yarn, llama3")
+    trained_len = inner.int("original_max_position_embeddings", default=max_position_embeddings)
+    optional = {key: inner.float(key) for key in ("attention_factor", "mscale", "mscale_all_dim") if inner.has(key)}
+    return RopeConfig(
+        theta=theta,
+        kind=kind,  # type: ignore[arg-type]
+        factor=inner.float("factor", default=1.0),
+        trained_len=trained_len,
+        beta_fast=inner.float("beta_fast", default=32.0),
+        beta_slow=inner.float("beta_slow", default=1.0),
+        truncate=inner.flag("truncate", True),
+        low_freq_factor=inner.float("low_freq_factor", default=1.0),
+        high_freq_factor=inner.float("high_freq_factor", default=4.0),
+        **optional,
+    )
+
+
+def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
+    """Sliding windows by layer: ``layer_types`` if there, else all layers from max_window_layers on, as Qwen2 means it."""
+    window = fields.get("sliding_window")
+    if window is None or not fields.flag("use_sliding_window", default=fields.has("layer_types")):
+        return ()
+    width = fields.int("sliding_window")
+    layer_types = fields.get("layer_types")
+    if layer_types is None:
+        first = fields.int("max_window_layers", default=num_layers, low=0)
+        windows = tuple(width if layer >= first else None for layer in range(num_layers))
+    else:
+        if len(layer_types) != num_layers:
+            raise BadCheckpoint(f"{fields.source}: layer_types has {len(layer_types)} entries for {num_layers} layers")
+        unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise Unsupported(f"{fields.source}: layer_types contains {sorted(map(str, unknown))}")
+        windows = tuple(width if kind == "sliding_attention" else None for kind in layer_types)
+    return windows if any(windows) else ()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object from a checkpoint folder. Raises ModelNotFound or BadCheckpoint, naming the file."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise BadCheckpoint(f"{path} is larger than {MAX_CONFIG_BYTES} bytes, which no configuration is")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelNotFound(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadCheckpoint(f"{path} holds {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
+    """Normalise a config.json. Raises Unsupported for an unknown architecture, BadCheckpoint for a bad value."""
+    from fastqwen import models
+
+    return models.find_config(values, source)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    return parse_config(read_json(path), str(path))

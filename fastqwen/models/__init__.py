@@ -1,0 +1,39 @@
+"""One file per ``model_type`` word; a listing of this folder is the list of supported models.
+
+A model file has ``parse(fields) -> ModelConfig`` and ``NAMES``, the checkpoint's names for the decoder's parts.
+No file here imports torch, so that the planner can read any model's sizes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from fastqwen.errors import BadCheckpoint, Unsupported
+from fastqwen.model_config import Fields, ModelConfig
+
+
+def supported() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "names")
+
+
+def find(model_type: str) -> ModuleType:
+    """The file for a config.json's ``model_type``. Raises Unsupported."""
+    name = model_type.replace("-", "_").lower()
+    if name not in supported():
+        raise Unsupported(f"model_type {model_type!r} is not supported; supported: {', '.join(supported())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def find_config(values: dict[str, Any], source: str) -> ModelConfig:
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise BadCheckpoint(f"{source}: model_type is missing")
+    try:
+        module = find(model_type)
+    except Unsupported as error:
+        raise Unsupported(f"{source}: {error}") from None
+    config: ModelConfig = module.parse(Fields(values, source))
+    return config

@@ -1,0 +1,26 @@
+"""What a checkpoint calls the parts of a decoder. A tuple is joined into one matrix, in its order."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Names(msgspec.Struct, frozen=True, kw_only=True):
+    embed: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    layer: str = "model.layers.{layer}."  # prefix of all that follow
+    attention_norm: str = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    o: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    gate_up: tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    expert_gate_up: tuple[str, str] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
+    expert_down: str = "mlp.experts.{expert}.down_proj"
+    shared_gate_up: tuple[str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    shared_down: str = "mlp.shared_expert.down_proj"
+    shared_gate: str = "mlp.shared_expert_gate"

@@ -1,0 +1,12 @@
+"""Qwen1.5, Qwen2, Qwen2.5 and QwQ: grouped-query attention with biases on q, k and v only."""
+
+from __future__ import annotations
+
+from fastqwen.model_config import Fields, ModelConfig, common
+from fastqwen.models.names import Names
+
+NAMES = Names()
+
+
+def parse(fields: Fields) -> ModelConfig:
+    return ModelConfig(**common(fields), qkv_bias=True)

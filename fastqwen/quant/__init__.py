@@ -1,0 +1,38 @@
+"""One file per ``quant_method`` word of config.json; ``dense`` is for checkpoints that have none.
+
+A file has ``from_config(config: dict, source: str) -> method``; a method has
+``linear(weights, names, in_size, out_sizes, bias, ops) -> Linear``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, Protocol
+
+from fastqwen.errors import Unsupported
+from fastqwen.kernels import Ops
+from fastqwen.layers.linear import Linear
+from fastqwen.weights.source import Weights
+
+
+class QuantMethod(Protocol):
+    def linear(
+        self, weights: Weights, names: tuple[str, ...], in_size: int, out_sizes: tuple[int, ...], bias: bool, ops: Ops
+    ) -> Linear:
+        """One matrix from the checkpoint's ``names``, joined along the outputs."""
+
+
+def supported() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(quantization: dict[str, Any] | None, source: str) -> QuantMethod:
+    """The method that a config.json's quantization_config asks for. Raises Unsupported."""
+    word = "dense" if quantization is None else str(quantization.get("quant_method", "")).lower().replace("-", "_")
+    if word not in supported():
+        raise Unsupported(
+            f"{source}: quantization method {word!r} is not supported; supported: {', '.join(supported())}"
+        )
+    method: QuantMethod = importlib.import_module(f"{__name__}.{word}").from_config(quantization or {}, source)
+    return method

@@ -1,0 +1,208 @@
+"""The records that cross rooms. Each is complete at birth, and msgspec can encode each one.
+
+EngineRequest   client    -> scheduler   one sequence to generate
+ScheduledBatch  scheduler -> runner      which slots advance by how many tokens
+StepOutput      runner    -> commit      what was sampled
+RequestDelta    commit    -> client      what one request gained in one step
+SamplingParams  rides inside EngineRequest and Admission
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from fastqwen.errors import BadRequest
+
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_N = 128
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How tokens are chosen, under the names that vLLM's users know.
+
+    temperature 0 is greedy. ``top_k`` of 0 or -1 means no limit. ``max_tokens`` of None means up to the model's
+    length. Raises BadRequest, naming the field, for a value out of range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: list[str] | str = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stop is None:
+            self.stop = []
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        self._check()
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the next token's distribution depends on which tokens came before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def _check(self) -> None:
+        _within("n", self.n, 1, MAX_N)
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_k", self.top_k, -1, 2**31 - 1)
+        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            if self.min_tokens > self.max_tokens:
+                raise BadRequest(
+                    f"min_tokens is {self.min_tokens}, which is more than max_tokens ({self.max_tokens})", "min_tokens"
+                )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _within(name, value, 0, MAX_LOGPROBS)
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        if len(self.stop_strings) > MAX_STOP_STRINGS:
+            raise BadRequest(
+                f"stop has {len(self.stop_strings)} strings, at most {MAX_STOP_STRINGS} are allowed", "stop"
+            )
+        for text in self.stop_strings:
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise BadRequest(f"each stop string must have 1 to {MAX_STOP_CHARS} characters", "stop")
+        if len(self.stop_token_ids) > MAX_STOP_STRINGS * 4:
+            raise BadRequest(f"stop_token_ids allows at most {MAX_STOP_STRINGS * 4} ids", "stop_token_ids")
+        if self.logit_bias is not None:
+            if len(self.logit_bias) > MAX_LOGIT_BIAS:
+                raise BadRequest(f"logit_bias allows at most {MAX_LOGIT_BIAS} entries", "logit_bias")
+            for bias in self.logit_bias.values():
+                _within("logit_bias", bias, -100.0, 100.0)
+
+
+GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less than this would only overflow
+
+
+def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    inside = (low < value if open_low else low <= value) and value <= high  # NaN fails both comparisons
+    if not inside:
+        edge = "greater than" if open_low else "at least"
+        raise BadRequest(f"{name} is {value}, but must be {edge} {low:g} and at most {high:g}", name)
+
+
+class EngineRequest(msgspec.Struct, kw_only=True, frozen=True):
+    """One sequence to generate. ``n`` > 1 was unfolded by the client; stop strings stay with the client as well."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stop_token_ids: list[int]  # derived end-of-turn ids and the request's own, already joined
+    max_tokens: int
+    seed: int  # always set, so that a replay gives the same tokens
+    priority: int = 0  # smaller runs first
+    cache_salt: str = ""
+    arrival_s: float = 0.0
+
+
+class Admission(msgspec.Struct, kw_only=True, frozen=True):
+    """A sequence takes a slot: everything that the runner must know about it until it leaves."""
+
+    slot: int
+    request_id: str
+    token_ids: list[int]  # prompt and, after a preemption, what was generated before
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    stop_token_ids: list[int]
+    rope_key: str  # names the rotary profile; the model knows what it means
+
+
+class Row(msgspec.Struct, kw_only=True, frozen=True):
+    """One sequence's share of a step: tokens [start, start + num_tokens) are computed."""
+
+    slot: int
+    request_id: str
+    start: int
+    num_tokens: int
+    new_blocks: list[int]  # appended to the slot's block table before the step
+    samples: bool  # the last token's logits give a new token
+    prompt_logprobs: bool = False
+
+
+class ScheduledBatch(msgspec.Struct, kw_only=True, frozen=True):
+    step_id: int
+    admissions: list[Admission]
+    rows: list[Row]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """The chosen token's log-probability, its rank (1 is the most likely), and the top alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class SampledRow(msgspec.Struct, kw_only=True, frozen=True):
+    request_id: str
+    token_id: int | None = None  # None: the row only filled the cache
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored
+    error: str | None = None
+
+
+class StepOutput(msgspec.Struct, kw_only=True, frozen=True):
+    step_id: int
+    rows: list[SampledRow]
+
+
+class RequestDelta(msgspec.Struct, kw_only=True, frozen=True):
+    """What one request gained. Exactly one delta of each request carries a finish_reason, and it is the last."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0

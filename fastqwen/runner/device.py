@@ -1,0 +1,60 @@
+"""The device, its facts, and the Ops table that it computes with."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadConfig
+from fastqwen.kernels import Ops
+from fastqwen.plan import DeviceFacts
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise BadConfig("--device is cuda, but torch sees no GPU here: use --device cpu")
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceFacts(
+            kind="cuda",
+            name=torch.cuda.get_device_name(device),
+            total_bytes=total,
+            free_bytes=free,
+            compute_capability=torch.cuda.get_device_capability(device),
+        )
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    return DeviceFacts(kind="cpu", name="CPU", total_bytes=total, free_bytes=_free_host_bytes(total))
+
+
+def choose_ops(device: torch.device) -> Ops:
+    from fastqwen.kernels.cpu import build
+    from fastqwen.kernels.cpu.ops import CpuOps
+    from fastqwen.kernels.reference import ReferenceOps
+
+    if device.type == "cpu":
+        library = build.load()
+        if library is not None:
+            return CpuOps(library)
+    return ReferenceOps()
+
+
+def _free_host_bytes(total: int) -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return total // 2

@@ -1,0 +1,44 @@
+"""From rows to flat tokens: everything that the decoder needs to know of a step, computed on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastqwen.kernels import AttentionBatch
+from fastqwen.layers.rotary import logn_scale
+from fastqwen.records import Row
+from fastqwen.runner.slots import Slots
+
+
+def pack(rows: list[Row], slots: Slots, *, block_size: int, logn_len: int | None) -> tuple[Tensor, AttentionBatch]:
+    """The ids of a step's tokens, int32 [tokens], and where they belong. Rows follow each other in order."""
+    device = slots.token_ids.device
+    host = torch.tensor([(row.slot, row.start, row.num_tokens) for row in rows], dtype=torch.int64)
+    row_slots, starts, counts = host.to(device, non_blocking=True).unbind(1)
+    row_starts = torch.zeros(len(rows) + 1, dtype=torch.int64, device=device)
+    torch.cumsum(counts, 0, out=row_starts[1:])
+    num_tokens = sum(row.num_tokens for row in rows)
+    token_rows = torch.repeat_interleave(torch.arange(len(rows), device=device), counts, output_size=num_tokens)
+    positions = torch.arange(num_tokens, device=device) - row_starts[token_rows] + starts[token_rows]
+    token_slots = row_slots[token_rows]
+    max_context = max(row.start + row.num_tokens for row in rows)
+    blocks = slots.block_tables[token_slots, positions // block_size].long()
+    return slots.token_ids[token_slots, positions], AttentionBatch(
+        positions=positions.int(),
+        cos_sin=cos_sin(positions, slots.inverse_frequencies[token_slots], slots.rope_scale[token_slots]),
+        q_scale=None if logn_len is None else logn_scale(positions, logn_len),
+        token_rows=token_rows.int(),
+        row_starts=row_starts.int(),
+        context_lens=(starts + counts).int(),
+        block_tables=slots.block_tables[row_slots, : -(-max_context // block_size)].contiguous(),
+        cache_slots=blocks * block_size + positions % block_size,
+        max_row_tokens=max(row.num_tokens for row in rows),
+        max_context=max_context,
+    )
+
+
+def cos_sin(positions: Tensor, inverse_frequencies: Tensor, scale: Tensor) -> Tensor:
+    """positions [tokens], frequencies [tokens, head_dim/2], scale [tokens] -> float32 [tokens, head_dim]"""
+    angles = positions[:, None].float() * inverse_frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1) * scale[:, None]

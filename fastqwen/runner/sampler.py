@@ -1,0 +1,132 @@
+"""From logits to tokens. Each row is sampled as if it were alone: noise is a hash of (seed, position, token)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastqwen.records import SamplingParams, TokenLogprobs
+
+_MASK32 = 0xFFFFFFFF
+_TOP_CANDIDATES = 1024
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    params: list[SamplingParams],
+) -> Tensor:
+    """logits float32 [rows, vocab], the other tensors [rows] -> token ids int64 [rows]
+
+    A row of temperature 0 takes the largest logit, the lowest id among equals. ``params`` are the same wishes on the
+    host; they only decide which steps can be left out.
+    """
+    if all(one.greedy for one in params):
+        return logits.argmax(-1)
+    scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    if any(one.top_k > 0 or one.top_p < 1.0 for one in params if not one.greedy):
+        scaled = _cut_top(scaled, top_k, top_p, params)
+    if any(one.min_p > 0.0 for one in params if not one.greedy):
+        least = scaled.amax(-1, keepdim=True) + torch.log(min_p)[:, None]
+        scaled = scaled.masked_fill(scaled < least, float("-inf"))
+    noisy = scaled + gumbel(seed, position, logits.shape[-1])
+    return torch.where((temperature > 0)[:, None], noisy, logits).argmax(-1)
+
+
+def _cut_top(scaled: Tensor, top_k: Tensor, top_p: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Keep each row's top_k largest, of these the fewest that have top_p of the mass. Equal logits stay together."""
+    vocab = scaled.shape[-1]
+    wanted = max(vocab if one.top_k <= 0 else min(one.top_k, vocab) for one in params if not one.greedy)
+    count = min(vocab, max(wanted, 1) if wanted < vocab else _TOP_CANDIDATES)
+    best, mass = _candidates(scaled, top_k, count)
+    if count < vocab and wanted >= vocab and bool(((top_k <= 0) & (mass[:, -1] < top_p)).any()):
+        best, mass = _candidates(scaled, top_k, vocab)  # a flat distribution: look at all of it
+    keep = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1) < top_p[:, None]
+    keep &= best > float("-inf")
+    last = keep.sum(-1, keepdim=True) - 1
+    return scaled.masked_fill(scaled < best.gather(-1, last), float("-inf"))
+
+
+def _candidates(scaled: Tensor, top_k: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest logits in order, those past a row's own top_k at -inf, and the mass up to each."""
+    best = scaled.topk(count, dim=-1).values
+    limit = torch.where(top_k > 0, top_k, scaled.shape[-1])[:, None]
+    beyond = torch.arange(count, device=scaled.device) >= limit
+    best = best.masked_fill(beyond, float("-inf"))
+    total = torch.where(top_k > 0, best.logsumexp(-1), scaled.logsumexp(-1))
+    return best, (best - total[:, None]).exp().cumsum(-1)
+
+
+def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise, float32 [rows, vocab], from int64 seed and position [rows].
+
+    argmax(logits + noise) is a draw from softmax(logits) (Gumbel 1954). The hash is two rounds of MurmurHash3's
+    32-bit finaliser, the same on every device.
+    """
+    low = _mix32(seed & _MASK32)
+    high = _mix32(((seed >> 32) & _MASK32) ^ low)
+    key = _mix32(high ^ (position.long() * 0x9E3779B1 & _MASK32))
+    tokens = torch.arange(vocab, device=seed.device)
+    bits = _mix32(tokens[None, :] * 0x85EBCA77 & _MASK32 ^ key[:, None])
+    bits = _mix32((bits + low[:, None]) & _MASK32)
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # 24 bits: exact in float32, never 0 or 1
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix32(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK32
+    return x ^ (x >> 16)
+
+
+def penalize(
+    logits: Tensor, token_ids: Tensor, num_prompt: Tensor, num_known: Tensor, params: list[SamplingParams]
+) -> None:
+    """Repetition, presence and frequency penalties, in place.
+
+    logits [rows, vocab]; token_ids [rows, length] known tokens, the prompt's first; num_prompt, num_known [rows].
+    Repetition looks at prompt and output (as Qwen's and Hugging Face's code does), the other two at the output.
+    """
+    rows, vocab = logits.shape
+    index = torch.arange(token_ids.shape[1], device=logits.device)[None, :]
+    known = index < num_known[:, None]
+    output = known & (index >= num_prompt[:, None])
+    ids = token_ids.long().clamp(0, vocab - 1)
+    seen = torch.zeros((rows, vocab), device=logits.device).scatter_add_(1, ids, known.float()) > 0
+    counts = torch.zeros((rows, vocab), device=logits.device).scatter_add_(1, ids, output.float())
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([getattr(one, name) for one in params], device=logits.device)[:, None]
+
+    repetition = column("repetition_penalty")
+    logits.copy_(torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits))
+    logits -= column("frequency_penalty") * counts + column("presence_penalty") * (counts > 0)
+
+
+def top_logprobs(logits: Tensor, chosen: Tensor, counts: list[int]) -> list[TokenLogprobs]:
+    """Log-probabilities of the model's own distribution, before temperature, penalties and cuts.
+
+    logits [rows, vocab], chosen int64 [rows]; row r reports counts[r] alternatives.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    picked = logprobs.gather(-1, chosen[:, None])
+    ranks = (logprobs > picked).sum(-1) + 1
+    top = logprobs.topk(max(1, *counts), dim=-1)
+    return [
+        TokenLogprobs(token, logprob, rank, ids[:count], values[:count])
+        for token, logprob, rank, ids, values, count in zip(
+            chosen.tolist(),
+            picked[:, 0].tolist(),
+            ranks.tolist(),
+            top.indices.tolist(),
+            top.values.tolist(),
+            counts,
+            strict=True,
+        )
+    ]

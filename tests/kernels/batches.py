@@ -1,0 +1,50 @@
+"""Random paged batches for tests of ops: rows of several lengths, blocks in a shuffled order."""
+
+from __future__ import annotations
+
+import torch
+
+from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+
+
+def make_batch(
+    rows: list[tuple[int, int]],
+    shape: HeadShape,
+    *,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    logn: bool = False,
+) -> tuple[AttentionBatch, LayerCache]:
+    """``rows`` are (tokens in the cache before, new tokens). The cache is full of random keys and values."""
+    contexts = [start + new for start, new in rows]
+    width = max(-(-context // block_size) for context in contexts) + 1
+    num_blocks = sum(-(-context // block_size) for context in contexts) + 2
+    order = torch.randperm(num_blocks).tolist()
+    tables = torch.full((len(rows), width), -1, dtype=torch.int32)
+    positions, token_rows, slots, starts = [], [], [], [0]
+    for row, (start, new) in enumerate(rows):
+        count = -(-contexts[row] // block_size)
+        blocks = [order.pop() for _ in range(count)]
+        tables[row, :count] = torch.tensor(blocks, dtype=torch.int32)
+        for position in range(start, start + new):
+            positions.append(position)
+            token_rows.append(row)
+            slots.append(blocks[position // block_size] * block_size + position % block_size)
+        starts.append(len(positions))
+    angles = torch.tensor(positions)[:, None] / (100.0 ** (torch.arange(shape.head_dim // 2) / shape.head_dim * 2))
+    size = (num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
+    cache = LayerCache(torch.randn(size).to(dtype).to(device), torch.randn(size).to(dtype).to(device))
+    batch = AttentionBatch(
+        positions=torch.tensor(positions, dtype=torch.int32, device=device),
+        cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1).float().to(device),
+        q_scale=(1 + torch.rand(len(positions))).to(device) if logn else None,
+        token_rows=torch.tensor(token_rows, dtype=torch.int32, device=device),
+        row_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        block_tables=tables.to(device),
+        cache_slots=torch.tensor(slots, dtype=torch.int64, device=device),
+        max_row_tokens=max(new for _, new in rows),
+        max_context=max(contexts),
+    )
+    return batch, cache
