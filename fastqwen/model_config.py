@@ -103,8 +103,8 @@ class Fields:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or value != int(value)
             or not low <= value <= high
+            or value != int(value)
         ):
             raise BadCheckpoint(
                 f"{self.source}: {keys[0]} is {_short(value)}, expected a whole number from {low} to {high}"
