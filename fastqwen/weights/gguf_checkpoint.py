@@ -15,7 +15,7 @@ import numpy as np
 
 from fastqwen import models
 from fastqwen.errors import BadCheckpoint, Unsupported
-from fastqwen.model_config import ModelConfig, RopeConfig, parse_config
+from fastqwen.model_config import ModelConfig, RopeConfig
 from fastqwen.models.names import Names
 from fastqwen.weights.gguf_file import GgufFile, short
 
@@ -118,7 +118,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     if values.get("num_experts"):
         values.update(_expert_facts(file, architecture, values))
     values["rope_scaling"] = _rope_scaling(file, architecture)
-    config = parse_config(values, str(file.path))
+    config = models.parse_config(values, str(file.path))
     _check_heads(file, architecture, config)
     if ROPE_FACTORS in file.tensors:
         config = msgspec.structs.replace(config, rope=_with_factors(file, config))

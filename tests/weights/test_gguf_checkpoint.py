@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastqwen.build import build_decoder
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.layers.rotary import inverse_frequencies
 from fastqwen.model_config import ModelConfig, RopeConfig
-from fastqwen.weights.build import build_decoder
 from fastqwen.weights.gguf_checkpoint import MODEL_TYPES, GgufCheckpoint, config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.source import Weights

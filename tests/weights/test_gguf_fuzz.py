@@ -15,10 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastqwen.build import build_decoder
 from fastqwen.errors import FastqwenError
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.text.gguf_tokenizer import tokenizer_from_gguf
-from fastqwen.weights.build import build_decoder
 from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.source import Weights
