@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +225,9 @@ def test_a_newline_in_a_name_does_not_break_the_line(path: Path) -> None:
     with pytest.raises(BadCheckpoint) as caught:
         GgufFile(write_gguf(path, {}, {"evil\nname": tensor}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_models_sizes_are_read_without_torch() -> None:
+    code = "import sys, fastqwen.weights.gguf_checkpoint, fastqwen.text.gguf_tokenizer; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import gguf
 import numpy as np
 import pytest
@@ -38,6 +40,16 @@ def test_the_chunk_size_does_not_show(type_name: str, monkeypatch: pytest.Monkey
     whole = unpack(type_name, tensor.data)
     monkeypatch.setattr(gguf_types, "CHUNK_ELEMENTS", 600)  # no whole number of blocks, and a rest at the end
     np.testing.assert_array_equal(unpack(type_name, tensor.data), whole)
+
+
+@pytest.mark.parametrize("number", TYPES, ids=lambda number: TYPES[number].name)
+def test_memory_stays_near_the_output(number: int) -> None:
+    tensor = random_tensor(TYPES[number].name, (4096, 4096))
+    tracemalloc.start()
+    out_bytes = unpack(tensor.type_name, tensor.data).nbytes
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1.1 * out_bytes
 
 
 def test_the_names_of_refused_types_are_right() -> None:
