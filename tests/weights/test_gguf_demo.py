@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+from fastqwen.build import build_decoder
 from fastqwen.kernels import AttentionBatch, LayerCache
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary import inverse_frequencies
 from fastqwen.model_config import ModelConfig
 from fastqwen.text.gguf_tokenizer import text_facts, tokenizer_from_gguf
-from fastqwen.weights.build import build_decoder
 from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.source import Weights
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "smollm2" / "golden.json"
-
 
 @pytest.fixture(scope="module")
-def demo_gguf() -> Path:
-    return Path(os.environ["FASTQWEN_DEMO_GGUF"])
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+def reference(golden: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((golden / "smollm2" / "golden.json").read_text(encoding="utf-8"))
     return values
 
 
@@ -51,8 +43,8 @@ def test_the_gguf_package_sees_the_same_file(demo_gguf: Path, file: GgufFile) ->
     }
 
 
-def test_tensors(file: GgufFile, golden: dict[str, Any]) -> None:
-    for expected in golden["dequant"]:
+def test_tensors(file: GgufFile, reference: dict[str, Any]) -> None:
+    for expected in reference["dequant"]:
         tensor = file.read(expected["name"])
         assert list(tensor.shape) == expected["shape_rows_cols"]
         assert file.tensors[expected["name"]].type.name == expected["type"]
@@ -62,9 +54,9 @@ def test_tensors(file: GgufFile, golden: dict[str, Any]) -> None:
         assert tensor.double().abs().sum().item() == pytest.approx(expected["abs_sum"], rel=1e-12)
 
 
-def test_config(file: GgufFile, golden: dict[str, Any]) -> None:
+def test_config(file: GgufFile, reference: dict[str, Any]) -> None:
     config = config_from_gguf(file)
-    expected = golden["config"]
+    expected = reference["config"]
     assert config.model_type == "llama"
     assert config.hidden_size == expected["hidden_size"]
     assert config.intermediate_size == expected["intermediate_size"]
@@ -78,23 +70,23 @@ def test_config(file: GgufFile, golden: dict[str, Any]) -> None:
     assert config.vocab_size == expected["vocab_size"]
     assert config.tie_word_embeddings is expected["tie_word_embeddings"]
     assert config.rope.theta == expected["rope_theta"]
-    assert config.eos_token_ids == (golden["special"]["eos"],)
+    assert config.eos_token_ids == (reference["special"]["eos"],)
 
 
-def test_tokenizer(file: GgufFile, golden: dict[str, Any]) -> None:
+def test_tokenizer(file: GgufFile, reference: dict[str, Any]) -> None:
     tokenizer = tokenizer_from_gguf(file.metadata, "demo")
-    for case in golden["tokenizer"]:
+    for case in reference["tokenizer"]:
         assert tokenizer.encode(case["text"]).ids == case["ids"], case["text"]
         assert tokenizer.decode(case["ids"], skip_special_tokens=False) == case["text"]
-    for chat in golden["chats"]:
+    for chat in reference["chats"]:
         assert tokenizer.encode(chat["rendered"]).ids == chat["prompt_ids"]
         answer = chat["greedy_ids_64_not_stopping_at_eos"][: chat["eos_index"]]
         assert tokenizer.decode(answer) == chat["answer"]
 
 
-def test_text_facts(file: GgufFile, golden: dict[str, Any]) -> None:
-    facts, special = text_facts(file.metadata), golden["special"]
-    assert facts.chat_template == golden["chat_template"]
+def test_text_facts(file: GgufFile, reference: dict[str, Any]) -> None:
+    facts, special = text_facts(file.metadata), reference["special"]
+    assert facts.chat_template == reference["chat_template"]
     assert (facts.bos_token_id, facts.eos_token_id, facts.pad_token_id) == (
         special["bos"],
         special["eos"],
@@ -126,12 +118,12 @@ def predictions(decoder: Decoder, config: ModelConfig, ids: list[int]) -> list[i
     return decoder.logits(hidden).argmax(dim=-1).tolist()
 
 
-def test_a_greedy_answer(file: GgufFile, golden: dict[str, Any]) -> None:
+def test_a_greedy_answer(file: GgufFile, reference: dict[str, Any]) -> None:
     """Wrong row order in q and k, or a wrong tensor anywhere, would not survive this."""
     config = config_from_gguf(file)
     weights = Weights(GgufCheckpoint(file, config), torch.float32, torch.device("cpu"))
     decoder = build_decoder(config, weights, ReferenceOps())
-    chat = min(golden["chats"], key=lambda chat: len(chat["prompt_ids"]))
+    chat = min(reference["chats"], key=lambda chat: len(chat["prompt_ids"]))
     answer = chat["greedy_ids_64_not_stopping_at_eos"][: chat["eos_index"] + 1]
     found = predictions(decoder, config, chat["prompt_ids"] + answer[:-1])
     assert found[len(chat["prompt_ids"]) - 1 :] == answer
