@@ -22,19 +22,19 @@ def pack(rows: list[Row], slots: Slots, *, block_size: int, logn_len: int | None
     token_rows = torch.repeat_interleave(torch.arange(len(rows), device=device), counts, output_size=num_tokens)
     positions = torch.arange(num_tokens, device=device) - row_starts[token_rows] + starts[token_rows]
     token_slots = row_slots[token_rows]
-    max_context = max(row.start + row.num_tokens for row in rows)
     blocks = slots.block_tables[token_slots, positions // block_size].long()
     return slots.token_ids[token_slots, positions], AttentionBatch(
         positions=positions.int(),
         cos_sin=cos_sin(positions, slots.inverse_frequencies[token_slots], slots.rope_scale[token_slots]),
         q_scale=None if logn_len is None else logn_scale(positions, logn_len),
-        token_rows=token_rows.int(),
+        token_tables=token_slots.int(),
+        table_rows=row_slots.int(),
         row_starts=row_starts.int(),
         context_lens=(starts + counts).int(),
-        block_tables=slots.block_tables[row_slots, : -(-max_context // block_size)].contiguous(),
+        block_tables=slots.block_tables,
         cache_slots=blocks * block_size + positions % block_size,
+        num_decode_rows=next((index for index, row in enumerate(rows) if row.num_tokens > 1), len(rows)),
         max_row_tokens=max(row.num_tokens for row in rows),
-        max_context=max_context,
     )
 
 
