@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +15,8 @@ from fastqwen.runner.slots import Slots
 def pack(rows: list[Row], slots: Slots, *, block_size: int, logn_len: int | None) -> tuple[Tensor, AttentionBatch]:
     """The ids of a step's tokens, int32 [tokens], and where they belong. Rows follow each other in order."""
     device = slots.token_ids.device
-    host = torch.tensor([(row.slot, row.start, row.num_tokens) for row in rows], dtype=torch.int64)
-    row_slots, starts, counts = host.to(device, non_blocking=True).unbind(1)
+    host = np.array([(row.slot, row.start, row.num_tokens) for row in rows], dtype=np.int64)
+    row_slots, starts, counts = slots.upload(host).unbind(1)
     row_starts = torch.zeros(len(rows) + 1, dtype=torch.int64, device=device)
     torch.cumsum(counts, 0, out=row_starts[1:])
     num_tokens = sum(row.num_tokens for row in rows)
