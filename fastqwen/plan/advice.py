@@ -10,8 +10,8 @@ import msgspec
 
 from fastqwen.errors import BadConfig
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan.catalog import Entry, catalog, sibling_of
-from fastqwen.plan.engine import choose_dtype, gpu_budget_bytes
+from fastqwen.plan.catalog import Entry, Found, catalog, sibling_of
+from fastqwen.plan.engine import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts, EngineProfile
 from fastqwen.plan.gpus import Target
 from fastqwen.plan.memory import Load, Need, predict
@@ -22,18 +22,15 @@ USEFUL_TOKENS = 2048  # advice does not go below this context
 LIST_TOKENS = 8192  # the list asks for a model's own length, but for no more than this
 LENGTH_STEP = 256  # lengths that are advised are multiples of this
 TIGHT_UTILIZATION = 0.99
-TIGHT_NUM_SEQS = 16
+TIGHT_NUM_SEQS = 4
 UTILIZATION = 0.9
 MOST_GPUS = 16
 MOST_TOKENS = 2**24
 
 
-class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user wants to run, and on what."""
+class Wishes(msgspec.Struct, frozen=True, kw_only=True):
+    """How to run: what the flags say."""
 
-    model: ModelConfig
-    name: str
-    facts: DeviceFacts
     dtype: str = "auto"
     max_model_len: int | None = None  # None: the length that the model was trained for
     concurrency: int = 1
@@ -42,9 +39,28 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     eager: bool = False
     utilization: float = UTILIZATION
     max_num_seqs: int | None = None
-    weights_bytes: int | None = None
-    entry: Entry | None = None
     profile: EngineProfile | None = None
+
+
+class Question(Wishes, frozen=True, kw_only=True):
+    """What to run, how, and on what."""
+
+    model: ModelConfig
+    name: str
+    facts: DeviceFacts
+    weights_bytes: int | None = None  # of a file, where config.json does not tell
+    entry: Entry | None = None
+
+    @classmethod
+    def of(cls, wishes: Wishes, found: Found, facts: DeviceFacts) -> Question:
+        return cls(
+            **msgspec.structs.asdict(wishes),
+            model=found.model,
+            name=found.name,
+            facts=facts,
+            weights_bytes=found.weights_bytes,
+            entry=found.entry,
+        )
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +78,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     device: str
+    on_cpu: bool
     engine: str
     dtype: str
     kv_cache_dtype: str
@@ -119,12 +136,9 @@ def need_of(question: Question) -> Need:
     return predict(question.model, load, profile, question.facts)
 
 
-def budget_bytes(question: Question) -> int:
-    return gpu_budget_bytes(question.utilization, question.facts)
-
-
 def is_fitting(question: Question) -> bool:
-    return need_of(question).total <= budget_bytes(question)
+    need = need_of(question)
+    return need.total <= budget_bytes(need, question.facts, question.utilization)
 
 
 def largest_context(question: Question) -> int:
@@ -134,26 +148,30 @@ def largest_context(question: Question) -> int:
 
 def most_sequences(question: Question) -> int:
     """Sequences of the question's length that fit at once."""
-    need = need_of(question)
     load, profile, _ = resolve(question)
     block = profile.block_size
+    need = need_of(msgspec.structs.replace(question, concurrency=1))
     each = ceil(load.max_model_len / block) * block * need.kv_bytes_per_token
-    guess = max(0, (budget_bytes(question) - need.fixed) // each)
-    # More sequences than --max-num-seqs need state and rows of their own, so the guess may be a little high.
-    return _largest(question, "concurrency", guess) if guess else 0
+    room = budget_bytes(need, question.facts, question.utilization) - need.fixed
+    # The cache alone bounds it; beyond --max-num-seqs each sequence also needs state and a row of logits.
+    return _largest(question, "concurrency", max(0, room // each))
 
 
 def answer(question: Question, target: Target | None = None) -> Answer:
     load, profile, notices = resolve(question)
     need = predict(question.model, load, profile, question.facts)
-    fits = need.total <= budget_bytes(question)
+    budget = budget_bytes(need, question.facts, question.utilization)
+    fits = need.total <= budget
     changes = () if fits else tuple(advise(question))
+    # The list of changes starts with what the model needs least for; if that is its own length, tightly, it runs.
     own = changes[0] if changes and changes[0].tight and changes[0].max_model_len == load.max_model_len else None
+    runs = fits or own is not None
     chosen = command(question) if fits else changes[0].command if changes else None
     slow, fast = (target.slow, target.fast) if target is not None else (question.facts, question.facts)
     return Answer(
         model=question.name,
         device=target.label if target is not None else question.facts.name,
+        on_cpu=question.facts.kind == "cpu",
         engine=profile.name,
         dtype=load.dtype,
         kv_cache_dtype=load.kv_cache_dtype,
@@ -161,17 +179,17 @@ def answer(question: Question, target: Target | None = None) -> Answer:
         max_model_len=load.max_model_len,
         concurrency=load.concurrency,
         need=need,
-        budget_bytes=budget_bytes(question),
+        budget_bytes=budget,
         device_bytes=question.facts.total_bytes,
         utilization=question.utilization,
-        fits=fits or own is not None,
+        fits=runs,
         tight=bool(changes) and changes[0].tight,
         largest_context=largest_context(question),
         most_sequences=most_sequences(question),
         command=chosen,
         changes=changes,
-        speed_single=decode_speed(question.model, load, slow, fast, batch=1),
-        speed_concurrent=decode_speed(question.model, load, slow, fast, batch=load.concurrency),
+        speed_single=decode_speed(question.model, load, slow, fast, batch=1) if runs else None,
+        speed_concurrent=decode_speed(question.model, load, slow, fast, batch=load.concurrency) if runs else None,
         notices=tuple(notices),
     )
 
@@ -194,25 +212,19 @@ def advise(question: Question) -> list[Change]:
     return found
 
 
-def list_models(target: Target, *, base: Question | None = None) -> list[Answer]:
-    """What runs on a device: every published model at its own length, but at most LIST_TOKENS, unless a length is wished.
-
-    ``base`` carries the wishes; its model is not looked at.
-    """
+def list_models(target: Target, wishes: Wishes | None = None) -> list[Answer]:
+    """What runs on a device: every published model at its own length, but at most LIST_TOKENS, unless one is wished."""
+    wishes = wishes or Wishes()
     answers = []
     for entry in catalog().models:
         model = catalog().model(entry)
-        wished = base.max_model_len if base is not None else None
-        length = wished or min(trained_len(model), LIST_TOKENS)
+        length = wishes.max_model_len or min(trained_len(model), LIST_TOKENS)
         if length > model.default_max_len:
             continue
-        question = Question(model=model, name=entry.name, facts=target.facts, entry=entry, max_model_len=length)
-        if base is not None:
-            question = msgspec.structs.replace(
-                base, model=model, name=entry.name, entry=entry, max_model_len=length, facts=target.facts
-            )
+        asked = msgspec.structs.replace(wishes, max_model_len=length)
+        question = Question.of(asked, Found(model=model, name=entry.name, entry=entry), target.facts)
         try:
-            answers.append(_listed(question, target, length_asked=wished is not None))
+            answers.append(_listed(question, target, length_asked=wishes.max_model_len is not None))
         except BadConfig:  # this model's heads do not split over that many GPUs
             continue
     return answers
@@ -225,7 +237,7 @@ def command(question: Question) -> str:
     if load.max_model_len != question.model.default_max_len:
         words += ["--max-model-len", str(load.max_model_len)]
     if load.num_gpus > 1:
-        words += ["--num-gpus", str(load.num_gpus)]
+        words += ["--tensor-parallel-size", str(load.num_gpus)]
     if question.dtype != "auto":
         words += ["--dtype", load.dtype]
     if load.kv_cache_dtype != "auto":
@@ -278,8 +290,12 @@ def _candidates(question: Question) -> Iterator[tuple[str, Question, bool]]:
         length = packed_shorter.max_model_len
         yield f"the Int4 version, {packed_shorter.name}, with a context of {length} tokens", packed_shorter, False
     if on_gpu:
-        yield "nearly all of the card, no CUDA graphs, few sequences", _tight(question), True
-        yield from _more_gpus(question)
+        tight = _tight(question)
+        yield "nearly all of the card, no CUDA graphs, few sequences", tight, True
+        tight_shorter = _shorter(tight)
+        if tight_shorter is not None:
+            yield f"nearly all of the card for a context of {tight_shorter.max_model_len} tokens", tight_shorter, True
+        yield from _more_gpus(question, packed)
 
 
 def _shorter(question: Question) -> Question | None:
@@ -315,17 +331,21 @@ def _tight(question: Question) -> Question:
     )
 
 
-def _more_gpus(question: Question) -> Iterator[tuple[str, Question, bool]]:
+def _more_gpus(question: Question, packed: Question | None) -> Iterator[tuple[str, Question, bool]]:
+    """Twice as many and so on, until the model fits as it is; fewer GPUs with the Int4 version come before that."""
+    replace = msgspec.structs.replace
     count = question.num_gpus * 2
     while count <= MOST_GPUS:
-        changed = msgspec.structs.replace(question, num_gpus=count)
         try:
             check_num_gpus(question.model, count)
         except BadConfig:
             return
-        if is_fitting(changed):
-            yield f"{count} GPUs", changed, False
+        whole = replace(question, num_gpus=count)
+        if is_fitting(whole):
+            yield f"{count} GPUs", whole, False
             return
+        if packed is not None:
+            yield f"{count} GPUs and the Int4 version, {packed.name}", replace(packed, num_gpus=count), False
         count *= 2
 
 

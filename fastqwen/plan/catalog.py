@@ -1,19 +1,17 @@
-"""From what the user calls a model to its sizes, without its weights: a published name, a folder, a GGUF file, a hub name."""
+"""The published Qwen models: from a name to its sizes, without asking anyone."""
 
 from __future__ import annotations
 
 import functools
 import re
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from fastqwen.errors import BadConfig, ModelNotFound, Unsupported
-from fastqwen.model_config import ModelConfig, parse_config, read_config, read_json
+from fastqwen.errors import BadConfig, Unsupported
+from fastqwen.model_config import ModelConfig, parse_config
 from fastqwen.plan.gpus import DATA
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _QUANTIZED = re.compile(r"-(GPTQ-Int4|GPTQ-Int8|Int4|Int8|AWQ|FP8)$")
 QUANTIZATION_WORDS = {
     "none": None,
@@ -79,19 +77,9 @@ def catalog() -> Catalog:
     return msgspec.json.decode((DATA / "models.json").read_bytes(), type=Catalog)
 
 
-def find_model(text: str) -> Found:
-    """Raises ModelNotFound, BadCheckpoint or Unsupported."""
-    path = Path(text).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, text)
-    if path.is_dir():
-        return Found(model=read_config(path), name=text)
+def find_published(text: str) -> Found | None:
     entry = published(text)
-    if entry is not None:
-        return Found(model=catalog().model(entry), name=entry.name, entry=entry)
-    if not _HUB_NAME.fullmatch(text) or ".." in text:
-        raise ModelNotFound(f"there is no folder, .gguf file or published Qwen model {text!r}, and it is no hub name")
-    return Found(model=parse_config(_hub_config(text), f"{text}: config.json"), name=text)
+    return None if entry is None else Found(model=catalog().model(entry), name=entry.name, entry=entry)
 
 
 def published(text: str) -> Entry | None:
@@ -159,31 +147,3 @@ def _quantization_of(model: ModelConfig) -> str | None:
 
 def _key(name: str) -> str:
     return name.strip().lower().removeprefix("qwen/").replace("_", ".").replace(" ", "-")
-
-
-def _from_gguf(path: Path, text: str) -> Found:
-    from fastqwen.weights.gguf_checkpoint import config_from_gguf
-    from fastqwen.weights.gguf_file import GgufFile
-
-    return Found(model=config_from_gguf(GgufFile(path)), name=text, weights_bytes=path.stat().st_size)
-
-
-def _hub_config(name: str) -> dict[str, Any]:
-    """Only config.json, from the cache or the hub. Raises ModelNotFound, saying what to do."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        return read_json(Path(hf_hub_download(name, "config.json")))
-    except GatedRepoError:
-        raise ModelNotFound(f"{name} asks for an account: accept its terms on the hub and set HF_TOKEN") from None
-    except RepositoryNotFoundError:
-        raise ModelNotFound(f"there is no model {name!r} on the hub (a private one needs HF_TOKEN)") from None
-    except Exception as error:  # the hub's client raises its own errors and those of whichever HTTP library it uses
-        if isinstance(error, ModelNotFound):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise ModelNotFound(
-            f"{name}: config.json is not in the cache and the hub cannot be reached ({reason}): "
-            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder"
-        ) from None

@@ -9,7 +9,6 @@ from fastqwen.errors import BadConfig, DoesNotFit
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts, EngineProfile
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
-from fastqwen.plan.weights import weights_bytes
 
 CPU_KV_BYTES = 4 * GIB
 MIN_BF16_CAPABILITY = (8, 0)
@@ -75,10 +74,8 @@ def make_plan(
         )
     need = predict(model, _load_of(config, profile, dtype, wished_len), profile, facts)
     kv_bytes = config.kv_cache_memory_bytes or available_kv_bytes
-    if kv_bytes is None and on_cpu:
-        kv_bytes = max(0, min(CPU_KV_BYTES, (facts.free_bytes - need.weights) // 2))
     if kv_bytes is None:
-        kv_bytes = max(0, gpu_budget_bytes(config.gpu_memory_utilization, facts) - need.fixed)
+        kv_bytes = max(0, budget_bytes(need, facts, config.gpu_memory_utilization) - need.fixed)
     num_blocks = min(kv_bytes // (per_token * block_size), max_num_seqs * -(-wished_len // block_size))
     room = num_blocks * block_size
     if room < wished_len:
@@ -102,8 +99,10 @@ def make_plan(
     )
 
 
-def gpu_budget_bytes(utilization: float, facts: DeviceFacts) -> int:
-    """What the engine may take: its share of the memory, and no more than is free."""
+def budget_bytes(need: Need, facts: DeviceFacts, utilization: float) -> int:
+    """What the engine may take: its share of a GPU; on a CPU, where other programs live, a cache of bounded size."""
+    if facts.kind == "cpu":
+        return need.fixed + max(0, min(CPU_KV_BYTES, (facts.free_bytes - need.weights) // 2))
     return min(int(facts.total_bytes * utilization), facts.free_bytes)
 
 
@@ -122,6 +121,7 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
     if facts.kind == "cpu":
         return f"use --max-model-len {max(room, 0)} or less"
     from fastqwen.plan.advice import Question, advise
+    from fastqwen.plan.catalog import published
 
     question = Question(
         model=model,
@@ -131,6 +131,8 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
         max_model_len=config.max_model_len,
         utilization=config.gpu_memory_utilization,
         eager=config.enforce_eager,
+        max_num_seqs=config.max_num_seqs,
+        entry=published(config.model),
     )
     changes = advise(question)
     return f"use {changes[0].command}" if changes else "use a smaller model or a larger GPU"

@@ -13,6 +13,7 @@ from fastqwen.plan.weights import (
     check_num_gpus,
     kv_heads_per_gpu,
     largest_unpacked_bytes,
+    num_dense_layers,
     num_tensors,
     weights_bytes,
 )
@@ -135,7 +136,7 @@ def activation_bytes_per_token(model: ModelConfig, num_gpus: int, element: int) 
     keys_values = 2 * kv_heads_per_gpu(model, num_gpus) * model.head_dim
     attention = 3 * hidden + (queries + keys_values) + 2 * queries  # q, k, v; rotated q; what attention returns
     feed_forward = 0
-    if model.num_dense_layers:
+    if num_dense_layers(model):
         feed_forward = 3 * hidden + 3 * ceil(model.intermediate_size / num_gpus)  # gate and up; their product
     if model.moe is not None:
         moe = model.moe

@@ -46,13 +46,17 @@ def kv_heads_per_gpu(model: ModelConfig, num_gpus: int) -> int:
     return max(1, model.num_kv_heads // num_gpus)
 
 
+def num_dense_layers(model: ModelConfig) -> int:
+    return model.num_layers - (len(model.moe.sparse_layers) if model.moe is not None else 0)
+
+
 def matrices(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
     hidden, layers = model.hidden_size, model.num_layers
     queries = model.q_size // num_gpus
     qkv = queries + 2 * kv_heads_per_gpu(model, num_gpus) * model.head_dim
     yield Matrix(layers, hidden, qkv, model.qkv_bias)
     yield Matrix(layers, queries, hidden, model.o_bias)
-    dense = model.num_dense_layers
+    dense = num_dense_layers(model)
     if dense:
         yield from _mlp(dense, hidden, ceil(model.intermediate_size / num_gpus), model.mlp_bias)
     moe = model.moe
