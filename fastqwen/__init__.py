@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any
 from fastqwen.version import __version__
 
 if TYPE_CHECKING:
+    from fastqwen.llm import LLM
+    from fastqwen.outputs import CompletionOutput, Logprob, RequestOutput
     from fastqwen.records import SamplingParams
 
-__all__ = ["SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
 
-_HOME = {"SamplingParams": "fastqwen.records"}
+_HOME = {
+    "LLM": "fastqwen.llm",
+    "SamplingParams": "fastqwen.records",
+    "RequestOutput": "fastqwen.outputs",
+    "CompletionOutput": "fastqwen.outputs",
+    "Logprob": "fastqwen.outputs",
+}
 
 
 def __getattr__(name: str) -> Any:

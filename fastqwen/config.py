@@ -56,7 +56,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         bool, option("Accepted for compatibility. Nothing needs it: a checkpoint's code is never run.")
     ] = False
     revision: Annotated[str | None, option("Branch, tag or commit on the hub.")] = None
-    seed: Annotated[int, option("Seed for requests that bring none; dummy weights use it as well.")] = 0
+    seed: Annotated[
+        int | None, option("Makes requests that bring no seed repeatable, in their order; seeds dummy weights as well.")
+    ] = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_threads", "kv_cache_memory_bytes"):

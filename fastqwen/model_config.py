@@ -103,8 +103,8 @@ class Fields:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or value != int(value)
             or not low <= value <= high
+            or value != int(value)
         ):
             raise BadCheckpoint(
                 f"{self.source}: {keys[0]} is {_short(value)}, expected a whole number from {low} to {high}"
@@ -249,15 +249,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BadCheckpoint(f"{path} holds {type(values).__name__}, expected a JSON object")
     return values
-
-
-def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
-    """Normalise a config.json. Raises Unsupported for an unknown architecture, BadCheckpoint for a bad value."""
-    from fastqwen import models
-
-    return models.find_config(values, source)
-
-
-def read_config(folder: Path) -> ModelConfig:
-    path = folder / "config.json"
-    return parse_config(read_json(path), str(path))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from fastqwen.errors import BadCheckpoint, Unsupported
-from fastqwen.model_config import Fields, ModelConfig
+from fastqwen.model_config import Fields, ModelConfig, read_json
 
 
 def supported() -> list[str]:
@@ -27,7 +28,8 @@ def find(model_type: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def find_config(values: dict[str, Any], source: str) -> ModelConfig:
+def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
+    """Normalise a config.json. Raises Unsupported for an unknown architecture, BadCheckpoint for a bad value."""
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise BadCheckpoint(f"{source}: model_type is missing")
@@ -37,3 +39,8 @@ def find_config(values: dict[str, Any], source: str) -> ModelConfig:
         raise Unsupported(f"{source}: {error}") from None
     config: ModelConfig = module.parse(Fields(values, source))
     return config
+
+
+def read_config(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    return parse_config(read_json(path), str(path))

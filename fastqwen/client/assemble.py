@@ -1,0 +1,106 @@
+"""From one sequence's deltas to its text: decoding, stop strings, log-probabilities with their tokens' texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastqwen.outputs import CompletionOutput, Logprob
+from fastqwen.records import FinishReason, RequestDelta, SamplingParams, TokenLogprobs
+from fastqwen.text.detokenizer import Detokenizer
+from fastqwen.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Piece:
+    """What one delta added for the reader. ``abort`` asks the caller to end the sequence in the engine."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    abort: bool = False
+
+
+class Assembler:
+    """Feed it deltas until a piece has a finish_reason; ``output`` is the answer so far."""
+
+    def __init__(
+        self, index: int, sampling: SamplingParams, tokenizer: Tokenizer | None, stop_token_ids: list[int]
+    ) -> None:
+        self.output = CompletionOutput(index=index)
+        self.num_cached_tokens = 0
+        self._sampling = sampling
+        self._tokenizer = tokenizer
+        self._end_ids = frozenset(stop_token_ids) - frozenset(sampling.stop_token_ids)
+        self._detokenizer = None
+        if tokenizer is not None and sampling.detokenize:
+            self._detokenizer = Detokenizer(
+                tokenizer,
+                stop=sampling.stop_strings,
+                include_stop=sampling.include_stop_str_in_output,
+                skip_special_tokens=sampling.skip_special_tokens,
+                min_tokens=sampling.min_tokens,
+            )
+
+    def feed(self, delta: RequestDelta) -> Piece:
+        assert self.output.finish_reason is None, "a delta came after the end"
+        piece = Piece(
+            prompt_logprobs=None if delta.prompt_logprobs is None else self._named(delta.prompt_logprobs),
+            error=delta.error,
+        )
+        if delta.token_ids:
+            self.num_cached_tokens = delta.num_cached_tokens
+        for position, token_id in enumerate(delta.token_ids):
+            ends = delta.finish_reason == "stop" and position == len(delta.token_ids) - 1
+            piece.token_ids.append(token_id)
+            if delta.logprobs is not None:
+                piece.logprobs = (piece.logprobs or []) + self._named([delta.logprobs[position]])
+            piece.text += self._text_of(token_id, ends)
+            if self._detokenizer is not None and self._detokenizer.stopped_by is not None:
+                break
+        self._close(piece, delta)
+        self._append(piece, delta)
+        return piece
+
+    def _text_of(self, token_id: int, ends: bool) -> str:
+        if self._detokenizer is None or (ends and not self._sampling.include_stop_str_in_output):
+            return ""
+        return self._detokenizer.push(token_id)
+
+    def _close(self, piece: Piece, delta: RequestDelta) -> None:
+        stopped_by = None if self._detokenizer is None else self._detokenizer.stopped_by
+        if stopped_by is None and delta.finish_reason is not None and self._detokenizer is not None:
+            piece.text += self._detokenizer.finish()
+            stopped_by = self._detokenizer.stopped_by
+        if stopped_by is not None:
+            piece.finish_reason, piece.stop_reason = "stop", stopped_by
+            piece.abort = delta.finish_reason is None
+        elif delta.finish_reason is not None:
+            piece.finish_reason = delta.finish_reason
+            piece.stop_reason = None if delta.stop_reason in self._end_ids else delta.stop_reason
+
+    def _append(self, piece: Piece, delta: RequestDelta) -> None:
+        output = self.output
+        output.text += piece.text
+        output.token_ids += piece.token_ids
+        output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
+        if piece.logprobs is not None:
+            output.logprobs = (output.logprobs or []) + piece.logprobs
+            chosen = sum(one.logprob for one in (delta.logprobs or [])[: len(piece.token_ids)])
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + chosen
+
+    def _named(self, logprobs: list[TokenLogprobs]) -> list[dict[int, Logprob]]:
+        return [self._alternatives(one) for one in logprobs]
+
+    def _alternatives(self, one: TokenLogprobs) -> dict[int, Logprob]:
+        """The chosen token first, then the most likely ones, as vLLM orders them."""
+        found = {one.token_id: Logprob(one.logprob, one.rank, self._token_text(one.token_id))}
+        for rank, (token_id, logprob) in enumerate(zip(one.top_ids, one.top_logprobs, strict=True), start=1):
+            found.setdefault(token_id, Logprob(logprob, rank, self._token_text(token_id)))
+        return found
+
+    def _token_text(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)

@@ -1,0 +1,93 @@
+"""From what a caller asks to requests that the engine cannot refuse: all checks and all derived values are here."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from fastqwen.errors import BadRequest
+from fastqwen.records import EngineRequest, SamplingParams
+
+
+class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine said about itself when it was ready."""
+
+    max_model_len: int
+    vocab_size: int
+    stop_token_ids: list[int] = []
+
+
+def check_prompt(token_ids: list[int], limits: ModelLimits) -> None:
+    """Raises BadRequest for a prompt that is empty, too long, or has ids outside the vocabulary."""
+    if not token_ids:
+        raise BadRequest("the prompt is empty, at least one token is needed", "prompt")
+    if len(token_ids) >= limits.max_model_len:
+        raise BadRequest(
+            f"the prompt has {len(token_ids)} tokens, but the model's context is {limits.max_model_len} tokens, "
+            "prompt and answer together",
+            "prompt",
+            "context_length_exceeded",
+        )
+    if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
+        raise BadRequest(f"prompt token ids must be at least 0 and less than {limits.vocab_size}", "prompt")
+
+
+def check_sampling(sampling: SamplingParams, limits: ModelLimits) -> None:
+    for token_id in [*(sampling.logit_bias or ()), *sampling.stop_token_ids]:
+        if not 0 <= token_id < limits.vocab_size:
+            field = "stop_token_ids" if token_id in sampling.stop_token_ids else "logit_bias"
+            raise BadRequest(f"{field}: token id {token_id} is not in the vocabulary of {limits.vocab_size}", field)
+
+
+def prepare(
+    request_id: str,
+    token_ids: list[int],
+    sampling: SamplingParams,
+    limits: ModelLimits,
+    *,
+    seeds: random.Random,
+    priority: int = 0,
+    cache_salt: str = "",
+) -> list[EngineRequest]:
+    """One engine request for each of the ``n`` answers, with ids ``request_id-0`` and up.
+
+    An answer that would grow past the model's length ends there. A request without a seed gets one from ``seeds``, so
+    that it can be replayed. Raises BadRequest.
+    """
+    check_prompt(token_ids, limits)
+    check_sampling(sampling, limits)
+    room = limits.max_model_len - len(token_ids)
+    max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+    first_seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
+    stops = [] if sampling.ignore_eos else limits.stop_token_ids
+    arrival_s = time.monotonic()
+    return [
+        EngineRequest(
+            request_id=f"{request_id}-{index}",
+            prompt_token_ids=token_ids,
+            sampling=engine_sampling(sampling),
+            stop_token_ids=_unique([*stops, *sampling.stop_token_ids]),
+            max_tokens=max_tokens,
+            seed=_wrap_int64(first_seed + index),
+            priority=priority,
+            cache_salt=cache_salt,
+            arrival_s=arrival_s,
+        )
+        for index in range(sampling.n)
+    ]
+
+
+def engine_sampling(sampling: SamplingParams) -> SamplingParams:
+    """The part that concerns the engine: stop strings are found in text, and text is the client's."""
+    return msgspec.structs.replace(sampling, n=1, stop=[])
+
+
+def _unique(ids: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys(ids))
+
+
+def _wrap_int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63

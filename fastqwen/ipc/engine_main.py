@@ -1,0 +1,85 @@
+"""The engine process: ``python -m fastqwen.ipc.engine_main ADDRESS``. It ends when its parent does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import zmq
+
+from fastqwen.engine.core import EngineCore
+from fastqwen.errors import FastqwenError
+from fastqwen.ipc import wire
+
+log = logging.getLogger("fastqwen.engine")
+
+IDLE_WAIT_MS = 500  # also how often an idle engine shows that it lives
+
+
+def main(address: str) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     [engine] %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.set_hwm(0)
+    socket.connect(address)
+    try:
+        start = wire.to_engine.decode(socket.recv())
+        assert isinstance(start, wire.Start)
+        core = _start(socket, start)
+        if core is None:
+            return 1
+        _serve(socket, core)
+    finally:
+        socket.close()
+        context.term()
+    return 0
+
+
+def _start(socket: zmq.Socket[bytes], start: wire.Start) -> EngineCore | None:
+    from fastqwen.runner.start import start_engine
+
+    def progress(done: int, total: int) -> None:
+        socket.send(wire.encode(wire.Loading(done, total)))
+
+    try:
+        engine = start_engine(start.config, Path(start.path), progress)
+    except FastqwenError as error:
+        socket.send(wire.encode(wire.Failed(str(error))))
+        return None
+    socket.send(wire.encode(wire.Ready(engine.plan, engine.model)))
+    return engine.core
+
+
+def _serve(socket: zmq.Socket[bytes], core: EngineCore) -> None:
+    parent = os.getppid()
+    told_s = 0.0
+    while os.getppid() == parent:
+        _take_messages(socket, core, wait_ms=0 if core.has_work else IDLE_WAIT_MS)
+        deltas = core.step()
+        now_s = time.monotonic()
+        if deltas or now_s - told_s > IDLE_WAIT_MS / 1000:
+            socket.send(wire.encode(wire.Deltas(deltas, core.stats())))
+            told_s = now_s
+    log.info("the API process is gone, so the engine ends as well")
+
+
+def _take_messages(socket: zmq.Socket[bytes], core: EngineCore, wait_ms: int) -> None:
+    while socket.poll(wait_ms):
+        wait_ms = 0
+        message = wire.to_engine.decode(socket.recv())
+        if isinstance(message, wire.Add):
+            for request in message.requests:
+                core.add(request)
+        elif isinstance(message, wire.Abort):
+            for request_id in message.request_ids:
+                core.abort(request_id)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,73 @@
+"""From wishes to an engine that is ready to step: checkpoint, device, plan, decoder, executor, scheduler."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastqwen.build import build_decoder
+from fastqwen.config import EngineConfig
+from fastqwen.engine.blocks import BlockPool
+from fastqwen.engine.core import EngineCore
+from fastqwen.engine.scheduler import Scheduler
+from fastqwen.kernels import Ops
+from fastqwen.layers.decoder import Decoder
+from fastqwen.layers.rotary_key import rope_key
+from fastqwen.model_config import ModelConfig
+from fastqwen.plan import EnginePlan, make_plan
+from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts
+from fastqwen.runner.model_runner import ModelRunner
+from fastqwen.weights.checkpoint import Checkpoint, open_checkpoint
+from fastqwen.weights.source import DummyWeights, Weights
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Engine:
+    core: EngineCore
+    plan: EnginePlan
+    model: ModelConfig
+
+
+def start_engine(config: EngineConfig, path: Path, progress: Progress = lambda done, total: None) -> Engine:
+    """``progress`` is told after each layer how many of how many are loaded. Raises FastqwenError."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    dummy = config.load_format == "dummy"
+    checkpoint = open_checkpoint(path, with_tensors=not dummy)
+    device = choose_device(config)
+    plan = make_plan(checkpoint.model, config, device_facts(device))
+    for notice in plan.notices:
+        log.warning("%s", notice)
+    decoder = _load(config, checkpoint, plan, device, choose_ops(device), progress)
+    executor = ModelRunner(checkpoint.model, decoder, plan, device)
+    scheduler = Scheduler(
+        BlockPool(plan.num_blocks, plan.block_size),
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        rope_key_of=partial(rope_key, checkpoint.model.rope),
+    )
+    gc.collect()
+    gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
+    return Engine(EngineCore(scheduler, executor), plan, checkpoint.model)
+
+
+def _load(
+    config: EngineConfig, checkpoint: Checkpoint, plan: EnginePlan, device: torch.device, ops: Ops, progress: Progress
+) -> Decoder:
+    dtype = TORCH_DTYPES[plan.dtype]
+    if checkpoint.tensors is None:
+        weights: Weights = DummyWeights(dtype, device, config.seed or 0)
+    else:
+        weights = Weights(checkpoint.tensors, dtype, device)
+    return build_decoder(checkpoint.model, weights, ops, source=checkpoint.source, progress=progress)

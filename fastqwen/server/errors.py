@@ -1,0 +1,57 @@
+"""Every failure in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded
+from fastqwen.server.generation import GenerationFailed
+from fastqwen.server.state import UnknownModelName
+
+log = logging.getLogger("fastqwen.server")
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | int | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body for any exception. Ours get no details, but a traceback in the log."""
+    if isinstance(error, BadRequest):
+        return 400, error_body(str(error), "invalid_request_error", error.param, error.code)
+    if isinstance(error, UnknownModelName):
+        return 404, error_body(str(error), "invalid_request_error", "model", "model_not_found")
+    if isinstance(error, Overloaded):
+        return 429, error_body(str(error), "rate_limit_error", None, "overloaded")
+    if isinstance(error, EngineGone):
+        return 503, error_body(str(error), "service_unavailable", None, "engine_unavailable")
+    if isinstance(error, GenerationFailed):
+        return 500, error_body(str(error), "server_error", None, "engine_error")
+    if isinstance(error, FastqwenError):
+        return 400, error_body(str(error), "invalid_request_error")
+    log.error("a request failed because of a bug in fastqwen", exc_info=error)
+    return 500, error_body(
+        "the server failed on this request; its log says why", "server_error", None, "internal_error"
+    )
+
+
+def install(app: FastAPI) -> None:
+    async def on_error(request: Request, error: Exception) -> JSONResponse:
+        status, body = describe(error)
+        headers = {"Retry-After": "1"} if status in (429, 503) else None
+        return JSONResponse(body, status, headers)
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return JSONResponse(error_body(str(error.detail), kind), error.status_code, error.headers)
+
+    app.add_exception_handler(FastqwenError, on_error)
+    app.add_exception_handler(GenerationFailed, on_error)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_error)

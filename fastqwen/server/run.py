@@ -1,0 +1,176 @@
+"""``fastqwen serve``: bind first, then load, then serve; drain on the first signal, abort on the second."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from tqdm import tqdm
+
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadConfig, FastqwenError
+from fastqwen.hub import resolve
+from fastqwen.ipc.engine_client import EngineClient
+from fastqwen.ipc.wire import Ready
+from fastqwen.server.app import create_app
+from fastqwen.server.metrics import Metrics
+from fastqwen.server.state import ServerConfig, ServerState
+from fastqwen.text.load import TextTools, load_text
+from fastqwen.weights.checkpoint import open_checkpoint
+
+log = logging.getLogger("fastqwen.server")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything is loaded. Raises BadConfig that names address and port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen(2048)
+    except OSError as error:
+        bound.close()
+        raise BadConfig(
+            f"cannot listen on {host} port {port}: {error.strerror}; use --port to choose another"
+        ) from None
+    bound.setblocking(False)
+    return bound
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s", stream=sys.stderr)
+    bound = bind(config.host, config.port)
+    try:
+        path = resolve(
+            engine_config.model, revision=engine_config.revision, weights=engine_config.load_format != "dummy"
+        )
+        model = open_checkpoint(path, with_tensors=False).model
+        text = load_text(path, model, engine_config)
+        if engine_config.trust_remote_code:
+            log.info("--trust-remote-code has no effect: nothing needs it, a checkpoint's code is never run")
+        return asyncio.run(_serve(engine_config, config, path, text, bound))
+    finally:
+        bound.close()
+
+
+async def _serve(
+    engine_config: EngineConfig, config: ServerConfig, path: Path, text: TextTools, bound: socket.socket
+) -> int:
+    address = f"http://{config.host}:{bound.getsockname()[1]}"
+    bar = _LoadingBar()
+
+    def on_ready(ready: Ready) -> None:
+        bar.close()
+        text.tokenizer.limit_length(ready.plan.max_model_len)
+        log.info(
+            "%s is ready: %s, context %d tokens, KV cache %d tokens. API %s/v1, documentation %s/docs",
+            engine_config.served_names[0],
+            ready.plan.dtype,
+            ready.plan.max_model_len,
+            ready.plan.num_blocks * ready.plan.block_size,
+            address,
+            address,
+        )
+
+    engine = EngineClient(engine_config, path, on_loading=bar.update, on_ready=on_ready)
+    metrics = Metrics(engine_config.served_names[0])
+    seeds = random.Random(engine_config.seed)  # noqa: S311 not a secret
+    state = ServerState(engine, engine_config, text, config, metrics, seeds)
+    server = _Server(state)
+    engine.start()
+    failing = asyncio.create_task(_stop_on_failure(engine, server))
+    try:
+        await server.serve(sockets=[bound])
+    finally:
+        failing.cancel()
+        bar.close()
+        await engine.stop()
+        state.workers.shutdown(wait=False, cancel_futures=True)
+    if engine.failure:
+        raise FastqwenError(engine.failure)
+    return 0
+
+
+async def _stop_on_failure(engine: EngineClient, server: _Server) -> None:
+    try:
+        await engine.wait_ready()
+        while engine.state != "failed":
+            await asyncio.sleep(1.0)
+    except FastqwenError:
+        pass
+    server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but the first signal lets running requests finish while new ones are told to go elsewhere."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        super().__init__(
+            uvicorn.Config(
+                create_app(state),
+                log_level="info",
+                access_log=state.config.access_log,
+                timeout_graceful_shutdown=2,
+                timeout_keep_alive=30,
+                server_header=False,
+                h11_max_incomplete_event_size=64 * 2**10,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if self._state.draining:
+            log.info("second signal: running requests are aborted")
+            self.should_exit = self.force_exit = True
+            return
+        self._state.draining = True
+        if self._state.num_active:
+            log.info("finishing %d running requests; a second signal aborts them", self._state.num_active)
+        self._drain_task = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        deadline_s = asyncio.get_running_loop().time() + self._state.config.drain_timeout_s
+        while self._state.num_active and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(0.05)
+        if self._state.num_active:
+            log.warning("%d requests did not finish in time and are aborted", self._state.num_active)
+        self.should_exit = True
+
+
+class _LoadingBar:
+    """Appears when loading takes longer than a second."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc="Loading layers", unit="layer", leave=False, delay=1.0)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

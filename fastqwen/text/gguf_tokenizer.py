@@ -1,0 +1,189 @@
+"""The tokenizer that a GGUF's metadata describes: byte-level BPE, from its tokens and merges."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from fastqwen.errors import BadCheckpoint, Unsupported
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+
+# How text is cut into words before merges apply, by tokenizer.ggml.pre. The patterns are GPT-2's, and what the tokenizer.json
+# of Qwen2 and of Llama 3 contain.
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+class _Kind(NamedTuple):
+    pattern: str | None  # None: GPT-2's, which the library has
+    digits_alone: bool = False
+    nfc: bool = False  # compose characters first
+    ignore_merges: bool = False  # a word that is a token is that token, whatever the merges say
+    add_bos: bool = False  # where the file does not say
+
+
+KINDS = {
+    "qwen2": _Kind(_QWEN2, nfc=True),
+    "llama-bpe": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
+    "llama3": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
+    "smollm": _Kind(None, digits_alone=True),
+    "gpt-2": _Kind(None),
+    "default": _Kind(None),
+}
+
+
+class TextFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a GGUF says about text, but for the tokenizer itself."""
+
+    chat_template: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    eot_token_id: int | None  # ends a turn, where eos ends a text
+    pad_token_id: int | None
+    add_bos: bool
+
+
+def text_facts(metadata: dict[str, Any], source: str = "the GGUF file") -> TextFacts:
+    """``source`` is the file that errors name. Raises BadCheckpoint for a value of a wrong type."""
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise BadCheckpoint(f"{source}: tokenizer.chat_template is not text")
+    pre = metadata.get("tokenizer.ggml.pre")
+    default = isinstance(pre, str) and pre in KINDS and KINDS[pre].add_bos
+    return TextFacts(
+        chat_template=template,
+        bos_token_id=_token_id(metadata, "bos_token_id", source),
+        eos_token_id=_token_id(metadata, "eos_token_id", source),
+        eot_token_id=_token_id(metadata, "eot_token_id", source),
+        pad_token_id=_token_id(metadata, "padding_token_id", source),
+        add_bos=metadata.get("tokenizer.ggml.add_bos_token", default) is True,
+    )
+
+
+def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
+    """``encode(text)`` adds the file's BOS where the file wants one; ``add_special_tokens=False`` never does.
+
+    Raises Unsupported for another kind of tokenizer, BadCheckpoint for data that cannot be one; both name ``source``.
+    """
+    import tokenizers
+    from tokenizers import decoders, models
+
+    kind = _kind(metadata, source)
+    tokens = _strings(metadata, "tokens", source)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if not tokens or len(vocabulary) != len(tokens):
+        problem = "is empty" if not tokens else "has a token twice"
+        raise BadCheckpoint(f"{source}: tokenizer.ggml.tokens {problem}")
+    merges = _merges(metadata, vocabulary, source)
+    try:
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=kind.ignore_merges)
+    except Exception as error:  # the library raises plain Exception
+        raise BadCheckpoint(f"{source}: tokenizer.ggml.merges do not fit the tokens: {error}") from None
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.decoder = decoders.ByteLevel()
+    _cut_words(tokenizer, kind)
+    _add_tokens(tokenizer, metadata, tokens, source)
+    _add_bos(tokenizer, text_facts(metadata, source), tokens, source)
+    return tokenizer
+
+
+def _kind(metadata: dict[str, Any], source: str) -> _Kind:
+    model = metadata.get("tokenizer.ggml.model")
+    if model is None:
+        raise BadCheckpoint(f"{source} holds no tokenizer: tokenizer.ggml.model is missing")
+    if model != "gpt2":
+        what = "a SentencePiece tokenizer" if model == "llama" else f"a tokenizer of the kind {str(model)[:40]!r}"
+        raise Unsupported(
+            f"{source} has {what} (tokenizer.ggml.model), only byte-level BPE ('gpt2') is supported; "
+            "give a folder with the model's tokenizer.json as --tokenizer"
+        )
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:  # files from before the key existed
+        pre = "qwen2" if str(metadata.get("general.architecture")).startswith("qwen") else "default"
+    if not isinstance(pre, str) or pre not in KINDS:
+        raise Unsupported(f"{source}: tokenizer.ggml.pre is {str(pre)[:40]!r}; supported: {', '.join(KINDS)}")
+    return KINDS[pre]
+
+
+def _strings(metadata: dict[str, Any], name: str, source: str) -> list[str]:
+    values = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise BadCheckpoint(f"{source}: tokenizer.ggml.{name} is not a list of strings")
+    return values
+
+
+def _merges(metadata: dict[str, Any], vocabulary: dict[str, int], source: str) -> list[tuple[str, str]]:
+    merges = []
+    for number, merge in enumerate(_strings(metadata, "merges", source)):
+        left, space, right = merge.partition(" ")
+        if not space or not left or not right or " " in right:
+            raise BadCheckpoint(f"{source}: merge {number} is {merge[:80]!r}, expected two parts and a space between")
+        if not (left in vocabulary and right in vocabulary and left + right in vocabulary):
+            raise BadCheckpoint(
+                f"{source}: merge {number} is {merge[:80]!r}, which tokenizer.ggml.tokens do not contain"
+            )
+        merges.append((left, right))
+    return merges
+
+
+def _cut_words(tokenizer: Tokenizer, kind: _Kind) -> None:
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    steps: list[Any] = []
+    if kind.digits_alone:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if kind.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(kind.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind.pattern is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if kind.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+
+
+def _add_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], source: str) -> None:
+    """Tokens that are matched in the text itself keep their ids: the library takes the vocabulary's."""
+    from tokenizers import AddedToken
+
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        return
+    if not isinstance(types, np.ndarray) or types.shape != (len(tokens),) or types.dtype.kind not in "iu":
+        raise BadCheckpoint(f"{source}: tokenizer.ggml.token_type is not a list of {len(tokens)} whole numbers")
+    added = []
+    for number in np.flatnonzero((types == CONTROL) | (types == USER_DEFINED)):
+        if not tokens[number]:
+            raise BadCheckpoint(f"{source}: control token {number} has no text")
+        added.append(AddedToken(tokens[number], special=bool(types[number] == CONTROL), normalized=False))
+    tokenizer.add_tokens(added)
+
+
+def _add_bos(tokenizer: Tokenizer, facts: TextFacts, tokens: list[str], source: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    if not facts.add_bos:
+        return
+    number = facts.bos_token_id
+    if number is None:
+        raise BadCheckpoint(
+            f"{source}: texts are to start with a BOS token, but tokenizer.ggml.bos_token_id is missing"
+        )
+    # Under a name of our own, for the template has a syntax that a token's text could collide with.
+    bos = {"id": "bos", "ids": [number], "tokens": [tokens[number]]}
+    tokenizer.post_processor = TemplateProcessing(single="bos $A", special_tokens=[bos])
+
+
+def _token_id(metadata: dict[str, Any], name: str, source: str) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{name}")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    limit = len(tokens) if isinstance(tokens, list) else 2**31
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit):
+        return value
+    raise BadCheckpoint(f"{source}: tokenizer.ggml.{name} is {str(value)[:40]!r}, expected one of {limit} tokens")

@@ -1,0 +1,187 @@
+"""A model's text side: tokenizer, chat template, stop tokens and default sampling, read from its files."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadCheckpoint, BadConfig
+from fastqwen.hub import resolve
+from fastqwen.model_config import ModelConfig, read_json
+from fastqwen.text.chatml import PiecewiseChatMl
+from fastqwen.text.stops import StopToken, derive_stops
+from fastqwen.text.template import CHATML, ChatTemplate
+from fastqwen.text.tokenizer import JsonTokenizer, Tokenizer
+
+log = logging.getLogger(__name__)
+
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+MAX_TOKENIZER_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class TextTools:
+    """``default_sampling`` holds the keys that generation_config.json sets, under SamplingParams' names."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | PiecewiseChatMl | None
+    stops: list[StopToken]
+    default_sampling: dict[str, Any] = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        return [stop.token_id for stop in self.stops]
+
+
+@dataclass(frozen=True)
+class _Found:
+    tokenizer: Tokenizer
+    template: str | None
+    template_origin: str
+    tokenizer_eos: str | int | None
+    variables: dict[str, Any]
+
+
+def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools:
+    """Raises BadCheckpoint, naming the files, where tokenizer and weights do not belong together."""
+    where = resolve(config.tokenizer, weights=False) if config.tokenizer else path
+    found = _from_gguf(where) if where.is_file() else _from_folder(where)
+    _check_vocabulary(found.tokenizer, model, where, path)
+    generation = _generation_config(path, config)
+    template = _template(found, config, generation)
+    stops = derive_stops(
+        found.tokenizer,
+        template=template,
+        config_eos=model.eos_token_ids,
+        generation_config=generation,
+        tokenizer_eos=found.tokenizer_eos,
+    )
+    return TextTools(
+        tokenizer=found.tokenizer,
+        template=template,
+        stops=stops,
+        default_sampling=_default_sampling(generation),
+        generation_config=generation,
+    )
+
+
+def _from_folder(folder: Path) -> _Found:
+    tokenizer_config = (
+        read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    )
+    tokenizer, piecewise = _folder_tokenizer(folder)
+    template, origin = _folder_template(folder, tokenizer_config)
+    if piecewise and template is None:
+        origin = PiecewiseChatMl.origin
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    variables = {name: _token_text(tokenizer_config.get(name)) for name in names}
+    eos = variables["eos_token"] or None
+    return _Found(tokenizer, template, origin, eos, variables)
+
+
+def _folder_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
+    from fastqwen.text import qwen_tiktoken
+
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return _json_tokenizer(path), False
+    if (folder / qwen_tiktoken.FILE_NAME).exists():
+        return qwen_tiktoken.QwenTiktoken(folder / qwen_tiktoken.FILE_NAME), True
+    raise BadCheckpoint(
+        f"{folder} holds no tokenizer.json (nor {qwen_tiktoken.FILE_NAME}): add it, name another folder with --tokenizer, "
+        "or use --skip-tokenizer-init to work with token ids only"
+    )
+
+
+def _json_tokenizer(path: Path) -> JsonTokenizer:
+    import tokenizers
+
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise BadCheckpoint(f"{path} is larger than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer is")
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise BadCheckpoint(f"{path} is damaged: {error}") from None
+    return JsonTokenizer(inner, byte_level='"ByteLevel"' in str(inner.decoder) or "ByteLevel" in str(inner.decoder))
+
+
+def _folder_template(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[str | None, str]:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8"), str(path)
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # named templates; "default" is the one for chats
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    if isinstance(template, str):
+        return template, str(folder / "tokenizer_config.json")
+    return None, ""
+
+
+def _token_text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _from_gguf(path: Path) -> _Found:
+    from fastqwen.text.gguf_tokenizer import text_facts, tokenizer_from_gguf
+    from fastqwen.weights.gguf_file import GgufFile
+
+    metadata = GgufFile(path).metadata
+    tokenizer = JsonTokenizer(tokenizer_from_gguf(metadata, str(path)))
+    facts = text_facts(metadata)
+
+    def text(token_id: int | None) -> str:
+        return "" if token_id is None else tokenizer.token_text(token_id)
+
+    variables = {"bos_token": text(facts.bos_token_id), "eos_token": text(facts.eos_token_id)}
+    return _Found(tokenizer, facts.chat_template, f"{path.name}: chat_template", facts.eos_token_id, variables)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, where: Path, path: Path) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise BadCheckpoint(
+            f"the tokenizer of {where} has {tokenizer.vocab_size} tokens, but the embedding of {path} has only "
+            f"{model.vocab_size} rows: they do not belong together"
+        )
+
+
+def _generation_config(path: Path, config: EngineConfig) -> dict[str, Any]:
+    if config.generation_config == "none":
+        return {}
+    folder = path if config.generation_config == "auto" else Path(config.generation_config)
+    file = folder / "generation_config.json"
+    if config.generation_config != "auto" and not file.exists():
+        raise BadConfig(f"--generation-config: {file} does not exist")
+    return read_json(file) if file.is_file() else {}
+
+
+def _default_sampling(generation: dict[str, Any]) -> dict[str, Any]:
+    defaults = {key: generation[key] for key in SAMPLING_KEYS if isinstance(generation.get(key), (int, float))}
+    if generation.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+def _template(found: _Found, config: EngineConfig, generation: dict[str, Any]) -> ChatTemplate | PiecewiseChatMl | None:
+    if config.chat_template is not None:
+        file = Path(config.chat_template)
+        if file.is_file():
+            source, origin = file.read_text(encoding="utf-8"), str(file)
+        elif "{" in config.chat_template:
+            source, origin = config.chat_template, "--chat-template"
+        else:
+            raise BadConfig(f"--chat-template: there is no file {config.chat_template}")
+        return ChatTemplate(source, origin=origin, variables=found.variables)
+    if found.template is not None:
+        return ChatTemplate(found.template, origin=found.template_origin, variables=found.variables)
+    if found.template_origin == PiecewiseChatMl.origin:
+        return PiecewiseChatMl()
+    if {"<|im_start|>", "<|im_end|>"} <= found.tokenizer.control_tokens.keys():
+        return ChatTemplate(CHATML, origin="built-in ChatML", variables=found.variables)
+    return None

@@ -1,0 +1,66 @@
+"""Which tokens end an answer, derived from what the checkpoint says; each with where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from fastqwen.errors import FastqwenError
+from fastqwen.text.chatml import PiecewiseChatMl
+from fastqwen.text.template import ChatTemplate
+from fastqwen.text.tokenizer import Tokenizer
+
+
+class StopToken(msgspec.Struct, frozen=True):
+    token_id: int
+    text: str
+    origin: str
+
+
+def derive_stops(
+    tokenizer: Tokenizer,
+    *,
+    template: ChatTemplate | PiecewiseChatMl | None,
+    config_eos: Iterable[int] = (),
+    generation_config: dict[str, Any] | None = None,
+    tokenizer_eos: str | int | None = None,
+) -> list[StopToken]:
+    """Every id once, with the first origin that names it. Ids outside the vocabulary are left out."""
+    found: dict[int, str] = {}
+
+    def add(value: Any, origin: str) -> None:
+        ids = value if isinstance(value, (list, tuple)) else [value]
+        for token_id in ids:
+            if isinstance(token_id, int) and 0 <= token_id < tokenizer.vocab_size:
+                found.setdefault(token_id, origin)
+
+    generation = generation_config or {}
+    add(generation.get("eos_token_id"), "generation_config.json: eos_token_id")
+    add(list(config_eos), "config.json: eos_token_id")
+    if isinstance(tokenizer_eos, str):
+        add(tokenizer.token_id(tokenizer_eos), "tokenizer: eos_token")
+    else:
+        add(tokenizer_eos, "tokenizer: eos_token_id")
+    if generation.get("chat_format") == "chatml":
+        for token in ("<|im_end|>", "<|im_start|>"):
+            add(tokenizer.token_id(token), "generation_config.json: chat_format chatml")
+    if template is not None:
+        add(_end_of_turn(tokenizer, template), f"{template.origin}: ends an assistant's turn")
+    return [StopToken(token_id, tokenizer.token_text(token_id), origin) for token_id, origin in found.items()]
+
+
+def _end_of_turn(tokenizer: Tokenizer, template: ChatTemplate | PiecewiseChatMl) -> int | None:
+    """The first control token that the template writes after an assistant's answer."""
+    probe = "zyxprobe"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": probe}]
+    try:
+        ids = template.encode(tokenizer, messages, add_generation_prompt=False)
+    except FastqwenError:
+        return None  # a template that wants other messages: the other sources must do
+    control = set(tokenizer.control_tokens.values())
+    for length in range(1, len(ids)):
+        if tokenizer.decode(ids[:length]).rstrip().endswith(probe):
+            return next((token_id for token_id in ids[length:] if token_id in control), None)
+    return None

@@ -1,0 +1,104 @@
+"""From messages to a prompt: the checkpoint's chat template, rendered in a sandbox."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import secrets
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fastqwen.errors import BadCheckpoint, BadRequest
+from fastqwen.text.tokenizer import Tokenizer, break_control_tokens
+
+Message = dict[str, Any]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+class ChatTemplate:
+    """Raises BadCheckpoint for a template that does not parse, BadRequest when it refuses the messages."""
+
+    def __init__(self, source: str, *, origin: str, variables: dict[str, Any] | None = None) -> None:
+        self.source = source
+        self.origin = origin
+        self._variables = variables or {}
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlocks]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise BadCheckpoint(f"{origin}: the chat template does not parse: {error}") from None
+
+    def render(
+        self,
+        messages: list[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **options: Any,
+    ) -> str:
+        """``options`` are the template's own switches, such as enable_thinking."""
+        try:
+            return self._template.render(
+                **self._variables,
+                **options,
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
+            raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
+
+    def encode(self, tokenizer: Tokenizer, messages: list[Message], **options: Any) -> list[int]:
+        """Ids of the rendered conversation. Control tokens that a message spells out stay plain text."""
+        mark = f"\ue0f0{secrets.token_hex(8)}\ue0f1"
+        tools = options.pop("tools", None)
+        rendered = self.render(
+            _without_control(messages, tokenizer, mark), tools=_without_control(tools, tokenizer, mark), **options
+        )
+        if len(rendered) > tokenizer.max_chars:
+            tokenizer.check(rendered)
+        return [token_id for part in rendered.split(mark) for token_id in tokenizer.encode(part)]
+
+
+def _without_control(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
+    if isinstance(value, str):
+        return break_control_tokens(value, tokenizer.control_tokens, mark)
+    if isinstance(value, list):
+        return [_without_control(item, tokenizer, mark) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_control(item, tokenizer, mark) for key, item in value.items()}
+    return value
+
+
+class _GenerationBlocks(Extension):
+    """``{% generation %}`` marks what a model was trained on; when rendering a prompt it means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 the base class declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)

@@ -1,0 +1,151 @@
+"""One tokenizer interface over tokenizer.json, GGUF metadata and Qwen-1's tiktoken file.
+
+Text is decoded from bytes: each token has its bytes, and a text is the UTF-8 of their concatenation. Streamed and whole
+answers are then the same by construction.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import TYPE_CHECKING
+
+from fastqwen.errors import BadRequest
+
+if TYPE_CHECKING:
+    import tokenizers
+
+CHARS_PER_TOKEN = 32  # no real text comes near this average; longer input cannot fit and is not worth tokenising
+
+
+class Tokenizer(ABC):
+    """``control_tokens``: what only a template may write, never a user: text to id."""
+
+    control_tokens: dict[str, int]
+    max_chars = 2**31
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """One more than the largest id that has a meaning."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """Empty for an id without meaning, such as the padding at the end of an embedding."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a control or added token, by its text."""
+
+    @abstractmethod
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    @abstractmethod
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is special."""
+
+    def limit_length(self, max_model_len: int) -> None:
+        """Refuse texts that cannot fit before the tokenizer's regular expression sees them."""
+        self.max_chars = max(100_000, CHARS_PER_TOKEN * max_model_len)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Ids of a text; control tokens written in it are recognised. Raises BadRequest."""
+        self.check(text)
+        return self._guarded(text, add_special_tokens)
+
+    def check(self, text: str) -> None:
+        if len(text) > self.max_chars:
+            raise BadRequest(
+                f"the prompt has {len(text)} characters; more than {self.max_chars} cannot fit into the model's context",
+                "prompt",
+                "context_length_exceeded",
+            )
+        if any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else False:
+            raise BadRequest("the text contains a lone surrogate, which is no character", "prompt")
+
+    def _guarded(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self._encode(text, add_special_tokens)
+        except BaseException as error:
+            # Rust panics of the tokenizer libraries are BaseExceptions; nothing of this process is damaged by them.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise BadRequest(
+                "the tokenizer cannot process this text: is it one very long run of spaces?", "prompt"
+            ) from None
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        hidden = set(self.control_tokens.values()) if skip_special_tokens else set()
+        data = b"".join(self.token_bytes(token_id) for token_id in token_ids if token_id not in hidden)
+        return data.decode("utf-8", errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+
+class JsonTokenizer(Tokenizer):
+    """Hugging Face's ``tokenizers``. ``byte_level``: the vocabulary spells bytes in GPT-2's alphabet."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, *, byte_level: bool = True) -> None:
+        self._inner = inner
+        self._byte_level = byte_level
+        self._added = {token_id: token for token_id, token in inner.get_added_tokens_decoder().items()}
+        self.control_tokens = {token.content: token_id for token_id, token in self._added.items() if token.special}
+        self._vocab_size = max(inner.get_vocab_size(with_added_tokens=True), 1 + max(self._added, default=-1))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].content.encode()
+        piece = self._inner.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if self._byte_level:
+            alphabet = byte_alphabet()
+            return b"".join(alphabet.get(char, char.encode()) for char in piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self._inner.token_to_id(token)
+        return found
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        self.check(text)
+        ids: list[int] = []
+        for part in break_control_tokens(text, self.control_tokens, BREAK).split(BREAK):
+            ids += self._guarded(part, False)
+        return ids
+
+
+BREAK = "\ue0f0"
+
+
+def break_control_tokens(text: str, control_tokens: dict[str, int], mark: str) -> str:
+    """Put ``mark`` inside each control token that a text spells, right after its leading punctuation.
+
+    Pre-tokenizers split there anyway, so encoding the parts one by one gives the ids of the plain text.
+    """
+    for token in control_tokens:
+        if token in text:
+            head = next((i for i, char in enumerate(token) if char.isalnum() or char == "_"), 1) or 1
+            text = text.replace(token, token[:head] + mark + token[head:])
+    return text
+
+
+@cache
+def byte_alphabet() -> dict[str, bytes]:
+    """GPT-2's printable stand-in for each byte: printable Latin-1 stands for itself, the rest moves to 256 and up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): bytes([byte]) for byte in printable}
+    alphabet.update({chr(256 + index): bytes([byte]) for index, byte in enumerate(others)})
+    return alphabet

@@ -1,0 +1,377 @@
+"""A GGUF as a checkpoint: its metadata as a ModelConfig, its tensors under the names of fastqwen/models.
+
+The metadata is first said in the words of config.json, so that the files in fastqwen/models stay the only place that
+knows what an architecture is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import pi
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from fastqwen import models
+from fastqwen.errors import BadCheckpoint, Unsupported
+from fastqwen.model_config import ModelConfig, RopeConfig
+from fastqwen.models.names import Names
+from fastqwen.weights.gguf_file import GgufFile, short
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL_TYPES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
+
+NAMES = Names(
+    embed="token_embd",
+    final_norm="output_norm",
+    head="output",
+    layer="blk.{layer}.",
+    attention_norm="attn_norm",
+    qkv=("attn_q", "attn_k", "attn_v"),
+    q_norm="attn_q_norm",
+    k_norm="attn_k_norm",
+    o="attn_output",
+    mlp_norm="ffn_norm",
+    gate_up=("ffn_gate", "ffn_up"),
+    down="ffn_down",
+    router="ffn_gate_inp",
+    expert_gate_up=("ffn_gate_exps", "ffn_up_exps"),  # all experts in one tensor [experts, out, in]
+    expert_down="ffn_down_exps",
+    shared_gate_up=("ffn_gate_shexp", "ffn_up_shexp"),
+    shared_down="ffn_down_shexp",
+    shared_gate="ffn_gate_inp_shexp",
+)
+ROPE_FACTORS = "rope_freqs.weight"
+
+# config.json's key: the metadata key after "{architecture}."
+REQUIRED_KEYS = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "num_attention_heads": "attention.head_count",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+}
+OPTIONAL_KEYS = {
+    "intermediate_size": "feed_forward_length",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rope_theta": "rope.freq_base",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "norm_topk_prob": "expert_weights_norm",
+}
+SCALING_KEYS = {
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+
+# Keys that change what a model computes, in ways that no file in fastqwen/models does; with these values they do not.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "expert_weights_scale": (0, 1),
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "pooling_type": (0,),
+    "nextn_predict_layers": (0,),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "rope.scaling.yarn_attn_factor": (0, 1),
+}
+MAX_TENSOR_NAMES = 2**20  # one per expert and matrix; the largest Qwen3-MoE has some 36 thousand
+
+
+def config_from_gguf(file: GgufFile) -> ModelConfig:
+    """Raises Unsupported for an unknown architecture or a variant that is not computed here, BadCheckpoint for damage."""
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
+        raise Unsupported(
+            f"{file.path}: general.architecture is {short(architecture)}; supported in GGUF: {', '.join(MODEL_TYPES)}"
+        )
+    if _metadata(file, "split.count") not in (None, 0, 1):
+        raise Unsupported(f"{file.path} is one of several parts; merge them into one file first")
+    _refuse_variants(file, architecture)
+    values = {"model_type": MODEL_TYPES[architecture], **_sizes(file, architecture), **_from_tensors(file)}
+    if values.get("num_experts"):
+        values.update(_expert_facts(file, architecture, values))
+    values["rope_scaling"] = _rope_scaling(file, architecture)
+    config = models.parse_config(values, str(file.path))
+    _check_heads(file, architecture, config)
+    if ROPE_FACTORS in file.tensors:
+        config = msgspec.structs.replace(config, rope=_with_factors(file, config))
+    return config
+
+
+def _metadata(file: GgufFile, key: str) -> Any:
+    """A single value. Some writers repeat it for each layer; layers that differ are not what our models have."""
+    value = file.metadata.get(key)
+    if isinstance(value, (list, np.ndarray)):
+        if isinstance(value, list) or len(value) == 0 or (value != value[0]).any():
+            raise Unsupported(f"{file.path}: {key} is not one number for all layers, which is not supported")
+        return value[0].item()
+    return value
+
+
+def _refuse_variants(file: GgufFile, architecture: str) -> None:
+    for key, neutral in NEUTRAL_VALUES.items():
+        value = _metadata(file, f"{architecture}.{key}")
+        if value is not None and value not in neutral:
+            raise Unsupported(f"{file.path}: {architecture}.{key} is {short(value)}, which is not supported")
+    if not architecture.endswith("moe") and _metadata(file, f"{architecture}.expert_count"):
+        raise Unsupported(f"{file.path}: {architecture} with experts is not supported")
+
+
+def _sizes(file: GgufFile, architecture: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for ours, theirs in {**REQUIRED_KEYS, **OPTIONAL_KEYS}.items():
+        key = f"{architecture}.{theirs}"
+        value = _metadata(file, key)
+        if value is None and ours in REQUIRED_KEYS:
+            raise BadCheckpoint(f"{file.path}: the metadata has no {key}")
+        values[ours] = value
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if values["head_dim"] is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        values["head_dim"] = hidden // heads  # a GGUF means this, whatever the architecture's config.json would mean
+    values["eos_token_id"] = [
+        token for key in ("eos_token_id", "eot_token_id") if (token := _token_id(file, key)) is not None
+    ]
+    values["eos_token_id"] = list(dict.fromkeys(values["eos_token_id"]))
+    values["bos_token_id"] = _token_id(file, "bos_token_id")
+    return values
+
+
+def _token_id(file: GgufFile, name: str) -> int | None:
+    value = file.metadata.get(f"tokenizer.ggml.{name}")
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31):
+        return value
+    raise BadCheckpoint(f"{file.path}: tokenizer.ggml.{name} is {short(value)}, expected a token's number")
+
+
+def _from_tensors(file: GgufFile) -> dict[str, Any]:
+    """What only the tensors say."""
+    embed = _shape(file, f"{NAMES.embed}.weight")
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > embed[0]:
+        raise BadCheckpoint(
+            f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} tokens, the embedding {embed[0]} rows"
+        )
+    first = NAMES.layer.format(layer=0)
+    kind = file.tensors[f"{NAMES.embed}.weight"].type.name
+    query = file.tensors.get(f"{first}{NAMES.qkv[0]}.weight")
+    qkv_bias = f"{first}{NAMES.qkv[0]}.bias" in file.tensors
+    return {
+        "vocab_size": embed[0],
+        "tie_word_embeddings": f"{NAMES.head}.weight" not in file.tensors,
+        "attention_bias": qkv_bias,  # Llama and Qwen3
+        "qkv_bias": qkv_bias,  # Qwen2-MoE
+        "mlp_bias": f"{first}{NAMES.down}.bias" in file.tensors,
+        "dtype": {"F32": "float32", "F16": "float16"}.get(query.type.name if query else kind, "bfloat16"),
+    }
+
+
+def _shape(file: GgufFile, name: str) -> tuple[int, ...]:
+    if name not in file.tensors:
+        raise BadCheckpoint(f"{file.path}: tensor {name} is missing")
+    return file.tensors[name].shape
+
+
+def _expert_facts(file: GgufFile, architecture: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Older files leave sizes to the tensors' shapes, and whether to normalise to the architecture."""
+    num_layers = values["num_hidden_layers"]
+    if not isinstance(num_layers, int) or not 1 <= num_layers <= 4096:
+        raise BadCheckpoint(f"{file.path}: {architecture}.block_count is {short(num_layers)}")
+    prefixes = [NAMES.layer.format(layer=layer) for layer in range(num_layers)]
+    sparse = [layer for layer, prefix in enumerate(prefixes) if f"{prefix}{NAMES.router}.weight" in file.tensors]
+    if not sparse:
+        raise BadCheckpoint(f"{file.path}: {architecture}.expert_count is set, but no layer has {NAMES.router}.weight")
+    first = prefixes[sparse[0]]
+    facts: dict[str, Any] = {
+        "mlp_only_layers": sorted(set(range(num_layers)) - set(sparse)),
+        "moe_intermediate_size": _shape(file, f"{first}{NAMES.expert_gate_up[0]}.weight")[-2:][0],
+    }
+    if architecture == "qwen2moe":
+        facts["shared_expert_intermediate_size"] = _shape(file, f"{first}{NAMES.shared_gate_up[0]}.weight")[0]
+    if values["norm_topk_prob"] is None:
+        facts["norm_topk_prob"] = architecture == "qwen3moe"
+    if values["intermediate_size"] is None:
+        facts["intermediate_size"] = facts["moe_intermediate_size"]
+    return facts
+
+
+def _rope_scaling(file: GgufFile, architecture: str) -> dict[str, Any] | None:
+    kind = _metadata(file, f"{architecture}.rope.scaling.type")
+    if kind in (None, "none"):
+        return None
+    if kind not in ("linear", "yarn"):
+        raise Unsupported(
+            f"{file.path}: {architecture}.rope.scaling.type is {short(kind)}; supported: none, linear, yarn"
+        )
+    return {
+        "rope_type": kind,
+        **{ours: _metadata(file, f"{architecture}.{theirs}") for ours, theirs in SCALING_KEYS.items()},
+    }
+
+
+def _check_heads(file: GgufFile, architecture: str, config: ModelConfig) -> None:
+    if config.head_dim % 2:
+        raise BadCheckpoint(f"{file.path}: heads of {config.head_dim} numbers cannot be rotated in pairs")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        value = _metadata(file, f"{architecture}.{key}")
+        if value not in (None, config.head_dim):
+            raise Unsupported(
+                f"{file.path}: {architecture}.{key} is {short(value)}, "
+                f"supported is only the size of a head, {config.head_dim}"
+            )
+
+
+def _with_factors(file: GgufFile, config: ModelConfig) -> RopeConfig:
+    """The Llama 3.1 profile, which a GGUF holds as a divisor for each frequency. Others are refused."""
+    if file.tensors[ROPE_FACTORS].shape != (config.head_dim // 2,) or config.rope.kind != "default":
+        raise Unsupported(f"{file.path}: tensor {ROPE_FACTORS} of this kind is not supported")
+    divisors = file.read(ROPE_FACTORS).float().numpy().astype(np.float64)
+    rope = msgspec.structs.replace(config.rope, kind="llama3", factor=float(divisors.max()), trained_len=8192)
+    with np.errstate(all="ignore"):
+        same = np.allclose(divisors, _llama3_divisors(rope, config.head_dim), rtol=1e-4)
+    if not same:
+        raise Unsupported(f"{file.path}: tensor {ROPE_FACTORS} holds another scaling than Llama 3.1's, not supported")
+    return rope
+
+
+def _llama3_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray[Any, Any]:
+    """float64 [head_dim / 2]: short waves stay, long ones are stretched by ``factor``, those between a part of it."""
+    waves = 2 * pi * rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    keep = np.clip((rope.trained_len / waves - low) / (high - low), 0.0, 1.0)
+    divisors: np.ndarray[Any, Any] = 1.0 / ((1.0 - keep) / rope.factor + keep)
+    return divisors
+
+
+class _Place(NamedTuple):
+    tensor: str  # the GGUF's name for it
+    shape: tuple[int, ...]
+    expert: int | None = None  # its index in a stacked tensor
+    rotary_heads: int | None = None  # the rows of each of so many heads are interleaved
+
+
+class GgufCheckpoint:
+    """A TensorFile. Raises Unsupported for tensors that the architecture does not have: they would change the answers."""
+
+    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
+        self._file = file
+        self._places: dict[str, _Place] = {}
+        for name, place in _places(file, config):
+            self._places[name] = place
+            if len(self._places) > MAX_TENSOR_NAMES:
+                raise BadCheckpoint(f"{file.path}: more than {MAX_TENSOR_NAMES} matrices, which no real model has")
+        self._refuse_unknown_tensors(config.model_type)
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def location(self, name: str) -> str:
+        return str(self._file.path)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def read(self, name: str) -> Tensor:
+        place = self._places[name]
+        if place.expert is not None:
+            return self._file.read_part(place.tensor, place.expert)
+        tensor = self._file.read(place.tensor)
+        if place.rotary_heads is not None:
+            tensor = _halves(tensor, place.rotary_heads)
+        return tensor.view(place.shape)
+
+    def _refuse_unknown_tensors(self, model_type: str) -> None:
+        known = {place.tensor for place in self._places.values()} | {ROPE_FACTORS}
+        unknown = [name for name in self._file.tensors if name not in known]
+        if unknown:
+            raise Unsupported(
+                f"{self._file.path}: {len(unknown)} tensors have no place in a {model_type} model, "
+                f"the first is {short(unknown[0])}"
+            )
+
+
+def _halves(tensor: Tensor, num_heads: int) -> Tensor:
+    """Rows [heads, pairs, 2] to [heads, 2, pairs]: from the rotation of neighbours to that of a head's halves."""
+    pairs = tensor.shape[0] // num_heads // 2
+    return tensor.view(num_heads, pairs, 2, -1).transpose(1, 2).reshape(tensor.shape)
+
+
+def _places(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Place]]:
+    """Our name and its place for all that the model has and the file holds; what it lacks, a reader will miss by name."""
+    ours: Names = models.find(config.model_type).NAMES
+    for field in ("embed", "final_norm", "head"):
+        tensor = f"{getattr(NAMES, field)}.weight"
+        if tensor in file.tensors:
+            yield f"{getattr(ours, field)}.weight", _Place(tensor, file.tensors[tensor].shape)
+    for layer in range(config.num_layers):
+        for field, suffix in _layer_fields(config, layer):
+            prefix, gguf_prefix = ours.layer.format(layer=layer), NAMES.layer.format(layer=layer)
+            for name, gguf_name in zip(_tuple(getattr(ours, field)), _tuple(getattr(NAMES, field)), strict=True):
+                if (tensor := f"{gguf_prefix}{gguf_name}{suffix}") in file.tensors:
+                    yield from _places_of(file, config, f"{prefix}{name}{suffix}", tensor)
+
+
+def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _layer_fields(config: ModelConfig, layer: int) -> list[tuple[str, str]]:
+    """The fields of Names that this layer has, each with a suffix."""
+    weights = ["attention_norm", "qkv", "o", "mlp_norm"]
+    weights += ["q_norm", "k_norm"] if config.qk_norm else []
+    biases = ["qkv"] if config.qkv_bias else []
+    biases += ["o"] if config.o_bias else []
+    if config.moe is None or not config.is_sparse(layer):
+        weights += ["gate_up", "down"]
+        biases += ["gate_up", "down"] if config.mlp_bias else []
+    else:
+        weights += ["router", "expert_gate_up", "expert_down"]
+        weights += ["shared_gate_up", "shared_down", "shared_gate"] if config.moe.shared_size else []
+    return [(field, ".weight") for field in weights] + [(field, ".bias") for field in biases]
+
+
+def _places_of(file: GgufFile, config: ModelConfig, name: str, tensor: str) -> Iterator[tuple[str, _Place]]:
+    shape = file.tensors[tensor].shape
+    gguf_name = tensor.split(".")[2]
+    if "{expert}" in name:
+        if config.moe is None or len(shape) != 3 or shape[0] != config.moe.num_experts:
+            raise BadCheckpoint(f"{file.path}: tensor {tensor} has shape {list(shape)}, expected one matrix per expert")
+        for expert in range(shape[0]):
+            yield name.format(expert=expert), _Place(tensor, shape[1:], expert)
+    elif gguf_name == NAMES.shared_gate and len(shape) == 1:
+        yield name, _Place(tensor, (1, *shape))
+    elif config.model_type == "llama" and gguf_name in NAMES.qkv[:2]:
+        heads = config.num_heads if gguf_name == NAMES.qkv[0] else config.num_kv_heads
+        if shape[0] != heads * config.head_dim:
+            raise BadCheckpoint(
+                f"{file.path}: tensor {tensor} has {shape[0]} rows for {heads} heads of {config.head_dim}"
+            )
+        yield name, _Place(tensor, shape, rotary_heads=heads)
+    else:
+        yield name, _Place(tensor, shape)

@@ -1,0 +1,132 @@
+"""An executor that computes nothing: the next token is a hash of the sequence's seed and position."""
+
+from __future__ import annotations
+
+from fastqwen.engine.blocks import BlockPool
+from fastqwen.engine.core import EngineCore
+from fastqwen.engine.scheduler import Scheduler
+from fastqwen.records import EngineRequest, SampledRow, SamplingParams, ScheduledBatch, StepOutput
+
+VOCAB = 997
+
+
+def token_at(seed: int, position: int) -> int:
+    return (seed * 7919 + position * 104729) % VOCAB
+
+
+class FakeHandle:
+    def __init__(self, output: StepOutput) -> None:
+        self._output = output
+
+    def result(self) -> StepOutput:
+        return self._output
+
+
+class FakeExecutor:
+    """Checks what a real device would silently get wrong: every position is computed once, in its sequence's blocks."""
+
+    def __init__(self, run_ahead: int = 1, block_size: int = 4) -> None:
+        self.run_ahead = run_ahead
+        self.block_size = block_size
+        self.batches: list[ScheduledBatch] = []
+        self.fail: set[str] = set()
+        self._seed: dict[int, int] = {}
+        self._tokens: dict[int, list[int]] = {}
+        self._tables: dict[int, list[int]] = {}
+        self._contents: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def submit(self, batch: ScheduledBatch) -> FakeHandle:
+        self.batches.append(batch)
+        for admission in batch.admissions:
+            self._seed[admission.slot] = admission.seed
+            self._tokens[admission.slot] = list(admission.token_ids)
+            self._tables[admission.slot] = []
+        return FakeHandle(StepOutput(step_id=batch.step_id, rows=[self._run(row) for row in batch.rows]))
+
+    def _run(self, row) -> SampledRow:
+        table, tokens = self._tables[row.slot], self._tokens[row.slot]
+        table.extend(row.new_blocks)
+        assert row.num_tokens > 0
+        end = row.start + row.num_tokens
+        assert end <= len(tokens), "a token was scheduled before it was known"
+        assert len(table) * self.block_size >= end, "no block for a token"
+        for position in range(row.start, end):
+            place = (table[position // self.block_size], position % self.block_size)
+            self._contents[place] = tuple(tokens[: position + 1])
+        for position in range(end):  # attention reads all of this: it must be this sequence's own past
+            place = (table[position // self.block_size], position % self.block_size)
+            assert self._contents[place] == tuple(tokens[: position + 1]), "a block holds another sequence's tokens"
+        if row.request_id in self.fail:
+            return SampledRow(request_id=row.request_id, token_id=0 if row.samples else None, error="not finite")
+        if not row.samples:
+            return SampledRow(request_id=row.request_id)
+        assert end == len(tokens)
+        tokens.append(token_at(self._seed[row.slot], end))
+        return SampledRow(request_id=row.request_id, token_id=tokens[-1])
+
+
+def make_engine(
+    *,
+    blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    budget: int = 32,
+    run_ahead: int = 1,
+    caching: bool = True,
+) -> tuple[EngineCore, FakeExecutor]:
+    executor = FakeExecutor(run_ahead, block_size)
+    scheduler = Scheduler(
+        BlockPool(blocks, block_size),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=caching,
+    )
+    return EngineCore(scheduler, executor), executor
+
+
+def request(
+    name: str,
+    prompt: list[int] | int = 10,
+    max_tokens: int = 5,
+    *,
+    seed: int = 1,
+    stop: list[int] | None = None,
+    **more,
+) -> EngineRequest:
+    ids = list(range(prompt)) if isinstance(prompt, int) else prompt
+    return EngineRequest(
+        request_id=name,
+        prompt_token_ids=ids,
+        sampling=more.pop("sampling", SamplingParams()),
+        stop_token_ids=stop or [],
+        max_tokens=max_tokens,
+        seed=seed,
+        **more,
+    )
+
+
+def run(engine: EngineCore) -> dict[str, list]:
+    """All deltas by request, until the engine is idle and audited."""
+    found: dict[str, list] = {}
+    for _ in range(10_000):
+        if not engine.has_work:
+            break
+        for delta in engine.step():
+            found.setdefault(delta.request_id, []).append(delta)
+    assert not engine.has_work, "the engine does not come to an end"
+    engine.step()
+    return found
+
+
+def tokens_of(deltas: list) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def expected(request: EngineRequest) -> list[int]:
+    """What the fake generates for a request, run alone on an endless machine."""
+    found: list[int] = []
+    for position in range(len(request.prompt_token_ids), len(request.prompt_token_ids) + request.max_tokens):
+        found.append(token_at(request.seed, position))
+        if found[-1] in request.stop_token_ids and len(found) >= request.sampling.min_tokens:
+            break
+    return found

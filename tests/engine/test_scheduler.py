@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastqwen.records import SamplingParams
+from tests.engine.fakes import expected, make_engine, request, run, tokens_of
+
+
+def test_a_request_runs_to_its_length():
+    engine, _ = make_engine()
+    engine.add(request("a", 10, 5))
+    deltas = run(engine)["a"]
+    assert tokens_of(deltas) == expected(request("a", 10, 5))
+    assert [delta.finish_reason for delta in deltas] == [None] * 4 + ["length"]
+
+
+def test_a_stop_token_ends_it_but_not_before_min_tokens():
+    plain = expected(request("a", 10, 20))
+    engine, _ = make_engine()
+    engine.add(request("a", 10, 20, stop=[plain[3]]))
+    engine.add(request("b", 10, 20, stop=[plain[3]], sampling=SamplingParams(min_tokens=6, max_tokens=20)))
+    found = run(engine)
+    assert tokens_of(found["a"]) == plain[:4]
+    assert found["a"][-1].stop_reason == plain[3]
+    assert tokens_of(found["b"]) == plain
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_does_not_stall_a_running_stream():
+    engine, executor = make_engine(budget=8)
+    engine.add(request("stream", 4, 30, arrival_s=0.0))
+    engine.step()
+    engine.add(request("long", list(range(100, 150)), 3, arrival_s=1.0))
+    run(engine)
+    assert all(batch.num_tokens <= 8 for batch in executor.batches)
+    chunks = [row for batch in executor.batches for row in batch.rows if row.request_id == "long"]
+    assert len(chunks) > 6
+    for batch in executor.batches[1:29]:
+        assert "stream" in [row.request_id for row in batch.rows], "a step went by without the stream"
+
+
+def test_an_older_long_prompt_does_not_stall_a_younger_stream():
+    engine, executor = make_engine(budget=8)
+    engine.add(request("stream", 4, 30, priority=1))
+    engine.step()
+    engine.add(request("long", list(range(100, 150)), 3, priority=0))
+    run(engine)
+    for batch in executor.batches[1:29]:
+        assert "stream" in [row.request_id for row in batch.rows]
+
+
+def test_equal_beginnings_share_blocks_and_salts_keep_them_apart():
+    engine, executor = make_engine()
+    for name, salt in (("first", ""), ("second", ""), ("salted", "x")):
+        engine.add(request(name, 13, 2, cache_salt=salt))
+        deltas = run(engine)[name]
+        assert tokens_of(deltas) == expected(request(name, 13, 2))
+        assert deltas[-1].num_cached_tokens == (12 if name == "second" else 0)
+    computed = [row.num_tokens for batch in executor.batches for row in batch.rows if row.request_id == "second"]
+    assert computed == [1, 1]
+
+
+def test_a_fully_cached_prompt_still_computes_its_last_token():
+    engine, _ = make_engine()
+    engine.add(request("a", 12, 2))
+    run(engine)
+    engine.add(request("b", 12, 2))
+    assert run(engine)["b"][0].num_cached_tokens == 8
+
+
+def test_prompt_logprobs_need_every_position_so_nothing_is_reused():
+    engine, executor = make_engine()
+    for name in ("a", "b"):
+        engine.add(request(name, 12, 2, sampling=SamplingParams(prompt_logprobs=1)))
+        run(engine)
+    assert sum(row.num_tokens for batch in executor.batches for row in batch.rows if row.request_id == "b") == 13
+
+
+@pytest.mark.parametrize("run_ahead", [1, 2, 3])
+def test_too_few_blocks_preempt_the_last_and_change_nothing(run_ahead: int):
+    engine, _ = make_engine(blocks=10, run_ahead=run_ahead, max_num_seqs=4)
+    requests = [request(f"r{i}", [i] * 9, 20, seed=i, arrival_s=float(i)) for i in range(4)]
+    for one in requests:
+        engine.add(one)
+    found = run(engine)
+    assert engine.scheduler.num_preemptions > 0
+    for one in requests:
+        assert tokens_of(found[one.request_id]) == expected(one)
+
+
+def test_a_lower_priority_number_runs_first():
+    engine, executor = make_engine(max_num_seqs=1)
+    engine.add(request("later", [1] * 5, 2, priority=5))
+    engine.add(request("sooner", [2] * 5, 2, priority=-1))
+    run(engine)
+    assert executor.batches[0].rows[0].request_id == "sooner"
+
+
+def test_abort_returns_every_block():
+    engine, _ = make_engine(run_ahead=2)
+    engine.add(request("a", 20, 50))
+    engine.add(request("waiting", 20, 50))
+    engine.step()
+    engine.abort("a")
+    engine.abort("waiting")
+    engine.abort("nobody")
+    deltas = engine.step()
+    assert {(delta.request_id, delta.finish_reason) for delta in deltas} >= {("a", "abort"), ("waiting", "abort")}
+    run(engine)
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+
+
+def test_a_row_that_is_not_finite_ends_alone_and_is_not_cached():
+    engine, executor = make_engine()
+    executor.fail = {"bad"}
+    engine.add(request("good", 8, 4))
+    engine.add(request("bad", [5] * 9, 4))
+    found = run(engine)
+    assert tokens_of(found["good"]) == expected(request("good", 8, 4))
+    assert [delta.finish_reason for delta in found["bad"]] == ["error"]
+    executor.fail = set()
+    engine.add(request("again", [5] * 9, 4))
+    assert run(engine)["again"][-1].num_cached_tokens == 0
+    assert engine.stats().num_corrupted == 1
+
+
+def test_the_longest_possible_sequence_fits_exactly():
+    engine, _ = make_engine(blocks=5)
+    one = request("a", 10, 11)  # the last token's key is never needed: 10 + 11 - 1 = 20 = 5 blocks of 4
+    engine.add(one)
+    assert tokens_of(run(engine)["a"]) == expected(one)
+
+
+REQUESTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "prompt": st.integers(1, 24),
+            "same": st.booleans(),
+            "max_tokens": st.integers(1, 12),
+            "priority": st.integers(-1, 1),
+            "stop": st.booleans(),
+            "salt": st.sampled_from(["", "a"]),
+        }
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=REQUESTS,
+    blocks=st.integers(10, 30),
+    budget=st.integers(1, 40),
+    seqs=st.integers(1, 6),
+    run_ahead=st.integers(1, 3),
+    abort=st.integers(0, 12),
+)
+def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget, seqs, run_ahead, abort):
+    engine, _ = make_engine(blocks=blocks, budget=budget, max_num_seqs=seqs, run_ahead=run_ahead)
+    made = []
+    for index, one in enumerate(requests):
+        prompt = [7] * one["prompt"] if one["same"] else [index] * one["prompt"]
+        ready = request(
+            f"r{index}",
+            prompt,
+            one["max_tokens"],
+            seed=3 if one["same"] else index,
+            priority=one["priority"],
+            cache_salt=one["salt"],
+        )
+        if one["stop"]:
+            ready = request(
+                f"r{index}",
+                prompt,
+                one["max_tokens"],
+                seed=ready.seed,
+                stop=[expected(ready)[len(expected(ready)) // 2]],
+            )
+        made.append(ready)
+        engine.add(ready)
+    found: dict[str, list] = {}
+    for step in range(5000):
+        if step == 3 and abort < len(made):
+            engine.abort(f"r{abort}")
+        for delta in engine.step():
+            found.setdefault(delta.request_id, []).append(delta)
+        if not engine.has_work:
+            break
+    engine.step()  # idle: audits
+    for index, one in enumerate(made):
+        ends = [delta.finish_reason for delta in found[one.request_id] if delta.finish_reason]
+        assert len(ends) == 1
+        if index != abort or ends != ["abort"]:
+            assert tokens_of(found[one.request_id]) == expected(one)
