@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastqwen.errors import ModelNotFound
-from fastqwen.model_config import parse_config, read_config, read_json
+from fastqwen.hub import DEMO, demo_path
+from fastqwen.model_config import read_json
+from fastqwen.models import parse_config, read_config
 from fastqwen.plan.catalog import Found, find_published
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -15,7 +17,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 def find_model(text: str) -> Found:
     """Raises ModelNotFound, BadCheckpoint or Unsupported."""
-    path = Path(text).expanduser()
+    path = demo_path() if text == DEMO else Path(text).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, text)
     if path.is_dir():
@@ -31,11 +33,12 @@ def find_model(text: str) -> Found:
 
 
 def _from_gguf(path: Path, text: str) -> Found:
-    """Only the file's header is read; its size is the weights'."""
+    """Only the file's header is read. Loading unpacks the weights, so the file's own size does not matter."""
     from fastqwen.weights.gguf_checkpoint import config_from_gguf
     from fastqwen.weights.gguf_file import GgufFile
 
-    return Found(model=config_from_gguf(GgufFile(path)), name=text, weights_bytes=path.stat().st_size)
+    notices = ("the file's weights are unpacked when they are loaded",)
+    return Found(model=config_from_gguf(GgufFile(path)), name=text, notices=notices)
 
 
 def _hub_config(name: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import msgspec
 import typer
 
 from fastqwen.cli.find_model import find_model
+from fastqwen.cli.options import whole_number
 from fastqwen.errors import BadConfig
 from fastqwen.plan.advice import LIST_TOKENS, UTILIZATION, Answer, Question, Wishes, answer, list_models
 from fastqwen.plan.catalog import catalog, quantized_version
@@ -19,17 +19,6 @@ from fastqwen.plan.gpus import Target, find_target
 from fastqwen.plan.memory import KV_CACHE_DTYPES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_SUFFIXES = {"": 1, "k": 1_000, "K": 1_024, "m": 1_000_000, "M": 1_048_576}
-_NUMBER = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
-
-
-def whole_number(text: str, flag: str) -> int:
-    """12, 32K (32,768), 32k (32,000), 1M (1,048,576), 1m (1,000,000). Raises BadConfig."""
-    match = _NUMBER.fullmatch(text.strip())
-    value = float(match[1]) * _SUFFIXES[match[2]] if match else 0.0
-    if match is None or value != int(value) or value < 1:
-        raise BadConfig(f"{flag} is {text!r}, which is not a whole number (32768, 32K and 1m are fine)")
-    return int(value)
 
 
 def plan(
@@ -40,7 +29,12 @@ def plan(
     gpu: Annotated[str, typer.Option(help='A GPU ("RTX 3090"), its memory (24GB), or auto: what is here.')] = "auto",
     num_gpus: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
     max_model_len: Annotated[
-        str | None, typer.Option(help="Longest sequence, for example 32K. Default: what the model was trained for.")
+        int | None,
+        typer.Option(
+            parser=whole_number,
+            metavar="NUMBER",
+            help="Longest sequence, for example 32K. Default: what the model was trained for.",
+        ),
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Sequences of that length at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -58,7 +52,7 @@ def plan(
     target = find_target(gpu)
     wishes = Wishes(
         num_gpus=num_gpus,
-        max_model_len=None if max_model_len is None else whole_number(max_model_len, "--max-model-len"),
+        max_model_len=max_model_len,
         concurrency=concurrency,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
@@ -97,8 +91,13 @@ def _check(wishes: Wishes, target: Target) -> None:
         raise BadConfig(f"--dtype is {wishes.dtype!r}; possible: {', '.join(DTYPES)}")
     if wishes.kv_cache_dtype not in KV_CACHE_DTYPES:
         raise BadConfig(f"--kv-cache-dtype is {wishes.kv_cache_dtype!r}; possible: {', '.join(KV_CACHE_DTYPES)}")
-    for flag, value in (("--num-gpus", wishes.num_gpus), ("--concurrency", wishes.concurrency)):
-        if value < 1:
+    numbers = {
+        "--num-gpus": wishes.num_gpus,
+        "--concurrency": wishes.concurrency,
+        "--max-model-len": wishes.max_model_len,
+    }
+    for flag, value in numbers.items():
+        if value is not None and value < 1:
             raise BadConfig(f"{flag} is {value}, but must be at least 1")
     if not 0.05 <= wishes.utilization <= 1.0:
         raise BadConfig(f"--gpu-memory-utilization is {wishes.utilization}, but must be at least 0.05 and at most 1")

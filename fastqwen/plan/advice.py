@@ -48,7 +48,6 @@ class Question(Wishes, frozen=True, kw_only=True):
     model: ModelConfig
     name: str
     facts: DeviceFacts
-    weights_bytes: int | None = None  # of a file, where config.json does not tell
     entry: Entry | None = None
 
     @classmethod
@@ -58,7 +57,6 @@ class Question(Wishes, frozen=True, kw_only=True):
             model=found.model,
             name=found.name,
             facts=facts,
-            weights_bytes=found.weights_bytes,
             entry=found.entry,
         )
 
@@ -126,7 +124,6 @@ def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
         kv_cache_dtype=question.kv_cache_dtype,
         eager=question.eager,
         max_num_seqs=question.max_num_seqs,
-        weights_bytes=question.weights_bytes,
     )
     return load, profile, notices
 
@@ -317,9 +314,7 @@ def _packed(question: Question) -> Question | None:
     length = question.max_model_len
     if length is not None and length > model.default_max_len:
         return None
-    return msgspec.structs.replace(
-        question, model=model, name=sibling.name, entry=sibling, weights_bytes=None, dtype="auto"
-    )
+    return msgspec.structs.replace(question, model=model, name=sibling.name, entry=sibling, dtype="auto")
 
 
 def _tight(question: Question) -> Question:

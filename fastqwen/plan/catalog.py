@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from fastqwen.errors import BadConfig, Unsupported
-from fastqwen.model_config import ModelConfig, parse_config
+from fastqwen.model_config import ModelConfig
+from fastqwen.models import parse_config
 from fastqwen.plan.gpus import DATA
 
 _QUANTIZED = re.compile(r"-(GPTQ-Int4|GPTQ-Int8|Int4|Int8|AWQ|FP8)$")
@@ -68,7 +69,6 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelConfig
     name: str
     entry: Entry | None = None
-    weights_bytes: int | None = None  # of a file, where config.json does not tell
     notices: tuple[str, ...] = ()
 
 

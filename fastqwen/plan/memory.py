@@ -33,7 +33,6 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     eager: bool = False
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
-    weights_bytes: int | None = None  # known from files; else computed
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,9 +98,8 @@ def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: Devic
     rows = min(max_num_seqs, step) if profile.step_tokens is not None else max_num_seqs
     graphs = 0 if load.eager else profile.graph_batches * model.num_layers * KERNELS_PER_LAYER
     blocks_each = ceil(load.max_model_len / profile.block_size)
-    weights = load.weights_bytes
     return Need(
-        weights=weights_bytes(model, load.dtype, gpus) if weights is None else ceil(weights / gpus),
+        weights=weights_bytes(model, load.dtype, gpus),
         kv_cache=blocks * profile.block_size * per_token,
         activations=step * activation_bytes_per_token(model, gpus, element),
         sampler=rows * model.vocab_size * profile.sampler_bytes,

@@ -46,8 +46,6 @@ def _step_s(
 ) -> float:
     per_token = kv_bytes_per_token(model, load.dtype, num_gpus=load.num_gpus, kv_cache_dtype=load.kv_cache_dtype)
     weights = read_bytes(model, load.dtype, load.num_gpus, batch)
-    if load.weights_bytes is not None:
-        weights = load.weights_bytes / load.num_gpus
     assert facts.bandwidth_gb_s is not None
     reading = (weights + batch * context_tokens * per_token) / (facts.bandwidth_gb_s * 1e9 * efficiency)
     if facts.matmul_tflops is None:

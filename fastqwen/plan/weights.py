@@ -84,9 +84,9 @@ def tables(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
 def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: int) -> int:
     """One matrix with its scales, zeros, order and bias."""
     bias = matrix.outputs * element
-    method = str((quantization or {}).get("quant_method", "")).lower()
-    if quantization is None or not matrix.packed or method == "gguf":  # a GGUF file's weights are counted by its size
+    if quantization is None or not matrix.packed:
         return matrix.entries * element + (bias if matrix.bias else 0)
+    method = str(quantization.get("quant_method", "")).lower()
     if method == "fp8":
         block = quantization.get("weight_block_size")
         scales = ceil(matrix.inputs / block[1]) * ceil(matrix.outputs / block[0]) if block else 1

@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from fastqwen.cli.plan import plan, whole_number
+from fastqwen.cli.plan import plan
 from fastqwen.errors import BadConfig, FastqwenError, ModelNotFound, Unsupported
 from tests.plan import published
 
@@ -170,7 +170,7 @@ def test_the_plot(tmp_path: Path):
     ("arguments", "kind", "words"),
     [
         (["Qwen-7B", "--gpu", "Voodoo"], BadConfig, "--gpu"),
-        (["Qwen-7B", "--gpu", "24GB", "--max-model-len", "long"], BadConfig, "--max-model-len"),
+        (["Qwen-7B", "--gpu", "24GB", "--max-model-len", "0"], BadConfig, "--max-model-len"),
         (["Qwen-7B", "--gpu", "24GB", "--max-model-len", "1m"], BadConfig, "at most 32768"),
         (["Qwen-7B", "--gpu", "24GB", "--num-gpus", "3"], BadConfig, "--num-gpus"),
         (["Qwen-7B", "--gpu", "24GB", "--num-gpus", "0"], BadConfig, "--num-gpus"),
@@ -192,11 +192,20 @@ def test_mistakes_are_named(arguments: list[str], kind: type[FastqwenError], wor
     assert words in str(error)
 
 
-@pytest.mark.parametrize(
-    ("text", "number"), [("32768", 32768), ("32K", 32768), ("32k", 32000), ("1M", 2**20), ("1m", 10**6), ("0.5K", 512)]
-)
-def test_lengths_as_people_write_them(text: str, number: int):
-    assert whole_number(text, "--max-model-len") == number
+def test_a_length_that_is_no_number_is_refused():
+    result = run("Qwen-7B", "--gpu", "24GB", "--max-model-len", "long")
+    assert result.exit_code == 2
+    assert "'long' is not a whole number" in result.output
+
+
+def test_lengths_as_people_write_them():
+    assert run_json("Qwen-7B", "--gpu", "24GB", "--max-model-len", "4K")["max_model_len"] == 4096
+
+
+def test_a_gguf_file_needs_only_its_header(demo_gguf: Path):
+    found = run_json(str(demo_gguf), "--gpu", "8GB")
+    assert found["fits"]
+    assert found["command"] == f"fastqwen serve {demo_gguf}"
 
 
 def test_an_answer_needs_nothing_heavy():

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastqwen.model_config import ModelConfig, MoeConfig, RopeConfig, parse_config
+from fastqwen.model_config import ModelConfig, MoeConfig, RopeConfig
+from fastqwen.models import parse_config
 from fastqwen.plan.advice import Question, answer, is_fitting, largest_context, most_sequences, need_of
 from fastqwen.plan.catalog import catalog
 from fastqwen.plan.facts import EAGER_2023
