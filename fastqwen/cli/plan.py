@@ -64,14 +64,17 @@ def plan(
     if model is None:
         if plot is not None or quantization is not None:
             raise BadConfig("--plot and --quantization need a model: fastqwen plan MODEL")
-        _print_list(list_models(target, wishes), target, as_json=as_json)
+        _print_list(list_models(target, wishes), target, wishes, as_json=as_json)
         return
     found = find_model(model)
     if quantization is not None:
         found = quantized_version(found, quantization)
     question = Question.of(wishes, found, target.facts)
     answered = answer(question, target)
-    answered = msgspec.structs.replace(answered, notices=(*found.notices, *answered.notices))
+    notices = [*found.notices, *answered.notices]
+    if gpu == "auto" and num_gpus > target.installed:
+        notices.append(f"this machine has {target.installed}")
+    answered = msgspec.structs.replace(answered, notices=tuple(notices))
     if plot is not None:
         from fastqwen.plan import render
 
@@ -121,7 +124,7 @@ def _print_answer(found: Answer, *, as_json: bool) -> None:
         console.print(line, markup=False)
 
 
-def _print_list(answers: list[Answer], target: Target, *, as_json: bool) -> None:
+def _print_list(answers: list[Answer], target: Target, wishes: Wishes, *, as_json: bool) -> None:
     from fastqwen.plan import render
 
     if as_json:
@@ -131,9 +134,12 @@ def _print_list(answers: list[Answer], target: Target, *, as_json: bool) -> None
 
     console = Console(highlight=False, soft_wrap=True)
     running = sum(found.fits for found in answers)
+    where = target.label if wishes.num_gpus == 1 else f"{wishes.num_gpus} x {target.label}"
+    length = f"at their own length or {LIST_TOKENS} tokens, whichever is less"
+    if wishes.max_model_len is not None:
+        length = f"with {wishes.max_model_len} tokens"
     console.print(
-        f"{running} of {len(answers)} published Qwen models run on {target.label}, "
-        f"at their own length or {LIST_TOKENS} tokens, whichever is less",
+        f"{running} of {len(answers)} published Qwen models run on {where}, {length}",
         style="bold",
         markup=False,
     )

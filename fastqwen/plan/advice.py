@@ -155,15 +155,24 @@ def most_sequences(question: Question) -> int:
 
 
 def answer(question: Question, target: Target | None = None) -> Answer:
+    """``target`` widens the speed to the range of cards that a question about an amount of memory means."""
+    found = _figures(question, target)
+    if found.fits:
+        return found
+    changes = tuple(advise(question))
+    if not changes:
+        return found
+    if changes[0].tight and changes[0].max_model_len == found.max_model_len:
+        found = msgspec.structs.replace(_figures(_tight(question), target), notices=found.notices)
+    return msgspec.structs.replace(found, changes=changes, command=changes[0].command, tight=changes[0].tight)
+
+
+def _figures(question: Question, target: Target | None) -> Answer:
+    """The answer without advice."""
     load, profile, notices = resolve(question)
     need = predict(question.model, load, profile, question.facts)
     budget = budget_bytes(need, question.facts, question.utilization)
     fits = need.total <= budget
-    changes = () if fits else tuple(advise(question))
-    # The list of changes starts with what the model needs least for; if that is its own length, tightly, it runs.
-    own = changes[0] if changes and changes[0].tight and changes[0].max_model_len == load.max_model_len else None
-    runs = fits or own is not None
-    chosen = command(question) if fits else changes[0].command if changes else None
     slow, fast = (target.slow, target.fast) if target is not None else (question.facts, question.facts)
     return Answer(
         model=question.name,
@@ -179,14 +188,14 @@ def answer(question: Question, target: Target | None = None) -> Answer:
         budget_bytes=budget,
         device_bytes=question.facts.total_bytes,
         utilization=question.utilization,
-        fits=runs,
-        tight=bool(changes) and changes[0].tight,
+        fits=fits,
+        tight=False,
         largest_context=largest_context(question),
         most_sequences=most_sequences(question),
-        command=chosen,
-        changes=changes,
-        speed_single=decode_speed(question.model, load, slow, fast, batch=1) if runs else None,
-        speed_concurrent=decode_speed(question.model, load, slow, fast, batch=load.concurrency) if runs else None,
+        command=command(question) if fits else None,
+        changes=(),
+        speed_single=decode_speed(question.model, load, slow, fast, batch=1) if fits else None,
+        speed_concurrent=decode_speed(question.model, load, slow, fast, batch=load.concurrency) if fits else None,
         notices=tuple(notices),
     )
 
@@ -216,7 +225,7 @@ def list_models(target: Target, wishes: Wishes | None = None) -> list[Answer]:
     for entry in catalog().models:
         model = catalog().model(entry)
         length = wishes.max_model_len or min(trained_len(model), LIST_TOKENS)
-        if length > model.default_max_len:
+        if length > model.default_max_len:  # not made for the wished length
             continue
         asked = msgspec.structs.replace(wishes, max_model_len=length)
         question = Question.of(asked, Found(model=model, name=entry.name, entry=entry), target.facts)

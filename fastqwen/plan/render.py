@@ -84,7 +84,7 @@ def as_lines(answer: Answer) -> list[str]:
         lines.append(f"expected: {_speed_text(answer.speed_concurrent)}")
     lines += [f"note: {notice}" for notice in answer.notices]
     if answer.changes:
-        lines.append(f"cheapest change: {answer.changes[0].what}")
+        lines.append(f"{'only with' if answer.tight else 'cheapest change'}: {answer.changes[0].what}")
         lines += [f"or {change.what}: {change.command}" for change in answer.changes[1:]]
     if answer.command is not None:
         lines.append(answer.command)

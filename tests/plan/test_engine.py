@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadConfig, DoesNotFit
+from fastqwen.errors import BadConfig, DoesNotFit, Unsupported
 from fastqwen.plan import DeviceFacts, Measured, choose_dtype, compare, make_plan
 from fastqwen.plan.catalog import catalog, find_published
 from fastqwen.plan.facts import GIB
@@ -44,6 +44,18 @@ def test_a_gpu_that_is_too_small_is_told_what_to_type():
     with pytest.raises(DoesNotFit, match=r"use fastqwen serve Qwen/Qwen3-8B-AWQ") as error:
         make_plan(model_of("Qwen3-8B"), EngineConfig(model="Qwen/Qwen3-8B"), find_target("10GB").facts)
     assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_was_set_too_small_is_answered_with_a_length():
+    config = EngineConfig(model="x", max_model_len=8192, kv_cache_memory_bytes=GIB // 2)
+    with pytest.raises(DoesNotFit, match=r"use --max-model-len 3584 or less"):
+        make_plan(model_of("Qwen3-8B"), config, find_target("RTX 4090").facts)
+
+
+def test_less_free_than_predicted_is_answered_with_a_length():
+    config = EngineConfig(model="x", max_model_len=8192)
+    with pytest.raises(DoesNotFit, match=r"use --max-model-len \d+ or less"):
+        make_plan(model_of("Qwen3-8B"), config, find_target("RTX 4090").facts, available_kv_bytes=GIB)
 
 
 def test_a_length_that_nobody_asked_for_shrinks_and_says_so():
@@ -87,5 +99,5 @@ def test_an_unknown_quantization_is_refused():
     entry = catalog().find("Qwen/Qwen3-8B")
     assert entry is not None
     model = msgspec.structs.replace(catalog().model(entry), quantization={"quant_method": "magic"})
-    with pytest.raises(Exception, match="no quantization method 'magic'"):
+    with pytest.raises(Unsupported, match="no quantization method 'magic'"):
         make_plan(model, EngineConfig(model="x"), cpu(64))

@@ -40,7 +40,9 @@ def test_only_one_is_tight_and_its_command_says_how():
         (card, name) for card in published.RUNS_ON for name in published.MODELS if published.on_card(name, card).tight
     }
     assert tight == published.TIGHT
-    command = published.on_card("Qwen-14B-Int4", "12GB").command
+    found = published.on_card("Qwen-14B-Int4", "12GB")
+    assert found.need.total <= found.budget_bytes
+    command = found.command
     assert command is not None
     assert "--gpu-memory-utilization 0.99" in command
     assert "--enforce-eager" in command
