@@ -28,6 +28,10 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+# From the sampled tokens, log-probabilities and prompt log-probabilities by row; asked once the tokens are known.
+Extras = Callable[[list[int]], tuple[dict[int, TokenLogprobs], dict[int, list[TokenLogprobs]]]]
+
+
 @dataclass(frozen=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
@@ -43,7 +47,7 @@ class PendingStep:
         batch: ScheduledBatch,
         tokens: Tensor,
         done: torch.cuda.Event,
-        extras: Callable[[list[int]], tuple[dict[int, TokenLogprobs], dict[int, list[TokenLogprobs]]]] | None,
+        extras: Extras | None,
     ) -> None:
         self._batch = batch
         self._tokens = tokens  # int32 on the host, one for each row that samples, in order
@@ -199,7 +203,7 @@ class CudaRunner(ModelRunner):
             or row.start + row.num_tokens - self.slots.num_prompt[row.slot] < wish.min_tokens
         )
 
-    def _special(self, rows: list[Row], hidden: Tensor | None, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Callable]:
+    def _special(self, rows: list[Row], hidden: Tensor | None, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Extras]:
         """Adjust the logits, sample again, and keep what log-probabilities will be made of."""
         sampling = [row for row in rows if row.samples]
         wishes = [self.slots.sampling[row.slot] for row in sampling]
@@ -229,7 +233,7 @@ class CudaRunner(ModelRunner):
 
         return tokens, extras
 
-    def _pending(self, batch: ScheduledBatch, tokens: Tensor, extras: Callable | None) -> PendingStep:
+    def _pending(self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None) -> PendingStep:
         place = self._num_steps % RESULTS_IN_FLIGHT
         self._num_steps += 1
         host, event = self._results[place][: tokens.shape[0]], self._events[place]

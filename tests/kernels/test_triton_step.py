@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tests.kernels.test_triton as setup  # noqa: F401 turns the interpreter on before triton is imported
-
 import torch
 
+import tests.kernels.test_triton as setup
 from fastqwen.kernels.triton import step
 from fastqwen.layers.rotary import logn_scale
 from fastqwen.records import SamplingParams
@@ -25,7 +24,9 @@ def test_prepare_gathers_what_the_layers_need():
         slots, starts, token_ids=tokens, frequencies=frequencies, rope_scale=scale, embed=embed, logn_len=8
     )
     assert torch.equal(residual, embed[tokens[slots.long(), starts.long()].long()])
-    torch.testing.assert_close(angles, cos_sin(starts, frequencies[slots.long()], scale[slots.long()]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        angles, cos_sin(starts, frequencies[slots.long()], scale[slots.long()]), rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(q_scale, logn_scale(starts, 8))
 
 

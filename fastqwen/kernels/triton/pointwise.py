@@ -36,7 +36,9 @@ def _silu_mul(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr):
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up_ptr + row * 2 * size + at, mask=at < size, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * size + size + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * size + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=at < size)
+    tl.store(
+        out_ptr + row * size + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=at < size
+    )
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

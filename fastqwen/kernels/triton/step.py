@@ -149,7 +149,10 @@ def _cut(
                 trial = found | (tl.full((), 1, dtype=tl.uint32) << (31 - bit))
                 mass = tl.zeros((BLOCK,), dtype=tl.float32)
                 for start in range(0, vocab, BLOCK):
-                    x = tl.load(line + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32) * inverse
+                    x = (
+                        tl.load(line + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32)
+                        * inverse
+                    )
                     key = _ordered(x)
                     mass += tl.where((key >= trial) & (key >= low), tl.exp(x - top), 0.0)
                 found = tl.where(tl.sum(mass, axis=0) >= wanted, trial, found)
