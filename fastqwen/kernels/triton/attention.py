@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels.triton.linear import prefetch, supports_overlap
 from fastqwen.kernels.triton.pointwise import normed_and_rotated
 
 LOG2_E = 1.4426950408889634
@@ -43,6 +45,7 @@ def _decode(
     LOGN: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One new token per row. A program has one KV head, all of its query heads, and one part of the context.
 
@@ -53,6 +56,8 @@ def _decode(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     DIM: tl.constexpr = 2 * HALF
+    if PDL:
+        gdc_launch_dependents()
     position = tl.load(positions_ptr + row)
     first_tile = 0
     if WINDOW > 0:
@@ -67,6 +72,16 @@ def _decode(
 
     at = tl.arange(0, HALF)
     wide = tl.arange(0, DIM)
+    table = tables_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_width
+    head_stride = BLOCK_SIZE * DIM
+    if PDL:
+        # Older keys and values do not depend on the kernel before: ask for the first tile's while it still runs.
+        base = (tl.load(table + start).to(tl.int64) * KV_HEADS + kv_head) * head_stride
+        lines = tl.arange(0, BLOCK_SIZE * DIM * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 1024)
+        step: tl.constexpr = 1024 // k_cache_ptr.dtype.element_ty.primitive_bitwidth
+        prefetch(k_cache_ptr + base + lines * step)
+        prefetch(v_cache_ptr + base + lines * step)
+        gdc_wait()
     cos = tl.load(cos_sin_ptr + row * DIM + at)[None, :]
     sin = tl.load(cos_sin_ptr + row * DIM + HALF + at)[None, :]
     qkv = qkv_ptr + row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM
@@ -83,10 +98,8 @@ def _decode(
     q_low = q_low.to(qkv_ptr.dtype.element_ty).to(k_cache_ptr.dtype.element_ty)
     q_high = q_high.to(qkv_ptr.dtype.element_ty).to(k_cache_ptr.dtype.element_ty)
 
-    table = tables_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_width
     keys = tl.arange(0, BLOCK_SIZE)
     in_block = keys[:, None] * DIM
-    head_stride = BLOCK_SIZE * DIM
     top = tl.full((16,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((16,), dtype=tl.float32)
     acc = tl.zeros((16, DIM), dtype=tl.float32)
@@ -173,6 +186,7 @@ class DecodeWorkspace:
         self.partial = torch.empty(max_parts * group * shape.head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(max_parts * 2 * group, dtype=torch.float32, device=device)
         self.counter = torch.zeros(max_rows * shape.num_kv_heads, dtype=torch.int32, device=device)
+        self.overlap = supports_overlap(device)
 
     def splits(self, rows: int, num_kv_heads: int) -> int:
         """How many parts a context may be cut into: enough programs for the whole device, no more."""
@@ -195,6 +209,8 @@ def decode_attention(
     window: int | None,
     out: Tensor,
     splits: int | None = None,
+    num_stages: int = 3,
+    num_warps: int = 4,
 ) -> None:
     """Rotation, cache write and attention of rows that have one token each: qkv [rows, ...] -> out [rows, heads * dim]"""
     rows = qkv.shape[0]
@@ -207,7 +223,8 @@ def decode_attention(
         batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
         GROUP=group, SPLITS=splits, WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None,
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=3, num_warps=4,
+        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=num_stages, PDL=workspace.overlap,
+        num_warps=num_warps, **({"launch_pdl": True} if workspace.overlap else {}),
     )  # fmt: skip
 
 

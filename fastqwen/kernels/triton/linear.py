@@ -11,71 +11,69 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_ROWS = 64
 
 
 @triton.jit
 def _gemv(
-    x_ptr,  # [k]
-    w_ptr,  # [n, k], or [2 * n, k] if GATED
-    norm_ptr,  # [k]
+    x_ptr,  # [K]
+    w_ptr,  # [n, K], or [2 * n, K] if GATED
+    norm_ptr,  # [K]
     bias_ptr,
     out_ptr,  # [n]
-    k_size,
     n_size,
     eps,
+    K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # at least K
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
     BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One row: products on the ordinary cores, all of a tile's loads in flight before the first use."""
+    """One row: products on the ordinary cores. A program holds whole rows of weights in registers, so that all its
+    loads are in flight at once; they do not wait for the kernel before, whose result is only needed afterwards."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = (n < n_size)[:, None]
-    w_rows = w_ptr + n.to(tl.int64)[:, None] * k_size
-    up_rows = w_rows + n_size.to(tl.int64) * k_size
-    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    acc_up = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for start in range(0, k_size, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        if EVEN_K:
-            inside = rows
-            x = tl.load(x_ptr + k).to(tl.float32)
-        else:
-            inside = rows & (k < k_size)[None, :]
-            x = tl.load(x_ptr + k, mask=k < k_size, other=0.0).to(tl.float32)
-        w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-        if GATED:
-            up = tl.load(up_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-        if NORM:
-            squares += x * x
-            if EVEN_K:
-                x *= tl.load(norm_ptr + k).to(tl.float32)
-            else:
-                x *= tl.load(norm_ptr + k, mask=k < k_size, other=0.0).to(tl.float32)
-        acc += w.to(tl.float32) * x[None, :]
-        if GATED:
-            acc_up += up.to(tl.float32) * x[None, :]
-    y = tl.sum(acc, axis=1)
+    k = tl.arange(0, BLOCK_K)
+    live = n < n_size
+    inside = live[:, None] & (k < K)[None, :] if BLOCK_K != K else live[:, None]
+    place = n.to(tl.int64)[:, None] * K + k[None, :]
+    if PDL:
+        gdc_launch_dependents()
+    w = tl.load(w_ptr + place, mask=inside, other=0.0)
+    if GATED:
+        up = tl.load(w_ptr + n_size.to(tl.int64) * K + place, mask=inside, other=0.0)
+    if NORM:
+        gain = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     scale = 1.0
     if NORM:
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / k_size + eps)
-        y *= scale
+        scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
+        x *= gain
+    y = tl.sum(w.to(tl.float32) * x[None, :], axis=1) * scale
     if BIAS:
-        y += tl.load(bias_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)
     if GATED:
-        up_y = tl.sum(acc_up, axis=1) * scale
+        up_y = tl.sum(up.to(tl.float32) * x[None, :], axis=1) * scale
         if BIAS:
-            up_y += tl.load(bias_ptr + n_size + n, mask=n < n_size, other=0.0).to(tl.float32)
+            up_y += tl.load(bias_ptr + n_size + n, mask=live, other=0.0).to(tl.float32)
         y = y / (1.0 + tl.exp(-y)) * up_y
     if ADD:
-        y += tl.load(out_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < n_size)
+        y += tl.load(out_ptr + n, mask=live, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the cache lines behind these pointers; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -101,6 +99,8 @@ def _skinny(
     BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,  # cache lines of each row of weights to ask for before the kernel before has ended
 ):
     """A few rows: weights are the left operand of the tensor cores, so that a tile's height is free of the row count.
 
@@ -115,6 +115,15 @@ def _skinny(
     w_rows = w_ptr + n.to(tl.int64)[:, None] * k_size
     up_rows = w_rows + n_size.to(tl.int64) * k_size
     x_rows = x_ptr + m[None, :] * k_size
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH > 0:
+            line = (pid_k * BLOCK_K + tl.arange(0, PREFETCH) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8))
+            near = live_n[:, None] & (line < k_size)[None, :]
+            prefetch(tl.where(near, w_rows + line[None, :], w_ptr))
+            if GATED:
+                prefetch(tl.where(near, up_rows + line[None, :], w_ptr))
+        gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     acc_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -174,38 +183,46 @@ def _skinny(
 @dataclass(frozen=True)
 class Tiling:
     block_n: int
-    block_k: int
-    split_k: int
     num_warps: int
-    num_stages: int
+    block_k: int = 0  # of the tensor-core kernel only
+    split_k: int = 1
+    num_stages: int = 1
+    prefetch: int = 0  # lines of 128 bytes for each row of weights
 
 
 class Workspace:
-    """Scratch for split products: parts in float32, and counters that every launch leaves at zero."""
+    """Scratch for split products: parts in float32, and counters that every launch leaves at zero.
+
+    ``overlap``: kernels may start before the one in front has ended (programmatic dependent launch).
+    """
 
     def __init__(self, device: torch.device, max_parts: int = 4 * 2**20, max_blocks: int = 16384) -> None:
         self.partial = torch.empty(max_parts, dtype=torch.float32, device=device)
         self.counter = torch.zeros(max_blocks, dtype=torch.int32, device=device)
+        self.overlap = supports_overlap(device)
+
+
+def supports_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def gemv_tiling(n_size: int, k_size: int, *, gated: bool) -> Tiling:
-    """Programs enough for all multiprocessors, and 16 to 32 KiB of weights in flight in each."""
-    block_k = min(1024, triton.next_power_of_2(k_size))
-    block_n = 16 if n_size >= 65536 else 8 if n_size >= 16384 else 4
-    if gated:
-        block_n = max(2, block_n // 2)
-    return Tiling(block_n, block_k, 1, 4, 1)
+    """Programs enough for all multiprocessors, and at most 64 weights in each thread's registers."""
+    block_k = triton.next_power_of_2(k_size)
+    block_n = 4 if block_k <= 4096 else 2
+    weights = block_n * block_k * (2 if gated else 1)
+    return Tiling(block_n, num_warps=min(16, max(4, weights // 2048)))
 
 
 def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool, splittable: bool) -> Tiling:
     block_n = 64 if n_size >= 132 * 64 else 32 if n_size >= 132 * 16 else 16
-    block_k = 128 if k_size % 128 == 0 else 64
+    block_k = 256 if k_size % 256 == 0 and m_size <= 16 else 128 if k_size % 128 == 0 else 64
     programs = -(-n_size // block_n)
     split_k = 1
     if splittable:
         while programs * split_k < 200 and split_k < 8 and k_size // (split_k * 2) >= 2 * block_k:
             split_k *= 2
-    return Tiling(block_n, block_k, split_k, 4, 4 if not gated else 3)
+    return Tiling(block_n, 4, block_k, split_k, 3 if gated or block_k > 128 else 4, prefetch=8)
 
 
 def skinny_linear(
@@ -227,13 +244,15 @@ def skinny_linear(
     assert x.is_contiguous() and weight.is_contiguous() and m_size <= MAX_ROWS
     out = add_to if add_to is not None else torch.empty((m_size, n_size), dtype=out_dtype or x.dtype, device=x.device)
     assert out.is_contiguous()
-    flags = {"NORM": norm is not None, "GATED": gated, "ADD": add_to is not None, "BIAS": bias is not None}
+    pdl = workspace.overlap
+    flags = {"NORM": norm is not None, "GATED": gated, "ADD": add_to is not None, "BIAS": bias is not None, "PDL": pdl}
+    launch = {"launch_pdl": True} if pdl else {}
     if m_size == 1:
         t = tiling or gemv_tiling(n_size, k_size, gated=gated)
         _gemv[(triton.cdiv(n_size, t.block_n),)](
-            x, weight, norm, bias, out, k_size, n_size, eps,
-            BLOCK_N=t.block_n, BLOCK_K=t.block_k, EVEN_K=k_size % t.block_k == 0, **flags,
-            num_warps=t.num_warps, num_stages=t.num_stages,
+            x, weight, norm, bias, out, n_size, eps,
+            K=k_size, BLOCK_N=t.block_n, BLOCK_K=triton.next_power_of_2(k_size), **flags,
+            num_warps=t.num_warps, num_stages=1, **launch,
         )  # fmt: skip
         return out
     t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated, splittable=norm is None and not gated)
@@ -243,7 +262,7 @@ def skinny_linear(
     _skinny[(blocks, t.split_k)](
         x, weight, norm, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size, eps,
         BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_K=t.block_k, SPLIT_K=t.split_k, EVEN_K=k_size % t.block_k == 0,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **flags,
-        num_warps=t.num_warps, num_stages=t.num_stages,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PREFETCH=t.prefetch, **flags,
+        num_warps=t.num_warps, num_stages=t.num_stages, **launch,
     )  # fmt: skip
     return out
