@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -173,15 +174,9 @@ def tune_attention(models: list[str]) -> dict[str, Any]:
             if splits > -(-context // 64) or rows * shape.num_kv_heads * splits > 20000 or (splits == 1 and rows < 8):
                 continue
 
-            def run(splits: int = splits, stages: int = stages, warps: int = warps) -> None:
-                for cache in caches:
-                    attention.decode_attention(
-                        qkv, batch, cache, shape, space, q_norm=None, k_norm=None, eps=1e-6, window=None, out=out,
-                        splits=splits, num_stages=stages, num_warps=warps,
-                    )  # fmt: skip
-
             try:
-                us = graph_us(run, layers)
+                options = {"splits": splits, "num_stages": stages, "num_warps": warps}
+                us = graph_us(partial(attend, qkv, batch, caches, shape, space, out, options), layers)
             except Exception as error:
                 print(model, rows, splits, stages, warps, type(error).__name__, flush=True)
                 continue
@@ -191,6 +186,21 @@ def tune_attention(models: list[str]) -> dict[str, Any]:
         del caches
         torch.cuda.empty_cache()
     return results
+
+
+def attend(
+    qkv: torch.Tensor,
+    batch: AttentionBatch,
+    caches: list[LayerCache],
+    shape: HeadShape,
+    space: attention.DecodeWorkspace,
+    out: torch.Tensor,
+    options: dict[str, int],
+) -> None:
+    for cache in caches:
+        attention.decode_attention(
+            qkv, batch, cache, shape, space, q_norm=None, k_norm=None, eps=1e-6, window=None, out=out, **options
+        )
 
 
 def _batch(rows: int, context: int, blocks: int) -> AttentionBatch:

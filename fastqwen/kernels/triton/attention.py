@@ -28,18 +28,18 @@ def _decode(
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, 2 * HALF]
     v_cache_ptr,
     out_ptr,  # [rows, HEADS * 2 * HALF]
-    partial_ptr,  # float32 [rows, KV_HEADS, SPLITS, GROUP, 2 * HALF]
-    stats_ptr,  # float32 [rows, KV_HEADS, SPLITS, 2, GROUP]: maxima (base 2) and sums
+    partial_ptr,  # float32 [rows, KV_HEADS, splits, GROUP, 2 * HALF]
+    stats_ptr,  # float32 [rows, KV_HEADS, splits, 2, GROUP]: maxima (base 2) and sums
     counter_ptr,  # int32 [rows, KV_HEADS], zero between launches
     table_width,
     scale,
     eps,
+    splits,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     NORM: tl.constexpr,
     LOGN: tl.constexpr,
@@ -63,7 +63,7 @@ def _decode(
     if WINDOW > 0:
         first_tile = tl.maximum(position + 1 - WINDOW, 0) // BLOCK_SIZE
     num_tiles = position // BLOCK_SIZE + 1 - first_tile
-    per_split = tl.cdiv(num_tiles, SPLITS)
+    per_split = tl.cdiv(num_tiles, splits)
     parts = tl.cdiv(num_tiles, per_split)
     if split >= parts:
         return
@@ -147,7 +147,7 @@ def _decode(
     if parts == 1:
         tl.store(out_ptr + out_place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
     else:
-        slab = (row.to(tl.int64) * KV_HEADS + kv_head) * SPLITS
+        slab = (row.to(tl.int64) * KV_HEADS + kv_head) * splits
         mine = slab + split
         part_place = group[:, None] * DIM + wide[None, :]
         tl.store(partial_ptr + mine * GROUP * DIM + part_place, acc, mask=live)
@@ -220,9 +220,9 @@ def decode_attention(
     _decode[(rows, shape.num_kv_heads, splits)](
         qkv, batch.cos_sin, batch.q_scale, q_norm, k_norm, batch.table_rows, batch.block_tables, batch.positions,
         cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
-        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps,
+        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps, splits,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
-        GROUP=group, SPLITS=splits, WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None,
+        GROUP=group, WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=num_stages, PDL=workspace.overlap,
         num_warps=num_warps, **({"launch_pdl": True} if workspace.overlap else {}),
     )  # fmt: skip
