@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
-from fastqwen.kernels.triton.linear import prefetch, supports_overlap
+from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
 from fastqwen.kernels.triton.pointwise import normed_and_rotated
 
 LOG2_E = 1.4426950408889634
@@ -40,6 +40,7 @@ def _decode(
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     NORM: tl.constexpr,
     LOGN: tl.constexpr,
@@ -157,22 +158,25 @@ def _decode(
         arrived = tl.atomic_add(counter_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
         if arrived == parts - 1:
             tl.debug_barrier()
-            top = tl.full((16,), float("-inf"), dtype=tl.float32)
-            total = tl.zeros((16,), dtype=tl.float32)
+            # First all parts' maxima and sums at once; then their vectors, whose loads do not wait for each other.
+            every = tl.arange(0, MAX_SPLITS)
+            place_of = (slab + every)[:, None] * 2 * GROUP + group[None, :]
+            given = (every < parts)[:, None] & (group < GROUP)[None, :]
+            tops = tl.load(stats_ptr + place_of, mask=given, other=float("-inf"), cache_modifier=".cg")
+            sums = tl.load(stats_ptr + place_of + GROUP, mask=given, other=0.0, cache_modifier=".cg")
+            top = tl.max(tops, axis=0)
+            top = tl.where(group < GROUP, top, 0.0)
+            total = tl.where(group < GROUP, tl.sum(sums * tl.exp2(tops - top[None, :]), axis=0), 1.0)
             acc = tl.zeros((16, DIM), dtype=tl.float32)
-            for part in range(parts):
+            for part in tl.range(parts, loop_unroll_factor=4):
                 from_part = slab + part
-                stats = stats_ptr + from_part * 2 * GROUP
-                part_top = tl.load(stats + group, mask=group < GROUP, other=0.0, cache_modifier=".cg")
-                part_total = tl.load(stats + GROUP + group, mask=group < GROUP, other=1.0, cache_modifier=".cg")
+                part_top = tl.load(
+                    stats_ptr + from_part * 2 * GROUP + group, mask=group < GROUP, other=0.0, cache_modifier=".cg"
+                )
                 part_acc = tl.load(
                     partial_ptr + from_part * GROUP * DIM + part_place, mask=live, other=0.0, cache_modifier=".cg"
                 )
-                new_top = tl.maximum(top, part_top)
-                fade, rise = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
-                total = total * fade + part_total * rise
-                acc = acc * fade[:, None] + part_acc * rise[:, None]
-                top = new_top
+                acc += part_acc * tl.exp2(part_top - top)[:, None]
             tl.store(out_ptr + out_place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
             tl.store(counter_ptr + row * KV_HEADS + kv_head, 0)
 
@@ -190,9 +194,12 @@ class DecodeWorkspace:
 
     def splits(self, rows: int, num_kv_heads: int) -> int:
         """How many parts a context may be cut into: enough programs for the whole device, no more."""
-        return max(1, min(64, PROGRAMS_WANTED // (rows * num_kv_heads), self.max_parts // (rows * num_kv_heads)))
+        return max(
+            1, min(MAX_SPLITS, PROGRAMS_WANTED // (rows * num_kv_heads), self.max_parts // (rows * num_kv_heads))
+        )
 
 
+MAX_SPLITS = 64
 PROGRAMS_WANTED = 528  # four for each of an H200's multiprocessors
 
 
@@ -222,9 +229,9 @@ def decode_attention(
         cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
         batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps, splits,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
-        GROUP=group, WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None,
+        GROUP=group, MAX_SPLITS=MAX_SPLITS, WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=num_stages, PDL=workspace.overlap,
-        num_warps=num_warps, **({"launch_pdl": True} if workspace.overlap else {}),
+        num_warps=num_warps, **overlapping(workspace.overlap),
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
-"""Matrix products of up to 64 rows, bound by reading the weights once: norm before, SiLU or residual behind, fused.
+"""Matrix products of up to 64 rows, bound by reading the weights once, with SiLU or the residual fused behind them.
 
+For a single row the norm in front is fused as well; with more rows every program would repeat it.
 For larger products cuBLAS is used; there the arithmetic, not the launch or the first byte, sets the time.
 """
 
@@ -12,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
+from fastqwen.kernels.triton.pointwise import rms_norm
 
 MAX_ROWS = 64
 
@@ -69,18 +73,9 @@ def _gemv(
 
 
 @triton.jit
-def prefetch(pointers):
-    """Ask for the cache lines behind these pointers; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _skinny(
     x_ptr,  # [m, k]
     w_ptr,  # [n, k], or [2 * n, k] if GATED
-    norm_ptr,
     bias_ptr,
     out_ptr,  # [m, n]
     partial_ptr,  # float32 [SPLIT_K, n blocks, BLOCK_N, BLOCK_M]
@@ -88,12 +83,10 @@ def _skinny(
     m_size,
     k_size,
     n_size,
-    eps,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    NORM: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
     BIAS: tl.constexpr,
@@ -118,7 +111,7 @@ def _skinny(
     if PDL:
         gdc_launch_dependents()
         if PREFETCH > 0:
-            line = (pid_k * BLOCK_K + tl.arange(0, PREFETCH) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8))
+            line = pid_k * BLOCK_K + tl.arange(0, PREFETCH) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8)
             near = live_n[:, None] & (line < k_size)[None, :]
             prefetch(tl.where(near, w_rows + line[None, :], w_ptr))
             if GATED:
@@ -126,7 +119,6 @@ def _skinny(
         gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     acc_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in range(pid_k * BLOCK_K, k_size, BLOCK_K * SPLIT_K):
         k = start + tl.arange(0, BLOCK_K)
         if EVEN_K:
@@ -135,11 +127,6 @@ def _skinny(
         else:
             w = tl.load(w_rows + k[None, :], mask=live_n[:, None] & (k < k_size)[None, :], other=0.0)
             x = tl.load(x_rows + k[:, None], mask=live_m[None, :] & (k < k_size)[:, None], other=0.0)
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=0)
-            gain = tl.load(norm_ptr + k, mask=k < k_size, other=0.0).to(tl.float32)
-            x = (wide * gain[:, None]).to(x_ptr.dtype.element_ty)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
         if GATED:
             if EVEN_K:
@@ -162,11 +149,6 @@ def _skinny(
                 acc += tl.load(partial_ptr + (part * blocks + pid_n) * BLOCK_N * BLOCK_M + tile, cache_modifier=".cg")
             tl.store(counter_ptr + pid_n, 0)
     if last:
-        if NORM:
-            scale = tl.rsqrt(squares / k_size + eps)[None, :]
-            acc *= scale
-            if GATED:
-                acc_up *= scale
         if BIAS:
             acc += tl.load(bias_ptr + n, mask=live_n, other=0.0).to(tl.float32)[:, None]
             if GATED:
@@ -202,27 +184,24 @@ class Workspace:
         self.overlap = supports_overlap(device)
 
 
-def supports_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def gemv_tiling(n_size: int, k_size: int, *, gated: bool) -> Tiling:
     """Programs enough for all multiprocessors, and at most 64 weights in each thread's registers."""
     block_k = triton.next_power_of_2(k_size)
-    block_n = 4 if block_k <= 4096 else 2
+    block_n = 2 if gated or block_k > 8192 else 4
     weights = block_n * block_k * (2 if gated else 1)
-    return Tiling(block_n, num_warps=min(16, max(4, weights // 2048)))
+    return Tiling(block_n, num_warps=min(8, max(2, weights // 2048)))
 
 
-def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool, splittable: bool) -> Tiling:
-    block_n = 64 if n_size >= 132 * 64 else 32 if n_size >= 132 * 16 else 16
-    block_k = 256 if k_size % 256 == 0 and m_size <= 16 else 128 if k_size % 128 == 0 else 64
-    programs = -(-n_size // block_n)
+def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> Tiling:
+    """Tiles as tall as leave at least a program for each multiprocessor; short outputs are split along k."""
+    block_n = 64 if n_size >= 132 * 24 and k_size >= 4096 else 32
+    block_k = next(
+        size for size in (128 if gated or block_n == 64 else 256, 128, 64) if k_size % size == 0 or size == 64
+    )
     split_k = 1
-    if splittable:
-        while programs * split_k < 200 and split_k < 8 and k_size // (split_k * 2) >= 2 * block_k:
-            split_k *= 2
-    return Tiling(block_n, 4, block_k, split_k, 3 if gated or block_k > 128 else 4, prefetch=8)
+    while not gated and -(-n_size // block_n) * split_k < 120 and k_size // (split_k * 2) >= 2 * block_k:
+        split_k *= 2
+    return Tiling(block_n, 4, block_k, split_k, 5 if not gated else 4, prefetch=8)
 
 
 def skinny_linear(
@@ -245,22 +224,24 @@ def skinny_linear(
     out = add_to if add_to is not None else torch.empty((m_size, n_size), dtype=out_dtype or x.dtype, device=x.device)
     assert out.is_contiguous()
     pdl = workspace.overlap
-    flags = {"NORM": norm is not None, "GATED": gated, "ADD": add_to is not None, "BIAS": bias is not None, "PDL": pdl}
-    launch = {"launch_pdl": True} if pdl else {}
+    flags = {"GATED": gated, "ADD": add_to is not None, "BIAS": bias is not None, "PDL": pdl}
+    launch = overlapping(pdl)
     if m_size == 1:
         t = tiling or gemv_tiling(n_size, k_size, gated=gated)
         _gemv[(triton.cdiv(n_size, t.block_n),)](
             x, weight, norm, bias, out, n_size, eps,
-            K=k_size, BLOCK_N=t.block_n, BLOCK_K=triton.next_power_of_2(k_size), **flags,
+            K=k_size, BLOCK_N=t.block_n, BLOCK_K=triton.next_power_of_2(k_size), NORM=norm is not None, **flags,
             num_warps=t.num_warps, num_stages=1, **launch,
         )  # fmt: skip
         return out
-    t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated, splittable=norm is None and not gated)
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated)
     block_m = max(16, triton.next_power_of_2(m_size))
     blocks = triton.cdiv(n_size, t.block_n)
     assert t.split_k == 1 or t.split_k * blocks * t.block_n * block_m <= workspace.partial.numel()
     _skinny[(blocks, t.split_k)](
-        x, weight, norm, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size, eps,
+        x, weight, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size,
         BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_K=t.block_k, SPLIT_K=t.split_k, EVEN_K=k_size % t.block_k == 0,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PREFETCH=t.prefetch, **flags,
         num_warps=t.num_warps, num_stages=t.num_stages, **launch,
