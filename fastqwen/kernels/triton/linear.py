@@ -193,15 +193,18 @@ def gemv_tiling(n_size: int, k_size: int, *, gated: bool) -> Tiling:
 
 
 def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> Tiling:
-    """Tiles as tall as leave at least a program for each multiprocessor; short outputs are split along k."""
-    block_n = 64 if n_size >= 132 * 24 and k_size >= 4096 else 32
-    block_k = next(
-        size for size in (128 if gated or block_n == 64 else 256, 128, 64) if k_size % size == 0 or size == 64
-    )
+    """What was fastest on an H200 (bench/results/h200-linear-tilings.json), by the shape of the matrix."""
+    large = n_size >= 4096 and k_size >= 4096
+    if gated:
+        block_n, block_k, stages = (32, 256, 3) if not large else (64, 64, 3) if m_size <= 16 else (32, 128, 3)
+    else:
+        block_n, block_k, stages = (64, 128, 5) if large else (32, 256, 5)
+    while k_size % block_k and block_k > 64:
+        block_k //= 2
     split_k = 1
-    while not gated and -(-n_size // block_n) * split_k < 120 and k_size // (split_k * 2) >= 2 * block_k:
-        split_k *= 2
-    return Tiling(block_n, 4, block_k, split_k, 5 if not gated else 4, prefetch=8)
+    while not gated and -(-n_size // block_n) * split_k < 96 and k_size // (split_k * 2) >= 2 * block_k:
+        split_k *= 2  # a program for nearly every multiprocessor
+    return Tiling(block_n, 4, block_k, split_k, stages, prefetch=8)
 
 
 def skinny_linear(
