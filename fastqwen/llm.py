@@ -39,7 +39,7 @@ class LLM:
             raise BadConfig(f"LLM has no option {', '.join(sorted(unknown))}")
         self.config = EngineConfig(model=model, **options)
         path = resolve(model, revision=self.config.revision, weights=self.config.load_format != "dummy")
-        with tqdm(desc="Loading layers", unit="layer", leave=False, delay=1.0) as bar:
+        with tqdm(desc="Loading layers", unit="layer", leave=False, delay=1.0, disable=None) as bar:
             self._engine = start_engine(self.config, path, lambda done, total: _advance(bar, done, total))
         self.text: TextTools | None = None
         if not self.config.skip_tokenizer_init:
