@@ -16,6 +16,7 @@ from fastqwen.runner.packing import pack
 from fastqwen.runner.slots import Slots
 
 LOGITS_AT_ONCE = 256  # rows of logits that prompt log-probabilities keep in memory
+NOT_FINITE = "the model computed values that are not finite numbers"
 
 
 class FinishedStep:
@@ -42,7 +43,8 @@ class ModelRunner:
             block_size=plan.block_size,
             device=device,
         )
-        shape = (plan.num_blocks, model.num_kv_heads, plan.block_size, model.head_dim)
+        # One block more than the plan's: what only pads a batch is written there.
+        shape = (plan.num_blocks + 1, model.num_kv_heads, plan.block_size, model.head_dim)
         dtype = TORCH_DTYPES[plan.dtype]
         self.caches = [
             LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
@@ -51,10 +53,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> FinishedStep:
-        for admission in batch.admissions:
-            self.slots.admit(admission)
-        for row in batch.rows:
-            self.slots.extend(row)
+        self.slots.admit(batch.admissions)
+        self.slots.extend(batch.rows)
         ids, where = pack(batch.rows, self.slots, block_size=self._plan.block_size, logn_len=self._model.logn_len)
         hidden = self._decoder.hidden(ids, where, self.caches)
         ends = where.row_starts[1:].long() - 1
@@ -75,7 +75,7 @@ class ModelRunner:
     def _result(self, row: Row, sampled: tuple[int, TokenLogprobs | None, bool] | None, hidden: Tensor) -> SampledRow:
         token, logprobs, corrupt = sampled or (None, None, not bool(torch.isfinite(hidden).all()))
         if corrupt:
-            return SampledRow(request_id=row.request_id, error="the model computed values that are not finite numbers")
+            return SampledRow(request_id=row.request_id, error=NOT_FINITE)
         prompt_logprobs = self._prompt_logprobs(row, hidden) if row.prompt_logprobs else None
         return SampledRow(request_id=row.request_id, token_id=token, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
@@ -84,7 +84,7 @@ class ModelRunner:
         if not rows:
             return [], [], []
         slots = self.slots
-        logits = self._decoder.logits(hidden)
+        logits = self._decoder.logits(hidden).float()
         lowest, highest = logits.aminmax(dim=-1)
         corrupt = (~(torch.isfinite(lowest) & torch.isfinite(highest))).tolist()
         params = [slots.sampling[row.slot] for row in rows]
@@ -121,13 +121,13 @@ class ModelRunner:
                 sampler.penalize(
                     logits[index : index + 1],
                     slots.token_ids[row.slot : row.slot + 1, :num_known],
-                    torch.tensor([slots.num_prompt[row.slot]]),
-                    torch.tensor([num_known]),
+                    torch.tensor([slots.num_prompt[row.slot]], device=logits.device),
+                    torch.tensor([num_known], device=logits.device),
                     [sampling],
                 )
             if sampling.logit_bias:
-                ids = torch.tensor(list(sampling.logit_bias))
-                logits[index, ids] += torch.tensor(list(sampling.logit_bias.values()))
+                ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
+                logits[index, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
             if num_known - slots.num_prompt[row.slot] < sampling.min_tokens and slots.stop_token_ids[row.slot]:
                 logits[index, slots.stop_token_ids[row.slot]] = float("-inf")
 

@@ -38,8 +38,16 @@ class Engine:
     model: ModelConfig
 
 
-def start_engine(config: EngineConfig, path: Path, progress: Progress = lambda done, total: None) -> Engine:
-    """``progress`` is told after each layer how many of how many are loaded. Raises FastqwenError."""
+def start_engine(
+    config: EngineConfig,
+    path: Path,
+    progress: Progress = lambda done, total: None,
+    on_capture: Progress = lambda done, total: None,
+) -> Engine:
+    """``progress`` is told after each layer how many of how many are loaded, ``on_capture`` the same of CUDA graphs.
+
+    Raises FastqwenError.
+    """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     dummy = config.load_format == "dummy"
@@ -49,7 +57,10 @@ def start_engine(config: EngineConfig, path: Path, progress: Progress = lambda d
     for notice in plan.notices:
         log.warning("%s", notice)
     decoder = _load(config, checkpoint, plan, device, choose_ops(device), progress)
-    executor = ModelRunner(checkpoint.model, decoder, plan, device)
+    if device.type == "cuda":
+        plan, executor = _on_gpu(config, checkpoint.model, decoder, plan, device, on_capture)
+    else:
+        executor = ModelRunner(checkpoint.model, decoder, plan, device)
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, plan.block_size),
         max_num_seqs=plan.max_num_seqs,
@@ -60,6 +71,26 @@ def start_engine(config: EngineConfig, path: Path, progress: Progress = lambda d
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
     return Engine(EngineCore(scheduler, executor), plan, checkpoint.model)
+
+
+def _on_gpu(
+    config: EngineConfig,
+    model: ModelConfig,
+    decoder: Decoder,
+    plan: EnginePlan,
+    device: torch.device,
+    on_capture: Progress,
+) -> tuple[EnginePlan, ModelRunner]:
+    """The cache gets what the largest step leaves free; then the decode steps are recorded."""
+    from fastqwen.runner.cuda_runner import CudaRunner
+    from fastqwen.runner.measure import available_kv_bytes
+
+    measured = available_kv_bytes(model, config, plan, decoder, device)
+    plan = make_plan(model, config, device_facts(device), available_kv_bytes=max(1, measured))
+    runner = CudaRunner(model, decoder, plan, device)
+    if not config.enforce_eager:
+        runner.capture(on_capture)
+    return plan, runner
 
 
 def _load(
