@@ -12,8 +12,10 @@ from tqdm import tqdm
 from fastqwen.client.assemble import Assembler
 from fastqwen.client.prepare import ModelLimits, prepare
 from fastqwen.config import EngineConfig
+from fastqwen.engine.core import EngineStats
 from fastqwen.errors import BadConfig, BadRequest
 from fastqwen.hub import resolve
+from fastqwen.model_config import ModelConfig
 from fastqwen.outputs import Logprob, RequestOutput
 from fastqwen.records import RequestDelta, SamplingParams
 from fastqwen.runner.start import start_engine
@@ -39,7 +41,7 @@ class LLM:
             raise BadConfig(f"LLM has no option {', '.join(sorted(unknown))}")
         self.config = EngineConfig(model=model, **options)
         path = resolve(model, revision=self.config.revision, weights=self.config.load_format != "dummy")
-        with tqdm(desc="Loading layers", unit="layer", leave=False, delay=1.0) as bar:
+        with tqdm(desc="Loading layers", unit="layer", leave=False, delay=1.0, disable=None) as bar:
             self._engine = start_engine(self.config, path, lambda done, total: _advance(bar, done, total))
         self.text: TextTools | None = None
         if not self.config.skip_tokenizer_init:
@@ -52,6 +54,15 @@ class LLM:
         )
         self._ids = itertools.count()
         self._seeds = random.Random(self.config.seed)  # noqa: S311 not a secret
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """What the checkpoint says about itself."""
+        return self._engine.model
+
+    def stats(self) -> EngineStats:
+        """What the engine has done so far."""
+        return self._engine.core.stats()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""

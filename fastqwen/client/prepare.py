@@ -61,7 +61,7 @@ def prepare(
     check_sampling(sampling, limits)
     room = limits.max_model_len - len(token_ids)
     max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-    first_seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
+    first_seed = seeds.getrandbits(63) if sampling.seed is None else sampling.seed
     stops = [] if sampling.ignore_eos else limits.stop_token_ids
     arrival_s = time.monotonic()
     return [

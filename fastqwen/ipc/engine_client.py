@@ -149,10 +149,10 @@ class EngineClient:
             self._socket = self._context.socket(zmq.PAIR)
             self._socket.set_hwm(0)
             self._socket.bind(address)
+            # -P: a user's own random.py in the working directory must not become the engine's.
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "fastqwen.ipc.engine_main", address, stdin=asyncio.subprocess.DEVNULL
+                sys.executable, "-P", "-m", "fastqwen.ipc.engine_main", address, stdin=asyncio.subprocess.DEVNULL
             )
-            await self._socket.send(wire.encode(wire.Start(self._config, str(self._path))))
             listening = asyncio.create_task(self._listen(self._socket))
             was_ready = await self._wait_for_end(listening)
             self._socket.close(linger=0)
@@ -161,7 +161,9 @@ class EngineClient:
                 return
             self._end_streams(GONE, "error")
             if not was_ready:
-                self.failure = f"the engine process ended with status {self._process.returncode} before it was ready"
+                status = self._process.returncode
+                hint = " (killed, often for want of memory)" if status == -signal.SIGKILL else ""
+                self.failure = f"the engine process ended with status {status}{hint} before it was ready"
                 self._set_state("failed")
                 return
             log.error("the engine process ended with status %s; starting it again", self._process.returncode)
@@ -184,6 +186,7 @@ class EngineClient:
             await asyncio.sleep(0.02)
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> None:
+        await socket.send(wire.encode(wire.Start(self._config, str(self._path))))  # waits until the engine connects
         while True:
             message = wire.from_engine.decode(await socket.recv())
             self._heard_s = time.monotonic()
