@@ -181,11 +181,17 @@ def common(fields: Fields, *, default_head_dim: int | None = None) -> dict[str, 
 def checkpoint_facts(fields: Fields) -> dict[str, Any]:
     """What every generation's config.json says in the same way."""
     eos = fields.get("eos_token_id")
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in eos_ids):
+        raise BadCheckpoint(f"{fields.source}: eos_token_id is {_short(eos)}, expected a token id or a list of them")
+    quantization = fields.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise BadCheckpoint(f"{fields.source}: quantization_config is {_short(quantization)}, expected an object")
     dtype = str(fields.get("dtype", "torch_dtype") or "bfloat16").removeprefix("torch.")
     return {
-        "quantization": fields.get("quantization_config"),
+        "quantization": quantization,
         "dtype": dtype if dtype in ("float32", "bfloat16", "float16") else "bfloat16",
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "eos_token_ids": tuple(eos_ids),
         "bos_token_id": fields.get("bos_token_id"),
     }
 

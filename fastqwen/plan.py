@@ -69,7 +69,7 @@ def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
 
 
 def weights_bytes(model: ModelConfig, dtype: str) -> int:
-    """Parameters times their size, for weights that are not packed."""
+    """Parameters times their size. GPTQ packs all linears but the head; routed experts are unpacked while loading."""
     attention = model.hidden_size * (2 * model.q_size + 2 * model.kv_size)
     dense = 3 * model.hidden_size * model.intermediate_size * model.num_dense_layers
     sparse = 0
@@ -77,7 +77,17 @@ def weights_bytes(model: ModelConfig, dtype: str) -> int:
         per_layer = model.moe.num_experts * model.moe.expert_size + model.moe.shared_size
         sparse = 3 * model.hidden_size * per_layer * (model.num_layers - model.num_dense_layers)
     tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return (attention * model.num_layers + dense + sparse + tables) * DTYPE_BYTES[dtype]
+    linears = attention * model.num_layers + dense
+    return int(linears * _bytes_per_weight(model, dtype) + (sparse + tables) * DTYPE_BYTES[dtype])
+
+
+def _bytes_per_weight(model: ModelConfig, dtype: str) -> float:
+    """A code of some bits, and for each group of inputs a scale and a zero of 16 bits."""
+    quantization = model.quantization or {}
+    bits, group_size = quantization.get("bits"), quantization.get("group_size")
+    if not isinstance(bits, int) or not isinstance(group_size, int):
+        return DTYPE_BYTES[dtype]
+    return bits / 8 + (4 / group_size if group_size > 0 else 0)
 
 
 def make_plan(
