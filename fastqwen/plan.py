@@ -99,6 +99,8 @@ def make_plan(
     cannot have.
     """
     dtype, notices = choose_dtype(config.dtype, model, facts)
+    if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
+        raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
     on_cpu = facts.kind == "cpu"
     block_size = config.block_size or (16 if on_cpu else 64)
     max_num_seqs = config.max_num_seqs or (64 if on_cpu else 256)

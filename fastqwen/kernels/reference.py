@@ -138,16 +138,15 @@ class ReferenceOps:
 
 def gptq_unpack(weight: GptqWeight, start: int, stop: int) -> Tensor:
     """Output columns ``start`` to ``stop`` as a plain matrix, float32 [stop - start, in]."""
-    words = weight.codes[:, start:stop].t().contiguous()
-    shifts = torch.arange(0, 32, weight.bits, dtype=torch.int32, device=words.device)
-    codes = (words.unsqueeze(-1) >> shifts).bitwise_and_(2**weight.bits - 1).flatten(1)  # [out, in]
+    codes = weight.codes[:, start:stop].t().contiguous().view(torch.uint8)  # the lowest byte of a word comes first
+    if weight.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+    out = codes.float()  # [out, in]
     scales, zeros = weight.scales[:, start:stop].t().float(), weight.zeros[:, start:stop].t().float()
     if weight.group_of is not None:
-        return (codes - zeros[:, weight.group_of]) * scales[:, weight.group_of]
-    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    for group, inputs in enumerate(codes.split(weight.group_size, dim=1)):
-        first = group * weight.group_size
-        out[:, first : first + inputs.shape[1]] = (inputs - zeros[:, group, None]) * scales[:, group, None]
+        return out.sub_(zeros[:, weight.group_of]).mul_(scales[:, weight.group_of])
+    for group, inputs in enumerate(out.split(weight.group_size, dim=1)):
+        inputs.sub_(zeros[:, group, None]).mul_(scales[:, group, None])
     return out
 
 

@@ -270,4 +270,6 @@ def test_dummy_weights_of_the_published_configuration(golden: Path, tmp_path: Pa
 def test_the_plan_knows_what_packed_weights_take(golden: Path):
     config = read_json(golden.parent / "configs" / "qwen1-7b-int4" / "config.json")
     published_bytes = 5_860_564_992
-    assert abs(weights_bytes(parse_config(config, "config.json"), "float16") / published_bytes - 1) < 0.02  # ours keeps zeros in 16 bits
+    assert (
+        abs(weights_bytes(parse_config(config, "config.json"), "float16") / published_bytes - 1) < 0.02
+    )  # ours keeps zeros in 16 bits
