@@ -59,7 +59,7 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
         found.tokenizer,
         template=template,
         config_eos=model.eos_token_ids,
-        generation_config=_own_generation_config(path),
+        generation_config=own_generation_config(path),
         tokenizer_eos=found.tokenizer_eos,
     )
     return TextTools(
@@ -155,12 +155,12 @@ def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, where: Path, pat
 
 def eos_without_tokenizer(path: Path, model: ModelConfig) -> list[int]:
     """Stop ids for work with token ids only: what generation_config.json and config.json say."""
-    found = _own_generation_config(path).get("eos_token_id")
+    found = own_generation_config(path).get("eos_token_id")
     ids = [*(found if isinstance(found, list) else [found]), *model.eos_token_ids]
     return list(dict.fromkeys(one for one in ids if type(one) is int and 0 <= one < model.vocab_size))
 
 
-def _own_generation_config(path: Path) -> dict[str, Any]:
+def own_generation_config(path: Path) -> dict[str, Any]:
     """The checkpoint's; it says what ends an answer, wherever sampling parameters come from."""
     file = path / GENERATION_CONFIG
     return read_json(file) if path.is_dir() and file.is_file() else {}
@@ -169,7 +169,7 @@ def _own_generation_config(path: Path) -> dict[str, Any]:
 def _chosen_generation_config(path: Path, config: EngineConfig) -> tuple[Path, dict[str, Any]]:
     """Where default sampling parameters come from, and what is written there."""
     if config.generation_config == "auto":
-        return path / GENERATION_CONFIG, _own_generation_config(path)
+        return path / GENERATION_CONFIG, own_generation_config(path)
     if config.generation_config == "none":
         return path / GENERATION_CONFIG, {}
     file = Path(config.generation_config) / GENERATION_CONFIG

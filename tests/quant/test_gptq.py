@@ -21,7 +21,7 @@ from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.model_config import read_json
 from fastqwen.models import parse_config
 from fastqwen.plan import weights_bytes
-from tests.models.tiny import MOE, greedy, logits, make, prompt, start
+from tests.models.tiny import MOE, greedy, logits, make, make_qwen1, prompt, start
 from tests.quant.packing import Layout, quantize
 
 LINEAR = re.compile(r"(_proj|c_attn|mlp\.w1|mlp\.w2)\.weight$")
@@ -39,33 +39,6 @@ LAYOUTS = {
     "int8-asymmetric": Layout(bits=8, sym=False, desc_act=True),
     "int8-v2-one-group": Layout(bits=8, group_size=-1, v2=True),
 }
-
-
-def make_qwen1(folder: Path) -> None:
-    """Qwen-1 under its own names: 2 layers, 4 heads of 16, seq_length 64 with dynamic NTK and logN."""
-    config = {
-        "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 64, "intermediate_size": 192,
-        "kv_channels": 16, "layer_norm_epsilon": 1e-6, "max_position_embeddings": 512, "no_bias": True,
-        "num_attention_heads": 4, "num_hidden_layers": 2, "rotary_emb_base": 10000, "rotary_pct": 1.0,
-        "seq_length": 64, "tie_word_embeddings": False, "use_dynamic_ntk": True, "use_logn_attn": True,
-        "vocab_size": 256, "torch_dtype": "float16",
-    }  # fmt: skip
-    random = np.random.default_rng(7)
-
-    def tensor(*shape: int) -> np.ndarray:
-        return (0.2 * random.standard_normal(shape)).astype(np.float32)
-
-    tensors = {"transformer.wte.weight": tensor(256, 64), "lm_head.weight": tensor(256, 64)}
-    tensors["transformer.ln_f.weight"] = 1 + tensor(64)
-    for layer in range(2):
-        prefix = f"transformer.h.{layer}."
-        tensors[f"{prefix}ln_1.weight"], tensors[f"{prefix}ln_2.weight"] = 1 + tensor(64), 1 + tensor(64)
-        tensors[f"{prefix}attn.c_attn.weight"], tensors[f"{prefix}attn.c_attn.bias"] = tensor(192, 64), tensor(192)
-        tensors[f"{prefix}attn.c_proj.weight"] = tensor(64, 64)
-        tensors[f"{prefix}mlp.w1.weight"], tensors[f"{prefix}mlp.w2.weight"] = tensor(96, 64), tensor(96, 64)
-        tensors[f"{prefix}mlp.c_proj.weight"] = tensor(64, 96)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
 
 
 MODELS: dict[str, Callable[[Path], Any]] = {
