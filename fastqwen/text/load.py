@@ -59,6 +59,7 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
         found.tokenizer,
         template=template,
         config_eos=model.eos_token_ids,
+        config_origin=f"{path.name if path.is_file() else 'config.json'}: eos_token_id",
         generation_config=own_generation_config(path),
         tokenizer_eos=found.tokenizer_eos,
     )
