@@ -39,8 +39,15 @@ def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
         module = find(model_type)
     except Unsupported as error:
         raise Unsupported(f"{source}: {error}") from None
+    architectures = values.get("architectures")
+    if isinstance(architectures, list) and architectures and not any(map(_continues_text, architectures)):
+        raise Unsupported(f"{source}: architecture {str(architectures[0])[:60]!r} is not one that continues texts")
     config: ModelConfig = module.parse(Fields(values, source))
     return config
+
+
+def _continues_text(architecture: Any) -> bool:
+    return isinstance(architecture, str) and architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def read_config(folder: Path) -> ModelConfig:

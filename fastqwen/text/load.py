@@ -115,7 +115,7 @@ def _json_tokenizer(path: Path) -> JsonTokenizer:
 def _folder_template(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[str | None, str]:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8"), str(path)
+        return _read_template(path), str(path)
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # named templates; "default" is the one for chats
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
@@ -123,6 +123,13 @@ def _folder_template(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[st
     if isinstance(template, str):
         return template, str(folder / "tokenizer_config.json")
     return None, ""
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError:
+        raise BadCheckpoint(f"{path} is not a text in UTF-8") from None
 
 
 def _token_text(value: Any) -> str:
@@ -197,7 +204,7 @@ def _template(found: _Found, config: EngineConfig) -> ChatTemplate | PiecewiseCh
     if config.chat_template is not None:
         file = Path(config.chat_template)
         if file.is_file():
-            source, origin = file.read_text(encoding="utf-8"), str(file)
+            source, origin = _read_template(file), str(file)
         elif "{" in config.chat_template:
             source, origin = config.chat_template, "--chat-template"
         else:
