@@ -126,7 +126,14 @@ def script(body: dict[str, Any]) -> tuple[str, str, float]:
     if match := re.search(r"long (\d+)", asked):
         words = int(match[1])
         return "", "".join(MARKDOWN_PARAGRAPH.format(i=i) for i in range(words // 20)), 0.0
-    for word, answer in {"code": CODE, "Python": CODE, "math": MATH, "证明": MATH, "html": HTML, "缓存": CHINESE}.items():
+    for word, answer in {
+        "code": CODE,
+        "Python": CODE,
+        "math": MATH,
+        "证明": MATH,
+        "html": HTML,
+        "缓存": CHINESE,
+    }.items():
         if word in asked:
             return "", answer, 0.004
     if "think" in asked:

@@ -56,15 +56,15 @@ function toApiError(error) {
 async function* eventData(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  let lines = [];
-  for (;;) {
-    const { value, done } = await reader.read().catch((error) => { throw toApiError(error); });
-    if (done) break;
-    lines = (rest + value).split(/\r?\n/);
-    rest = lines.pop();
-    for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
-  }
-  if (rest.startsWith("data:")) yield rest.slice(5).trim();
+  try {
+    for (;;) {
+      const { value, done } = await reader.read().catch((error) => { throw toApiError(error); });
+      const lines = (rest + (value ?? "")).split(/\r?\n/);
+      rest = done ? "" : lines.pop();
+      for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
+      if (done) return;
+    }
+  } finally { reader.cancel().catch(() => {}); } // whoever stops reading closes the connection
 }
 
 let usageRefused = false; // some older servers answer 400 to stream_options

@@ -8,8 +8,8 @@ import { ModelPicker, SettingsPanel } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { check } from "./status.js";
 import { open, startNew, state } from "./store.js";
-import { shownPath } from "./tree.js";
-import { emit, html, IconButton, render, stored, toast, useEffect, useState, useTopic } from "./ui.js";
+import { leafOf } from "./tree.js";
+import { emit, html, IconButton, render, stored, toast, useEffect, useLayoutEffect, useState, useTopic } from "./ui.js";
 import { Messages } from "./view.js";
 
 const narrow = matchMedia("(max-width: 800px)");
@@ -20,14 +20,13 @@ function Toast() {
 }
 
 function regenerateLast() {
-  for (const side of state.current.sides.slice(0, 1)) {
-    const last = shownPath(side).at(-1)?.node;
-    if (last?.role === "assistant") regenerate(state.current, side, last);
-  }
+  const [side] = state.current.sides;
+  const last = leafOf(side);
+  if (last?.role === "assistant") regenerate(state.current, side, last);
 }
 
 function useShortcuts(toggle) {
-  useEffect(() => {
+  useLayoutEffect(() => {
     const typing = (e) => /^(INPUT|TEXTAREA|SELECT)$/.test(e.target.tagName);
     const withModifier = { k: () => { toggle.sidebar(true); setTimeout(() => emit("focus-search")); }, b: () => toggle.sidebar(), ",": () => toggle.settings() };
     const withShift = { o: () => { startNew(); emit("focus-composer"); }, enter: regenerateLast };

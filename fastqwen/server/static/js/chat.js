@@ -49,7 +49,7 @@ export function sendToolResults(conversation, side, node, results) {
 
 export function switchBranch(conversation, side, node) {
   for (const each of node.role === "user" ? conversation.sides : [side]) choose(each, node.id);
-  save(conversation);
+  save(conversation, true);
   emit("app");
 }
 
@@ -205,7 +205,7 @@ export function stop(conversation) {
 on("server-ready", () => {
   const conversation = state.current;
   for (const side of conversation?.sides ?? []) {
-    const last = shownPath(side).at(-1)?.node;
+    const last = leafOf(side);
     if (last?.role !== "assistant" || !last.error || last.error.started || !WAITING.has(last.error.kind)) continue;
     delete side.nodes[last.id];
     answer(conversation, side, last.parent);
@@ -228,6 +228,6 @@ export async function vote(conversation, question, choice) {
   });
   conversation.votes[question.id] = choice;
   await addVote({ id: `${conversation.id}-${question.id}`, time: new Date().toISOString(), blind: conversation.blind, question: question.content, a, b, vote: choice });
-  save(conversation);
+  save(conversation, true);
   emit("app");
 }

@@ -71,10 +71,10 @@ export function Composer({ conversation }) {
   const side = conversation.sides[0];
   const draft = useDraftTokens(side, text, files);
 
-  useEffect(() => { setText(stored.get(draftName, "")); setFiles([]); if (!touch.matches) area.current.focus(); }, [conversation.id]);
-  useEffect(() => on("focus-composer", () => area.current.focus()), []);
-  useEffect(() => on("fill-composer", (value) => { setText(value); area.current.focus(); }), []);
-  useEffect(() => on("add-files", addFiles), []);
+  useLayoutEffect(() => { setText(stored.get(draftName, "")); setFiles([]); if (!touch.matches) area.current.focus(); }, [conversation.id]);
+  useLayoutEffect(() => on("focus-composer", () => { if (!touch.matches) area.current.focus(); }), []);
+  useLayoutEffect(() => on("fill-composer", (value) => { setText(value); area.current.focus(); }), []);
+  useLayoutEffect(() => on("add-files", addFiles), []);
   useLayoutEffect(() => { const a = area.current; a.style.height = "auto"; a.style.height = `${a.scrollHeight}px`; }, [text]);
 
   function change(value) { setText(value); stored.set(draftName, value || null); }
@@ -99,8 +99,7 @@ export function Composer({ conversation }) {
 
   function keys(e) {
     if (e.isComposing || e.keyCode === 229) return; // Enter that picks a candidate of an input method
-    if (e.key === "Enter" && !e.shiftKey && !e.ctrlKey && !e.metaKey && !touch.matches) { e.preventDefault(); submit(); }
-    if (e.key === "Enter" && (e.ctrlKey || e.metaKey) && !e.shiftKey) { e.preventDefault(); submit(); }
+    if (e.key === "Enter" && !e.shiftKey && (e.ctrlKey || e.metaKey || !touch.matches)) { e.preventDefault(); submit(); }
     if (e.key === "ArrowUp" && !text && !busy) { e.preventDefault(); editLast(conversation); }
   }
 

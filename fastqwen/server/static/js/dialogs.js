@@ -4,18 +4,18 @@ import { t } from "./i18n.js";
 import { check, server } from "./status.js";
 import { removeAll, state } from "./store.js";
 import { exportAll, exportJson, exportMarkdown, exportVotes, importFile } from "./transfer.js";
-import { html, IconButton, on, showToast, useEffect, useRef, useState } from "./ui.js";
+import { html, IconButton, on, showToast, useLayoutEffect, useRef, useState } from "./ui.js";
 
 const apple = /Mac|iPhone|iPad/.test(navigator.platform);
 const MOD = apple ? "⌘" : "Ctrl";
 export const SHORTCUTS = [
-  [["Enter"], "keySend"], [["Shift", "Enter"], "keyNewline"], [["Esc"], "keyStop"], [["↑"], "keyEditLast"], [[MOD, "Shift", "Enter"], "keyRegenerate"],
+  [["Enter"], "send"], [["Shift", "Enter"], "keyNewline"], [["Esc"], "stop"], [["↑"], "keyEditLast"], [[MOD, "Shift", "Enter"], "regenerate"],
   [[MOD, "Shift", "O"], "newChat"], [[MOD, "K"], "keySearch"], [[MOD, "B"], "keySidebar"], [[MOD, ","], "settings"], [["/"], "keyFocus"], [["?"], "help"],
 ];
 
 function Dialog({ title, onClose, children }) {
   const box = useRef();
-  useEffect(() => { box.current.showModal(); }, []);
+  useLayoutEffect(() => { box.current.showModal(); }, []);
   return html`
     <dialog ref=${box} aria-labelledby="dialog-title" onClose=${onClose} onClick=${(e) => { if (e.target === box.current) box.current.close(); }}>
       <div class="dialog-body">
@@ -84,9 +84,9 @@ const KINDS = { help: Help, data: Data, key: KeyDialog };
 
 export function Dialogs() {
   const [kind, setKind] = useState(null);
-  useEffect(() => on("open-dialog", setKind), []);
-  useEffect(() => on("ask-key", () => setKind("key")), []);
-  useEffect(() => {
+  useLayoutEffect(() => on("open-dialog", setKind), []);
+  useLayoutEffect(() => on("ask-key", () => setKind("key")), []);
+  useLayoutEffect(() => {
     const ask = () => { if (server.kind === "key") setKind("key"); };
     ask();
     return on("server", ask);

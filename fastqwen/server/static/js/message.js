@@ -94,7 +94,7 @@ function ErrorNote({ node, side, conversation }) {
       <strong>${title}</strong> ${hint}
       ${said && html`<div class="said">${t("serverSaid")} ${said}</div>`}
       <div class="row">
-        <button type="button" class="button" onClick=${() => regenerate(conversation, side, node)}>${t("tryAgain")}</button>
+        <button type="button" class="button" onClick=${() => { regenerate(conversation, side, node); emit("focus-composer"); }}>${t("tryAgain")}</button>
         ${node.error.kind === "context" && html`
           ${canForget(side, node) && html`<button type="button" class="button" onClick=${() => forgetOldest(conversation, side, node)}>${t("forgetOldest")}</button>`}
           <button type="button" class="button" onClick=${() => startNew()}>${t("newChat")}</button>`}
@@ -120,8 +120,8 @@ function Branches({ node, siblings, side, conversation, locked }) {
 function Editor({ node, conversation, onClose }) {
   const [text, setText] = useState(node.content);
   const area = useRef();
-  useEffect(() => { area.current.focus(); area.current.setSelectionRange(text.length, text.length); }, []);
-  const done = () => { onClose(); resend(conversation, node, text.trim(), node.files); };
+  useLayoutEffect(() => { area.current.focus(); area.current.setSelectionRange(text.length, text.length); }, []);
+  const done = () => { onClose(); resend(conversation, node, text.trim(), node.files); emit("focus-composer"); };
   const keys = (e) => {
     if (e.isComposing || e.keyCode === 229) return;
     if (e.key === "Escape") { e.stopPropagation(); onClose(); }
@@ -132,14 +132,14 @@ function Editor({ node, conversation, onClose }) {
       <textarea ref=${area} rows="3" aria-label=${t("edit")} value=${text} onInput=${(e) => setText(e.target.value)} onKeyDown=${keys}></textarea>
       <div class="row end">
         <button type="button" class="button" onClick=${onClose}>${t("cancel")}</button>
-        <button type="button" class="button primary" disabled=${!text.trim() && !node.files?.length} onClick=${done}>${t("sendEdited")}</button>
+        <button type="button" class="button primary" disabled=${!text.trim() && !node.files?.length} onClick=${done}>${t("send")}</button>
       </div>
     </div>`;
 }
 
 function UserMessage({ node, conversation, children }) {
   const [editing, setEditing] = useState(false);
-  useEffect(() => on("edit:" + node.id, () => setEditing(true)), [node.id]);
+  useLayoutEffect(() => on("edit:" + node.id, () => setEditing(true)), [node.id]);
   if (editing) return html`<${Editor} node=${node} conversation=${conversation} onClose=${() => setEditing(false)} />`;
   return html`
     ${node.files?.map((f) => html`<details class="file"><summary><${Icon} name="clip" /> ${f.name} <small>${f.text.length.toLocaleString()}</small></summary><pre>${f.text}</pre></details>`)}
@@ -154,6 +154,7 @@ function UserMessage({ node, conversation, children }) {
 function AssistantMessage({ node, side, conversation, isLast, children }) {
   useTopic("node:" + node.id);
   const busy = isRunning(conversation);
+  const again = () => { regenerate(conversation, side, node); emit("focus-composer"); };
   const empty = node.running && !node.content && !node.reasoning && !node.toolCalls?.length;
   return html`
     <${Thinking} node=${node} />
@@ -165,8 +166,8 @@ function AssistantMessage({ node, side, conversation, isLast, children }) {
     ${!node.running && html`
       <div class="actions">
         ${children}
-        <${IconButton} name="copy" label=${t("copy")} onClick=${() => copyText(node.content).then(() => showToast(t("copied")))} />
-        ${(isLast || conversation.sides.length === 1) && html`<${IconButton} name="redo" label=${t("regenerate")} disabled=${busy} onClick=${() => regenerate(conversation, side, node)} />`}
+        ${node.content && html`<${IconButton} name="copy" label=${t("copy")} onClick=${() => copyText(node.content).then(() => showToast(t("copied")))} />`}
+        ${(isLast || conversation.sides.length === 1) && html`<${IconButton} name="redo" label=${t("regenerate")} disabled=${busy} onClick=${again} />`}
         <${Figures} stats=${node.stats} />
       </div>`}`;
 }

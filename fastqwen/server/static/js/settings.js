@@ -24,7 +24,9 @@ const NUMBERS = [ // name, least, most, step, whether a slider helps
 
 function NumberField({ side, name, min, max, step, slider }) {
   const value = side.settings[name];
+  const [typed, setTyped] = useState(null); // "0." on the way to 0.3 must not be tidied up
   const read = (e) => {
+    setTyped(e.target.type === "number" ? e.target.value : null);
     const number = e.target.value === "" ? null : Number(e.target.value);
     if (number === null || (number >= min && number <= max)) setSettings(side, { [name]: number });
   };
@@ -34,7 +36,7 @@ function NumberField({ side, name, min, max, step, slider }) {
       <label for=${id}>${t(name)}</label>
       <div class="row">
         ${slider && html`<input type="range" aria-label=${t(name)} min=${min} max=${max} step=${step} value=${value ?? 1} class=${value === null ? "unset" : ""} onInput=${read} />`}
-        <input id=${id} type="number" min=${min} max=${max} step=${slider ? "any" : 1} placeholder=${t("serverDefault")} value=${value ?? ""} onInput=${read} aria-describedby=${id + "-hint"} />
+        <input id=${id} type="number" min=${min} max=${max} step=${slider ? "any" : 1} placeholder=${t("serverDefault")} value=${typed ?? value ?? ""} onInput=${read} onBlur=${() => setTyped(null)} aria-describedby=${id + "-hint"} />
       </div>
       <small id=${id + "-hint"}>${t(name + "Hint")}</small>
     </div>`;

@@ -1,7 +1,7 @@
 // The list of conversations: new, open, search, rename, delete; and the switches at its foot.
 import { language, setLanguage, t } from "./i18n.js";
 import { remove, rename, search, select, startNew, state } from "./store.js";
-import { emit, html, Icon, IconButton, on, stored, useEffect, useRef, useState } from "./ui.js";
+import { emit, html, Icon, IconButton, on, stored, useEffect, useLayoutEffect, useRef, useState } from "./ui.js";
 
 const DAY_MS = 86400000;
 
@@ -15,8 +15,12 @@ function Entry({ entry, open, onOpen }) {
   const [editing, setEditing] = useState(false);
   const [sure, setSure] = useState(false);
   const field = useRef();
-  useEffect(() => { if (editing) field.current.select(); }, [editing]);
-  const close = (keep) => { if (editing && keep && field.current.value.trim()) rename(entry.id, field.current.value.trim()); setEditing(false); };
+  useLayoutEffect(() => { if (editing) { field.current.focus(); field.current.select(); } }, [editing]);
+  const close = (keep) => {
+    const title = field.current?.value.trim();
+    setEditing(false);
+    if (keep && title) rename(entry.id, title);
+  };
   if (editing) {
     return html`<li><input ref=${field} class="rename" defaultValue=${entry.title} aria-label=${t("rename")} onBlur=${() => close(true)}
       onKeyDown=${(e) => { if (e.isComposing || e.keyCode === 229) return; if (e.key === "Enter") close(true); if (e.key === "Escape") { e.stopPropagation(); close(false); } }} /></li>`;
@@ -55,7 +59,7 @@ export function Sidebar({ onClose }) {
   const [query, setQuery] = useState("");
   const [hits, setHits] = useState(null);
   const field = useRef();
-  useEffect(() => on("focus-search", () => field.current.focus()), []);
+  useLayoutEffect(() => on("focus-search", () => field.current.focus()), []);
   useEffect(() => {
     if (!query.trim()) { setHits(null); return undefined; }
     const timer = setTimeout(async () => setHits(await search(query)), 150);
@@ -67,7 +71,7 @@ export function Sidebar({ onClose }) {
   return html`
     <nav class="sidebar" aria-label=${t("conversations")}>
       <div class="brand"><img src="static/icon.svg" alt="" width="24" height="24" /><b>fastqwen</b>
-        <${IconButton} name="close" label=${t("closeSidebar")} class="icon-button phone-only" onClick=${onClose} /></div>
+        <${IconButton} name="close" label=${t("close")} class="icon-button phone-only" onClick=${onClose} /></div>
       <button type="button" class="new" onClick=${() => fresh(1)}><${Icon} name="plus" /> ${t("newChat")}</button>
       <button type="button" class="new quiet" onClick=${() => fresh(2)}><${Icon} name="split" /> ${t("compare")}</button>
       <label class="search"><${Icon} name="search" /><span class="sr">${t("search")}</span>

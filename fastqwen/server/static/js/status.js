@@ -2,7 +2,7 @@
 import { listModels, request } from "./api.js";
 import { emit } from "./ui.js";
 
-export const server = { kind: "unknown", progress: null, detail: "", models: [], since: Date.now(), recovered: false };
+export const server = { kind: "unknown", progress: null, detail: "", models: [], recovered: false };
 
 let timer = null;
 let wait_ms = 1000;
@@ -11,7 +11,6 @@ let checking = false;
 
 function become(kind, { progress = null, detail = "" } = {}) {
   const was = server.kind;
-  if (was !== kind) server.since = Date.now();
   server.recovered = kind === "ready" && was !== "unknown" && (was !== "ready" || server.recovered);
   Object.assign(server, { kind, progress, detail });
   emit("server");

@@ -90,29 +90,30 @@ function closeInterrupted(conversation) {
   }
 }
 
-const timers = new Map();
+const pending = new Map(); // id -> {timer, write}: changes not written yet
 
 /** Writes the conversation within a second; `now` writes at once. */
 export function save(conversation, now = false) {
   conversation.updated = Date.now();
-  if (!now && timers.has(conversation.id)) return;
   const entry = summary(conversation);
   state.list = [entry, ...state.list.filter((c) => c.id !== entry.id)];
+  if (!now && pending.has(conversation.id)) return;
   if (state.current === conversation) stored.set("open", conversation.id);
-  clearTimeout(timers.get(conversation.id));
+  clearTimeout(pending.get(conversation.id)?.timer);
   const write = async () => {
-    timers.delete(conversation.id);
+    pending.delete(conversation.id);
     try {
       await put("conversations", conversation);
       channel?.postMessage(conversation.id);
     } catch { state.persistent = false; emit("app"); }
   };
   if (now) write();
-  else timers.set(conversation.id, setTimeout(write, 1000));
+  else pending.set(conversation.id, { write, timer: setTimeout(write, 1000) });
 }
 
 export async function remove(id) {
-  clearTimeout(timers.get(id));
+  clearTimeout(pending.get(id)?.timer);
+  pending.delete(id);
   memory.conversations.delete(id);
   if (db) await asPromise(table("conversations", "readwrite").delete(id));
   state.list = state.list.filter((c) => c.id !== id);
@@ -132,7 +133,7 @@ export async function removeAll() {
 
 export function rename(id, title) {
   const conversation = state.current?.id === id ? state.current : live.get(id);
-  if (conversation) { conversation.title = title; save(conversation); emit("app"); }
+  if (conversation) { conversation.title = title; save(conversation, true); emit("app"); }
 }
 
 /** Ids of the conversations whose title or messages contain every word. */
@@ -175,4 +176,4 @@ channel?.addEventListener("message", async ({ data }) => { // another tab change
   await refreshList();
   if (state.current?.id === data && !live.has(data)) await select(data);
 });
-addEventListener("pagehide", () => { for (const conversation of live.values()) save(conversation, true); });
+addEventListener("pagehide", () => { for (const { write } of pending.values()) write(); });

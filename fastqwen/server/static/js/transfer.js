@@ -45,19 +45,26 @@ export const exportMarkdown = (conversation) => download(`${fileName(conversatio
 
 const text = (value) => (typeof value === "string" ? value : "");
 
-function readNode(raw, ids) {
-  if (!["user", "assistant", "tool"].includes(raw.role)) throw new Error(t("importBroken"));
-  const node = { ...raw, id: ids.get(raw.id), parent: raw.parent ? ids.get(raw.parent) ?? null : null, content: text(raw.content), time: Number(raw.time) || 0, v: 0, running: false };
+const number = (value) => (typeof value === "number" ? value : null);
+
+/** Takes from a file only what is known, in the type that it must have. */
+function readNode(raw) {
+  if (!["user", "assistant", "tool"].includes(raw?.role) || typeof raw.id !== "string") throw new Error(t("importBroken"));
+  const node = { id: raw.id, parent: text(raw.parent) || null, role: raw.role, time: number(raw.time) ?? 0, v: 0, forgotten: raw.forgotten === true };
+  for (const name of ["content", "reasoning", "model", "finish", "toolCallId", "name"]) node[name] = text(raw[name]);
+  if (number(raw.thinkMs) !== null) node.thinkMs = raw.thinkMs;
   node.files = (Array.isArray(raw.files) ? raw.files : []).map((f) => ({ name: text(f.name), text: text(f.text) }));
   node.toolCalls = (Array.isArray(raw.toolCalls) ? raw.toolCalls : []).map((c) => ({ id: text(c.id), name: text(c.name), arguments: text(c.arguments) }));
+  const stats = raw.stats && Object.fromEntries(["ttftMs", "tokens", "rate", "prompt", "cached"].map((name) => [name, number(raw.stats[name])]));
+  node.stats = stats && stats.ttftMs !== null && stats.tokens !== null ? { ...stats, exact: raw.stats.exact === true } : null;
   return node;
 }
 
-/** New ids throughout, so that importing twice gives two copies and never overwrites. */
 function readSide(raw) {
-  const side = newSide(typeof raw.model === "string" ? raw.model : null, { ...SERVER_DEFAULTS, ...raw.settings });
-  const ids = new Map(Object.keys(raw.nodes ?? {}).map((id) => [id, id]));
-  for (const node of Object.values(raw.nodes ?? {})) side.nodes[node.id] = readNode(node, ids);
+  const sameType = ([name, value]) => name in SERVER_DEFAULTS && (SERVER_DEFAULTS[name] === null ? number(value) !== null : typeof value === "string");
+  const settings = Object.fromEntries(Object.entries(raw.settings ?? {}).filter(sameType));
+  const side = newSide(text(raw.model) || null, { ...SERVER_DEFAULTS, ...settings });
+  for (const each of Object.values(raw.nodes ?? {})) side.nodes[each?.id] = readNode(each);
   side.chosen = { ...raw.chosen };
   return side;
 }

@@ -25,7 +25,7 @@ export function emit(topic, value) {
 /** Draws the calling component again whenever the topic is emitted. */
 export function useTopic(topic) {
   const [, draw] = useState(0);
-  useEffect(() => on(topic, () => draw((n) => n + 1)), [topic]);
+  useLayoutEffect(() => on(topic, () => draw((n) => n + 1)), [topic]); // before the paint: no emit may be missed
 }
 
 /** A component that draws again only if one of its properties is another object or value. */

@@ -10,13 +10,12 @@ import { copyText, emit, html, Icon, on, showToast, useEffect, useLayoutEffect, 
 const NEAR_PX = 80;
 
 function Welcome() {
-  const ideas = ["idea1", "idea2", "idea3", "idea4"];
   return html`
     <div class="welcome">
       <img src="static/icon.svg" alt="" width="56" height="56" />
       <h1>${t("welcome")}</h1>
       <p>${t(state.persistent ? "welcomeHint" : "notPersistent")}</p>
-      <div class="ideas">${ideas.map((name) => html`<button type="button" onClick=${() => emit("fill-composer", t(name))}>${t(name)}</button>`)}</div>
+      <div class="ideas">${["idea1", "idea2", "idea3", "idea4"].map((name) => html`<button type="button" onClick=${() => emit("fill-composer", t(name))}>${t(name)}</button>`)}</div>
     </div>`;
 }
 
@@ -40,7 +39,7 @@ export function Messages({ conversation }) {
   const [away, setAway] = useState(false);
   const toEnd = () => { follow.current = true; box.current.scrollTop = box.current.scrollHeight; };
   useLayoutEffect(toEnd, [conversation.id]);
-  useEffect(() => on("to-end", () => requestAnimationFrame(toEnd)), []);
+  useLayoutEffect(() => on("to-end", () => requestAnimationFrame(toEnd)), []);
   useEffect(() => {
     const observer = new ResizeObserver(() => { if (follow.current) box.current.scrollTop = box.current.scrollHeight; });
     observer.observe(inner.current);
@@ -60,7 +59,7 @@ export function Messages({ conversation }) {
   const compare = conversation.sides.length > 1;
   return html`
     <div class=${`messages ${compare ? "wide" : ""}`} ref=${box} onScroll=${scrolled} onClick=${onCopyClick} tabindex="-1">
-      <div class="column" ref=${inner} role="log" aria-live="off" aria-label=${t("conversation")} aria-busy=${isRunning(conversation)}>
+      <div class="column" ref=${inner} role="log" aria-live="off" aria-label=${t("thisChat")} aria-busy=${isRunning(conversation)}>
         ${empty && !compare && html`<${Welcome} />`}
         ${compare ? html`<${Compare} conversation=${conversation} empty=${empty} />` : html`<${Single} conversation=${conversation} />`}
       </div>
