@@ -85,7 +85,7 @@ def loading(page: Any, url: str) -> None:
 
 def admin(page: Any, url: str) -> None:
     page.goto(url + "/admin")
-    page.wait_for_timeout(45_000)
+    page.wait_for_timeout(58_000)
     save(page, "page-admin", full=True)
 
 
@@ -108,6 +108,7 @@ def main() -> None:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_FLAGS)
             for view, options in views:
+                server.set(busy=view is admin)
                 if view is loading:
                     server.set(state="loading", progress=0.42)
                 context = browser.new_context(**options)

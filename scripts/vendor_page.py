@@ -27,13 +27,59 @@ class Package:
 
 
 PACKAGES = [
-    Package("preact", "11.2.0", "components", {"dist/preact.mjs": "preact/preact.js", "hooks/dist/hooks.mjs": "preact/hooks.js", "LICENSE": "preact/LICENSE"}),
-    Package("htm", "3.1.1", "templates without a build step", {"dist/htm.mjs": "htm/htm.js", "LICENSE": "htm/LICENSE"}),
-    Package("markdown-it", "15.0.3", "Markdown to HTML", {"dist/browser/markdown-it.esm.min.mjs": "markdown-it/markdown-it.js", "LICENSE": "markdown-it/LICENSE"}),
-    Package("dompurify", "3.4.18", "keeps only harmless HTML", {"dist/purify.min.js": "dompurify/purify.js", "LICENSE": "dompurify/LICENSE", "LICENSE-MPL": "dompurify/LICENSE-MPL"}),
-    Package("@highlightjs/cdn-assets", "11.12.0", "code colours, common languages", {"es/highlight.min.js": "highlight/highlight.js", "LICENSE": "highlight/LICENSE"}),
-    Package("katex", "0.19.1", "formulas; only the woff2 fonts", {"dist/katex.min.js": "katex/katex.js", "dist/katex.min.css": "katex/katex.css", "dist/fonts/*.woff2": "katex/fonts", "LICENSE": "katex/LICENSE"}),
-]  # fmt: skip
+    Package(
+        "preact",
+        "11.2.0",
+        "components",
+        {
+            "dist/preact.mjs": "preact/preact.js",
+            "hooks/dist/hooks.mjs": "preact/hooks.js",
+            "LICENSE": "preact/LICENSE",
+        },
+    ),
+    Package(
+        "htm",
+        "3.1.1",
+        "templates without a build step",
+        {"dist/htm.mjs": "htm/htm.js", "LICENSE": "htm/LICENSE"},
+    ),
+    Package(
+        "markdown-it",
+        "15.0.3",
+        "Markdown to HTML",
+        {
+            "dist/browser/markdown-it.esm.min.mjs": "markdown-it/markdown-it.js",
+            "LICENSE": "markdown-it/LICENSE",
+        },
+    ),
+    Package(
+        "dompurify",
+        "3.4.18",
+        "keeps only harmless HTML",
+        {
+            "dist/purify.min.js": "dompurify/purify.js",
+            "LICENSE": "dompurify/LICENSE",
+            "LICENSE-MPL": "dompurify/LICENSE-MPL",
+        },
+    ),
+    Package(
+        "@highlightjs/cdn-assets",
+        "11.12.0",
+        "code colours, common languages",
+        {"es/highlight.min.js": "highlight/highlight.js", "LICENSE": "highlight/LICENSE"},
+    ),
+    Package(
+        "katex",
+        "0.19.1",
+        "formulas; only the woff2 fonts",
+        {
+            "dist/katex.min.js": "katex/katex.js",
+            "dist/katex.min.css": "katex/katex.css",
+            "dist/fonts/*.woff2": "katex/fonts",
+            "LICENSE": "katex/LICENSE",
+        },
+    ),
+]
 
 
 def unpack(package: Package, into: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import re
 import time
 from collections.abc import AsyncIterator
@@ -94,6 +95,7 @@ class Fake:
         self.state = "ready"
         self.progress = 0.0
         self.key = ""
+        self.busy = False  # pretends to have other users, for the operators' page
         self.requests: list[dict[str, Any]] = []
         self.aborted = 0
         self.running = 0
@@ -150,7 +152,7 @@ def pieces(text: str, size: int) -> list[str]:
     return [text[i : i + size] for i in range(0, len(text), size)]
 
 
-def make_app(fake: Fake) -> FastAPI:  # noqa: PLR0915
+def make_app(fake: Fake) -> FastAPI:
     app = FastAPI()
 
     @app.middleware("http")
@@ -235,18 +237,20 @@ def make_app(fake: Fake) -> FastAPI:  # noqa: PLR0915
 
 
 def admin_figures(fake: Fake) -> dict[str, Any]:
-    wave = int(time.time() * 10) % 7
+    age_s = time.time() - fake.started
+    wave = math.sin(age_s / 4) + 0.4 * math.sin(age_s / 1.7)  # counters below are the integral of a swaying rate
+    area = 4 * (1 - math.cos(age_s / 4)) + 0.4 * 1.7 * (1 - math.cos(age_s / 1.7))
     return {
-        "running": fake.running,
-        "waiting": 0,
-        "kv_usage": 0.31 + 0.02 * wave,
+        "running": round(9 + 4 * wave) if fake.busy else fake.running,
+        "waiting": max(0, round(4 * wave - 2)) if fake.busy else 0,
+        "kv_usage": 0.4 + 0.1 * wave,
         "num_blocks": 4096,
         "prefix_queries_tokens": 182_400 + fake.prompt,
         "prefix_hits_tokens": 141_900 + fake.cached,
-        "prompt_tokens_total": 182_400 + fake.prompt,
-        "generation_tokens_total": int(96_200 + fake.generated + (time.time() - fake.started) * 61 + wave * 3),
+        "prompt_tokens_total": int(182_400 + fake.prompt + 640 * age_s - 220 * area),
+        "generation_tokens_total": int(96_200 + fake.generated + 1130 * age_s + 300 * area),
         "num_preemptions": 2,
-        "uptime_s": 86_400 + time.time() - fake.started,
+        "uptime_s": 93_600 + age_s,
         "model": "Qwen3-4B",
         "plan": {
             "weights_bytes": 8_044_936_192,

@@ -128,7 +128,7 @@ const TEXT = {
   keyWrong: ["The server did not accept the key that this browser has kept.", "服务器不接受本浏览器保存的密钥。"],
   keyStays: ["It is kept in this browser and sent to this server only.", "密钥只保存在本浏览器中，只发送给此服务器。"],
   tryAgain: ["Try again", "重试"],
-  willSend: ["Your question is sent as soon as it is back.", "恢复后会自动发送你的问题。"],
+  willSend: ["Your question is sent as soon as it can be answered.", "恢复后会自动发送你的问题。"],
   serverSaid: ["The server said:", "服务器的说明："],
   forgetOldest: ["Leave out the oldest half and try again", "略去较早的一半并重试"],
   back: ["The server is back.", "服务器已恢复。"],
