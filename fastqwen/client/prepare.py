@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from fastqwen.errors import BadRequest
-from fastqwen.records import EngineRequest, SamplingParams
+from fastqwen.records import EngineRequest, Grammar, SamplingParams
 
 
 class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,11 +51,12 @@ def prepare(
     seeds: random.Random,
     priority: int = 0,
     cache_salt: str = "",
+    grammar: Grammar | None = None,
 ) -> list[EngineRequest]:
     """One engine request for each of the ``n`` answers, with ids ``request_id-0`` and up.
 
     An answer that would grow past the model's length ends there. A request without a seed gets one from ``seeds``, so
-    that it can be replayed. Raises BadRequest.
+    that it can be replayed. ``grammar`` has been checked. Raises BadRequest.
     """
     check_prompt(token_ids, limits)
     check_sampling(sampling, limits)
@@ -74,6 +75,7 @@ def prepare(
             seed=_wrap_int64(first_seed + index),
             priority=priority,
             cache_salt=cache_salt,
+            grammar=grammar,
             arrival_s=arrival_s,
         )
         for index in range(sampling.n)
@@ -82,7 +84,7 @@ def prepare(
 
 def engine_sampling(sampling: SamplingParams) -> SamplingParams:
     """The part that concerns the engine: stop strings are found in text, and text is the client's."""
-    return msgspec.structs.replace(sampling, n=1, stop=[])
+    return msgspec.structs.replace(sampling, n=1, stop=[], structured_outputs=None)
 
 
 def _unique(ids: Iterable[int]) -> list[int]:
