@@ -43,7 +43,10 @@ class LLM:
         path = resolve(model, revision=self.config.revision, weights=self.config.load_format != "dummy")
         with tqdm(desc="Loading layers", unit="layer", leave=False, delay=1.0) as bar:
             self._engine = start_engine(
-                self.config, path, lambda done, total: _advance(bar, done, total), self._grammar_tokenizer
+                self.config,
+                path,
+                lambda done, total: _advance(bar, done, total),
+                grammar_tokenizer=self._grammar_tokenizer,
             )
         self.text: TextTools | None = None
         if not self.config.skip_tokenizer_init:

@@ -20,7 +20,7 @@ WITHOUT_TORCH = [
     "config.py",
     "model_config.py",
     "models",
-    "plan.py",
+    "plan",
     "errors.py",
     "cli/main.py",
 ]

@@ -56,7 +56,12 @@ def _start(socket: zmq.Socket[bytes], start: wire.Start) -> Engine | None:
         socket.send(wire.encode(wire.Loading(done, total)))
 
     try:
-        engine = start_engine(start.config, Path(start.path), progress, lambda model: _grammar_tokenizer(start, model))
+        engine = start_engine(
+            start.config,
+            Path(start.path),
+            progress,
+            grammar_tokenizer=lambda model: _grammar_tokenizer(start, model),
+        )
     except FastqwenError as error:
         socket.send(wire.encode(wire.Failed(str(error))))
         return None

@@ -16,8 +16,8 @@ from fastqwen.runner.packing import pack
 from fastqwen.runner.slots import Slots
 from fastqwen.runner.structured import StructuredOutput
 
-NOT_FINITE = "the model computed values that are not finite numbers"
 LOGITS_AT_ONCE = 256  # rows of logits that prompt log-probabilities keep in memory
+NOT_FINITE = "the model computed values that are not finite numbers"
 
 
 class FinishedStep:
@@ -52,7 +52,8 @@ class ModelRunner:
             block_size=plan.block_size,
             device=device,
         )
-        shape = (plan.num_blocks, model.num_kv_heads, plan.block_size, model.head_dim)
+        # One block more than the plan's: what only pads a batch is written there.
+        shape = (plan.num_blocks + 1, model.num_kv_heads, plan.block_size, model.head_dim)
         dtype = TORCH_DTYPES[plan.dtype]
         self.caches = [
             LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
@@ -61,12 +62,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> FinishedStep:
-        for admission in batch.admissions:
-            self.slots.admit(admission)
-            if self._structured is not None:
-                self._structured.admit(admission)
-        for row in batch.rows:
-            self.slots.extend(row)
+        self.slots.admit(batch.admissions)
+        self.slots.extend(batch.rows)
+        if self._structured is not None:
+            self._structured.admit(batch.admissions)
         ids, where = pack(batch.rows, self.slots, block_size=self._plan.block_size, logn_len=self._model.logn_len)
         hidden = self._decoder.hidden(ids, where, self.caches)
         ends = where.row_starts[1:].long() - 1
@@ -100,7 +99,7 @@ class ModelRunner:
         if not rows:
             return [], [], []
         slots = self.slots
-        logits = self._decoder.logits(hidden)
+        logits = self._decoder.logits(hidden).float()
         lowest, highest = logits.aminmax(dim=-1)
         finite = (torch.isfinite(lowest) & torch.isfinite(highest)).tolist()
         errors: list[str | None] = [None if fine else NOT_FINITE for fine in finite]
@@ -143,15 +142,15 @@ class ModelRunner:
                 sampler.penalize(
                     logits[index : index + 1],
                     slots.token_ids[row.slot : row.slot + 1, :num_known],
-                    torch.tensor([slots.num_prompt[row.slot]]),
-                    torch.tensor([num_known]),
+                    torch.tensor([slots.num_prompt[row.slot]], device=logits.device),
+                    torch.tensor([num_known], device=logits.device),
                     [sampling],
                 )
             if sampling.logit_bias:
-                ids = torch.tensor(list(sampling.logit_bias))
-                logits[index, ids] += torch.tensor(list(sampling.logit_bias.values()))
+                ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
+                logits[index, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
             if num_known - slots.num_prompt[row.slot] < sampling.min_tokens and slots.stop_token_ids[row.slot]:
-                logits[index, slots.stop_token_ids[row.slot]] = float("-inf")
+                logits[index, slots.stop_token_ids[row.slot]] = sampler.FORBIDDEN
 
     def _prompt_logprobs(self, row: Row, hidden: Tensor) -> list[TokenLogprobs]:
         """How likely the model thought each prompt token that follows one of this row's tokens."""

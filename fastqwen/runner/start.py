@@ -45,11 +45,12 @@ def start_engine(
     config: EngineConfig,
     path: Path,
     progress: Progress = lambda done, total: None,
+    on_capture: Progress = lambda done, total: None,
     grammar_tokenizer: Callable[[ModelConfig], llguidance.LLTokenizer] | None = None,
 ) -> Engine:
-    """``progress`` is told after each layer how many of how many are loaded. Raises FastqwenError.
+    """``progress`` is told after each layer how many of how many are loaded, ``on_capture`` the same of CUDA graphs.
 
-    ``grammar_tokenizer`` is called upon the first request for structured output.
+    ``grammar_tokenizer`` is called upon the first request for structured output. Raises FastqwenError.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -62,7 +63,10 @@ def start_engine(
     decoder = _load(config, checkpoint, plan, device, choose_ops(device), progress)
     compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
     structured = None if compiler is None else StructuredOutput(compiler)
-    executor = ModelRunner(checkpoint.model, decoder, plan, device, structured)
+    if device.type == "cuda":
+        plan, executor = _on_gpu(config, checkpoint.model, decoder, plan, device, structured, on_capture)
+    else:
+        executor = ModelRunner(checkpoint.model, decoder, plan, device, structured)
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, plan.block_size),
         max_num_seqs=plan.max_num_seqs,
@@ -73,6 +77,27 @@ def start_engine(
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
     return Engine(EngineCore(scheduler, executor), compiler, plan, checkpoint.model)
+
+
+def _on_gpu(
+    config: EngineConfig,
+    model: ModelConfig,
+    decoder: Decoder,
+    plan: EnginePlan,
+    device: torch.device,
+    structured: StructuredOutput | None,
+    on_capture: Progress,
+) -> tuple[EnginePlan, ModelRunner]:
+    """The cache gets what the largest step leaves free; then the decode steps are recorded."""
+    from fastqwen.runner.cuda_runner import CudaRunner
+    from fastqwen.runner.measure import available_kv_bytes
+
+    measured = available_kv_bytes(model, config, plan, decoder, device)
+    plan = make_plan(model, config, device_facts(device), available_kv_bytes=max(1, measured))
+    runner = CudaRunner(model, decoder, plan, device, structured)
+    if not config.enforce_eager:
+        runner.capture(on_capture)
+    return plan, runner
 
 
 def _load(

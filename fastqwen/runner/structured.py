@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastqwen.records import Admission, Grammar
+from fastqwen.runner.sampler import FORBIDDEN
 
 MAX_CACHED_GRAMMARS = 64
 
@@ -91,14 +92,18 @@ class StructuredOutput:
         self._compiler = compiler
         self._constraints: dict[int, _Constraint] = {}
 
-    def admit(self, admission: Admission) -> None:
+    def admit(self, admissions: Sequence[Admission]) -> None:
         """Also after a preemption: what was generated before is taken in again."""
-        self._constraints.pop(admission.slot, None)
-        if admission.grammar is not None:
-            matcher = self._compiler.compile(admission.grammar.text)
-            constraint = _Constraint(admission.grammar, matcher, self._compiler.tokenizer())
-            constraint.take(admission.token_ids[admission.num_prompt_tokens :])
-            self._constraints[admission.slot] = constraint
+        for admission in admissions:
+            self._constraints.pop(admission.slot, None)
+            if admission.grammar is not None:
+                matcher = self._compiler.compile(admission.grammar.text)
+                constraint = _Constraint(admission.grammar, matcher, self._compiler.tokenizer())
+                constraint.take(admission.token_ids[admission.num_prompt_tokens :])
+                self._constraints[admission.slot] = constraint
+
+    def constrains(self, slot: int) -> bool:
+        return slot in self._constraints
 
     def mask(self, logits: Tensor, slots: Sequence[int]) -> dict[int, str]:
         """Forbid tokens in place, logits [rows, vocab]. Gives the rows that cannot go on, and why."""
@@ -115,7 +120,7 @@ class StructuredOutput:
             flags = torch.zeros(logits.shape[1], dtype=torch.bool)
             count = min(logits.shape[1], allowed.numel())
             flags[:count] = allowed.flatten()[:count].bool()
-            logits[row].masked_fill_(~flags.to(logits.device), float("-inf"))
+            logits[row].masked_fill_(~flags.to(logits.device), FORBIDDEN)
         return failed
 
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
