@@ -120,11 +120,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             value = getattr(self, name)
             if value is not None:
                 _within(name, value, 0, MAX_LOGPROBS)
-        if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
-            field = "ignore_eos" if self.ignore_eos else "min_tokens"
-            raise BadRequest(
-                f"{field} cannot be combined with structured output, which says where the answer ends", field
-            )
         self._check_lists()
 
     def _check_lists(self) -> None:

@@ -60,6 +60,9 @@ def prepare(
     """
     check_prompt(token_ids, limits)
     check_sampling(sampling, limits)
+    if grammar is not None and (sampling.ignore_eos or sampling.min_tokens):
+        field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
+        raise BadRequest(f"{field} cannot be combined with structured output, which says where the answer ends", field)
     room = limits.max_model_len - len(token_ids)
     max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
     first_seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
