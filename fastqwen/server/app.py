@@ -17,6 +17,8 @@ from fastqwen.server.body import read_body
 from fastqwen.server.chat import Chat
 from fastqwen.server.completions import Completion
 from fastqwen.server.guard import Guard
+from fastqwen.server.messages import CountRequest, Messages, MessagesRequest, count_tokens
+from fastqwen.server.responses import Responses, ResponsesRequest
 from fastqwen.server.schema import (
     Body,
     ChatRequest,
@@ -71,10 +73,12 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_generation(app: FastAPI, state: ServerState) -> None:
+    stall_s = state.config.stall_timeout_s
+
     async def answer(request: Request, work: Work, stream: bool) -> Response:
         await work.prepare()
         if stream:
-            return EventStream(work.events(), stall_timeout_s=state.config.stall_timeout_s)
+            return EventStream(work.events(), stall_timeout_s=stall_s)
         return await unless_gone(request, work)
 
     @app.post("/v1/chat/completions", openapi_extra=documented(ChatRequest))
@@ -86,6 +90,28 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     async def completions(request: Request) -> Response:
         body = parse(CompletionRequest, await read_body(request, state.config))
         return await answer(request, Completion(state, body), body.stream)
+
+    @app.post("/v1/responses", openapi_extra=documented(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        body = parse(ResponsesRequest, await read_body(request, state.config))
+        work = Responses(state, body)
+        await work.prepare()
+        if body.stream:
+            return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
+        return await unless_gone(request, work)
+
+    @app.post("/v1/messages", openapi_extra=documented(MessagesRequest))
+    async def messages(request: Request) -> Response:
+        body = parse(MessagesRequest, await read_body(request, state.config))
+        work = Messages(state, body)
+        await work.prepare()
+        if body.stream:
+            return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
+        return await unless_gone(request, work)
+
+    @app.post("/v1/messages/count_tokens", openapi_extra=documented(CountRequest))
+    async def counted(request: Request) -> dict[str, int]:
+        return await count_tokens(state, parse(CountRequest, await read_body(request, state.config)))
 
 
 def explains_cache(request: Request) -> bool:

@@ -148,9 +148,12 @@ class Chat:
         if options is not None and options.include_usage:
             yield event({**head, "choices": [], "usage": usage_of([generation])})
 
+    def warnings(self) -> list[str]:
+        return [*self._body.warnings(), *self._thinking.warnings, *self.generation.warnings]
+
     def _notes(self) -> dict[str, Any]:
         notes: dict[str, Any] = {}
-        warnings = [*self._body.warnings(), *self._thinking.warnings, *self.generation.warnings]
+        warnings = self.warnings()
         if warnings:
             notes["warnings"] = warnings
         if self._story is not None:

@@ -48,6 +48,8 @@ def install(app: FastAPI, state: ServerState) -> None:
         status, body = describe(error)
         if status >= 500:
             state.note_error(body["error"]["message"])
+        if request.url.path.startswith("/v1/messages"):
+            body = {"type": "error", **body}  # Anthropic's clients look for this key
         headers = {"Retry-After": "1"} if status in (429, 503) else None
         return JSONResponse(body, status, headers)
 

@@ -42,6 +42,7 @@ class Choice:
     guard: ThinkingGuard | None
     parts: Parts = field(default_factory=Parts)
     num_continued: int = 0
+    num_thinking_tokens: int = 0
 
     @property
     def index(self) -> int:
@@ -140,7 +141,9 @@ class Generation:
         )
 
     def _take(self, choice: Choice, delta: RequestDelta) -> Piece:
-        guarded = choice.guard is not None and choice.parser is not None and choice.parser.thinking
+        thinking = choice.parser is not None and choice.parser.thinking
+        choice.num_thinking_tokens += len(delta.token_ids) if thinking else 0
+        guarded = choice.guard is not None and thinking
         piece = choice.assembler.feed(delta)
         if piece.prompt_logprobs and choice.index == 0 and self.prompt_logprobs is not None:
             self.prompt_logprobs.extend(piece.prompt_logprobs)

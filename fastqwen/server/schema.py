@@ -220,12 +220,24 @@ def parse(kind: type[B], body: bytes) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = [part for part in first["loc"] if not _is_union_label(part)]
-        where = ".".join(str(part) for part in place)[:200]
-        if first["type"] == "extra_forbidden":
-            raise BadRequest(f"unknown field {where!r}: it is not supported by this server", where) from None
-        raise BadRequest(f"{where}: {first['msg']}" if where else first["msg"], where or None) from None
+        raise _refusal(error) from None
+
+
+def as_chat(**fields: Any) -> ChatRequest:
+    """A chat request from another API's words; None means not given. Raises BadRequest."""
+    try:
+        return ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> BadRequest:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = [part for part in first["loc"] if not _is_union_label(part)]
+    where = ".".join(str(part) for part in place)[:200]
+    if first["type"] == "extra_forbidden":
+        return BadRequest(f"unknown field {where!r}: it is not supported by this server", where)
+    return BadRequest(f"{where}: {first['msg']}" if where else first["msg"], where or None)
 
 
 # What only a stricter reader notices: words that are no JSON, floats that overflow, endless digits, escaped surrogates,
