@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ log = logging.getLogger("fastqwen.server")
 
 State = Literal["loading", "ready", "restarting", "failed", "stopped"]
 GONE = "the engine stopped unexpectedly while this request was running; it restarts, please send the request again"
+ENGINE_COMMAND = (sys.executable, "-m", "fastqwen.ipc.engine_main")
 KILL_AFTER_S = 5.0
 MAX_WAITING_DELTAS = 256
 
@@ -87,6 +88,7 @@ class EngineClient:
         *,
         on_loading: Callable[[int, int], None] = lambda done, total: None,
         on_ready: Callable[[wire.Ready], None] = lambda ready: None,
+        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.state: State = "loading"
         self.failure = ""
@@ -94,7 +96,7 @@ class EngineClient:
         self.loading = (0, 0)
         self.ready: wire.Ready | None = None
         self.num_restarts = 0
-        self._config, self._path = config, path
+        self._config, self._path, self._command = config, path, command
         self._on_loading, self._on_ready = on_loading, on_ready
         self._queues: dict[str, DeltaQueue] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="fastqwen-")  # made with mode 0700
@@ -191,7 +193,7 @@ class EngineClient:
             self._socket.set_hwm(0)
             self._socket.bind(address)
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "fastqwen.ipc.engine_main", address, stdin=asyncio.subprocess.DEVNULL
+                *self._command, address, stdin=asyncio.subprocess.DEVNULL
             )
             await self._socket.send(wire.encode(wire.Start(self._config, str(self._path))))
             listening = asyncio.create_task(self._listen(self._socket))

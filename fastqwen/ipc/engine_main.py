@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,13 @@ from fastqwen.model_config import ModelConfig
 
 log = logging.getLogger("fastqwen.engine")
 
+Starter = Callable[[wire.Start, Callable[[int, int], None]], "Engine"]
+
 IDLE_WAIT_MS = 500  # also how often an idle engine shows that it lives
 
 
-def main(address: str) -> int:
+def main(address: str, start_engine: Starter | None = None) -> int:
+    """``start_engine`` is the real one unless a test brings another."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     [engine] %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     context = zmq.Context()
@@ -39,7 +43,7 @@ def main(address: str) -> int:
     try:
         start = wire.to_engine.decode(socket.recv())
         assert isinstance(start, wire.Start)
-        engine = _start(socket, start)
+        engine = _start(socket, start, start_engine or _start_real_engine)
         if engine is None:
             return 1
         _serve(socket, engine.core, Arrivals(engine.compiler))
@@ -49,19 +53,23 @@ def main(address: str) -> int:
     return 0
 
 
-def _start(socket: zmq.Socket[bytes], start: wire.Start) -> Engine | None:
+def _start_real_engine(start: wire.Start, progress: Callable[[int, int], None]) -> Engine:
     from fastqwen.runner.start import start_engine
 
+    return start_engine(
+        start.config,
+        Path(start.path),
+        progress,
+        grammar_tokenizer=lambda model: _grammar_tokenizer(start, model),
+    )
+
+
+def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> Engine | None:
     def progress(done: int, total: int) -> None:
         socket.send(wire.encode(wire.Loading(done, total)))
 
     try:
-        engine = start_engine(
-            start.config,
-            Path(start.path),
-            progress,
-            grammar_tokenizer=lambda model: _grammar_tokenizer(start, model),
-        )
+        engine = starter(start, progress)
     except FastqwenError as error:
         socket.send(wire.encode(wire.Failed(str(error))))
         return None

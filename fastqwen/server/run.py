@@ -7,7 +7,7 @@ import logging
 import random
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.hub import resolve
-from fastqwen.ipc.engine_client import EngineClient
+from fastqwen.ipc.engine_client import ENGINE_COMMAND, EngineClient
 from fastqwen.ipc.wire import Ready
 from fastqwen.model_config import ModelConfig
 from fastqwen.server.app import create_app
@@ -54,7 +54,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
     configure_logging(config.log_format)
     check_exposure(config)
@@ -72,7 +72,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
             tool_call_parser=engine_config.tool_call_parser,
             reasoning_parser=engine_config.reasoning_parser,
         )
-        return asyncio.run(_serve(_Parts(engine_config, config, path, model, text, formats), bound))
+        return asyncio.run(_serve(_Parts(engine_config, config, path, model, text, formats, engine_command), bound))
     finally:
         bound.close()
 
@@ -85,6 +85,7 @@ class _Parts:
     model: ModelConfig
     text: TextTools
     formats: Formats
+    engine_command: Sequence[str]
 
 
 async def _serve(parts: _Parts, bound: socket.socket) -> int:
@@ -105,7 +106,9 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
             address,
         )
 
-    engine = EngineClient(engine_config, parts.path, on_loading=bar.update, on_ready=on_ready)
+    engine = EngineClient(
+        engine_config, parts.path, on_loading=bar.update, on_ready=on_ready, command=parts.engine_command
+    )
     workers = TextPool(
         engine_config, parts.path, parts.model, num_workers=config.text_workers, timeout_s=config.text_timeout_s
     )
