@@ -7,7 +7,8 @@ import logging
 import random
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,18 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: 
             tool_call_parser=engine_config.tool_call_parser,
             reasoning_parser=engine_config.reasoning_parser,
         )
-        return asyncio.run(_serve(_Parts(engine_config, config, path, model, text, formats, engine_command), bound))
+        return _run_loop(_serve(_Parts(engine_config, config, path, model, text, formats, engine_command), bound))
     finally:
         bound.close()
+
+
+def _run_loop(main: Coroutine[Any, Any, int]) -> int:
+    """On uvloop where there is one: a token costs the API process half as much."""
+    if sys.platform == "win32":
+        return asyncio.run(main)
+    import uvloop
+
+    return uvloop.run(main)
 
 
 @dataclass(frozen=True)
