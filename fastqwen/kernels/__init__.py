@@ -124,6 +124,6 @@ class Ops(Protocol):
         window: int | None,
     ) -> Tensor: ...
 
-    def experts(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor
-    ) -> Tensor: ...
+    def add_experts(
+        self, residual: Tensor, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, top_k: int, normalize: bool
+    ) -> None: ...

@@ -137,19 +137,25 @@ class ReferenceOps:
             out[starts[row] : starts[row + 1]] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
         return out.flatten(1)
 
-    def experts(self, x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        """Sum over each token's experts of weight * MLP_expert(x).
+    def add_experts(
+        self, residual: Tensor, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, top_k: int, normalize: bool
+    ) -> None:
+        """residual += sum over each token's top_k experts of weight * MLP_expert(x), in place
 
-        x [tokens, hidden], gate_up [experts, 2 * size, hidden], down [experts, hidden, size],
-        expert_ids int64 [tokens, k], expert_weights float32 [tokens, k] -> [tokens, hidden]
+        residual, x [tokens, hidden], logits [tokens, experts] of the router, gate_up [experts, 2 * size, hidden],
+        down [experts, hidden, size]. Weights are the experts' probabilities, ``normalize``d to a sum of 1 or not.
         """
+        chances, expert_ids = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
+        if normalize:
+            chances = chances / chances.sum(-1, keepdim=True)
+        weights = chances.to(x.dtype).float()
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in expert_ids.unique().tolist():
             token, choice = (expert_ids == expert).nonzero(as_tuple=True)
             hidden = self.silu_mul(self.linear(x[token], gate_up[expert]))
             result = self.linear(hidden, down[expert])
-            out.index_add_(0, token, result.float() * expert_weights[token, choice, None])
-        return out.to(x.dtype)
+            out.index_add_(0, token, result.float() * weights[token, choice, None])
+        residual += out.to(x.dtype)
 
 
 def gptq_unpack(weight: GptqWeight, start: int, stop: int) -> Tensor:

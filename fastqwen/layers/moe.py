@@ -38,15 +38,14 @@ class Moe:
     def add_to(self, residual: Tensor) -> None:
         """residual [tokens, hidden] += moe(norm(residual)), in place"""
         x = self.ops.rms_norm(residual, self.norm.weight, self.norm.eps)
-        weights, expert_ids = self.route(x)
-        residual += self.ops.experts(x, self.gate_up, self.down, expert_ids, weights)
+        self.ops.add_experts(
+            residual,
+            x,
+            self.ops.linear(x, self.router),
+            self.gate_up,
+            self.down,
+            top_k=self.experts_per_token,
+            normalize=self.normalize_top_k,
+        )
         if self.shared is not None:
             residual += self.shared(self.ops, x)
-
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The k most likely experts of each token: weights float32 [tokens, k], ids int64 [tokens, k]"""
-        probabilities = torch.softmax(self.ops.linear(x, self.router).float(), dim=-1)
-        weights, expert_ids = torch.topk(probabilities, self.experts_per_token, dim=-1)
-        if self.normalize_top_k:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype).float(), expert_ids

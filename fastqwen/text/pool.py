@@ -101,6 +101,7 @@ class TextPool:
     async def _new(self) -> _Process:
         made = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # nothing in the working folder is imported
             "-m",
             "fastqwen.text.worker",
             stdin=asyncio.subprocess.PIPE,

@@ -75,6 +75,21 @@ def test_rows(ops: TritonOps, dtype: torch.dtype):
     close(ops.silu_mul(x * 8), REFERENCE.silu_mul(x * 8), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "normalize"), [(1, True), (1, False), (9, True), (40, False)])
+def test_experts(ops: TritonOps, dtype: torch.dtype, tokens: int, normalize: bool):
+    """One token, a few, and so many that an expert has more than one tile."""
+    hidden, size, count = 64, 48, 6
+    x, logits = random(tokens, hidden, dtype=dtype), random(tokens, count, dtype=dtype)
+    gate_up = random(count, 2 * size, hidden, dtype=dtype, scale=hidden**-0.5)
+    down = random(count, hidden, size, dtype=dtype, scale=size**-0.5)
+    residual = random(tokens, hidden, dtype=dtype)
+    expected = residual.clone()
+    ops.add_experts(residual, x, logits, gate_up, down, top_k=3, normalize=normalize)
+    REFERENCE.add_experts(expected, x, logits, gate_up, down, top_k=3, normalize=normalize)
+    close(residual, expected, dtype)
+
+
 SHAPES = [HeadShape(4, 4, 64), HeadShape(6, 2, 64), HeadShape(8, 1, 128), HeadShape(7, 1, 32)]
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
 from fastqwen.kernels.reference import ReferenceOps
-from fastqwen.kernels.triton import attention, linear, pointwise
+from fastqwen.kernels.triton import attention, experts, linear, pointwise
 
 MAX_DECODE_PARTS = 16384
 
@@ -102,6 +102,11 @@ class TritonOps(ReferenceOps):
                 q, batch, cache, shape, first_row=decode, first_token=decode, window=window, out=out
             )
         return out
+
+    def add_experts(
+        self, residual: Tensor, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, top_k: int, normalize: bool
+    ) -> None:
+        experts.add_experts(residual, x, logits, gate_up, down, top_k=top_k, normalize=normalize)
 
     def _decode_space(self, shape: HeadShape) -> attention.DecodeWorkspace:
         if shape not in self._decode_spaces:
