@@ -48,6 +48,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: Annotated[str | None, option("Folder or hub name of the tokenizer. Default: the model's own.")] = None
     skip_tokenizer_init: Annotated[bool, option("Work with token ids only.")] = False
     chat_template: Annotated[str | None, option("File with a Jinja chat template, or the template itself.")] = None
+    tool_call_parser: Annotated[
+        str, option("How the model writes tool calls: hermes, qwen3_coder, react or none. auto: from its template.")
+    ] = "auto"
+    reasoning_parser: Annotated[str, option("qwen3 or none. auto: <think> blocks if the template knows them.")] = "auto"
     generation_config: Annotated[
         str, option("Where default sampling parameters come from: auto (the model), none, or a folder.")
     ] = "auto"

@@ -194,6 +194,7 @@ class Scheduler:
             seed=request.seed,
             stop_token_ids=request.stop_token_ids,
             rope_key=sequence.rope_key,
+            grammar=request.grammar,
         )
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:

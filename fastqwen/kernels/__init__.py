@@ -6,7 +6,8 @@ cpu/           C++, compiled on first use; one result for a row whatever else is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -23,18 +24,31 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """Where the flat tokens of a step belong. A row is one sequence's share of the step."""
+    """Where the flat tokens of a step belong. A row is one sequence's share of the step; rows of one token come first."""
 
     positions: Tensor  # int32 [tokens]
     cos_sin: Tensor  # float32 [tokens, head_dim]: cosines of head_dim/2 frequencies, then sines
     q_scale: Tensor | None  # float32 [tokens], logN's factor; None if the model has none
-    token_rows: Tensor  # int32 [tokens]: the row that a token belongs to
+    token_tables: Tensor  # int32 [tokens]: the line of block_tables that a token's sequence has
+    table_rows: Tensor  # int32 [rows]: the same for each row
     row_starts: Tensor  # int32 [rows + 1]: tokens row_starts[r] to row_starts[r + 1] are row r's
     context_lens: Tensor  # int32 [rows]: tokens of the row's sequence in the cache, this step's included
-    block_tables: Tensor  # int32 [rows, blocks]
+    block_tables: Tensor  # int32 [slots, blocks]
     cache_slots: Tensor  # int64 [tokens]: block * block_size + offset, where the token's key and value go
+    num_decode_rows: int  # leading rows with exactly one token
     max_row_tokens: int
-    max_context: int
+
+    @cached_property
+    def beyond_decode(self) -> AttentionBatch:
+        """The same step's per-token tensors without those of the leading one-token rows."""
+        first = self.num_decode_rows
+        return replace(
+            self,
+            positions=self.positions[first:],
+            cos_sin=self.cos_sin[first:],
+            q_scale=None if self.q_scale is None else self.q_scale[first:],
+            cache_slots=self.cache_slots[first:],
+        )
 
 
 @dataclass(frozen=True)
@@ -97,19 +111,17 @@ class Ops(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor: ...
 
-    def rope_and_cache(
+    def attend(
         self,
         qkv: Tensor,
         batch: AttentionBatch,
         cache: LayerCache,
         shape: HeadShape,
+        *,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
-    ) -> Tensor: ...
-
-    def attention(
-        self, q: Tensor, batch: AttentionBatch, cache: LayerCache, shape: HeadShape, window: int | None
+        window: int | None,
     ) -> Tensor: ...
 
     def experts(

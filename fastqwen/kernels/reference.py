@@ -62,6 +62,22 @@ class ReferenceOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
+    def attend(
+        self,
+        qkv: Tensor,
+        batch: AttentionBatch,
+        cache: LayerCache,
+        shape: HeadShape,
+        *,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        window: int | None,
+    ) -> Tensor:
+        """attention(rope_and_cache(qkv)): [tokens, (heads + 2 kv_heads) * head_dim] -> [tokens, heads * head_dim]"""
+        q = self.rope_and_cache(qkv, batch, cache, shape, q_norm, k_norm, eps)
+        return self.attention(q, batch, cache, shape, window)
+
     def rope_and_cache(
         self,
         qkv: Tensor,
@@ -107,7 +123,7 @@ class ReferenceOps:
         for row, context in enumerate(batch.context_lens.tolist()):
             if starts[row] == starts[row + 1]:
                 continue
-            table = batch.block_tables[row, : -(-context // block_size)].long()
+            table = batch.block_tables[batch.table_rows[row], : -(-context // block_size)].long()
             k = cache.k[table].transpose(1, 2).reshape(-1, shape.num_kv_heads, shape.head_dim)[:context].float()
             v = cache.v[table].transpose(1, 2).reshape(-1, shape.num_kv_heads, shape.head_dim)[:context].float()
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

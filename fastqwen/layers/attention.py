@@ -24,5 +24,14 @@ class Attention:
     def add_to(self, residual: Tensor, batch: AttentionBatch, cache: LayerCache) -> None:
         """residual [tokens, hidden] += attention(norm(residual)), in place"""
         qkv = self.qkv.of_norm(residual, self.norm)
-        q = self.ops.rope_and_cache(qkv, batch, cache, self.shape, self.q_norm, self.k_norm, self.norm.eps)
-        self.o.add_to(residual, self.ops.attention(q, batch, cache, self.shape, self.window))
+        out = self.ops.attend(
+            qkv,
+            batch,
+            cache,
+            self.shape,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self.norm.eps,
+            window=self.window,
+        )
+        self.o.add_to(residual, out)

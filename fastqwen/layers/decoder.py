@@ -31,11 +31,15 @@ class Decoder:
     def hidden(self, ids: Tensor, batch: AttentionBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Advance the cache by a step's tokens: ids int32 [tokens] -> [tokens, hidden], before the final norm"""
         residual = self.ops.embed(ids, self.embed)
+        self.advance(residual, batch, caches)
+        return residual
+
+    def advance(self, residual: Tensor, batch: AttentionBatch, caches: Sequence[LayerCache]) -> None:
+        """All layers, in place: residual [tokens, hidden] comes in as embeddings"""
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.attention.add_to(residual, batch, cache)
             layer.mlp.add_to(residual)
-        return residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[tokens, hidden] -> float32 [tokens, vocab]"""
-        return self.head.of_norm(hidden, self.norm).float()
+        """[tokens, hidden] -> [tokens, vocab], in the type that the device's sampler reads"""
+        return self.head.of_norm(hidden, self.norm)

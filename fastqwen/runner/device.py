@@ -42,6 +42,10 @@ def choose_ops(device: torch.device) -> Ops:
     from fastqwen.kernels.cpu.ops import CpuOps
     from fastqwen.kernels.reference import ReferenceOps
 
+    if device.type == "cuda":
+        from fastqwen.kernels.triton.ops import TritonOps
+
+        return TritonOps(device)
     if device.type == "cpu":
         library = build.load()
         if library is not None:

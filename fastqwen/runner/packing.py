@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,27 +15,27 @@ from fastqwen.runner.slots import Slots
 def pack(rows: list[Row], slots: Slots, *, block_size: int, logn_len: int | None) -> tuple[Tensor, AttentionBatch]:
     """The ids of a step's tokens, int32 [tokens], and where they belong. Rows follow each other in order."""
     device = slots.token_ids.device
-    host = torch.tensor([(row.slot, row.start, row.num_tokens) for row in rows], dtype=torch.int64)
-    row_slots, starts, counts = host.to(device, non_blocking=True).unbind(1)
+    host = np.array([(row.slot, row.start, row.num_tokens) for row in rows], dtype=np.int64)
+    row_slots, starts, counts = slots.upload(host).unbind(1)
     row_starts = torch.zeros(len(rows) + 1, dtype=torch.int64, device=device)
     torch.cumsum(counts, 0, out=row_starts[1:])
     num_tokens = sum(row.num_tokens for row in rows)
     token_rows = torch.repeat_interleave(torch.arange(len(rows), device=device), counts, output_size=num_tokens)
     positions = torch.arange(num_tokens, device=device) - row_starts[token_rows] + starts[token_rows]
     token_slots = row_slots[token_rows]
-    max_context = max(row.start + row.num_tokens for row in rows)
     blocks = slots.block_tables[token_slots, positions // block_size].long()
     return slots.token_ids[token_slots, positions], AttentionBatch(
         positions=positions.int(),
         cos_sin=cos_sin(positions, slots.inverse_frequencies[token_slots], slots.rope_scale[token_slots]),
         q_scale=None if logn_len is None else logn_scale(positions, logn_len),
-        token_rows=token_rows.int(),
+        token_tables=token_slots.int(),
+        table_rows=row_slots.int(),
         row_starts=row_starts.int(),
         context_lens=(starts + counts).int(),
-        block_tables=slots.block_tables[row_slots, : -(-max_context // block_size)].contiguous(),
+        block_tables=slots.block_tables,
         cache_slots=blocks * block_size + positions % block_size,
+        num_decode_rows=next((index for index, row in enumerate(rows) if row.num_tokens > 1), len(rows)),
         max_row_tokens=max(row.num_tokens for row in rows),
-        max_context=max_context,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import llguidance
 import torch
 
 from fastqwen.build import build_decoder
@@ -23,6 +24,7 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan, make_plan
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts
 from fastqwen.runner.model_runner import ModelRunner
+from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
 from fastqwen.weights.checkpoint import Checkpoint, open_checkpoint
 from fastqwen.weights.source import DummyWeights, Weights
 
@@ -34,12 +36,22 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Engine:
     core: EngineCore
+    compiler: GrammarCompiler | None  # None without a tokenizer
     plan: EnginePlan
     model: ModelConfig
 
 
-def start_engine(config: EngineConfig, path: Path, progress: Progress = lambda done, total: None) -> Engine:
-    """``progress`` is told after each layer how many of how many are loaded. Raises FastqwenError."""
+def start_engine(
+    config: EngineConfig,
+    path: Path,
+    progress: Progress = lambda done, total: None,
+    on_capture: Progress = lambda done, total: None,
+    grammar_tokenizer: Callable[[ModelConfig], llguidance.LLTokenizer] | None = None,
+) -> Engine:
+    """``progress`` is told after each layer how many of how many are loaded, ``on_capture`` the same of CUDA graphs.
+
+    ``grammar_tokenizer`` is called upon the first request for structured output. Raises FastqwenError.
+    """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     dummy = config.load_format == "dummy"
@@ -49,7 +61,12 @@ def start_engine(config: EngineConfig, path: Path, progress: Progress = lambda d
     for notice in plan.notices:
         log.warning("%s", notice)
     decoder = _load(config, checkpoint, plan, device, choose_ops(device), progress)
-    executor = ModelRunner(checkpoint.model, decoder, plan, device)
+    compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
+    structured = None if compiler is None else StructuredOutput(compiler)
+    if device.type == "cuda":
+        plan, executor = _on_gpu(config, checkpoint.model, decoder, plan, device, structured, on_capture)
+    else:
+        executor = ModelRunner(checkpoint.model, decoder, plan, device, structured)
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, plan.block_size),
         max_num_seqs=plan.max_num_seqs,
@@ -59,7 +76,28 @@ def start_engine(config: EngineConfig, path: Path, progress: Progress = lambda d
     )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
-    return Engine(EngineCore(scheduler, executor), plan, checkpoint.model)
+    return Engine(EngineCore(scheduler, executor), compiler, plan, checkpoint.model)
+
+
+def _on_gpu(
+    config: EngineConfig,
+    model: ModelConfig,
+    decoder: Decoder,
+    plan: EnginePlan,
+    device: torch.device,
+    structured: StructuredOutput | None,
+    on_capture: Progress,
+) -> tuple[EnginePlan, ModelRunner]:
+    """The cache gets what the largest step leaves free; then the decode steps are recorded."""
+    from fastqwen.runner.cuda_runner import CudaRunner
+    from fastqwen.runner.measure import available_kv_bytes
+
+    measured = available_kv_bytes(model, config, plan, decoder, device)
+    plan = make_plan(model, config, device_facts(device), available_kv_bytes=max(1, measured))
+    runner = CudaRunner(model, decoder, plan, device, structured)
+    if not config.enforce_eager:
+        runner.capture(on_capture)
+    return plan, runner
 
 
 def _load(

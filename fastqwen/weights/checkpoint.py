@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastqwen.errors import ModelNotFound
 from fastqwen.model_config import ModelConfig
 from fastqwen.models import quantization_source, read_config
-from fastqwen.weights.source import TensorFile
+
+if TYPE_CHECKING:  # it needs torch, and reading a configuration does not
+    from fastqwen.weights.source import TensorFile
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ def make_batch(
     width = max(-(-context // block_size) for context in contexts) + 1
     num_blocks = sum(-(-context // block_size) for context in contexts) + 2
     order = torch.randperm(num_blocks).tolist()
-    tables = torch.full((len(rows), width), -1, dtype=torch.int32)
+    line = torch.randperm(len(rows) + 2).tolist()[: len(rows)]  # the block tables are not in the rows' order
+    tables = torch.full((len(rows) + 2, width), -1, dtype=torch.int32)
     positions, token_rows, slots, starts = [], [], [], [0]
     for row, (start, new) in enumerate(rows):
         count = -(-contexts[row] // block_size)
         blocks = [order.pop() for _ in range(count)]
-        tables[row, :count] = torch.tensor(blocks, dtype=torch.int32)
+        tables[line[row], :count] = torch.tensor(blocks, dtype=torch.int32)
         for position in range(start, start + new):
             positions.append(position)
             token_rows.append(row)
@@ -39,12 +40,13 @@ def make_batch(
         positions=torch.tensor(positions, dtype=torch.int32, device=device),
         cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1).float().to(device),
         q_scale=(1 + torch.rand(len(positions))).to(device) if logn else None,
-        token_rows=torch.tensor(token_rows, dtype=torch.int32, device=device),
+        token_tables=torch.tensor([line[row] for row in token_rows], dtype=torch.int32, device=device),
+        table_rows=torch.tensor(line, dtype=torch.int32, device=device),
         row_starts=torch.tensor(starts, dtype=torch.int32, device=device),
         context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
         block_tables=tables.to(device),
         cache_slots=torch.tensor(slots, dtype=torch.int64, device=device),
+        num_decode_rows=next((index for index, (_, new) in enumerate(rows) if new > 1), len(rows)),
         max_row_tokens=max(new for _, new in rows),
-        max_context=max(contexts),
     )
     return batch, cache

@@ -97,8 +97,8 @@ def _prompt_logits(runner: Any, ids: list[int], num_prompt: int | None = None) -
     blocks = list(range(-(-len(ids) // size)))
     row = Row(slot=0, request_id="x", start=0, num_tokens=len(ids), new_blocks=blocks, samples=False)
     with torch.inference_mode():
-        runner.slots.admit(admission)
-        runner.slots.extend(row)
+        runner.slots.admit([admission])
+        runner.slots.extend([row])
         flat, where = pack([row], runner.slots, block_size=size, logn_len=runner._model.logn_len)
         return runner._decoder.logits(runner._decoder.hidden(flat, where, runner.caches)).numpy()
 

@@ -99,10 +99,10 @@ def logits(folder: Path, ids: list[int], **wishes: Any) -> torch.Tensor:
     )
     row = Row(slot=0, request_id="x", start=0, num_tokens=len(ids), new_blocks=blocks, samples=False)
     with torch.inference_mode():
-        runner.slots.admit(admission)
-        runner.slots.extend(row)
+        runner.slots.admit([admission])
+        runner.slots.extend([row])
         flat, where = pack([row], runner.slots, block_size=size, logn_len=runner._model.logn_len)
-        return runner._decoder.logits(runner._decoder.hidden(flat, where, runner.caches))
+        return runner._decoder.logits(runner._decoder.hidden(flat, where, runner.caches)).float()
 
 
 def greedy(core: EngineCore, prompts: list[list[int]], max_tokens: int = 64) -> list[list[int]]:

@@ -104,13 +104,14 @@ def predictions(decoder: Decoder, config: ModelConfig, ids: list[int]) -> list[i
         positions=positions,
         cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1),
         q_scale=None,
-        token_rows=torch.zeros(count, dtype=torch.int32),
+        token_tables=torch.zeros(count, dtype=torch.int32),
+        table_rows=torch.zeros(1, dtype=torch.int32),
         row_starts=torch.tensor([0, count], dtype=torch.int32),
         context_lens=torch.tensor([count], dtype=torch.int32),
         block_tables=torch.zeros(1, 1, dtype=torch.int32),
         cache_slots=torch.arange(count),
+        num_decode_rows=0,
         max_row_tokens=count,
-        max_context=count,
     )
     size = (1, config.num_kv_heads, count, config.head_dim)
     caches = [LayerCache(torch.zeros(size), torch.zeros(size)) for _ in decoder.layers]

@@ -257,7 +257,7 @@ void attend(const Task<C>& t, const Shape& s, std::vector<float>& scratch) {
 
 template <typename C>
 void attention_typed(const float* q, const C* k_cache, const C* v_cache, const int32_t* positions,
-                     const int32_t* token_rows, const int32_t* tables, int64_t table_width, float* out, int64_t tokens,
+                     const int32_t* token_tables, const int32_t* tables, int64_t table_width, float* out, int64_t tokens,
                      int64_t window, Shape s) {
   const int64_t group = s.heads / s.kv_heads;
 #pragma omp parallel
@@ -267,7 +267,7 @@ void attention_typed(const float* q, const C* k_cache, const C* v_cache, const i
     for (int64_t i = 0; i < tokens * s.kv_heads; i++) {
       const int64_t token = i / s.kv_heads, kv_head = i % s.kv_heads, last = positions[token] + 1;
       const int64_t at = (token * s.heads + kv_head * group) * s.head_dim;
-      const Task<C> task{q + at, k_cache, v_cache, tables + token_rows[token] * table_width, out + at, kv_head, group,
+      const Task<C> task{q + at, k_cache, v_cache, tables + token_tables[token] * table_width, out + at, kv_head, group,
                          window > 0 && last > window ? last - window : 0, last};
       attend(task, s, scratch);
     }
@@ -319,12 +319,12 @@ void fq_rope_and_cache(const float* qkv, const float* cos_sin, const float* q_sc
 }
 
 void fq_attention(const float* q, const void* k_cache, const void* v_cache, const int32_t* positions,
-                  const int32_t* token_rows, const int32_t* tables, int64_t table_width, float* out, int64_t tokens,
+                  const int32_t* token_tables, const int32_t* tables, int64_t table_width, float* out, int64_t tokens,
                   int64_t window, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size,
                   int cache_type) {
   const Shape s{heads, kv_heads, head_dim, block_size};
   BY_TYPE(cache_type, C, attention_typed(q, static_cast<const C*>(k_cache), static_cast<const C*>(v_cache), positions,
-      token_rows, tables, table_width, out, tokens, window, s))
+      token_tables, tables, table_width, out, tokens, window, s))
 }
 
 }

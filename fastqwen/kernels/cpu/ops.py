@@ -106,7 +106,7 @@ class CpuOps(ReferenceOps):
             cache.k.data_ptr(),
             cache.v.data_ptr(),
             batch.positions.data_ptr(),
-            batch.token_rows.data_ptr(),
+            batch.token_tables.data_ptr(),
             batch.block_tables.data_ptr(),
             batch.block_tables.shape[1],
             out.data_ptr(),

@@ -1,7 +1,4 @@
-"""The planner: from a model's sizes, the user's wishes and a device's facts to what the engine will be given.
-
-The same code answers on paper and at start. Nothing here imports torch.
-"""
+"""What the engine is given: from a model's sizes, the user's wishes and a device's facts. The same code on paper and at start."""
 
 from __future__ import annotations
 
@@ -10,21 +7,11 @@ import msgspec
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit
 from fastqwen.model_config import ModelConfig
+from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts, EngineProfile
+from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_KV_BYTES = 4 * 2**30
+CPU_KV_BYTES = 4 * GIB
 MIN_BF16_CAPABILITY = (8, 0)
-GIB = 2**30
-
-
-class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured of a device, or read from a data sheet."""
-
-    kind: str  # cpu or cuda
-    name: str
-    total_bytes: int
-    free_bytes: int
-    compute_capability: tuple[int, int] | None = None
 
 
 class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +26,7 @@ class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     kv_bytes_per_token: int
     notices: tuple[str, ...] = ()
+    peak_bytes: int = 0  # predicted: weights, cache, and all that a step and a process need beside them
 
     @property
     def kv_bytes(self) -> int:
@@ -64,36 +52,11 @@ def choose_dtype(wished: str, model: ModelConfig, facts: DeviceFacts) -> tuple[s
     return "float16", [f"{facts.name} does not compute in bfloat16, so float16 is used"]
 
 
-def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
-    return 2 * model.num_layers * model.kv_size * DTYPE_BYTES[dtype]
-
-
-def weights_bytes(model: ModelConfig, dtype: str) -> int:
-    """Parameters times their size. GPTQ packs all linears but the head; routed experts are unpacked while loading."""
-    attention = model.hidden_size * (2 * model.q_size + 2 * model.kv_size)
-    dense = 3 * model.hidden_size * model.intermediate_size * model.num_dense_layers
-    sparse = 0
-    if model.moe is not None:
-        per_layer = model.moe.num_experts * model.moe.expert_size + model.moe.shared_size
-        sparse = 3 * model.hidden_size * per_layer * (model.num_layers - model.num_dense_layers)
-    tables = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    linears = attention * model.num_layers + dense
-    return int(linears * _bytes_per_weight(model, dtype) + (sparse + tables) * DTYPE_BYTES[dtype])
-
-
-def _bytes_per_weight(model: ModelConfig, dtype: str) -> float:
-    """A code of some bits, and for each group of inputs a scale and a zero of 16 bits."""
-    quantization = model.quantization or {}
-    bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    if not isinstance(bits, int) or not isinstance(group_size, int):
-        return DTYPE_BYTES[dtype]
-    return bits / 8 + (4 / group_size if group_size > 0 else 0)
-
-
 def make_plan(
     model: ModelConfig, config: EngineConfig, facts: DeviceFacts, *, available_kv_bytes: int | None = None
 ) -> EnginePlan:
-    """``available_kv_bytes`` is what a GPU has left once weights and the largest step were measured.
+    """``available_kv_bytes`` is what a GPU has left once weights and the largest step were measured; without it the
+    model of memory says how much that will be.
 
     Raises DoesNotFit if not even one sequence of the wished length has room, BadConfig for a length that the model
     cannot have.
@@ -102,24 +65,26 @@ def make_plan(
     if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
     on_cpu = facts.kind == "cpu"
-    block_size = config.block_size or (16 if on_cpu else 64)
-    max_num_seqs = config.max_num_seqs or (64 if on_cpu else 256)
+    profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
+    block_size = config.block_size or profile.block_size
+    max_num_seqs = config.max_num_seqs or profile.max_num_seqs
     per_token = kv_bytes_per_token(model, dtype)
     wished_len = config.max_model_len or model.default_max_len
     if wished_len > model.default_max_len:
         raise BadConfig(
             f"--max-model-len is {wished_len}, but {config.model} was made for at most {model.default_max_len} tokens"
         )
+    need = predict(model, _load_of(config, profile, dtype, wished_len), profile, facts)
     kv_bytes = config.kv_cache_memory_bytes or available_kv_bytes
     if kv_bytes is None:
-        kv_bytes = max(0, min(CPU_KV_BYTES, (facts.free_bytes - weights_bytes(model, dtype)) // 2))
+        kv_bytes = max(0, budget_bytes(need, facts, config.gpu_memory_utilization) - need.fixed)
     num_blocks = min(kv_bytes // (per_token * block_size), max_num_seqs * -(-wished_len // block_size))
     room = num_blocks * block_size
     if room < wished_len:
         if config.max_model_len is not None or room < 2 * block_size:
             raise DoesNotFit(
                 f"one sequence of {wished_len} tokens needs {wished_len * per_token / GIB:.2f} GiB of KV cache, "
-                f"{kv_bytes / GIB:.2f} GiB are free: use --max-model-len {max(room, 0)} or less"
+                f"{kv_bytes / GIB:.2f} GiB are free: {_remedy(model, config, facts, room)}"
             )
         notices.append(f"the KV cache holds {room} tokens, so the longest sequence is {room}, not {wished_len}")
     return EnginePlan(
@@ -129,7 +94,50 @@ def make_plan(
         max_model_len=min(wished_len, room),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens or (512 if on_cpu else 8192),
-        weights_bytes=weights_bytes(model, dtype),
+        weights_bytes=need.weights,
         kv_bytes_per_token=per_token,
         notices=tuple(notices),
+        peak_bytes=need.fixed + num_blocks * block_size * per_token,
     )
+
+
+def budget_bytes(need: Need, facts: DeviceFacts, utilization: float) -> int:
+    """What the engine may take: its share of a GPU; on a CPU, where other programs live, a cache of bounded size."""
+    if facts.kind == "cpu":
+        return need.fixed + max(0, min(CPU_KV_BYTES, (facts.free_bytes - need.weights) // 2))
+    return min(int(facts.total_bytes * utilization), facts.free_bytes)
+
+
+def _load_of(config: EngineConfig, profile: EngineProfile, dtype: str, max_model_len: int) -> Load:
+    return Load(
+        dtype=dtype,
+        max_model_len=max_model_len,
+        eager=config.enforce_eager,
+        max_num_seqs=config.max_num_seqs or profile.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or profile.step_tokens,
+    )
+
+
+def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: int) -> str:
+    """The cheapest change that makes the model run; on a GPU the planner knows more than the length."""
+    shorter = f"use --max-model-len {room} or less" if room else "use a smaller model or more memory"
+    if facts.kind == "cpu" or config.kv_cache_memory_bytes is not None:
+        return shorter
+    from fastqwen.plan.advice import Question, advise, is_fitting
+    from fastqwen.plan.catalog import published
+
+    question = Question(
+        model=model,
+        name=config.model,
+        facts=facts,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        utilization=config.gpu_memory_utilization,
+        eager=config.enforce_eager,
+        max_num_seqs=config.max_num_seqs,
+        entry=published(config.model),
+    )
+    if is_fitting(question):  # by the book it does, but less was measured free
+        return shorter
+    changes = advise(question)
+    return f"use {changes[0].command}" if changes else "use a smaller model or a larger GPU"

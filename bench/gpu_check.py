@@ -1,0 +1,217 @@
+"""One call on a GPU machine: are the kernels right, how fast is each, how fast is the engine.
+
+python bench/gpu_check.py OUT.json [kernels] [tune] [decode] [offline] [prefill] [golden] ...
+
+Prints a short table last and writes everything to OUT.json. Dummy weights, greedy, the work defined in
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastqwen.config import EngineConfig
+from fastqwen.engine.core import EngineCore
+from fastqwen.records import EngineRequest, SamplingParams
+from fastqwen.runner.start import Engine, start_engine
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = next(
+    path for path in (ROOT / "configs", ROOT.parent / "shared" / "configs", ROOT / ".configs") if path.is_dir()
+)
+READ_BYTES_PER_S = 4.3e12  # the floor's bandwidth, as measured for reading and copying on one H200
+RESULTS: dict[str, Any] = {}
+
+
+def note(name: str, **values: Any) -> None:
+    RESULTS.setdefault(name, {}).update(values)
+    print(
+        name,
+        " ".join(
+            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+        ),
+        flush=True,
+    )
+
+
+def start(model: str, **wishes: Any) -> Engine:
+    began_s = time.perf_counter()
+    config = EngineConfig(
+        model=model, load_format="dummy", enable_prefix_caching=False, **{"max_num_batched_tokens": 8192, **wishes}
+    )
+    engine = start_engine(config, CONFIGS / model)
+    note(f"{model} start", seconds=time.perf_counter() - began_s, kv_blocks=engine.plan.num_blocks)
+    return engine
+
+
+def add(core: EngineCore, count: int, lengths: list[int], outputs: list[int], vocab: int, tag: str) -> None:
+    generator = random.Random(0)
+    for index in range(count):
+        core.add(
+            EngineRequest(
+                request_id=f"{tag}-{index}",
+                prompt_token_ids=[generator.randrange(vocab) for _ in range(lengths[index])],
+                sampling=SamplingParams(temperature=0.0),
+                stop_token_ids=[],
+                max_tokens=outputs[index],
+                seed=0,
+            )
+        )
+
+
+def run(core: EngineCore) -> tuple[float, int]:
+    """(seconds, tokens generated) until the engine is empty."""
+    torch.cuda.synchronize()
+    began_s, tokens = time.perf_counter(), 0
+    while core.has_work:
+        for delta in core.step():
+            tokens += len(delta.token_ids)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began_s, tokens
+
+
+def floor_ms(engine: Engine, batch: int, context: int) -> float:
+    read = engine.plan.weights_bytes + batch * context * engine.plan.kv_bytes_per_token
+    if engine.model.tie_word_embeddings is False:
+        read -= engine.model.vocab_size * engine.model.hidden_size * 2  # one row of the embedding is read
+    return read / READ_BYTES_PER_S * 1e3
+
+
+def decode(engine: Engine, model: str, batch: int, context: int, steps: int = 128) -> None:
+    """(time for 1 + n tokens - time for 1 token) / n"""
+    core, vocab = engine.core, engine.model.vocab_size
+    add(core, batch, [context] * batch, [4] * batch, vocab, "warm")
+    run(core)
+    times = {}
+    for outputs in (1, 1 + steps):
+        found = []
+        for _ in range(3):
+            add(core, batch, [context] * batch, [outputs] * batch, vocab, f"d{outputs}")
+            found.append(run(core)[0])
+        times[outputs] = statistics.median(found)
+    step_ms = (times[1 + steps] - times[1]) / steps * 1e3
+    note(
+        f"{model} decode b{batch} c{context}",
+        ms=step_ms,
+        share_of_floor=floor_ms(engine, batch, context + steps // 2) / step_ms,
+    )
+
+
+def offline(engine: Engine, model: str) -> None:
+    generator = random.Random(0)
+    lengths = [generator.randint(100, 1024) for _ in range(256)]
+    outputs = [generator.randint(100, 1024) for _ in range(256)]
+    add(engine.core, 256, lengths, outputs, engine.model.vocab_size, "offline")
+    seconds, tokens = run(engine.core)
+    note(f"{model} offline256", tok_s=tokens / seconds, seconds=seconds)
+
+
+def prefill(engine: Engine, model: str) -> None:
+    core, vocab = engine.core, engine.model.vocab_size
+    add(core, 2, [4096] * 2, [1] * 2, vocab, "warm")
+    run(core)
+    add(core, 32, [4096] * 32, [1] * 32, vocab, "prefill")
+    seconds, _ = run(core)
+    note(f"{model} prefill 32x4096", tok_s=32 * 4096 / seconds)
+
+
+def host_share(engine: Engine, model: str, batch: int) -> None:
+    """How much of a step the host needs, by running it on steps whose device work is not waited for."""
+    core, vocab = engine.core, engine.model.vocab_size
+    add(core, batch, [128] * batch, [200] * batch, vocab, "host")
+    for _ in range(20):
+        core.step()
+    spent = []
+    for _ in range(100):
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        core.step()
+        spent.append(time.perf_counter() - began_s)
+    while core.has_work:
+        core.step()
+    note(f"{model} host b{batch}", ms=statistics.median(spent) * 1e3)
+
+
+def profile(engine: Engine, model: str, batch: int, context: int) -> None:
+    """Device time by kernel of ten decode steps."""
+    core = engine.core
+    add(core, batch, [context] * batch, [40] * batch, engine.model.vocab_size, "profile")
+    for _ in range(10):
+        core.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(10):
+            core.step()
+        torch.cuda.synchronize()
+    while core.has_work:
+        core.step()
+    rows = sorted(found.key_averages(), key=lambda event: -event.device_time_total)[:14]
+    for event in rows:
+        note(
+            f"{model} profile b{batch}",
+            **{event.key[:48]: round(event.device_time_total / 10, 1), "calls": event.count // 10},
+        )
+
+
+def benchmarks(words: list[str]) -> None:
+    models = [word for word in words if (CONFIGS / word).is_dir()]
+    for model in models:
+        engine = start(model)
+        batches = [int(word[1:]) for word in words if word[0] == "b" and word[1:].isdigit()] or [1, 8, 64, 256]
+        try:
+            if "decode" in words:
+                for batch in batches:
+                    decode(engine, model, batch, 128 if batch == 1 else 1024)
+                    if "profile" in words:
+                        profile(engine, model, batch, 128 if batch == 1 else 1024)
+                host_share(engine, model, 1)
+            if "prefill" in words:
+                prefill(engine, model)
+            if "offline" in words:
+                offline(engine, model)
+        finally:
+            del engine
+            gc.unfreeze()
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def kernels() -> None:
+    tests = ["tests/kernels/test_triton.py", "tests/kernels/test_triton_step.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *tests], capture_output=True, text=True, check=False
+    )
+    print(done.stdout[-3000:], done.stderr[-1500:])
+    note("kernel tests", status=done.returncode, last=done.stdout.strip().splitlines()[-1] if done.stdout else "")
+
+
+def main() -> None:
+    out, words = Path(sys.argv[1]), sys.argv[2:]
+    note("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, commit=_commit())
+    try:
+        if "kernels" in words:
+            kernels()
+        benchmarks(words)
+    finally:
+        out.write_text(json.dumps({"command": sys.argv, **RESULTS}, indent=1))
+    print(json.dumps(RESULTS))
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

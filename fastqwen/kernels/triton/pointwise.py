@@ -1,0 +1,149 @@
+"""Row and element kernels for larger batches: norms, SiLU, rotation with the write to the cache."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels.triton.launch import overlapping, supports_overlap
+
+
+@triton.jit
+def _rms_norm(x_ptr, weight_ptr, out_ptr, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(x_ptr + row * size + at, mask=at < size, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+    weight = tl.load(weight_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * size + at, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., size] -> the same shape"""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    block = triton.next_power_of_2(size)
+    pdl = supports_overlap(x.device)
+    warps = min(16, max(1, block // 512))
+    _rms_norm[(x.numel() // size,)](
+        x, weight, out, size, eps, BLOCK=block, PDL=pdl, num_warps=warps, **overlapping(pdl)
+    )
+    return out
+
+
+@triton.jit
+def _silu_mul(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up_ptr + row * 2 * size + at, mask=at < size, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * size + size + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(
+        out_ptr + row * size + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=at < size
+    )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[rows, 2 * size] -> [rows, size]"""
+    rows, double = gate_up.shape
+    out = torch.empty((rows, double // 2), dtype=gate_up.dtype, device=gate_up.device)
+    _silu_mul[(rows, triton.cdiv(double // 2, 2048))](gate_up, out, double // 2, BLOCK=2048, num_warps=8)
+    return out
+
+
+@triton.jit
+def normed_and_rotated(low, high, norm_ptr, cos, sin, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+    """Heads as two halves [heads, HALF] of float32: RMSNorm over both, then the half-split rotation."""
+    if NORM:
+        at = tl.arange(0, HALF)
+        mean = (tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * HALF)
+        scale = tl.rsqrt(mean + eps)[:, None]
+        low = low * scale * tl.load(norm_ptr + at).to(tl.float32)[None, :]
+        high = high * scale * tl.load(norm_ptr + HALF + at).to(tl.float32)[None, :]
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def _rope_and_cache(
+    qkv_ptr,  # [tokens, (HEADS + 2 * KV_HEADS) * 2 * HALF]
+    cos_sin_ptr,  # float32 [tokens, 2 * HALF]
+    q_scale_ptr,  # float32 [tokens]
+    slots_ptr,  # int64 [tokens]
+    q_norm_ptr,
+    k_norm_ptr,
+    k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, 2 * HALF]
+    v_cache_ptr,
+    q_out_ptr,  # [tokens, HEADS, 2 * HALF]
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    PADDED_KV: tl.constexpr,
+    NORM: tl.constexpr,
+    LOGN: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, HALF)
+    cos = tl.load(cos_sin_ptr + token * 2 * HALF + at)[None, :]
+    sin = tl.load(cos_sin_ptr + token * 2 * HALF + HALF + at)[None, :]
+    row = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * 2 * HALF
+
+    heads = tl.arange(0, PADDED_HEADS)
+    live = (heads < HEADS)[:, None]
+    place = heads[:, None] * 2 * HALF + at[None, :]
+    low = tl.load(row + place, mask=live, other=0.0).to(tl.float32)
+    high = tl.load(row + place + HALF, mask=live, other=0.0).to(tl.float32)
+    low, high = normed_and_rotated(low, high, q_norm_ptr, cos, sin, eps, HALF, NORM)
+    if LOGN:
+        scale = tl.load(q_scale_ptr + token)
+        low *= scale
+        high *= scale
+    q_out = q_out_ptr + token * HEADS * 2 * HALF
+    tl.store(q_out + place, low.to(q_out_ptr.dtype.element_ty), mask=live)
+    tl.store(q_out + place + HALF, high.to(q_out_ptr.dtype.element_ty), mask=live)
+
+    kv_heads = tl.arange(0, PADDED_KV)
+    live = (kv_heads < KV_HEADS)[:, None]
+    place = kv_heads[:, None] * 2 * HALF + at[None, :]
+    keys = row + HEADS * 2 * HALF
+    low = tl.load(keys + place, mask=live, other=0.0).to(tl.float32)
+    high = tl.load(keys + place + HALF, mask=live, other=0.0).to(tl.float32)
+    low, high = normed_and_rotated(low, high, k_norm_ptr, cos, sin, eps, HALF, NORM)
+    values = keys + KV_HEADS * 2 * HALF
+    slot = tl.load(slots_ptr + token)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    home = ((block * KV_HEADS + kv_heads) * BLOCK_SIZE + offset)[:, None] * 2 * HALF + at[None, :]
+    tl.store(k_cache_ptr + home, low.to(k_cache_ptr.dtype.element_ty), mask=live)
+    tl.store(k_cache_ptr + home + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=live)
+    tl.store(v_cache_ptr + home, tl.load(values + place, mask=live, other=0.0), mask=live)
+    tl.store(v_cache_ptr + home + HALF, tl.load(values + place + HALF, mask=live, other=0.0), mask=live)
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    batch: AttentionBatch,
+    cache: LayerCache,
+    shape: HeadShape,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The Ops table's op: q [tokens, heads, head_dim], keys and values written to the cache."""
+    tokens = qkv.shape[0]
+    q = torch.empty((tokens, shape.num_heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
+    _rope_and_cache[(tokens,)](
+        qkv, batch.cos_sin, batch.q_scale, batch.cache_slots, q_norm, k_norm, cache.k, cache.v, q, eps,
+        HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
+        PADDED_HEADS=triton.next_power_of_2(shape.num_heads), PADDED_KV=triton.next_power_of_2(shape.num_kv_heads),
+        NORM=q_norm is not None, LOGN=batch.q_scale is not None, num_warps=4,
+    )  # fmt: skip
+    return q

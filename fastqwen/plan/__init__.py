@@ -1,0 +1,36 @@
+"""The planner: from a model's sizes, the user's wishes and a device's facts to what the engine will be given.
+
+The same code answers on paper and at start. Nothing here imports torch.
+
+    facts.py    what a device is; how an engine spends memory
+    weights.py  bytes of a GPU's share of the weights
+    memory.py   everything that a GPU must hold, term by term
+    speed.py    tokens per second from bytes and bandwidth
+    gpus.py     the GPU that the user means        catalog.py  the model that the user means
+    engine.py   the plan that the engine starts with
+    advice.py   fits or not, how far, and the cheapest change that makes it fit
+    compare.py  plan against measurement           render.py   the answer as a table, JSON or a plot
+"""
+
+from __future__ import annotations
+
+from fastqwen.plan.compare import Line, Measured, compare
+from fastqwen.plan.engine import CPU_KV_BYTES, EnginePlan, choose_dtype, make_plan
+from fastqwen.plan.facts import DTYPE_BYTES, GIB, DeviceFacts
+from fastqwen.plan.memory import kv_bytes_per_token
+from fastqwen.plan.weights import weights_bytes
+
+__all__ = [
+    "CPU_KV_BYTES",
+    "DTYPE_BYTES",
+    "GIB",
+    "DeviceFacts",
+    "EnginePlan",
+    "Line",
+    "Measured",
+    "choose_dtype",
+    "compare",
+    "kv_bytes_per_token",
+    "make_plan",
+    "weights_bytes",
+]

@@ -1,0 +1,149 @@
+"""The published Qwen models: from a name to its sizes, without asking anyone."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import msgspec
+
+from fastqwen.errors import BadConfig, Unsupported
+from fastqwen.model_config import ModelConfig
+from fastqwen.models import parse_config
+from fastqwen.plan.gpus import DATA
+
+_QUANTIZED = re.compile(r"-(GPTQ-Int4|GPTQ-Int8|Int4|Int8|AWQ|FP8)$")
+QUANTIZATION_WORDS = {
+    "none": None,
+    "int4": "gptq-int4",
+    "gptq": "gptq-int4",
+    "gptq-int4": "gptq-int4",
+    "int8": "gptq-int8",
+    "gptq-int8": "gptq-int8",
+    "awq": "awq",
+    "fp8": "fp8",
+}
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """A published model."""
+
+    name: str
+    shape: str
+    source: str
+    quantization: str | None = None
+    config: dict[str, Any] = {}
+
+
+class NotServed(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    model_type: str
+
+
+class Catalog(msgspec.Struct, frozen=True, kw_only=True):
+    about: str
+    shapes: dict[str, dict[str, Any]]
+    quantizations: dict[str, dict[str, Any]]
+    models: list[Entry]
+    not_served: list[NotServed]
+
+    def config_json(self, entry: Entry) -> dict[str, Any]:
+        values = {**self.shapes[entry.shape], **entry.config}
+        if entry.quantization is not None:
+            values["quantization_config"] = self.quantizations[entry.quantization]
+            if entry.quantization != "fp8":
+                values["torch_dtype"] = "float16"
+        return values
+
+    def model(self, entry: Entry) -> ModelConfig:
+        return parse_config(self.config_json(entry), entry.name)
+
+    def find(self, name: str) -> Entry | None:
+        return next((entry for entry in self.models if entry.name == name), None)
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """A model to plan: its sizes, and what to call it in a command line."""
+
+    model: ModelConfig
+    name: str
+    entry: Entry | None = None
+    notices: tuple[str, ...] = ()
+
+
+@functools.cache
+def catalog() -> Catalog:
+    return msgspec.json.decode((DATA / "models.json").read_bytes(), type=Catalog)
+
+
+def find_published(text: str) -> Found | None:
+    entry = published(text)
+    return None if entry is None else Found(model=catalog().model(entry), name=entry.name, entry=entry)
+
+
+def published(text: str) -> Entry | None:
+    """The entry of a published name, with or without Qwen/; Qwen-7B-Int4 is Qwen-7B-Chat-Int4, and 1.8B is 1_8B.
+
+    Raises Unsupported for a model that is known, but not served yet.
+    """
+    wanted = _key(text)
+    names = {_key(entry.name): entry for entry in catalog().models}
+    for later in catalog().not_served:
+        if _key(later.name) == wanted:
+            raise Unsupported(f"{later.name} is known, but not served yet: fastqwen has no {later.model_type}")
+    quantized = _QUANTIZED.search(text)
+    candidates = [wanted]
+    if quantized:
+        stem = text[: quantized.start()]
+        candidates += [_key(f"{stem}-{kind}{quantized[0]}") for kind in ("Chat", "Instruct")]
+    return next((names[key] for key in candidates if key in names), None)
+
+
+def quantized_version(found: Found, word: str) -> Found:
+    """The version that --quantization asks for: the published one where there is one, else its sizes as if."""
+    if word not in QUANTIZATION_WORDS:
+        raise BadConfig(f"--quantization is {word!r}; possible: {', '.join(QUANTIZATION_WORDS)}")
+    wanted = QUANTIZATION_WORDS[word]
+    if found.entry is not None and found.entry.quantization == wanted:
+        return found
+    sibling = sibling_of(found.entry, wanted) if found.entry is not None else None
+    if sibling is not None:
+        return Found(
+            model=catalog().model(sibling),
+            name=sibling.name,
+            entry=sibling,
+            notices=(f"--quantization {word}: planned for {sibling.name}",),
+        )
+    if _quantization_of(found.model) == wanted:
+        return found
+    quantization = None if wanted is None else catalog().quantizations[wanted]
+    return Found(
+        model=msgspec.structs.replace(found.model, quantization=quantization),
+        name=found.name,
+        notices=(f"no published {word} version of {found.name} is known: the sizes are those that one would have",),
+    )
+
+
+def sibling_of(entry: Entry, quantization: str | None) -> Entry | None:
+    """The same model in another quantization; a base model's chat version stands in for one that was not published."""
+    family = _family(entry.name)
+    options = [e for e in catalog().models if e.shape == entry.shape and e.quantization == quantization]
+    same = [e for e in options if _family(e.name) == family]
+    chat = [e for e in options if _family(e.name) in (f"{family}-Chat", f"{family}-Instruct")]
+    return next(iter(same + chat), None)
+
+
+def _family(name: str) -> str:
+    return _QUANTIZED.sub("", name)
+
+
+def _quantization_of(model: ModelConfig) -> str | None:
+    if model.quantization is None:
+        return None
+    method = str(model.quantization.get("quant_method", "")).lower()
+    return f"gptq-int{model.quantization.get('bits', 4)}" if method == "gptq" else method
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().removeprefix("qwen/").replace("_", ".").replace(" ", "-")

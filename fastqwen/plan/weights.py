@@ -1,0 +1,152 @@
+"""How many bytes a GPU's share of the weights takes, from config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+from typing import Any
+
+import msgspec
+
+from fastqwen.errors import BadConfig, Unsupported
+from fastqwen.model_config import ModelConfig
+from fastqwen.plan.facts import DTYPE_BYTES
+
+FP8_SCALE_BYTES = 4
+
+
+class Matrix(msgspec.Struct, frozen=True):
+    """``count`` equal matrices of a layer or of the model, as one GPU holds them."""
+
+    count: int
+    inputs: int
+    outputs: int
+    bias: bool = False
+    packed: bool = True  # what a quantized checkpoint stores packed
+    read_share: float = 1.0  # share that one token's step reads: experts are read as they are chosen
+
+    @property
+    def entries(self) -> int:
+        return self.inputs * self.outputs
+
+
+def check_num_gpus(model: ModelConfig, num_gpus: int) -> None:
+    """Raises BadConfig for a number of GPUs over which the heads cannot be split."""
+    if num_gpus < 1:
+        raise BadConfig(f"--num-gpus is {num_gpus}, but must be at least 1")
+    if model.num_heads % num_gpus or (model.num_kv_heads % num_gpus and num_gpus % model.num_kv_heads):
+        raise BadConfig(
+            f"--num-gpus is {num_gpus}, but {model.num_heads} heads with {model.num_kv_heads} key-value heads do not "
+            "split evenly over so many"
+        )
+
+
+def kv_heads_per_gpu(model: ModelConfig, num_gpus: int) -> int:
+    """Where there are more GPUs than key-value heads, each head is kept several times."""
+    return max(1, model.num_kv_heads // num_gpus)
+
+
+def num_dense_layers(model: ModelConfig) -> int:
+    return model.num_layers - (len(model.moe.sparse_layers) if model.moe is not None else 0)
+
+
+def matrices(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
+    hidden, layers = model.hidden_size, model.num_layers
+    queries = model.q_size // num_gpus
+    qkv = queries + 2 * kv_heads_per_gpu(model, num_gpus) * model.head_dim
+    yield Matrix(layers, hidden, qkv, model.qkv_bias)
+    yield Matrix(layers, queries, hidden, model.o_bias)
+    dense = num_dense_layers(model)
+    if dense:
+        yield from _mlp(dense, hidden, ceil(model.intermediate_size / num_gpus), model.mlp_bias)
+    moe = model.moe
+    if moe is not None:
+        sparse = layers - dense
+        share = moe.experts_per_token / moe.num_experts
+        yield Matrix(sparse, hidden, moe.num_experts, packed=False)
+        yield from _mlp(sparse * moe.num_experts, hidden, ceil(moe.expert_size / num_gpus), False, share)
+        if moe.shared_size:
+            yield from _mlp(sparse, hidden, ceil(moe.shared_size / num_gpus), False)
+            yield Matrix(sparse, hidden, 1, packed=False)
+
+
+def tables(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
+    """The embedding, of which a step reads a row a token, and the head, unless it is the same tensor."""
+    rows = ceil(model.vocab_size / num_gpus)
+    head_packed = bool((model.quantization or {}).get("lm_head"))
+    if model.tie_word_embeddings:
+        yield Matrix(1, model.hidden_size, rows, packed=False)
+    else:
+        yield Matrix(1, model.hidden_size, rows, packed=False, read_share=0.0)
+        yield Matrix(1, model.hidden_size, rows, packed=head_packed)
+
+
+def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: int) -> int:
+    """One matrix with its scales, zeros, order and bias."""
+    bias = matrix.outputs * element
+    if quantization is None or not matrix.packed:
+        return matrix.entries * element + (bias if matrix.bias else 0)
+    method = str(quantization.get("quant_method", "")).lower()
+    if method == "fp8":
+        block = quantization.get("weight_block_size")
+        scales = ceil(matrix.inputs / block[1]) * ceil(matrix.outputs / block[0]) if block else 1
+        return matrix.entries + scales * FP8_SCALE_BYTES + (bias if matrix.bias else 0)
+    if method not in ("gptq", "awq"):
+        raise Unsupported(f"the planner knows no quantization method {method!r}; it knows gptq, awq and fp8")
+    bits = int(quantization.get("bits", 4))
+    group = int(quantization.get("group_size", 128))
+    groups = ceil(matrix.inputs / group) if group > 0 else 1
+    packed = (matrix.entries + groups * matrix.outputs) * bits // 8  # the matrix, and a zero for each group
+    scales = groups * matrix.outputs * 2
+    # Every linear of a GPTQ file has the order of its inputs, and a bias even where the model has none.
+    extra = 4 * matrix.inputs + matrix.outputs * 2 if method == "gptq" else (bias if matrix.bias else 0)
+    return packed + scales + extra
+
+
+def weights_bytes(model: ModelConfig, dtype: str, num_gpus: int = 1) -> int:
+    """What one GPU holds."""
+    element = DTYPE_BYTES[dtype]
+    linears = sum(m.count * matrix_bytes(m, model.quantization, element) for m in matrices(model, num_gpus))
+    tabled = sum(m.count * matrix_bytes(m, model.quantization, element) for m in tables(model, num_gpus))
+    norms = model.num_layers * (2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0))
+    return linears + tabled + (norms + model.hidden_size) * element
+
+
+def read_bytes(model: ModelConfig, dtype: str, num_gpus: int, batch: int) -> float:
+    """What one decoding step of ``batch`` sequences reads of one GPU's weights.
+
+    Of E experts, a layer with n tokens that choose k each touches E * (1 - (1 - k/E)^n) on average.
+    """
+    element = DTYPE_BYTES[dtype]
+    total = 0.0
+    for matrix in (*matrices(model, num_gpus), *tables(model, num_gpus)):
+        share = 1 - (1 - matrix.read_share) ** batch if 0 < matrix.read_share < 1 else matrix.read_share
+        total += share * matrix.count * matrix_bytes(matrix, model.quantization, element)
+    return total
+
+
+def num_parameters(model: ModelConfig, *, active: bool = False) -> int:
+    """All of them, or those that one token's step multiplies with."""
+    total = 0.0
+    for matrix in (*matrices(model), *tables(model)):
+        share = matrix.read_share if active else 1.0
+        total += share * matrix.count * (matrix.entries + (matrix.outputs if matrix.bias else 0))
+    norms = model.num_layers * (2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0))
+    return round(total) + (0 if active else norms + model.hidden_size)
+
+
+def largest_unpacked_bytes(model: ModelConfig, num_gpus: int, element: int) -> int:
+    """The largest matrix as plain numbers: quantized products of many rows unpack it first."""
+    if model.quantization is None:
+        return 0
+    return max(m.entries for m in matrices(model, num_gpus) if m.packed) * element
+
+
+def num_tensors(model: ModelConfig) -> int:
+    """Large tensors that the engine allocates: of each layer four matrices (experts lie in two) and two of the cache."""
+    return model.num_layers * (4 + 2) + 2
+
+
+def _mlp(count: int, hidden: int, size: int, bias: bool, read_share: float = 1.0) -> Iterator[Matrix]:
+    yield Matrix(count, hidden, 2 * size, bias, read_share=read_share)
+    yield Matrix(count, size, hidden, bias, read_share=read_share)

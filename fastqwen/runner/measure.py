@@ -1,0 +1,63 @@
+"""How much GPU memory is left for the KV cache: measured with the largest step that the engine may schedule."""
+
+from __future__ import annotations
+
+import torch
+
+from fastqwen.config import EngineConfig
+from fastqwen.kernels import AttentionBatch, LayerCache
+from fastqwen.layers.decoder import Decoder
+from fastqwen.model_config import ModelConfig
+from fastqwen.plan import EnginePlan
+from fastqwen.runner.device import TORCH_DTYPES
+
+GRAPH_RESERVE_BYTES = 512 * 2**20  # graphs are captured after the cache was made; the planner's estimate, rounded up
+
+
+@torch.inference_mode()
+def available_kv_bytes(
+    model: ModelConfig, config: EngineConfig, plan: EnginePlan, decoder: Decoder, device: torch.device
+) -> int:
+    """Bytes within ``gpu_memory_utilization`` that neither weights, nor other programs, nor the largest step need."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free_before, total = torch.cuda.mem_get_info(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    allocated = torch.cuda.memory_allocated(device)
+    _largest_step(model, plan, decoder, device)
+    torch.cuda.synchronize(device)
+    step_bytes = torch.cuda.max_memory_allocated(device) - allocated
+    used = total - free_before
+    graphs = 0 if config.enforce_eager else GRAPH_RESERVE_BYTES
+    torch.cuda.empty_cache()
+    return int(total * config.gpu_memory_utilization) - used - step_bytes - graphs
+
+
+def _largest_step(model: ModelConfig, plan: EnginePlan, decoder: Decoder, device: torch.device) -> None:
+    """A prompt of max_num_batched_tokens, all in one block, and logits for max_num_seqs rows."""
+    tokens = plan.max_num_batched_tokens
+
+    def whole(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    shape = (2, model.num_kv_heads, plan.block_size, model.head_dim)
+    cache = LayerCache(
+        torch.zeros(shape, dtype=TORCH_DTYPES[plan.dtype], device=device),
+        torch.zeros(shape, dtype=TORCH_DTYPES[plan.dtype], device=device),
+    )
+    zeros = torch.zeros(tokens, dtype=torch.int32, device=device)
+    batch = AttentionBatch(
+        positions=torch.arange(tokens, dtype=torch.int32, device=device),
+        cos_sin=torch.zeros((tokens, model.head_dim), device=device),
+        q_scale=None if model.logn_len is None else torch.ones(tokens, device=device),
+        token_tables=zeros,
+        table_rows=whole(0),
+        row_starts=whole(0, tokens),
+        context_lens=whole(tokens),
+        block_tables=torch.zeros((1, tokens // plan.block_size + 2), dtype=torch.int32, device=device),
+        cache_slots=torch.zeros(tokens, dtype=torch.int64, device=device),
+        num_decode_rows=0,
+        max_row_tokens=tokens,
+    )
+    hidden = decoder.hidden(zeros, batch, [cache] * len(decoder.layers))
+    decoder.logits(hidden[: min(tokens, plan.max_num_seqs)]).float()

@@ -1,0 +1,125 @@
+"""The Triton kernels against the reference, through Triton's interpreter where there is no GPU.
+
+The interpreter computes tl.dot rightly in float16 and float32 only; bfloat16 is tested where a GPU is.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+from fastqwen.kernels import HeadShape, LayerCache  # noqa: E402
+from fastqwen.kernels.reference import ReferenceOps  # noqa: E402
+from fastqwen.kernels.triton import attention, linear  # noqa: E402
+from fastqwen.kernels.triton.ops import TritonOps  # noqa: E402
+from tests.kernels.batches import make_batch  # noqa: E402
+
+REFERENCE = ReferenceOps()
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@pytest.fixture(scope="module")
+def ops() -> TritonOps:
+    return TritonOps(torch.device(DEVICE))
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found.float(), expected.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 256, 96), (1, 200, 33), (3, 128, 80), (17, 192, 64), (64, 320, 48)])
+def test_linears(ops: TritonOps, dtype: torch.dtype, rows: int, k: int, n: int):
+    x, weight, bias = random(rows, k, dtype=dtype), random(n, k, dtype=dtype, scale=k**-0.5), random(n, dtype=dtype)
+    norm = random(k, dtype=dtype)
+    close(ops.linear(x, weight, bias), REFERENCE.linear(x, weight, bias), dtype)
+    close(ops.norm_linear(x, norm, 1e-6, weight, bias), REFERENCE.norm_linear(x, norm, 1e-6, weight, bias), dtype)
+    residual = random(rows, n, dtype=dtype)
+    expected = residual.clone()
+    ops.linear_add(residual, x, weight, bias)
+    REFERENCE.linear_add(expected, x, weight, bias)
+    close(residual, expected, dtype)
+    for wide_bias in (None, random(2 * n, dtype=dtype)):
+        wide = random(2 * n, k, dtype=dtype, scale=k**-0.5)
+        expected = REFERENCE.norm_gated_linear(x, norm, 1e-6, wide, wide_bias)
+        close(ops.norm_gated_linear(x, norm, 1e-6, wide, wide_bias), expected, dtype)
+
+
+@pytest.mark.parametrize("split_k", [1, 2, 4])
+def test_split_products_leave_their_counters_at_zero(split_k: int):
+    space = linear.Workspace(torch.device(DEVICE))
+    x, weight = random(5, 512, dtype=torch.float16), random(70, 512, dtype=torch.float16, scale=0.05)
+    tiling = linear.Tiling(16, 4, 64, split_k, 2)
+    for _ in range(2):
+        found = linear.skinny_linear(x, weight, space, tiling=tiling)
+        close(found, REFERENCE.linear(x, weight), torch.float16)
+        assert not space.counter.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows(ops: TritonOps, dtype: torch.dtype):
+    x, norm = random(70, 136, dtype=dtype), random(136, dtype=dtype)
+    close(ops.rms_norm(x, norm, 1e-6), REFERENCE.rms_norm(x, norm, 1e-6), dtype)
+    close(ops.silu_mul(x * 8), REFERENCE.silu_mul(x * 8), dtype)
+
+
+SHAPES = [HeadShape(4, 4, 64), HeadShape(6, 2, 64), HeadShape(8, 1, 128), HeadShape(7, 1, 32)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("window", [None, 9])
+def test_mixed_batches(ops: TritonOps, dtype: torch.dtype, shape: HeadShape, window: int | None):
+    """Decode rows, a fresh prompt, a chunk behind a cached part, a chunk that ends in the middle of a block."""
+    rows = [(0, 1), (15, 1), (70, 1), (0, 40), (33, 17), (16, 2)]
+    batch, cache = make_batch(rows, shape, dtype=dtype, device=DEVICE, logn=shape.num_heads == 4)
+    other = LayerCache(cache.k.clone(), cache.v.clone())
+    tokens = batch.positions.shape[0]
+    qkv = random(tokens, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=dtype)
+    normed = shape.num_heads == 8
+    norms = {name: random(shape.head_dim, dtype=dtype) if normed else None for name in ("q_norm", "k_norm")}
+    found = ops.attend(qkv, batch, cache, shape, **norms, eps=1e-6, window=window)
+    expected = REFERENCE.attend(qkv, batch, other, shape, **norms, eps=1e-6, window=window)
+    close(found, expected, dtype)
+    close(cache.k, other.k, dtype)
+    close(cache.v, other.v, dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 64])
+def test_parts_of_a_context_add_up(splits: int):
+    shape = HeadShape(6, 2, 64)
+    batch, cache = make_batch([(199, 1), (3, 1), (64, 1), (100, 1)], shape, dtype=torch.float16, device=DEVICE)
+    cache.v[~_used(batch, cache)] = float("nan")  # what lies beyond the contexts must not matter
+    other = LayerCache(cache.k.clone(), cache.v.clone())
+    qkv = random(4, 10 * 64, dtype=torch.float16)
+    space = attention.DecodeWorkspace(torch.device(DEVICE), max_rows=8, shape=shape, max_parts=8 * 64)
+    nothing = {"q_norm": None, "k_norm": None, "eps": 1e-6, "window": None}
+    expected = REFERENCE.attend(qkv, batch, other, shape, **nothing)
+    for _ in range(2):
+        out = torch.full((4, 6 * 64), float("nan"), dtype=torch.float16, device=DEVICE)
+        attention.decode_attention(qkv, batch, cache, shape, space, **nothing, out=out, splits=splits)
+        close(out, expected, torch.float16)
+        assert not space.counter.any()
+
+
+def _used(batch, cache) -> torch.Tensor:
+    """bool [blocks, kv_heads, block_size, head_dim]: positions that belong to a context."""
+    used = torch.zeros_like(cache.v, dtype=torch.bool)
+    size = cache.v.shape[2]
+    for row, context in enumerate(batch.context_lens.tolist()):
+        table = batch.block_tables[batch.table_rows[row]]
+        for position in range(context):
+            used[table[position // size], :, position % size] = True
+    return used

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from fastqwen.cli.plan import plan
+from fastqwen.errors import BadConfig, FastqwenError, ModelNotFound, Unsupported
+from tests.plan import published
+
+app = typer.Typer(rich_markup_mode=None)
+app.command()(plan)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def run_json(*arguments: str):
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.exception
+    return json.loads(result.stdout)
+
+
+def error_of(*arguments: str) -> FastqwenError:
+    result = run(*arguments)
+    assert isinstance(result.exception, FastqwenError), result.exception
+    assert "\n" not in str(result.exception)
+    return result.exception
+
+
+def test_a_model_that_fits():
+    found = run_json("Qwen-7B", "--gpu", "RTX 3090")
+    assert found["fits"] and not found["tight"]
+    assert found["max_model_len"] == 8192
+    assert found["kv_bytes_per_token"] == 512 * 1024
+    assert found["total_gib"] == pytest.approx(sum(found["per_gpu_gib"].values()), abs=0.06)
+    assert found["largest_context"] >= 8192
+    assert found["command"] == "fastqwen serve Qwen/Qwen-7B --max-model-len 8192"
+    assert 0 < found["tokens_per_second"]["low"] < found["tokens_per_second"]["high"]
+
+
+def test_a_model_that_does_not_fit_says_what_would():
+    found = run_json("Qwen/Qwen2.5-14B-Instruct", "--gpu", "RTX 3090", "--max-model-len", "16K")
+    assert not found["fits"]
+    assert found["command"] == "fastqwen serve Qwen/Qwen2.5-14B-Instruct-GPTQ-Int4 --max-model-len 16384"
+    assert found["tokens_per_second"] is None
+
+
+def test_more_gpus_are_the_last_resort():
+    found = run_json("Qwen3-235B-A22B", "--gpu", "H100 SXM", "--num-gpus", "4", "--max-model-len", "8K")
+    assert not found["fits"]
+    whats = [change["what"] for change in found["changes"]]
+    assert whats[-1] == "8 GPUs"
+    assert "Qwen3-235B-A22B-GPTQ-Int4" in found["command"]
+
+
+def test_nothing_helps():
+    result = run("Qwen3-Coder-480B-A35B-Instruct", "--gpu", "10GB")
+    assert result.exit_code == 0
+    assert "use a smaller model or a larger GPU" in result.stdout
+
+
+@pytest.mark.parametrize("card", published.RUNS_ON)
+def test_the_list_of_a_card(card: str):
+    listed = {one["model"]: one for one in run_json("--gpu", card)}
+    names = {
+        "Qwen-1.8B": "Qwen/Qwen-1_8B",
+        "Qwen-7B": "Qwen/Qwen-7B",
+        "Qwen-7B-Int4": "Qwen/Qwen-7B-Chat-Int4",
+        "Qwen-14B": "Qwen/Qwen-14B",
+        "Qwen-14B-Int4": "Qwen/Qwen-14B-Chat-Int4",
+        "Qwen-72B": "Qwen/Qwen-72B",
+        "Qwen-72B-Int4": "Qwen/Qwen-72B-Chat-Int4",
+    }
+    assert [name for name, full in names.items() if listed[full]["fits"]] == published.RUNS_ON[card]
+    assert {name for name, full in names.items() if listed[full]["tight"]} == {
+        name for tight_card, name in published.TIGHT if tight_card == card
+    }
+
+
+def test_the_list_for_people():
+    result = run("--gpu", "12GB")
+    assert result.exit_code == 0
+    assert "Qwen-14B-Chat-Int4" in result.stdout
+    assert "tight" in result.stdout
+    assert "not served yet: Qwen3-Next" in result.stdout
+
+
+def test_the_table_for_people():
+    result = run("Qwen3-8B", "--gpu", "L4", "--concurrency", "4", "--max-model-len", "4K")
+    assert result.exit_code == 0
+    for words in (
+        "Qwen/Qwen3-8B on L4: fits",
+        "weights",
+        "KV cache",
+        "CUDA graphs",
+        "tokens per second with 4 sequences",
+    ):
+        assert words in result.stdout
+
+
+def test_a_card_without_bfloat16_is_planned_in_float16_and_told_so():
+    for dtype in ("auto", "bfloat16"):
+        found = run_json("Qwen2.5-7B-Instruct", "--gpu", "T4", "--dtype", dtype, "--max-model-len", "1K")
+        assert found["dtype"] == "float16"
+        assert any("bfloat16" in notice for notice in found["notices"])
+
+
+def test_a_quantized_version_can_be_asked_for():
+    found = run_json("Qwen2.5-7B-Instruct", "--gpu", "12GB", "--quantization", "int4", "--max-model-len", "8K")
+    assert found["model"] == "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4"
+    assert found["fits"]
+
+
+def test_a_folder_needs_only_its_config(tmp_path: Path):
+    from fastqwen.plan.catalog import catalog
+
+    entry = catalog().find("Qwen/Qwen3-8B")
+    assert entry is not None
+    (tmp_path / "config.json").write_text(json.dumps(catalog().config_json(entry)))
+    found = run_json(str(tmp_path), "--gpu", "RTX 4090", "--max-model-len", "8K")
+    assert found["fits"]
+    assert found["per_gpu_gib"] == run_json("Qwen3-8B", "--gpu", "RTX 4090", "--max-model-len", "8K")["per_gpu_gib"]
+
+
+def test_a_hub_name_needs_only_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+
+    from fastqwen.plan.catalog import catalog
+
+    entry = catalog().find("Qwen/Qwen3-8B")
+    assert entry is not None
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(catalog().config_json(entry)))
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(path))
+    assert run_json("someone/a-tuned-one", "--gpu", "RTX 4090", "--max-model-len", "8K")["fits"]
+    assert asked == [("someone/a-tuned-one", "config.json")]
+
+
+def test_offline_is_one_clear_line(tmp_path: Path):
+    script = (
+        "from fastqwen.cli.find_model import find_model\n"
+        "from fastqwen.errors import ModelNotFound\n"
+        "try: find_model('someone/unknown')\n"
+        "except ModelNotFound as error: print(error)\n"
+    )
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    root = Path(__file__).parents[2]
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root, check=True
+    ).stdout
+    assert out.count("\n") == 1
+    assert "HF_HUB_OFFLINE" in out
+
+
+def test_the_plot(tmp_path: Path):
+    path = tmp_path / "memory.png"
+    assert run("Qwen3-8B", "--gpu", "RTX 4090", "--plot", str(path)).exit_code == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (["Qwen-7B", "--gpu", "Voodoo"], BadConfig, "--gpu"),
+        (["Qwen-7B", "--gpu", "24GB", "--max-model-len", "0"], BadConfig, "--max-model-len"),
+        (["Qwen-7B", "--gpu", "24GB", "--max-model-len", "1m"], BadConfig, "at most 32768"),
+        (["Qwen-7B", "--gpu", "24GB", "--num-gpus", "3"], BadConfig, "--num-gpus"),
+        (["Qwen-7B", "--gpu", "24GB", "--num-gpus", "0"], BadConfig, "--num-gpus"),
+        (["Qwen-7B", "--gpu", "24GB", "--concurrency", "0"], BadConfig, "--concurrency"),
+        (["Qwen-7B", "--gpu", "24GB", "--dtype", "int3"], BadConfig, "--dtype"),
+        (["Qwen-7B", "--gpu", "24GB", "--kv-cache-dtype", "int3"], BadConfig, "--kv-cache-dtype"),
+        (["Qwen-7B", "--gpu", "24GB", "--quantization", "int3"], BadConfig, "--quantization"),
+        (["Qwen-7B", "--gpu", "24GB", "--gpu-memory-utilization", "2"], BadConfig, "--gpu-memory-utilization"),
+        (["Qwen-7B", "--gpu", "24GB", "--engine", "steam"], BadConfig, "--engine"),
+        (["Qwen-7B", "--gpu", "24GB", "--plot", "memory.txt"], BadConfig, "--plot"),
+        (["--gpu", "24GB", "--quantization", "int4"], BadConfig, "need a model"),
+        (["Qwen-9000B", "--gpu", "24GB"], ModelNotFound, "Qwen-9000B"),
+        (["Qwen3-Next-80B-A3B-Instruct", "--gpu", "24GB"], Unsupported, "not served yet"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], kind: type[FastqwenError], words: str):
+    error = error_of(*arguments)
+    assert isinstance(error, kind)
+    assert words in str(error)
+
+
+def test_a_length_that_is_no_number_is_refused():
+    result = run("Qwen-7B", "--gpu", "24GB", "--max-model-len", "long")
+    assert result.exit_code == 2
+    assert "'long' is not a whole number" in result.output
+
+
+def test_lengths_as_people_write_them():
+    assert run_json("Qwen-7B", "--gpu", "24GB", "--max-model-len", "4K")["max_model_len"] == 4096
+
+
+def test_a_gguf_file_needs_only_its_header(demo_gguf: Path):
+    found = run_json(str(demo_gguf), "--gpu", "8GB")
+    assert found["fits"]
+    assert found["command"] == f"fastqwen serve {demo_gguf}"
+
+
+def test_an_answer_needs_nothing_heavy():
+    """Half a second from the shell: what takes longer to import is not imported."""
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "import typer\n"
+        "from fastqwen.cli.plan import plan\n"
+        "app = typer.Typer(); app.command()(plan)\n"
+        "assert CliRunner().invoke(app, ['Qwen-7B', '--gpu', '24GB']).exit_code == 0\n"
+        "assert CliRunner().invoke(app, ['--gpu', '24GB']).exit_code == 0\n"
+        "heavy = {'torch', 'numpy', 'huggingface_hub', 'httpx', 'matplotlib', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True)

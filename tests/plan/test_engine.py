@@ -1,0 +1,103 @@
+"""The plan that the engine starts with, and its comparison with what was measured."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadConfig, DoesNotFit, Unsupported
+from fastqwen.plan import DeviceFacts, Measured, choose_dtype, compare, make_plan
+from fastqwen.plan.catalog import catalog, find_published
+from fastqwen.plan.facts import GIB
+from fastqwen.plan.gpus import find_target
+
+
+def model_of(name: str):
+    found = find_published(name)
+    assert found is not None
+    return found.model
+
+
+def cpu(free_gib: float) -> DeviceFacts:
+    free = int(free_gib * GIB)
+    return DeviceFacts(kind="cpu", name="CPU", total_bytes=2 * free, free_bytes=free)
+
+
+def test_a_gpu_is_filled_to_its_share():
+    facts = find_target("RTX 4090").facts
+    plan = make_plan(model_of("Qwen3-8B"), EngineConfig(model="Qwen/Qwen3-8B", max_model_len=8192), facts)
+    assert plan.dtype == "bfloat16"
+    assert plan.block_size == 64
+    assert 0.89 * facts.total_bytes < plan.peak_bytes <= 0.9 * facts.total_bytes
+    assert plan.num_blocks * plan.block_size >= 8192
+
+
+def test_what_was_measured_goes_before_what_was_predicted():
+    facts = find_target("RTX 4090").facts
+    config = EngineConfig(model="Qwen/Qwen3-8B", max_model_len=4096)
+    plan = make_plan(model_of("Qwen3-8B"), config, facts, available_kv_bytes=GIB)
+    assert plan.num_blocks == GIB // (64 * plan.kv_bytes_per_token)
+
+
+def test_a_gpu_that_is_too_small_is_told_what_to_type():
+    with pytest.raises(DoesNotFit, match=r"use fastqwen serve Qwen/Qwen3-8B-AWQ") as error:
+        make_plan(model_of("Qwen3-8B"), EngineConfig(model="Qwen/Qwen3-8B"), find_target("10GB").facts)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_was_set_too_small_is_answered_with_a_length():
+    config = EngineConfig(model="x", max_model_len=8192, kv_cache_memory_bytes=GIB // 2)
+    with pytest.raises(DoesNotFit, match=r"use --max-model-len 3584 or less"):
+        make_plan(model_of("Qwen3-8B"), config, find_target("RTX 4090").facts)
+
+
+def test_less_free_than_predicted_is_answered_with_a_length():
+    config = EngineConfig(model="x", max_model_len=8192)
+    with pytest.raises(DoesNotFit, match=r"use --max-model-len \d+ or less"):
+        make_plan(model_of("Qwen3-8B"), config, find_target("RTX 4090").facts, available_kv_bytes=GIB)
+
+
+def test_a_length_that_nobody_asked_for_shrinks_and_says_so():
+    plan = make_plan(model_of("Qwen3-8B"), EngineConfig(model="Qwen/Qwen3-8B"), find_target("L4").facts)
+    assert 0 < plan.max_model_len < 40960
+    assert "the longest sequence is" in plan.notices[0]
+
+
+def test_a_cpu_keeps_a_small_cache():
+    plan = make_plan(model_of("Qwen3-0.6B"), EngineConfig(model="Qwen/Qwen3-0.6B"), cpu(16))
+    assert plan.kv_bytes <= 4 * GIB
+    assert plan.block_size == 16
+    with pytest.raises(DoesNotFit, match="--max-model-len"):
+        make_plan(model_of("Qwen3-8B"), EngineConfig(model="x", max_model_len=40960), cpu(16))
+
+
+def test_the_type_follows_the_device():
+    v100, a100 = find_target("V100 32GB").facts, find_target("A100 80GB").facts
+    model = model_of("Qwen-7B")
+    assert choose_dtype("auto", model, a100) == ("bfloat16", [])
+    dtype, notices = choose_dtype("auto", model, v100)
+    assert dtype == "float16"
+    assert "bfloat16" in notices[0]
+    with pytest.raises(BadConfig, match="--dtype float16"):
+        choose_dtype("bfloat16", model, v100)
+
+
+def test_comparison_warns_beyond_five_percent():
+    config = EngineConfig(model="Qwen/Qwen3-8B", max_model_len=4096)
+    plan = make_plan(model_of("Qwen3-8B"), config, find_target("RTX 4090").facts)
+    close = Measured(weights_bytes=int(plan.weights_bytes * 1.02), peak_bytes=plan.peak_bytes)
+    lines = compare(plan, close)
+    assert [line.what for line in lines] == ["weights", "peak"]
+    assert not any(line.warn for line in lines)
+    far = compare(plan, Measured(num_blocks=plan.num_blocks // 2))
+    assert far[0].warn
+    assert "more than 5% apart" in far[0].text
+
+
+def test_an_unknown_quantization_is_refused():
+    entry = catalog().find("Qwen/Qwen3-8B")
+    assert entry is not None
+    model = msgspec.structs.replace(catalog().model(entry), quantization={"quant_method": "magic"})
+    with pytest.raises(Unsupported, match="no quantization method 'magic'"):
+        make_plan(model, EngineConfig(model="x"), cpu(64))
