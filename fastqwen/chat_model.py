@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import random
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from fastqwen.client.assemble import Assembler
@@ -19,10 +19,14 @@ from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest, FastqwenError
 from fastqwen.hub import resolve
 from fastqwen.llm import LLM
 from fastqwen.records import SamplingParams
+from fastqwen.text.answer import prompt_opens_thinking
+from fastqwen.text.formats import derive_formats
 from fastqwen.text.load import SAMPLING_KEYS, own_generation_config
 
 ROOM_FOR_ANSWER = 512  # tokens kept free of history where no max_tokens is given
-OPTIONS = set(SamplingParams.__struct_fields__) - {"n", "logprobs", "prompt_logprobs", "detokenize"}
+WITHOUT_USE_HERE = {"n", "logprobs", "prompt_logprobs", "detokenize", "structured_outputs"}
+OPTIONS = set(SamplingParams.__struct_fields__) - WITHOUT_USE_HERE
+PROMPT_END_TOKENS = 16  # enough to see whether a prompt ends with an opened thinking block
 _CONTROL = re.compile(r"<\|[^|]*\|>")
 
 
@@ -63,6 +67,8 @@ class ChatModel:
         **sampling: Any,
     ) -> tuple[str, list[Turn]]:
         """The answer, and a new history that ends with this turn; the caller's own is left as it was.
+
+        What a thinking model writes inside its thinking block is part of neither, as Qwen advises for histories.
 
         system: the system message. Default: what the model's template writes.
         stop_words_ids: the answer ends before any of these token sequences.
@@ -172,6 +178,9 @@ class _Local:
         assert self._llm.text is not None
         self._text = self._llm.text
         config: EngineConfig = self._llm.config
+        self._formats = derive_formats(
+            self._text.template, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
+        )
         self._engine = EngineThread(self._llm.core, num_threads=config.num_threads)
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)  # noqa: S311 not a secret
@@ -186,15 +195,30 @@ class _Local:
         ids = self._llm.chat_token_ids(messages, **template_options)
         requests = prepare(str(next(self._ids)), ids, sampling, limits, seeds=self._seeds)
         assembler = Assembler(0, sampling, self._text.tokenizer, limits.stop_token_ids)
+        content = self._without_thinking(ids)
         with contextlib.closing(self._engine.stream(requests)) as deltas:
             for delta in deltas:
                 piece = assembler.feed(delta)
-                if piece.text:
-                    yield piece.text
+                text = content(piece.text, piece.finish_reason is not None)
+                if text:
+                    yield text
                 if piece.error is not None:
                     raise FastqwenError(piece.error)
                 if piece.finish_reason is not None:
                     return
+
+    def _without_thinking(self, prompt_ids: list[int]) -> Callable[[str, bool], str]:
+        """From a piece of the answer, and whether it is the last, to its part outside thinking blocks."""
+        end = self._text.tokenizer.decode(prompt_ids[-PROMPT_END_TOKENS:])
+        parser = self._formats.parser(opened=self._formats.reasoning and prompt_opens_thinking(end))
+
+        def content(text: str, last: bool) -> str:
+            if parser is None:
+                return text
+            found = parser.push(text).content
+            return found + parser.finish().content if last else found
+
+        return content
 
     def count_tokens(self, messages: Messages, add_generation_prompt: bool, options: dict[str, Any]) -> int:
         return len(self._llm.chat_token_ids(messages, add_generation_prompt=add_generation_prompt, **options))

@@ -21,6 +21,7 @@ import fastqwen
 from fastqwen import ChatModel
 from fastqwen.client import engine_thread
 from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest, EngineGone, FastqwenError
+from fastqwen.records import RequestDelta
 from tests.models.tiny import make_qwen1
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
@@ -210,6 +211,25 @@ def test_one_token_stops_by_its_id(kind: str, request: pytest.FixtureRequest):
     assert model.chat("Hi", generation_config={"eos_token_id": 9707}, **options)[0] == ""
 
 
+@pytest.mark.parametrize(("opening", "text"), [("", "<think>\nhm"), ("<think>\n", "hm")])
+def test_thinking_is_left_out(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, opening: str, text: str):
+    """The engine is told what to write: first thoughts, then the answer."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{# </think> #}" + opening
+    with ChatModel(str(checkpoint), chat_template=template) as model:
+        partner: Any = model._partner
+        ids = partner._text.tokenizer.encode_plain(text + "</think>\n\nHello there")
+
+        def stream(requests: list[Any]) -> Iterator[RequestDelta]:
+            name = requests[0].request_id
+            for index, token_id in enumerate(ids):
+                end = "length" if index == len(ids) - 1 else None
+                yield RequestDelta(request_id=name, token_ids=[token_id], finish_reason=end)
+
+        monkeypatch.setattr(partner._engine, "stream", stream)
+        assert model.chat("Hi")[0] == "Hello there"
+        assert list(model.chat_stream("Hi")) == ["Hello", "Hello there"]
+
+
 def test_many_chats_at_once_give_what_each_gives_alone(local: ChatModel):
     talks = [(f"Hello {number}", "再说一遍", "x " * (40 * number)) for number in range(8)]
     alone = [dialogue(local, *talk) for talk in talks]
@@ -241,6 +261,7 @@ def test_a_server_gives_the_same_transcripts(local: ChatModel, remote: ChatModel
         ({"temperature": -1}, "temperature"),
         ({"nonsense": 1}, "nonsense"),
         ({"n": 2}, "n"),
+        ({"structured_outputs": {"json_object": True}}, "structured_outputs"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"generation_config": {"chat_format": "raw"}}, "chat_format is 'raw'"),
         ({"generation_config": {"num_beams": 4}}, "num_beams"),

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from fastqwen.errors import BadConfig, Unsupported
-from fastqwen.model_config import ModelConfig
+from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.plan.facts import DTYPE_BYTES
 
 FP8_SCALE_BYTES = 4
@@ -93,8 +93,9 @@ def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: i
         return matrix.entries + scales * FP8_SCALE_BYTES + (bias if matrix.bias else 0)
     if method not in ("gptq", "awq"):
         raise Unsupported(f"the planner knows no quantization method {method!r}; it knows gptq, awq and fp8")
-    bits = int(quantization.get("bits", 4))
-    group = int(quantization.get("group_size", 128))
+    fields = Fields(quantization, "quantization_config")
+    bits = fields.int("bits", default=4, high=16)
+    group = fields.int("group_size", default=128, low=-1)
     groups = ceil(matrix.inputs / group) if group > 0 else 1
     packed = (matrix.entries + groups * matrix.outputs) * bits // 8  # the matrix, and a zero for each group
     scales = groups * matrix.outputs * 2

@@ -12,6 +12,7 @@ from pathlib import Path
 import llguidance
 import torch
 
+from fastqwen import quant
 from fastqwen.build import build_decoder
 from fastqwen.config import EngineConfig
 from fastqwen.engine.blocks import BlockPool
@@ -56,6 +57,7 @@ def start_engine(
         torch.set_num_threads(config.num_threads)
     dummy = config.load_format == "dummy"
     checkpoint = open_checkpoint(path, with_tensors=not dummy)
+    quant.find(checkpoint.model.quantization, checkpoint.source)  # refused by its file's name, before it is planned for
     device = choose_device(config)
     plan = make_plan(checkpoint.model, config, device_facts(device))
     for notice in plan.notices:

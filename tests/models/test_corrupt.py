@@ -284,8 +284,19 @@ def test_experts(changes: dict[str, Any], words: str, tmp_path: Path):
     check_line(str(caught.value), tmp_path, words)
 
 
-@pytest.mark.parametrize("command", ["generate", "serve", "check"])
-@pytest.mark.parametrize("name", ["deep", "truncated", "nan-matrix", "tokenizer-too-large", "unknown-quantization"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("generate", "deep"),
+        ("generate", "truncated"),
+        ("generate", "nan-matrix"),
+        ("serve", "nan-matrix"),  # found by the engine's process
+        ("serve", "missing-shard"),
+        ("serve", "tokenizer-too-large"),  # found before that is started
+        ("serve", "unknown-quantization"),
+        ("check", "wrong-shape"),
+    ],
+)
 def test_through_the_command_line(command: str, name: str, tmp_path: Path):
     damage, words, _ = DAMAGES[name]
     small(tmp_path)
