@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -254,19 +255,31 @@ SCROLL = """async () => {
 }"""
 
 
+def least(measure: Callable[[], float], *, below: float) -> float:
+    """The best of three readings: other work on the machine can only make them worse."""
+    best = measure()
+    for _ in range(2):
+        if best >= below:
+            best = min(best, measure())
+    return best
+
+
 def test_twenty_thousand_tokens_stream_and_scroll_smoothly(page: Any, fake: Server) -> None:
-    visit(page, fake.url)
-    for _ in range(4):
-        ask(page, "long 3000")
+    visit(page, fake.url, short=False)
     page.evaluate(LONG_TASKS)
-    ask(page, "long 8000")
-    assert page.evaluate("window.longest") < 400, "no frame of the streaming froze the page"
-    result = page.evaluate(SCROLL)
-    assert result["count"] > 50
-    assert result["p95"] < 60, result
-    page.evaluate("window.longest = 0")
-    page.locator("#composer").press_sequentially("typing stays quick", delay=5)
-    assert page.evaluate("window.longest") < 200
+
+    def freeze_while(action: Callable[[], Any]) -> float:
+        page.evaluate("window.longest = 0")
+        action()
+        return float(page.evaluate("window.longest"))
+
+    for _ in range(2):
+        ask(page, "long 6000")
+    assert least(lambda: freeze_while(lambda: ask(page, "long 8000")), below=300) < 300
+    assert page.evaluate(SCROLL)["count"] > 50
+    assert least(lambda: page.evaluate(SCROLL)["p95"], below=50) < 50
+    typing = page.locator("#composer")
+    assert least(lambda: freeze_while(lambda: typing.press_sequentially("still quick", delay=5)), below=150) < 150
 
 
 def test_the_policy_that_the_server_sends_is_never_broken(page: Any, fake: Server, faults: Faults) -> None:

@@ -37,7 +37,7 @@ function sample(data) {
   const now = performance.now();
   if (view.last) {
     const seconds = (now - view.last.at) / 1000;
-    const rate = (name) => Math.max(0, (data[name] - view.last.data[name]) / seconds); // a restart sets counters to zero
+    const rate = (name) => Math.max(0, (data[name] - view.last.data[name]) / seconds) || 0; // a restart sets counters to zero
     view.samples.push({ generated: rate("generation_tokens_total"), read: rate("prompt_tokens_total"), running: data.running ?? 0, waiting: data.waiting ?? 0 });
     if (view.samples.length > SLOTS) view.samples.shift();
   }

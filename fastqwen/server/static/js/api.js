@@ -1,7 +1,7 @@
 // Talks to an OpenAI-compatible server. Every failure leaves here as an ApiError whose kind says the cause.
 import { stored } from "./ui.js";
 
-/** kind: gone cut upstream loading restarting overloaded key forbidden model context refused broken */
+/** kind: gone cut upstream loading restarting unready overloaded key forbidden model context refused broken */
 export class ApiError extends Error {
   constructor(kind, { status = 0, detail = "", param = null, progress = null } = {}) {
     super(detail || kind);
@@ -15,7 +15,7 @@ export const setKey = (key) => stored.set("key", key.trim());
 const CONTEXT = /context.?(length|window|size)|max_model_len|maximum.{0,20}length|too (long|many tokens)|longer than the (model|context)/i;
 
 /** From a status code and what the server said to the one cause that the user is told. */
-export function classify(status, body, retryable = false) {
+export function classify(status, body, aboutHealth = false) {
   const error = body && typeof body === "object" ? body.error ?? body : {};
   const said = typeof error === "string" ? error : error.message ?? body?.message ?? body?.detail ?? "";
   const detail = typeof said === "string" ? said : JSON.stringify(said);
@@ -25,12 +25,13 @@ export function classify(status, body, retryable = false) {
     if (status === 401) return "key";
     if (status === 403) return "forbidden";
     if (/loading/i.test(code) || (status === 503 && /loading/i.test(detail))) return "loading";
-    if (/restart|engine_gone|EngineGone|engine_dead/i.test(code) || /engine (is )?(restarting|died|ended|gone)|engine process/i.test(detail)) return "restarting";
+    if (/restart|engine_gone/i.test(code) || /restart|engine process/i.test(detail)) return "restarting";
+    if ((aboutHealth && status === 503) || /unavailable/i.test(code)) return "unready";
     if (/context_length/i.test(code) || ((status === 400 || status === 413 || !status) && CONTEXT.test(detail))) return "context";
     if (status === 429 || /overload|rate_limit/i.test(code) || /overload|too many requests/i.test(detail)) return "overloaded";
     if (status === 404) return "model";
     if (status === 502 || status === 504) return "upstream";
-    if (status === 503) return retryable ? "restarting" : "overloaded";
+    if (status === 503) return "overloaded";
     return status >= 400 && status < 500 ? "refused" : "broken";
   };
   return new ApiError(kind(), facts);

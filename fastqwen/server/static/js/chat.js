@@ -211,7 +211,7 @@ on("server-ready", () => {
     answer(conversation, side, last.parent);
   }
 });
-const WAITING = new Set(["gone", "upstream", "loading", "restarting", "key"]);
+const WAITING = new Set(["gone", "upstream", "loading", "restarting", "unready", "key"]);
 export const isWaiting = (node) => Boolean(node.error) && !node.error.started && WAITING.has(node.error.kind) && isAway();
 
 /** Tokens of the shown branch: {used, cached, limit}; null where the server did not say. */

@@ -23,7 +23,7 @@ export function Banner() {
   return html`
     <div class=${`banner ${kind === "loading" ? "calm" : "bad"}`} role="status">
       ${kind !== "key" && html`<span class="spinner" aria-hidden="true"></span>`}
-      <div><strong>${title}</strong> ${kind === "loading" ? detail : hint}
+      <div><strong>${title}</strong> ${kind === "loading" ? detail : hint} ${kind === "unready" && detail}
         ${known && html`<progress max="1" value=${progress} aria-label=${title}></progress><span>${Math.round(progress * 100)} %</span>`}
         ${kind === "key" && html` <button type="button" class="button" onClick=${() => emit("ask-key")}>${t("enterKey")}</button>`}
       </div>

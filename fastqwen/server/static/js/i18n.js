@@ -138,6 +138,7 @@ const TEXT = {
   err_upstream: ["The server behind this page does not answer.\nThe gateway works, the model server behind it does not. This page keeps trying.", "本页面背后的服务器没有响应。\n网关正常，但其后的模型服务器没有响应。页面会不断重试。"],
   err_loading: ["The model is still loading.\nIt answers as soon as it is loaded.", "模型正在加载。\n加载完成后即可回答。"],
   err_restarting: ["The engine is restarting.\nIt failed and is being started anew; this takes as long as loading the model.", "推理引擎正在重启。\n引擎出错后正在重新启动，所需时间与加载模型相同。"],
+  err_unready: ["The server takes no requests at the moment.\nThis page keeps trying.", "服务器暂时不接受请求。\n页面会不断重试。"],
   err_overloaded: ["The server has more requests than it accepts at once.\nWait a moment and try again.", "请求太多，服务器暂时无法接受。\n请稍候再试。"],
   err_key: ["The server did not accept the API key.\nEnter the key that its operator gave you.", "服务器不接受该 API 密钥。\n请输入管理员提供的密钥。"],
   err_forbidden: ["This key may not do that.\nAsk the server's operator.", "该密钥没有此权限。\n请联系服务器管理员。"],

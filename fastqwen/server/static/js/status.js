@@ -46,7 +46,7 @@ export async function check() {
   if (server.kind !== "key") timer = setTimeout(check, server.kind === "ready" ? (server.recovered ? 4000 : 30000) : wait_ms);
 }
 
-const AWAY = new Set(["gone", "cut", "upstream", "loading", "restarting", "key"]);
+const AWAY = new Set(["gone", "cut", "upstream", "loading", "restarting", "unready", "key"]);
 
 /** Called with the error of any other request: starts asking if it means that the server is away. */
 export function noteError(error) {

@@ -1,5 +1,4 @@
 // A classic script that runs before the first paint, so that neither colours nor the sidebar flash.
-"use strict";
 (function () {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const read = (name) => { try { return JSON.parse(localStorage.getItem("fastqwen." + name)); } catch { return null; } };
