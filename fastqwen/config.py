@@ -48,9 +48,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: Annotated[str | None, option("Folder or hub name of the tokenizer. Default: the model's own.")] = None
     skip_tokenizer_init: Annotated[bool, option("Work with token ids only.")] = False
     chat_template: Annotated[str | None, option("File with a Jinja chat template, or the template itself.")] = None
+    tool_call_parser: Annotated[
+        str, option("How the model writes tool calls: hermes, qwen3_coder, react or none. auto: from its template.")
+    ] = "auto"
+    reasoning_parser: Annotated[str, option("qwen3 or none. auto: <think> blocks if the template knows them.")] = "auto"
     generation_config: Annotated[
         str, option("Where default sampling parameters come from: auto (the model), none, or a folder.")
     ] = "auto"
+    rope_per_request: Annotated[
+        bool,
+        option(
+            "YaRN by request: prompts within the trained length are computed unscaled, longer ones with the smallest "
+            "factor that covers prompt and answer."
+        ),
+    ] = False
     served_model_name: Annotated[list[str], option("Name(s) of the model in the API. Default: MODEL.")] = []
     trust_remote_code: Annotated[
         bool, option("Accepted for compatibility. Nothing needs it: a checkpoint's code is never run.")

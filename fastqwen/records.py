@@ -9,7 +9,7 @@ SamplingParams  rides inside EngineRequest and Admission
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,6 +22,31 @@ MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_N = 128
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Exactly one form that an answer must have. ``json`` is a JSON schema, ``grammar`` is Lark or GBNF."""
+
+    json: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
+        if len(given) != 1 or self.json_object is False:
+            raise BadRequest(
+                "structured_outputs needs exactly one of json, regex, choice, grammar, json_object",
+                "structured_outputs",
+            )
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """llguidance's text, and the text after which it begins to hold ("": at once)."""
+
+    text: str
+    after: str = ""
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -51,6 +76,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         if self.stop is None:
@@ -134,6 +160,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, frozen=True):
     seed: int  # always set, so that a replay gives the same tokens
     priority: int = 0  # smaller runs first
     cache_salt: str = ""
+    grammar: Grammar | None = None
     arrival_s: float = 0.0
 
 
@@ -148,6 +175,7 @@ class Admission(msgspec.Struct, kw_only=True, frozen=True):
     seed: int
     stop_token_ids: list[int]
     rope_key: str  # names the rotary profile; the model knows what it means
+    grammar: Grammar | None = None
 
 
 class Row(msgspec.Struct, kw_only=True, frozen=True):

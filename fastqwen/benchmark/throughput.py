@@ -33,7 +33,7 @@ def run(config: EngineConfig, *, num_prompts: int, input_len: Span, output_len: 
     outputs = llm.generate(prompts, params)
     seconds = time.perf_counter() - start_s
     results = _results(outputs, seconds, llm.stats().num_steps - steps)
-    needs = _needs(llm.model_config, machine.dtype, outputs, int(results["steps"]))
+    needs = _needs(llm.model, machine.dtype, outputs, int(results["steps"]))
     results |= shares(needs, seconds, machine)
     rows = [
         [

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.records import FinishReason, RequestDelta, SamplingParams, TokenLogprobs
+from fastqwen.text.answer import Parts
 from fastqwen.text.detokenizer import Detokenizer
 from fastqwen.text.tokenizer import Tokenizer
 
@@ -22,6 +23,7 @@ class Piece:
     stop_reason: int | str | None = None
     error: str | None = None
     abort: bool = False
+    parts: Parts | None = None  # the text by its meaning, where the answer is parsed
 
 
 class Assembler:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from fastqwen.errors import BadRequest
-from fastqwen.records import EngineRequest, SamplingParams
+from fastqwen.records import EngineRequest, Grammar, SamplingParams
 
 
 class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,14 +51,18 @@ def prepare(
     seeds: random.Random,
     priority: int = 0,
     cache_salt: str = "",
+    grammar: Grammar | None = None,
 ) -> list[EngineRequest]:
     """One engine request for each of the ``n`` answers, with ids ``request_id-0`` and up.
 
     An answer that would grow past the model's length ends there. A request without a seed gets one from ``seeds``, so
-    that it can be replayed. Raises BadRequest.
+    that it can be replayed. ``grammar`` has been checked. Raises BadRequest.
     """
     check_prompt(token_ids, limits)
     check_sampling(sampling, limits)
+    if grammar is not None and (sampling.ignore_eos or sampling.min_tokens):
+        field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
+        raise BadRequest(f"{field} cannot be combined with structured output, which says where the answer ends", field)
     room = limits.max_model_len - len(token_ids)
     max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
     first_seed = seeds.getrandbits(63) if sampling.seed is None else sampling.seed
@@ -74,6 +78,7 @@ def prepare(
             seed=_wrap_int64(first_seed + index),
             priority=priority,
             cache_salt=cache_salt,
+            grammar=grammar,
             arrival_s=arrival_s,
         )
         for index in range(sampling.n)
@@ -82,7 +87,7 @@ def prepare(
 
 def engine_sampling(sampling: SamplingParams) -> SamplingParams:
     """The part that concerns the engine: stop strings are found in text, and text is the client's."""
-    return msgspec.structs.replace(sampling, n=1, stop=[])
+    return msgspec.structs.replace(sampling, n=1, stop=[], structured_outputs=None)
 
 
 def _unique(ids: Iterable[int]) -> list[int]:

@@ -9,10 +9,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -20,24 +21,52 @@ from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineStats
 from fastqwen.errors import EngineGone, FastqwenError
 from fastqwen.ipc import wire
-from fastqwen.records import EngineRequest, RequestDelta
+from fastqwen.records import EngineRequest, RequestDelta, TokenLogprobs
 
 log = logging.getLogger("fastqwen.server")
 
 State = Literal["loading", "ready", "restarting", "failed", "stopped"]
 GONE = "the engine stopped unexpectedly while this request was running; it restarts, please send the request again"
+ENGINE_COMMAND = (sys.executable, "-P", "-m", "fastqwen.ipc.engine_main")  # -P: nothing in the working folder is imported
 KILL_AFTER_S = 5.0
+MAX_WAITING_DELTAS = 256
+
+
+def merged(deltas: list[RequestDelta]) -> list[RequestDelta]:
+    """The same news in one delta per sequence, so that a reader who is slow costs only its tokens."""
+    found: dict[str, RequestDelta] = {}
+    for delta in deltas:
+        before = found.get(delta.request_id)
+        found[delta.request_id] = delta if before is None else _joined(before, delta)
+    return list(found.values())
+
+
+def _joined(first: RequestDelta, second: RequestDelta) -> RequestDelta:
+    return msgspec.structs.replace(
+        second,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=_both(first.logprobs, second.logprobs),
+        prompt_logprobs=_both(first.prompt_logprobs, second.prompt_logprobs),
+        num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),
+    )
+
+
+def _both(first: list[TokenLogprobs] | None, second: list[TokenLogprobs] | None) -> list[TokenLogprobs] | None:
+    return None if first is None and second is None else (first or []) + (second or [])
 
 
 class DeltaQueue:
     """The deltas of one request, for one reader. Deltas that wait together are read together."""
 
     def __init__(self) -> None:
+        self.running: set[str] = set()
         self._waiting: list[RequestDelta] = []
         self._wake: asyncio.Future[None] | None = None
 
     def put(self, delta: RequestDelta) -> None:
         self._waiting.append(delta)
+        if len(self._waiting) > MAX_WAITING_DELTAS:
+            self._waiting = merged(self._waiting)
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
@@ -59,6 +88,7 @@ class EngineClient:
         *,
         on_loading: Callable[[int, int], None] = lambda done, total: None,
         on_ready: Callable[[wire.Ready], None] = lambda ready: None,
+        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.state: State = "loading"
         self.failure = ""
@@ -66,7 +96,7 @@ class EngineClient:
         self.loading = (0, 0)
         self.ready: wire.Ready | None = None
         self.num_restarts = 0
-        self._config, self._path = config, path
+        self._config, self._path, self._command = config, path, command
         self._on_loading, self._on_ready = on_loading, on_ready
         self._queues: dict[str, DeltaQueue] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="fastqwen-")  # made with mode 0700
@@ -108,20 +138,33 @@ class EngineClient:
         if self.state != "ready" or self._socket is None:
             raise EngineGone(f"the engine is {self.state}")
         queue = DeltaQueue()
-        running = {request.request_id for request in requests}
-        for request_id in running:
-            self._queues[request_id] = queue
+        for request in requests:
+            queue.running.add(request.request_id)
+            self._queues[request.request_id] = queue
         try:
             await self._socket.send(wire.encode(wire.Add(requests)))
-            while running:
+            while queue.running:
                 deltas = await queue.get_all()
-                running.difference_update(delta.request_id for delta in deltas if delta.finish_reason is not None)
+                for delta in deltas:
+                    if delta.finish_reason is not None:
+                        queue.running.discard(delta.request_id)
+                        self._queues.pop(delta.request_id, None)
                 yield deltas
         finally:
-            for request in requests:
-                self._queues.pop(request.request_id, None)
-            if running:
-                self.abort(list(running))
+            for request_id in queue.running:
+                self._queues.pop(request_id, None)
+            if queue.running:
+                self.abort(list(queue.running))
+
+    def continue_as(self, request_id: str, request: EngineRequest) -> None:
+        """Put another sequence into the place of a running one, in the same stream. The first one must be aborted."""
+        queue = self._queues[request_id]
+        queue.running.add(request.request_id)
+        self._queues[request.request_id] = queue
+        if self._socket is not None and self.state == "ready":
+            self._socket.send(wire.encode(wire.Add([request])))
+        else:
+            queue.put(RequestDelta(request_id=request.request_id, finish_reason="error", error=GONE))
 
     def abort(self, request_ids: list[str]) -> None:
         """Does not wait, so that it can be called while a task is being cancelled."""
@@ -151,7 +194,7 @@ class EngineClient:
             self._socket.bind(address)
             # -P: a user's own random.py in the working directory must not become the engine's.
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "fastqwen.ipc.engine_main", address, stdin=asyncio.subprocess.DEVNULL
+                *self._command, address, stdin=asyncio.subprocess.DEVNULL
             )
             listening = asyncio.create_task(self._listen(self._socket))
             was_ready = await self._wait_for_end(listening)

@@ -7,20 +7,32 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+    from fastqwen.runner.start import Engine
 
 from fastqwen.engine.core import EngineCore
 from fastqwen.errors import FastqwenError
 from fastqwen.ipc import wire
+from fastqwen.ipc.arrivals import Arrivals
+from fastqwen.model_config import ModelConfig
 
 log = logging.getLogger("fastqwen.engine")
+
+Starter = Callable[[wire.Start, Callable[[int, int], None]], "Engine"]
 
 IDLE_WAIT_MS = 500  # also how often an idle engine shows that it lives
 
 
-def main(address: str) -> int:
+def main(address: str, start_engine: Starter | None = None) -> int:
+    """``start_engine`` is the real one unless a test brings another."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     [engine] %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     context = zmq.Context()
@@ -31,36 +43,55 @@ def main(address: str) -> int:
     try:
         start = wire.to_engine.decode(socket.recv())
         assert isinstance(start, wire.Start)
-        core = _start(socket, start)
-        if core is None:
+        engine = _start(socket, start, start_engine or _start_real_engine)
+        if engine is None:
             return 1
-        _serve(socket, core)
+        _serve(socket, engine.core, Arrivals(engine.compiler))
     finally:
         socket.close()
         context.term()
     return 0
 
 
-def _start(socket: zmq.Socket[bytes], start: wire.Start) -> EngineCore | None:
+def _start_real_engine(start: wire.Start, progress: Callable[[int, int], None]) -> Engine:
     from fastqwen.runner.start import start_engine
 
+    return start_engine(
+        start.config,
+        Path(start.path),
+        progress,
+        grammar_tokenizer=lambda model: _grammar_tokenizer(start, model),
+    )
+
+
+def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> Engine | None:
     def progress(done: int, total: int) -> None:
         socket.send(wire.encode(wire.Loading(done, total)))
 
     try:
-        engine = start_engine(start.config, Path(start.path), progress)
+        engine = starter(start, progress)
     except FastqwenError as error:
         socket.send(wire.encode(wire.Failed(str(error))))
         return None
     socket.send(wire.encode(wire.Ready(engine.plan, engine.model)))
-    return engine.core
+    return engine
 
 
-def _serve(socket: zmq.Socket[bytes], core: EngineCore) -> None:
+def _grammar_tokenizer(start: wire.Start, model: ModelConfig) -> LLTokenizer:
+    from fastqwen.text.grammar import grammar_tokenizer
+    from fastqwen.text.load import load_text
+
+    text = load_text(Path(start.path), model, start.config)
+    return grammar_tokenizer(text.tokenizer, text.stop_token_ids, model.vocab_size)
+
+
+def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals) -> None:
     parent = os.getppid()
     told_s = 0.0
     while os.getppid() == parent:
-        _take_messages(socket, core, wait_ms=0 if core.has_work else IDLE_WAIT_MS)
+        _take_messages(socket, core, arrivals, wait_ms=0 if core.has_work else arrivals.patience_ms(IDLE_WAIT_MS))
+        for request in arrivals.ready():
+            core.add(request)
         deltas = core.step()
         now_s = time.monotonic()
         if deltas or now_s - told_s > IDLE_WAIT_MS / 1000:
@@ -69,15 +100,16 @@ def _serve(socket: zmq.Socket[bytes], core: EngineCore) -> None:
     log.info("the API process is gone, so the engine ends as well")
 
 
-def _take_messages(socket: zmq.Socket[bytes], core: EngineCore, wait_ms: int) -> None:
+def _take_messages(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals, wait_ms: int) -> None:
     while socket.poll(wait_ms):
         wait_ms = 0
         message = wire.to_engine.decode(socket.recv())
         if isinstance(message, wire.Add):
             for request in message.requests:
-                core.add(request)
+                arrivals.put(request)
         elif isinstance(message, wire.Abort):
             for request_id in message.request_ids:
+                arrivals.drop(request_id)
                 core.abort(request_id)
 
 

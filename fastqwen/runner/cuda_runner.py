@@ -18,6 +18,7 @@ from fastqwen.records import Row, SampledRow, ScheduledBatch, StepOutput, TokenL
 from fastqwen.runner import sampler
 from fastqwen.runner.model_runner import NOT_FINITE, ModelRunner
 from fastqwen.runner.packing import pack
+from fastqwen.runner.structured import StructuredOutput
 
 RESULTS_IN_FLIGHT = 4  # host copies of results; more than steps that may be in flight
 
@@ -48,7 +49,9 @@ class PendingStep:
         tokens: Tensor,
         done: torch.cuda.Event,
         extras: Extras | None,
+        failed: dict[int, str],
     ) -> None:
+        self._failed = failed  # by the place among the rows that sample
         self._batch = batch
         self._tokens = tokens  # int32 on the host, one for each row that samples, in order
         self._done = done
@@ -63,10 +66,10 @@ class PendingStep:
             if not row.samples:
                 rows.append(SampledRow(request_id=row.request_id, prompt_logprobs=prompt_logprobs.get(index)))
                 continue
-            token = tokens[at]
+            token, failure = tokens[at], self._failed.get(at)
             at += 1
-            if token == step.CORRUPT:
-                rows.append(SampledRow(request_id=row.request_id, error=NOT_FINITE))
+            if token == step.CORRUPT or failure is not None:
+                rows.append(SampledRow(request_id=row.request_id, error=failure or NOT_FINITE))
                 continue
             rows.append(
                 SampledRow(
@@ -82,8 +85,16 @@ class PendingStep:
 class CudaRunner(ModelRunner):
     run_ahead = 2
 
-    def __init__(self, model: ModelConfig, decoder: Decoder, plan: EnginePlan, device: torch.device) -> None:
-        super().__init__(model, decoder, plan, device)
+    def __init__(
+        self,
+        model: ModelConfig,
+        decoder: Decoder,
+        plan: EnginePlan,
+        device: torch.device,
+        structured: StructuredOutput | None = None,
+    ) -> None:
+        super().__init__(model, decoder, plan, device, structured)
+        self._untaken: tuple[list[int], Tensor, torch.cuda.Event] | None = None  # slots and tokens of the last step
         self.slots.block_tables[self.slots.spare] = plan.num_blocks  # padding writes into a block of its own
         self._inputs = torch.zeros((2, max(graph_sizes(plan.max_num_seqs))), dtype=torch.int32, device=device)
         self._graphs: dict[int, _Graph] = {}
@@ -111,6 +122,9 @@ class CudaRunner(ModelRunner):
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> PendingStep:  # type: ignore[override]
+        if self._structured is not None:
+            self._take_last_step(self._structured)
+            self._structured.admit(batch.admissions)
         self.slots.admit(batch.admissions)
         self.slots.extend(batch.rows)
         rows = batch.rows
@@ -119,9 +133,18 @@ class CudaRunner(ModelRunner):
         else:
             hidden, logits, tokens = self._run(batch)
         extras = None
+        failed: dict[int, str] = {}
         if any(self._is_special(row) for row in rows):
-            tokens, extras = self._special(rows, hidden, logits, tokens)
-        return self._pending(batch, tokens, extras)
+            tokens, extras, failed = self._special(rows, hidden, logits, tokens)
+        return self._pending(batch, tokens, extras, failed)
+
+    def _take_last_step(self, structured: StructuredOutput) -> None:
+        """A grammar must see a row's last token before it allows the next one: such rows cannot run ahead."""
+        if self._untaken is not None:
+            slots, tokens, done = self._untaken
+            done.synchronize()
+            structured.take(slots, tokens.tolist())
+            self._untaken = None
 
     def _replay(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         size = next(size for size in sorted(self._graphs) if size >= len(rows))
@@ -196,15 +219,19 @@ class CudaRunner(ModelRunner):
         """Whether the row needs more than the graph's sampler does."""
         wish = self.slots.sampling[row.slot]
         return (
-            wish.needs_history
+            (self._structured is not None and self._structured.constrains(row.slot))
+            or wish.needs_history
             or wish.logit_bias is not None
             or wish.logprobs is not None
             or row.prompt_logprobs
             or row.start + row.num_tokens - self.slots.num_prompt[row.slot] < wish.min_tokens
         )
 
-    def _special(self, rows: list[Row], hidden: Tensor | None, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Extras]:
-        """Adjust the logits, sample again, and keep what log-probabilities will be made of."""
+    def _special(
+        self, rows: list[Row], hidden: Tensor | None, logits: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Extras, dict[int, str]]:
+        """Adjust the logits, sample again, and keep what log-probabilities will be made of; and which rows failed."""
+        failed: dict[int, str] = {}
         sampling = [row for row in rows if row.samples]
         wishes = [self.slots.sampling[row.slot] for row in sampling]
         asked = [index for index, wish in enumerate(wishes) if wish.logprobs is not None]
@@ -212,6 +239,8 @@ class CudaRunner(ModelRunner):
         if sampling:
             adjusted = logits.float()
             self._adjust(adjusted, sampling)
+            if self._structured is not None:
+                failed = self._structured.mask(adjusted, [row.slot for row in sampling])
             host = np.array([(row.slot, row.start + row.num_tokens) for row in sampling], dtype=np.int32)
             row_slots, positions = self.slots.upload(np.ascontiguousarray(host.T)).unbind(0)
             tokens = self._next_tokens(adjusted, row_slots, positions)
@@ -231,12 +260,17 @@ class CudaRunner(ModelRunner):
             found = sampler.top_logprobs(raw, ids, counts)
             return {places[index]: one for index, one in zip(asked, found, strict=True)}, prompts
 
-        return tokens, extras
+        return tokens, extras, failed
 
-    def _pending(self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None) -> PendingStep:
+    def _pending(
+        self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None, failed: dict[int, str]
+    ) -> PendingStep:
         place = self._num_steps % RESULTS_IN_FLIGHT
         self._num_steps += 1
         host, event = self._results[place][: tokens.shape[0]], self._events[place]
         host.copy_(tokens, non_blocking=True)
         event.record()
-        return PendingStep(batch, host, event, extras)
+        slots = [row.slot for row in batch.rows if row.samples]
+        if self._structured is not None and any(map(self._structured.constrains, slots)):
+            self._untaken = slots, host, event
+        return PendingStep(batch, host, event, extras, failed)

@@ -14,6 +14,7 @@ from fastqwen.runner import sampler
 from fastqwen.runner.device import TORCH_DTYPES
 from fastqwen.runner.packing import pack
 from fastqwen.runner.slots import Slots
+from fastqwen.runner.structured import StructuredOutput
 
 LOGITS_AT_ONCE = 256  # rows of logits that prompt log-probabilities keep in memory
 NOT_FINITE = "the model computed values that are not finite numbers"
@@ -32,10 +33,18 @@ class ModelRunner:
 
     run_ahead = 1
 
-    def __init__(self, model: ModelConfig, decoder: Decoder, plan: EnginePlan, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        decoder: Decoder,
+        plan: EnginePlan,
+        device: torch.device,
+        structured: StructuredOutput | None = None,
+    ) -> None:
         self._model = model
         self._decoder = decoder
         self._plan = plan
+        self._structured = structured
         self.slots = Slots(
             model,
             num_slots=plan.max_num_seqs,
@@ -55,12 +64,14 @@ class ModelRunner:
     def submit(self, batch: ScheduledBatch) -> FinishedStep:
         self.slots.admit(batch.admissions)
         self.slots.extend(batch.rows)
+        if self._structured is not None:
+            self._structured.admit(batch.admissions)
         ids, where = pack(batch.rows, self.slots, block_size=self._plan.block_size, logn_len=self._model.logn_len)
         hidden = self._decoder.hidden(ids, where, self.caches)
         ends = where.row_starts[1:].long() - 1
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
-        tokens, logprobs, corrupt = self._sample([batch.rows[i] for i in sampling], hidden[ends[sampling]])
-        results = dict(zip(sampling, zip(tokens, logprobs, corrupt, strict=True), strict=True))
+        tokens, logprobs, errors = self._sample([batch.rows[i] for i in sampling], hidden[ends[sampling]])
+        results = dict(zip(sampling, zip(tokens, logprobs, errors, strict=True), strict=True))
         starts = where.row_starts.tolist()
         return FinishedStep(
             StepOutput(
@@ -72,27 +83,35 @@ class ModelRunner:
             )
         )
 
-    def _result(self, row: Row, sampled: tuple[int, TokenLogprobs | None, bool] | None, hidden: Tensor) -> SampledRow:
-        token, logprobs, corrupt = sampled or (None, None, not bool(torch.isfinite(hidden).all()))
-        if corrupt:
-            return SampledRow(request_id=row.request_id, error=NOT_FINITE)
+    def _result(
+        self, row: Row, sampled: tuple[int, TokenLogprobs | None, str | None] | None, hidden: Tensor
+    ) -> SampledRow:
+        token, logprobs, error = sampled or (None, None, None if bool(torch.isfinite(hidden).all()) else NOT_FINITE)
+        if error is not None:
+            return SampledRow(request_id=row.request_id, error=error)
         prompt_logprobs = self._prompt_logprobs(row, hidden) if row.prompt_logprobs else None
         return SampledRow(request_id=row.request_id, token_id=token, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
-    def _sample(self, rows: list[Row], hidden: Tensor) -> tuple[list[int], list[TokenLogprobs | None], list[bool]]:
-        """The next token of each row, its log-probabilities if asked for, and whether its logits are unusable."""
+    def _sample(
+        self, rows: list[Row], hidden: Tensor
+    ) -> tuple[list[int], list[TokenLogprobs | None], list[str | None]]:
+        """The next token of each row, its log-probabilities if asked for, and why it cannot have one."""
         if not rows:
             return [], [], []
         slots = self.slots
         logits = self._decoder.logits(hidden).float()
         lowest, highest = logits.aminmax(dim=-1)
-        corrupt = (~(torch.isfinite(lowest) & torch.isfinite(highest))).tolist()
+        finite = (torch.isfinite(lowest) & torch.isfinite(highest)).tolist()
+        errors: list[str | None] = [None if fine else NOT_FINITE for fine in finite]
         params = [slots.sampling[row.slot] for row in rows]
         row_slots = torch.tensor([row.slot for row in rows])
         positions = torch.tensor([row.start + row.num_tokens for row in rows])
         asked = [index for index, one in enumerate(params) if one.logprobs is not None]
         raw = logits[asked] if asked else None  # a copy: reported are the model's own probabilities
         self._adjust(logits, rows)
+        if self._structured is not None:
+            for index, failure in self._structured.mask(logits, [row.slot for row in rows]).items():
+                errors[index] = errors[index] or failure
         tokens = sampler.sample(
             logits,
             temperature=slots.temperature[row_slots],
@@ -104,12 +123,14 @@ class ModelRunner:
             params=params,
         )
         slots.token_ids[row_slots, positions] = tokens.int()
+        if self._structured is not None:
+            self._structured.take([row.slot for row in rows], tokens.tolist())
         logprobs: list[TokenLogprobs | None] = [None] * len(rows)
         if raw is not None:
             counts = [params[index].logprobs or 0 for index in asked]
             for index, found in zip(asked, sampler.top_logprobs(raw, tokens[asked], counts), strict=True):
                 logprobs[index] = found
-        return tokens.tolist(), logprobs, corrupt
+        return tokens.tolist(), logprobs, errors
 
     def _adjust(self, logits: Tensor, rows: list[Row]) -> None:
         """Bias, penalties and forbidden stops, in place, where a row asks for them."""
@@ -129,7 +150,7 @@ class ModelRunner:
                 ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
                 logits[index, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
             if num_known - slots.num_prompt[row.slot] < sampling.min_tokens and slots.stop_token_ids[row.slot]:
-                logits[index, slots.stop_token_ids[row.slot]] = float("-inf")
+                logits[index, slots.stop_token_ids[row.slot]] = sampler.FORBIDDEN
 
     def _prompt_logprobs(self, row: Row, hidden: Tensor) -> list[TokenLogprobs]:
         """How likely the model thought each prompt token that follows one of this row's tokens."""

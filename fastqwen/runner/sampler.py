@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastqwen.records import SamplingParams, TokenLogprobs
 
+FORBIDDEN = -1e30  # finite, because an infinite logit means that the model has failed
 _MASK32 = 0xFFFFFFFF
 _TOP_CANDIDATES = 1024
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import llguidance
 import torch
 
 from fastqwen.build import build_decoder
@@ -23,6 +24,7 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan, make_plan
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts
 from fastqwen.runner.model_runner import ModelRunner
+from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
 from fastqwen.weights.checkpoint import Checkpoint, open_checkpoint
 from fastqwen.weights.source import DummyWeights, Weights
 
@@ -34,6 +36,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Engine:
     core: EngineCore
+    compiler: GrammarCompiler | None  # None without a tokenizer
     plan: EnginePlan
     model: ModelConfig
 
@@ -43,10 +46,11 @@ def start_engine(
     path: Path,
     progress: Progress = lambda done, total: None,
     on_capture: Progress = lambda done, total: None,
+    grammar_tokenizer: Callable[[ModelConfig], llguidance.LLTokenizer] | None = None,
 ) -> Engine:
     """``progress`` is told after each layer how many of how many are loaded, ``on_capture`` the same of CUDA graphs.
 
-    Raises FastqwenError.
+    ``grammar_tokenizer`` is called upon the first request for structured output. Raises FastqwenError.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -57,20 +61,22 @@ def start_engine(
     for notice in plan.notices:
         log.warning("%s", notice)
     decoder = _load(config, checkpoint, plan, device, choose_ops(device), progress)
+    compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
+    structured = None if compiler is None else StructuredOutput(compiler)
     if device.type == "cuda":
-        plan, executor = _on_gpu(config, checkpoint.model, decoder, plan, device, on_capture)
+        plan, executor = _on_gpu(config, checkpoint.model, decoder, plan, device, structured, on_capture)
     else:
-        executor = ModelRunner(checkpoint.model, decoder, plan, device)
+        executor = ModelRunner(checkpoint.model, decoder, plan, device, structured)
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, plan.block_size),
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
-        rope_key_of=partial(rope_key, checkpoint.model.rope),
+        rope_key_of=partial(rope_key, checkpoint.model.rope, per_request=config.rope_per_request),
     )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
-    return Engine(EngineCore(scheduler, executor), plan, checkpoint.model)
+    return Engine(EngineCore(scheduler, executor), compiler, plan, checkpoint.model)
 
 
 def _on_gpu(
@@ -79,6 +85,7 @@ def _on_gpu(
     decoder: Decoder,
     plan: EnginePlan,
     device: torch.device,
+    structured: StructuredOutput | None,
     on_capture: Progress,
 ) -> tuple[EnginePlan, ModelRunner]:
     """The cache gets what the largest step leaves free; then the decode steps are recorded."""
@@ -87,7 +94,7 @@ def _on_gpu(
 
     measured = available_kv_bytes(model, config, plan, decoder, device)
     plan = make_plan(model, config, device_facts(device), available_kv_bytes=max(1, measured))
-    runner = CudaRunner(model, decoder, plan, device)
+    runner = CudaRunner(model, decoder, plan, device, structured)
     if not config.enforce_eager:
         runner.capture(on_capture)
     return plan, runner

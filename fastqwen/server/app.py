@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
 
 import msgspec
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import Response
+from starlette.types import ASGIApp
 
 from fastqwen.errors import BadRequest
-from fastqwen.server import errors
+from fastqwen.server import errors, status
 from fastqwen.server.body import read_body
 from fastqwen.server.chat import Chat
 from fastqwen.server.completions import Completion
+from fastqwen.server.guard import Guard
+from fastqwen.server.messages import CountRequest, Messages, MessagesRequest, count_tokens
+from fastqwen.server.responses import Responses, ResponsesRequest
 from fastqwen.server.schema import (
     Body,
     ChatRequest,
@@ -29,16 +32,26 @@ from fastqwen.server.state import ServerState
 from fastqwen.version import __version__
 
 
-def create_app(state: ServerState) -> FastAPI:
+def create_app(state: ServerState) -> ASGIApp:
+    """Everything behind the guard, which decides who may ask at all."""
     app = FastAPI(title="fastqwen", version=__version__, description="OpenAI-compatible API for Qwen models")
-    errors.install(app)
+    app.router.redirect_slashes = False
+    errors.install(app, state)
     _add_generation(app, state)
     _add_tokenizer(app, state)
-    _add_status(app, state)
-    return app
+    status.add_routes(app, state)
+    return Guard(app, state)
 
 
-def _documented(kind: type[Body]) -> dict[str, Any]:
+class Work(Protocol):
+    async def prepare(self) -> None: ...
+
+    async def response(self) -> dict[str, Any]: ...
+
+    def events(self) -> AsyncGenerator[bytes, None]: ...
+
+
+def documented(kind: type[Body]) -> dict[str, Any]:
     """Bodies are read by our own parser, so their schema is told to the OpenAPI page by hand."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
@@ -60,50 +73,54 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_generation(app: FastAPI, state: ServerState) -> None:
-    async def answer(request: Request, make: Callable[[], Chat | Completion], stream: bool) -> Response:
-        state.admit()
-        work = make()
-        state.num_active += 1
-        try:
-            await work.prepare()
-            if stream:
-                return _Counted(state, EventStream(state, work.events()))
-            return await _unless_gone(request, work)
-        finally:
-            state.num_active -= 1
+    stall_s = state.config.stall_timeout_s
 
-    @app.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
+    async def answer(request: Request, work: Work, stream: bool) -> Response:
+        await work.prepare()
+        if stream:
+            return EventStream(work.events(), stall_timeout_s=stall_s)
+        return await unless_gone(request, work)
+
+    @app.post("/v1/chat/completions", openapi_extra=documented(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        body = parse(ChatRequest, await read_body(request, state.config.max_body_bytes))
-        return await answer(request, lambda: Chat(state, body), body.stream)
+        body = parse(ChatRequest, await read_body(request, state.config))
+        return await answer(request, Chat(state, body, explain_cache=explains_cache(request)), body.stream)
 
-    @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=documented(CompletionRequest))
     async def completions(request: Request) -> Response:
-        body = parse(CompletionRequest, await read_body(request, state.config.max_body_bytes))
-        return await answer(request, lambda: Completion(state, body), body.stream)
+        body = parse(CompletionRequest, await read_body(request, state.config))
+        return await answer(request, Completion(state, body), body.stream)
+
+    @app.post("/v1/responses", openapi_extra=documented(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        body = parse(ResponsesRequest, await read_body(request, state.config))
+        work = Responses(state, body)
+        await work.prepare()
+        if body.stream:
+            return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
+        return await unless_gone(request, work)
+
+    @app.post("/v1/messages", openapi_extra=documented(MessagesRequest))
+    async def messages(request: Request) -> Response:
+        body = parse(MessagesRequest, await read_body(request, state.config))
+        work = Messages(state, body)
+        await work.prepare()
+        if body.stream:
+            return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
+        return await unless_gone(request, work)
+
+    @app.post("/v1/messages/count_tokens", openapi_extra=documented(CountRequest))
+    async def counted(request: Request) -> dict[str, int]:
+        return await count_tokens(state, parse(CountRequest, await read_body(request, state.config)))
 
 
-class _Counted(Response):
-    """A stream counts as active until its last byte was sent."""
-
-    def __init__(self, state: ServerState, stream: EventStream) -> None:
-        self._state = state
-        self._stream = stream
-        self.status_code = 200
-        self.background = None
-        self.body = b""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._state.num_active += 1
-        try:
-            await self._stream(scope, receive, send)
-        finally:
-            self._state.num_active -= 1
+def explains_cache(request: Request) -> bool:
+    asked = request.query_params.get("explain_cache") or request.headers.get("x-explain-cache") or "0"
+    return asked.lower() in ("1", "true", "yes")
 
 
-async def _unless_gone(request: Request, work: Chat | Completion) -> Response:
+async def unless_gone(request: Request, work: Work) -> Response:
     """The whole answer, or nothing if the client leaves first: then the work is aborted."""
-    import asyncio
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -123,67 +140,27 @@ async def _unless_gone(request: Request, work: Chat | Completion) -> Response:
 
 
 def _add_tokenizer(app: FastAPI, state: ServerState) -> None:
-    @app.post("/tokenize", openapi_extra=_documented(TokenizeRequest))
+    @app.post("/tokenize", openapi_extra=documented(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
-        body = parse(TokenizeRequest, await read_body(request, state.config.max_body_bytes))
+        body = parse(TokenizeRequest, await read_body(request, state.config))
+        state.model_name(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise BadRequest("give either prompt or messages", "prompt")
         if body.messages is not None:
+            options = dict(body.chat_template_kwargs or {})
+            if body.tools:
+                options["tools"] = [tool.for_template() for tool in body.tools]
             tokens = await state.apply_template(
                 [message.for_template() for message in body.messages],
+                options,
                 add_generation_prompt=body.add_generation_prompt,
-                options=body.chat_template_kwargs,
             )
         else:
             tokens = await state.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
         return {"count": len(tokens), "max_model_len": state.limits().max_model_len, "tokens": tokens}
 
-    @app.post("/detokenize", openapi_extra=_documented(DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=documented(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, Any]:
-        body = parse(DetokenizeRequest, await read_body(request, state.config.max_body_bytes))
+        body = parse(DetokenizeRequest, await read_body(request, state.config))
+        state.model_name(body.model)
         return {"prompt": state.text.tokenizer.decode(body.tokens)}
-
-
-def _add_status(app: FastAPI, state: ServerState) -> None:
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        ready = state.engine.ready
-        entries = [
-            {
-                "id": name,
-                "object": "model",
-                "created": int(state.started_s),
-                "owned_by": "fastqwen",
-                "root": state.engine_config.model,
-                "max_model_len": None if ready is None else ready.plan.max_model_len,
-            }
-            for name in state.names
-        ]
-        return {"object": "list", "data": entries}
-
-    @app.get("/health")
-    async def health() -> Response:
-        """The API process lives."""
-        return Response(status_code=200)
-
-    @app.get("/health/ready")
-    async def ready() -> JSONResponse:
-        """The engine is loaded and has spoken lately."""
-        done, total = state.engine.loading
-        body = {"status": state.engine.state, "progress": done / total if total else 0.0, "message": ""}
-        if state.draining:
-            return JSONResponse({**body, "status": "draining", "message": "the server is shutting down"}, 503)
-        if state.engine.state != "ready":
-            return JSONResponse({**body, "message": state.why_not_ready()}, 503)
-        if state.engine.silent_for_s > state.config.ready_within_s:
-            silent = f"the engine has been silent for {state.engine.silent_for_s:.0f} s"
-            return JSONResponse({**body, "status": "stuck", "message": silent}, 503)
-        return JSONResponse({**body, "progress": 1.0})
-
-    @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(state.metrics.text(state.engine.stats), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": __version__}

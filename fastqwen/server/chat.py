@@ -3,47 +3,63 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
-from fastqwen.outputs import CompletionOutput, Logprob
+from fastqwen.outputs import Logprob
+from fastqwen.server.cache_story import CacheStory
 from fastqwen.server.completions import finite, prompt_logprobs_json
-from fastqwen.server.generation import Generation, GenerationFailed
+from fastqwen.server.generation import Choice, Generation, GenerationFailed, Wishes
+from fastqwen.server.grammars import answer_grammar
 from fastqwen.server.schema import ChatRequest
+from fastqwen.server.sse import encode, event
 from fastqwen.server.state import ServerState, new_id
+from fastqwen.server.thinking import ThinkingWishes, thinking_wishes
+from fastqwen.server.tools import tool_wishes
 from fastqwen.server.usage import usage_of
+from fastqwen.text.answer import THINK, THINK_END, Parts, prompt_opens_thinking
+from fastqwen.text.tool_calls import Call
+
+PROMPT_END_TOKENS = 12  # enough to see whether the template has opened the thinking block
 
 
 class Chat:
     """One request. ``events`` streams it, ``response`` waits for the whole."""
 
-    def __init__(self, state: ServerState, body: ChatRequest) -> None:
+    def __init__(self, state: ServerState, body: ChatRequest, *, explain_cache: bool = False) -> None:
         self._state = state
         self._body = body
+        self._explain_cache = explain_cache
         self._id = new_id("chatcmpl")
         self._created = int(time.time())
         self._model = state.model_name(body.model)
         self._generation: Generation | None = None
+        self._story: CacheStory | None = None
+        self._thinking = ThinkingWishes()
+        self._num_calls: dict[int, int] = {}
+
+    @property
+    def generation(self) -> Generation:
+        assert self._generation is not None, "prepare comes first"
+        return self._generation
 
     async def prepare(self) -> None:
         """Render, tokenise and check before anything runs. Raises BadRequest."""
-        body = self._body
+        body, state = self._body, self._state
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        limits = self._state.limits()
-        changes: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
-        if body.max_completion_tokens is not None:
-            changes["max_tokens"] = body.max_completion_tokens
-        elif body.max_tokens is None:
-            changes["max_tokens"] = None
-        sampling = body.sampling(self._state.text.default_sampling, **changes)
-        token_ids = await self._state.apply_template(
-            [message.for_template() for message in body.messages],
-            add_generation_prompt=body.add_generation_prompt,
-            options=body.chat_template_kwargs,
-        )
+        if body.stream_options is not None and not body.stream:
+            raise BadRequest("stream_options needs stream to be true", "stream_options")
+        limits, formats = state.limits(), state.formats
+        tools = tool_wishes(body, formats)
+        self._thinking = thinking_wishes(body, formats)
+        messages = tools.messages([message.for_template() for message in body.messages], formats)
+        options = {**self._thinking.template_options, **tools.template_options(formats)}
+        token_ids = await state.apply_template(messages, options, add_generation_prompt=body.add_generation_prompt)
         if len(token_ids) >= limits.max_model_len:
             raise BadRequest(
                 f"the messages have {len(token_ids)} tokens, but the model's context is {limits.max_model_len} tokens, "
@@ -51,72 +67,155 @@ class Chat:
                 "messages",
                 "context_length_exceeded",
             )
-        self._generation = Generation(
-            self._state, self._id, token_ids, sampling, priority=body.priority, cache_salt=body.cache_salt
+        token_ids, opened = self._open_thinking(
+            token_ids, constrained=body.structured() is not None or bool(tools.required)
         )
+        grammar = await answer_grammar(state, body.structured(), tools, opened=opened)
+        sampling = body.sampling(state.text.default_sampling, **self._sampling_changes(tools.tools))
+        wishes = Wishes(
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            grammar=grammar,
+            make_parser=lambda: formats.parser(opened=opened, tools=tools.tools),
+            single_call=tools.single,
+            thinking=self._thinking,
+        )
+        self._generation = Generation(state, self._id, token_ids, sampling, wishes)
+        state.cache_stories.block_size = state.block_size
+        self._story = state.cache_stories.begin(body.messages, body.tools, token_ids, body.cache_salt)
+
+    def _open_thinking(self, token_ids: list[int], *, constrained: bool) -> tuple[list[int], bool]:
+        """The prompt, and whether the answer begins inside a thinking block.
+
+        A model that may open the block itself has it opened where a grammar must know when the answer begins.
+        """
+        tokenizer, formats = self._state.text.tokenizer, self._state.formats
+        end = tokenizer.decode(token_ids[-PROMPT_END_TOKENS:]).rstrip()
+        opened = formats.reasoning and prompt_opens_thinking(end)
+        may_think = formats.reasoning and formats.has_switch("enable_thinking") and not end.endswith(THINK_END)
+        if constrained and may_think and not opened and self._body.add_generation_prompt:
+            return token_ids + tokenizer.encode(f"{THINK}\n"), True
+        return token_ids, opened
+
+    def _sampling_changes(self, tools: list[dict[str, Any]]) -> dict[str, Any]:
+        body = self._body
+        changes: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+        if body.max_completion_tokens is not None:
+            changes["max_tokens"] = body.max_completion_tokens
+        elif body.max_tokens is None:
+            changes["max_tokens"] = None
+        if tools and self._state.formats.tools == "react":
+            given = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
+            changes["stop"] = [*given, "Observation:"]
+        return changes
 
     async def response(self) -> dict[str, Any]:
-        assert self._generation is not None
-        outputs = await self._generation.finish()
+        generation = self.generation
+        await generation.finish()
         response = {
             **self._head("chat.completion"),
-            "choices": [self._choice(output) for output in outputs],
-            "usage": usage_of([self._generation]),
+            "choices": [self._choice(choice) for choice in generation.choices],
+            "usage": usage_of([generation]),
+            **self._notes(),
         }
         if self._body.prompt_logprobs is not None:
-            response["prompt_logprobs"] = prompt_logprobs_json(self._generation.prompt_logprobs)
-        warnings = self._body.warnings()
-        if warnings:
-            response["warnings"] = warnings
+            response["prompt_logprobs"] = prompt_logprobs_json(generation.prompt_logprobs)
         return response
 
-    async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
-        assert self._generation is not None
-        options = self._body.stream_options
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        generation, options = self.generation, self._body.stream_options
         head = self._head("chat.completion.chunk")
-        yield [
-            self._chunk(head, index, {"role": "assistant", "content": ""})
-            for index in range(len(self._generation.requests))
-        ]
-        async for index, piece in self._generation.pieces():
-            if piece.finish_reason in ("error", "abort"):
-                raise GenerationFailed(piece.error or "the request was aborted")
-            chunk = self._piece_chunk(head, index, piece)
-            if chunk is not None:
-                if options is not None and options.continuous_usage_stats:
-                    chunk["usage"] = usage_of([self._generation])
-                yield [chunk]
+        plain_head = b"data: " + encode(head)[:-1] + b',"choices":[{"index":'
+        always_usage = options is not None and options.continuous_usage_stats
+        for choice in generation.choices:
+            yield event(self._chunk(head, choice.index, {"role": "assistant", "content": ""}))
+        num_left = len(generation.choices)
+        async with aclosing(generation.pieces()) as pieces:  # type: ignore[type-var]
+            async for index, piece in pieces:
+                if piece.finish_reason in ("error", "abort"):
+                    raise GenerationFailed(piece.error or "the request was aborted")
+                if piece.parts is None and piece.logprobs is None and piece.finish_reason is None and not always_usage:
+                    if piece.text:  # nearly all tokens of nearly all streams come through here
+                        yield b'%b%d,"delta":{"content":%b},"finish_reason":null}]}\n\n' % (
+                            plain_head, index, encode(piece.text),
+                        )  # fmt: skip
+                    continue
+                num_left -= piece.finish_reason is not None
+                for chunk in self._chunks(head, index, piece, last=num_left == 0):
+                    if always_usage:
+                        chunk["usage"] = usage_of([generation])
+                    yield event(chunk)
         if options is not None and options.include_usage:
-            yield [{**head, "choices": [], "usage": usage_of([self._generation])}]
+            yield event({**head, "choices": [], "usage": usage_of([generation])})
+
+    def warnings(self) -> list[str]:
+        return [*self._body.warnings(), *self._thinking.warnings, *self.generation.warnings]
+
+    def _notes(self) -> dict[str, Any]:
+        notes: dict[str, Any] = {}
+        warnings = self.warnings()
+        if warnings:
+            notes["warnings"] = warnings
+        if self._story is not None:
+            story = self._state.cache_stories.end(self._story, self.generation)
+            if self._explain_cache:
+                notes["cache"] = story
+        return notes
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
-    def _choice(self, output: CompletionOutput) -> dict[str, Any]:
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        output = choice.assembler.output
+        message: dict[str, Any] = {"role": "assistant"}
+        if choice.parser is None:
+            message["content"] = output.text
+        else:
+            message["content"] = choice.parts.content or (None if choice.parts.calls else "")
+            if choice.parts.reasoning:
+                message["reasoning_content"] = choice.parts.reasoning
+            if choice.parts.calls:
+                message["tool_calls"] = [call_json(call) for call in choice.parts.calls]
         return {
             "index": output.index,
-            "message": {"role": "assistant", "content": output.text},
+            "message": message,
             "logprobs": self._logprobs(output.logprobs),
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
         }
 
-    def _piece_chunk(self, head: dict[str, Any], index: int, piece: Piece) -> dict[str, Any] | None:
+    def _chunks(self, head: dict[str, Any], index: int, piece: Piece, *, last: bool) -> list[dict[str, Any]]:
         """None for a piece that holds nothing for the reader yet, such as half of a character."""
-        if not piece.text and piece.logprobs is None and piece.finish_reason is None:
-            return None
-        delta = {"content": piece.text} if piece.text or piece.logprobs is not None else {}
-        chunk = self._chunk(head, index, delta, piece.finish_reason)
-        choice = chunk["choices"][0]
+        parts = piece.parts if piece.parts is not None else Parts(content=piece.text)
+        deltas = self._deltas(index, parts)
+        if not deltas and piece.logprobs is not None:
+            deltas = [{"content": ""}]
+        if not deltas and piece.finish_reason is None:
+            return []
+        chunks = [self._chunk(head, index, delta) for delta in deltas or [{}]]
         if piece.logprobs is not None:
-            choice["logprobs"] = self._logprobs(piece.logprobs)
+            chunks[0]["choices"][0]["logprobs"] = self._logprobs(piece.logprobs)
         if piece.finish_reason is not None:
-            choice["stop_reason"] = piece.stop_reason
-        return chunk
+            chunks[-1]["choices"][0].update(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
+            if last:
+                chunks[-1].update(self._notes())
+        return chunks
+
+    def _deltas(self, index: int, parts: Parts) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        if parts.reasoning:
+            deltas.append({"reasoning_content": parts.reasoning})
+        if parts.content:
+            deltas.append({"content": parts.content})
+        for call in parts.calls:
+            number = self._num_calls.get(index, 0)
+            self._num_calls[index] = number + 1
+            deltas.append({"tool_calls": [{"index": number, **call_json(call)}]})
+        return deltas
 
     @staticmethod
-    def _chunk(head: dict[str, Any], index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        return {**head, "choices": [{"index": index, "delta": delta, "finish_reason": finish}]}
+    def _chunk(head: dict[str, Any], index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {**head, "choices": [{"index": index, "delta": delta, "finish_reason": None}]}
 
     def _logprobs(self, listed: list[dict[int, Logprob]] | None) -> dict[str, Any] | None:
         if listed is None:
@@ -132,3 +231,11 @@ class Chat:
     def _entry(self, token_id: int, logprob: Logprob) -> dict[str, Any]:
         data = self._state.text.tokenizer.token_bytes(token_id)
         return {"token": logprob.decoded_token or "", "logprob": finite(logprob.logprob), "bytes": list(data)}
+
+
+def call_json(call: Call) -> dict[str, Any]:
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }

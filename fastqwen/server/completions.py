@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.server.generation import Generation, GenerationFailed
+from fastqwen.server.generation import Generation, GenerationFailed, Wishes
+from fastqwen.server.grammars import answer_grammar
+from fastqwen.server.merge import gather, merge
 from fastqwen.server.schema import CompletionRequest
+from fastqwen.server.sse import encode, event
 from fastqwen.server.state import ServerState, new_id
 from fastqwen.server.usage import usage_of
 
 MAX_PROMPTS = 1024
+MAX_SEQUENCES = 4096  # prompts times answers of one request
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
 class Completion:
@@ -26,54 +32,77 @@ class Completion:
         self._id = new_id("cmpl")
         self._created = int(time.time())
         self._model = state.model_name(body.model)
+        self._n = body.n or 1
         self._generations: list[Generation] = []
 
     async def prepare(self) -> None:
         """Tokenise and check everything before anything runs. Raises BadRequest."""
         body = self._body
-        sampling = body.sampling(self._state.text.default_sampling, logprobs=body.logprobs)
+        self._check()
+        changes: dict[str, Any] = {"logprobs": body.logprobs}
+        if body.best_of is not None and body.best_of > self._n:
+            changes.update(n=body.best_of, logprobs=body.logprobs or 0)
+        sampling = body.sampling(self._state.text.default_sampling, **changes)
         if body.echo and body.logprobs is not None:
-            sampling.prompt_logprobs = body.logprobs
-        for index, token_ids in enumerate(await self._prompts()):
-            self._generations.append(
-                Generation(
-                    self._state,
-                    f"{self._id}-{index}",
-                    token_ids,
-                    sampling,
-                    priority=body.priority,
-                    cache_salt=body.cache_salt,
-                )
+            sampling.prompt_logprobs = max(body.logprobs, sampling.prompt_logprobs or 0)
+        grammar = await answer_grammar(self._state, body.structured())
+        wishes = Wishes(priority=body.priority, cache_salt=body.cache_salt, grammar=grammar)
+        prompts = await self._prompts()
+        if len(prompts) * sampling.n > MAX_SEQUENCES:
+            raise BadRequest(
+                f"{len(prompts)} prompts with {sampling.n} answers each: at most {MAX_SEQUENCES} in one request", "n"
             )
+        for index, token_ids in enumerate(prompts):
+            self._generations.append(Generation(self._state, f"{self._id}-{index}", token_ids, sampling, wishes))
+
+    def _check(self) -> None:
+        body = self._body
+        if body.best_of is not None and body.best_of < self._n:
+            raise BadRequest(f"best_of is {body.best_of}, less than n, which is {self._n}", "best_of")
+        if body.best_of is not None and body.best_of > self._n and body.stream:
+            raise BadRequest("best_of needs the whole answers and cannot be streamed", "best_of")
+        if body.stream_options is not None and not body.stream:
+            raise BadRequest("stream_options needs stream to be true", "stream_options")
 
     async def response(self) -> dict[str, Any]:
-        from fastqwen.server.merge import gather
-
         await gather([generation.finish() for generation in self._generations])
-        choices = []
-        for prompt_index, generation in enumerate(self._generations):
-            for output in generation.outputs:
-                index = prompt_index * len(generation.outputs) + output.index
-                choices.append(self._choice(index, generation, output))
+        choices: list[dict[str, Any]] = []
+        for generation in self._generations:
+            for output in self._best(generation.outputs):
+                choices.append(self._choice(len(choices), generation, output))
         return {**self._head(), "choices": choices, "usage": usage_of(self._generations), **self._notes()}
 
-    async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
-        from fastqwen.server.merge import merge
-
+    async def events(self) -> AsyncGenerator[bytes, None]:
         options = self._body.stream_options
-        echoed: set[int] = set()
-        async for prompt_index, (output_index, piece) in merge([one.pieces() for one in self._generations]):
-            if piece.finish_reason in ("error", "abort"):
-                raise GenerationFailed(piece.error or "the request was aborted")
-            generation = self._generations[prompt_index]
-            index = prompt_index * len(generation.outputs) + output_index
-            chunk = self._chunk(index, generation, piece, echo=self._body.echo and index not in echoed)
-            echoed.add(index)
-            if options is not None and options.continuous_usage_stats:
-                chunk["usage"] = usage_of(self._generations)
-            yield [chunk]
+        always_usage = options is not None and options.continuous_usage_stats
+        plain = not always_usage and self._body.logprobs is None and self._body.prompt_logprobs is None
+        plain_head = b"data: " + encode(self._head())[:-1] + b',"choices":[{"index":'
+        echo_left = set(range(len(self._generations) * self._n)) if self._body.echo else set()
+        num_left = len(self._generations) * self._n
+        async with aclosing(merge([one.pieces() for one in self._generations])) as merged:  # type: ignore[type-var]
+            async for prompt_index, (output_index, piece) in merged:
+                if piece.finish_reason in ("error", "abort"):
+                    raise GenerationFailed(piece.error or "the request was aborted")
+                index = prompt_index * self._n + output_index
+                if plain and piece.finish_reason is None and index not in echo_left:
+                    if piece.text:
+                        yield b'%b%d,"text":%b,"logprobs":null,"finish_reason":null}]}\n\n' % (
+                            plain_head, index, encode(piece.text),
+                        )  # fmt: skip
+                    continue
+                if not piece.token_ids and piece.finish_reason is None:
+                    continue  # a chunk of the prompt's log-probabilities: they come with the first token
+                generation = self._generations[prompt_index]
+                chunk = self._chunk(index, generation, piece, echo=index in echo_left)
+                echo_left.discard(index)
+                num_left -= piece.finish_reason is not None
+                if not num_left:
+                    chunk.update(self._notes())
+                if always_usage:
+                    chunk["usage"] = usage_of(self._generations)
+                yield event(chunk)
         if options is not None and options.include_usage:
-            yield [{**self._head(), "choices": [], "usage": usage_of(self._generations)}]
+            yield event({**self._head(), "choices": [], "usage": usage_of(self._generations)})
 
     async def _prompts(self) -> list[list[int]]:
         prompt = self._body.prompt
@@ -83,12 +112,36 @@ class Completion:
             raise BadRequest("the list of prompts is empty", "prompt")
         if len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
             raise BadRequest(f"{len(prompt)} prompts in one request, at most {MAX_PROMPTS} are allowed", "prompt")
+        if self._body.suffix is not None:
+            return [await self._infill(one, self._body.suffix) for one in prompt]
         if isinstance(prompt[0], int):
             return [prompt]
         special = self._body.add_special_tokens
         return [
             await self._state.tokenize(one, add_special_tokens=special) if isinstance(one, str) else list(one)
             for one in prompt
+        ]
+
+    async def _infill(self, prompt: Any, suffix: str) -> list[int]:
+        """The text between prompt and suffix, in the order that Qwen's coders were trained on."""
+        ids = [self._state.text.tokenizer.token_id(token) for token in FIM_TOKENS]
+        if None in ids:
+            raise BadRequest(
+                f"suffix needs a model that can fill gaps; this one's tokenizer has no {FIM_TOKENS[0]}", "suffix"
+            )
+        if not isinstance(prompt, str):
+            raise BadRequest("with suffix the prompt must be text", "suffix")
+        before = await self._state.tokenize(prompt, add_special_tokens=False)
+        after = await self._state.tokenize(suffix, add_special_tokens=False)
+        found: list[Any] = [ids[0], *before, ids[1], *after, ids[2]]
+        return found
+
+    def _best(self, outputs: list[CompletionOutput]) -> list[CompletionOutput]:
+        """The n answers with the highest log-probability per token, where more than n were generated."""
+        if len(outputs) == self._n:
+            return outputs
+        return sorted(outputs, key=lambda one: (one.cumulative_logprob or 0.0) / max(1, len(one.token_ids)))[
+            : -self._n - 1 : -1
         ]
 
     def _head(self) -> dict[str, Any]:
@@ -126,6 +179,8 @@ class Completion:
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
+        if piece.finish_reason is not None and self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs_json(generation.prompt_logprobs)
         return {**self._head(), "choices": [choice]}
 
     def _prompt_text(self, generation: Generation) -> str:

@@ -11,7 +11,9 @@ from starlette.exceptions import HTTPException
 
 from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded
 from fastqwen.server.generation import GenerationFailed
-from fastqwen.server.state import UnknownModelName
+from fastqwen.server.state import ServerState, UnknownModelName
+
+STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408}
 
 log = logging.getLogger("fastqwen.server")
 
@@ -23,7 +25,8 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | in
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and body for any exception. Ours get no details, but a traceback in the log."""
     if isinstance(error, BadRequest):
-        return 400, error_body(str(error), "invalid_request_error", error.param, error.code)
+        status = STATUS_OF_CODE.get(error.code or "", 400)
+        return status, error_body(str(error), "invalid_request_error", error.param, error.code)
     if isinstance(error, UnknownModelName):
         return 404, error_body(str(error), "invalid_request_error", "model", "model_not_found")
     if isinstance(error, Overloaded):
@@ -40,9 +43,13 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     )
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, state: ServerState) -> None:
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         status, body = describe(error)
+        if status >= 500:
+            state.note_error(body["error"]["message"])
+        if request.url.path.startswith("/v1/messages"):
+            body = {"type": "error", **body}  # Anthropic's clients look for this key
         headers = {"Retry-After": "1"} if status in (429, 503) else None
         return JSONResponse(body, status, headers)
 

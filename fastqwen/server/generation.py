@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
 
 from fastqwen.client.assemble import Assembler, Piece
 from fastqwen.client.prepare import prepare
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.records import SamplingParams
+from fastqwen.records import EngineRequest, Grammar, RequestDelta, SamplingParams
+from fastqwen.server.metrics import RequestClock
 from fastqwen.server.state import ServerState
+from fastqwen.server.thinking import EARLY_STOP, ThinkingGuard, ThinkingWishes
+from fastqwen.text.answer import Parts, TextParser
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a route asks of a generation besides sampling. Without ``make_parser`` the text is the answer."""
+
+    priority: int = 0
+    cache_salt: str = ""
+    grammar: Grammar | None = None
+    make_parser: Callable[[], TextParser | None] = lambda: None
+    single_call: bool = False
+    thinking: ThinkingWishes | None = None
+
+
+@dataclass
+class Choice:
+    """One of the n answers while it grows."""
+
+    request: EngineRequest
+    assembler: Assembler
+    parser: TextParser | None
+    guard: ThinkingGuard | None
+    parts: Parts = field(default_factory=Parts)
+    num_continued: int = 0
+    num_thinking_tokens: int = 0
+
+    @property
+    def index(self) -> int:
+        return self.assembler.output.index
 
 
 class Generation:
-    """Iterate ``pieces`` once; afterwards ``outputs`` holds the whole answers. Raises BadRequest when made."""
+    """Iterate ``pieces`` once; afterwards ``choices`` hold the whole answers. Raises BadRequest when made."""
 
     def __init__(
         self,
@@ -22,21 +58,25 @@ class Generation:
         request_id: str,
         token_ids: list[int],
         sampling: SamplingParams,
-        *,
-        priority: int = 0,
-        cache_salt: str = "",
+        wishes: Wishes | None = None,
     ) -> None:
         limits = state.limits()
+        wishes = wishes or Wishes()
         self._state = state
+        self._wishes = wishes
+        self._sampling = sampling
+        self._max_model_len = limits.max_model_len
         self.prompt_token_ids = token_ids
-        self.requests = prepare(
+        self.warnings: list[str] = []
+        requests = prepare(
             request_id,
             token_ids,
             sampling,
             limits,
             seeds=state.seeds,
-            priority=priority,
-            cache_salt=cache_salt,
+            priority=wishes.priority,
+            cache_salt=wishes.cache_salt,
+            grammar=wishes.grammar,
         )
         room = limits.max_model_len - len(token_ids)
         if sampling.max_tokens is not None and sampling.max_tokens > room:
@@ -46,21 +86,19 @@ class Generation:
                 "max_tokens",
                 "context_length_exceeded",
             )
-        self._assemblers = {
-            request.request_id: Assembler(index, sampling, state.text.tokenizer, limits.stop_token_ids)
-            for index, request in enumerate(self.requests)
-        }
+        self.choices = [self._choice(request, index, limits.stop_token_ids) for index, request in enumerate(requests)]
+        self._running = {choice.request.request_id: choice for choice in self.choices}
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if sampling.prompt_logprobs is None else [None]
         )
 
     @property
     def outputs(self) -> list[CompletionOutput]:
-        return [assembler.output for assembler in self._assemblers.values()]
+        return [choice.assembler.output for choice in self.choices]
 
     @property
     def num_cached_tokens(self) -> int:
-        return max(assembler.num_cached_tokens for assembler in self._assemblers.values())
+        return max(choice.assembler.num_cached_tokens for choice in self.choices)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -68,59 +106,117 @@ class Generation:
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """(index of the answer, what it gained) until each answer has its finish_reason."""
-        clock = _Clock(self._state, len(self.prompt_token_ids))
-        async for deltas in self._state.engine.stream(self.requests):
-            for delta in deltas:
-                assembler = self._assemblers[delta.request_id]
-                if assembler.output.finish_reason is not None:
-                    continue  # the abort that a stop string asked for
-                piece = assembler.feed(delta)
-                clock.saw(len(piece.token_ids))
-                if piece.prompt_logprobs and assembler.output.index == 0 and self.prompt_logprobs is not None:
-                    self.prompt_logprobs.extend(piece.prompt_logprobs)
-                if piece.abort:
-                    self._state.engine.abort([delta.request_id])
-                if piece.finish_reason is not None:
-                    clock.finished(piece.finish_reason, len(assembler.output.token_ids))
-                yield assembler.output.index, piece
+        clock = RequestClock(self._state.metrics, len(self.prompt_token_ids), len(self.choices))
+        stream = self._state.engine.stream([choice.request for choice in self.choices])
+        async with aclosing(stream):  # type: ignore[type-var]
+            async for deltas in stream:
+                for delta in deltas:
+                    choice = self._running.get(delta.request_id)
+                    if choice is None:
+                        continue  # it was ended here, and its last words came too late
+                    piece = self._take(choice, delta)
+                    clock.saw(choice.index, len(piece.token_ids))
+                    if piece.finish_reason is not None:
+                        del self._running[delta.request_id]
+                        clock.finished(choice.index, piece.finish_reason, len(choice.assembler.output.token_ids))
+                        if piece.abort:
+                            self._state.engine.abort([delta.request_id])
+                    yield choice.index, piece
 
-    async def finish(self) -> list[CompletionOutput]:
+    async def finish(self) -> None:
         """Run to the end without streaming. Raises GenerationFailed if the engine reports an error."""
-        async for _, piece in self.pieces():
-            if piece.finish_reason == "error":
-                raise GenerationFailed(piece.error or "the engine failed")
-            if piece.finish_reason == "abort":
-                raise GenerationFailed(piece.error or "the request was aborted")
-        return self.outputs
+        async with aclosing(self.pieces()) as pieces:  # type: ignore[type-var]
+            async for _, piece in pieces:
+                if piece.finish_reason in ("error", "abort"):
+                    raise GenerationFailed(piece.error or "the request was aborted")
+
+    def _choice(self, request: EngineRequest, index: int, stop_token_ids: list[int]) -> Choice:
+        parser = self._wishes.make_parser()
+        thinking = self._wishes.thinking
+        return Choice(
+            request=request,
+            assembler=Assembler(index, self._sampling, self._state.text.tokenizer, stop_token_ids),
+            parser=parser,
+            guard=None if parser is None or thinking is None else ThinkingGuard(thinking),
+        )
+
+    def _take(self, choice: Choice, delta: RequestDelta) -> Piece:
+        thinking = choice.parser is not None and choice.parser.thinking
+        choice.num_thinking_tokens += len(delta.token_ids) if thinking else 0
+        guarded = choice.guard is not None and thinking
+        piece = choice.assembler.feed(delta)
+        if piece.prompt_logprobs and choice.index == 0 and self.prompt_logprobs is not None:
+            self.prompt_logprobs.extend(piece.prompt_logprobs)
+        if choice.parser is not None:
+            self._parse(choice, choice.parser, piece)
+        if guarded and choice.guard is not None and piece.finish_reason is None:
+            why = choice.guard.saw(delta.token_ids)
+            if why is not None and choice.parser is not None and choice.parser.thinking:
+                choice.guard = None
+                self._end_thinking(choice, piece, why)
+        return piece
+
+    def _parse(self, choice: Choice, parser: TextParser, piece: Piece) -> None:
+        parts = parser.push(piece.text) if piece.text else Parts()
+        if piece.finish_reason is not None:
+            parts.add(parser.finish())
+        if self._wishes.single_call and (choice.parts.calls or parts.calls):
+            parts.calls = [] if choice.parts.calls else parts.calls[:1]
+            piece.abort = piece.abort or piece.finish_reason is None
+            piece.finish_reason = "stop"
+        choice.parts.add(parts)
+        if piece.finish_reason == "stop" and choice.parts.calls:
+            piece.finish_reason = "tool_calls"
+        choice.assembler.output.finish_reason = piece.finish_reason
+        piece.parts = parts
+
+    def _end_thinking(self, choice: Choice, piece: Piece, why: str) -> None:
+        """Say the sentence that ends the thinking in the model's place, and let it go on from there.
+
+        The sequence goes on under a new id; its past is in the prefix cache.
+        """
+        closing = self._state.text.tokenizer.encode(EARLY_STOP)
+        said = choice.assembler.feed(RequestDelta(request_id=choice.request.request_id, token_ids=closing))
+        assert choice.parser is not None
+        parts = choice.parser.push(said.text)
+        choice.parts.add(parts)
+        if piece.parts is not None:
+            piece.parts.add(parts)
+        piece.token_ids += closing
+        if said.finish_reason is not None:  # the sentence contains one of the request's stop strings
+            piece.finish_reason, piece.stop_reason, piece.abort = said.finish_reason, said.stop_reason, True
+            return
+        self.warnings.append(why if len(self.choices) == 1 else f"choice {choice.index}: {why}")
+        output = choice.assembler.output
+        token_ids = self.prompt_token_ids + output.token_ids
+        first = choice.request
+        left = min(self.choices_max_tokens - len(output.token_ids), self._max_model_len - len(token_ids))
+        self._state.engine.abort([first.request_id])
+        del self._running[first.request_id]
+        if left < 1:
+            piece.finish_reason = output.finish_reason = "length"
+            self._running[first.request_id] = choice  # its caller takes it out
+            return
+        choice.num_continued += 1
+        sampling: Any = msgspec.structs.replace(
+            first.sampling, min_tokens=max(0, first.sampling.min_tokens - len(output.token_ids))
+        )
+        choice.request = msgspec.structs.replace(
+            first,
+            request_id=f"{first.request_id}.{choice.num_continued}",
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            max_tokens=left,
+            grammar=None if first.grammar is None else Grammar(first.grammar.text),
+        )
+        self._running[choice.request.request_id] = choice
+        self._state.engine.continue_as(first.request_id, choice.request)
+
+    @property
+    def choices_max_tokens(self) -> int:
+        room = self._max_model_len - len(self.prompt_token_ids)
+        return room if self._sampling.max_tokens is None else min(room, self._sampling.max_tokens)
 
 
 class GenerationFailed(Exception):
     """The engine accepted the request, but could not finish it."""
-
-
-class _Clock:
-    def __init__(self, state: ServerState, num_prompt_tokens: int) -> None:
-        self._metrics = state.metrics
-        self._start_s = self._last_s = time.perf_counter()
-        self._first_s: float | None = None
-        self._metrics.count(self._metrics.prompt_tokens, num_prompt_tokens)
-        self._metrics.observe(self._metrics.request_prompt_tokens, num_prompt_tokens)
-
-    def saw(self, num_tokens: int) -> None:
-        if not num_tokens:
-            return
-        now_s = time.perf_counter()
-        if self._first_s is None:
-            self._first_s = now_s
-            self._metrics.observe(self._metrics.ttft_s, now_s - self._start_s)
-        else:
-            self._metrics.observe(self._metrics.itl_s, now_s - self._last_s)
-        self._last_s = now_s
-        self._metrics.count(self._metrics.generation_tokens, num_tokens)
-
-    def finished(self, reason: str, num_tokens: int) -> None:
-        self._metrics.finished(reason)
-        self._metrics.observe(self._metrics.e2e_s, self._last_s - self._start_s)
-        self._metrics.observe(self._metrics.request_generation_tokens, num_tokens)
-        if self._first_s is not None and num_tokens > 1:
-            self._metrics.observe(self._metrics.tpot_s, (self._last_s - self._first_s) / (num_tokens - 1))

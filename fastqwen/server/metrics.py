@@ -2,62 +2,157 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from fastqwen.engine.core import EngineStats
+from fastqwen.version import __version__
 
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.8, 2.0)
 TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+NUMBERS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# What the engine counts, by EngineStats' field.
+ENGINE_GAUGES = {
+    "num_running": ("num_requests_running", "Sequences in the engine's batch"),
+    "num_waiting": ("num_requests_waiting", "Sequences waiting for room"),
+    "kv_usage": ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1"),
+}
+ENGINE_COUNTERS = {
+    "num_preemptions": ("num_preemptions", "Sequences pushed out to be recomputed"),
+    "prefix_queries_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
+    "prefix_hits_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache"),
+    "num_corrupted": ("corrupted_requests", "Requests ended because of NaN or infinity"),
+    "num_steps": ("engine_steps", "Steps that the engine has computed"),
+}
+
+
+class Histogram:
+    """Counts per bucket and nothing else, because one is fed with every token."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
+        self.name, self.text = name, text
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Prometheus' cumulative form, and the sum."""
+        total, found = 0, []
+        for bound, count in zip([*map(str, map(float, self._bounds)), "+Inf"], self._counts, strict=True):
+            total += count
+            found.append((bound, float(total)))
+        return found, self._sum
 
 
 class Metrics:
     """A registry of its own, so that two servers in one process (tests) do not collide."""
 
     def __init__(self, model_name: str) -> None:
-        self.registry = CollectorRegistry()
-        self._label = {"model_name": model_name}
-        self.success = self._counter("request_success", "Requests that ended", ["finished_reason"])
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
-        self.e2e_s = self._histogram("e2e_request_latency_seconds", "Time from request to its last token", LATENCY_S)
-        self.ttft_s = self._histogram("time_to_first_token_seconds", "Time from request to its first token", LATENCY_S)
-        self.tpot_s = self._histogram("time_per_output_token_seconds", "Mean time per token after the first", TOKEN_S)
-        self.itl_s = self._histogram("inter_token_latency_seconds", "Time between two tokens of a request", TOKEN_S)
-        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt length", TOKENS)
-        self.request_generation_tokens = self._histogram("request_generation_tokens", "Answer length", TOKENS)
-        self._running = self._gauge("num_requests_running", "Sequences in the engine's batch")
-        self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for room")
-        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
-        self._preemptions = self._gauge("num_preemptions_total", "Sequences pushed out to be recomputed")
-        self._queries = self._gauge("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache")
-        self._hits = self._gauge("prefix_cache_hits_total", "Prompt tokens found in the prefix cache")
-        self._corrupted = self._gauge("corrupted_requests_total", "Requests ended because of NaN or infinity")
+        self._model_name = model_name
+        self._registry = CollectorRegistry()
+        self._stats = EngineStats()
+        self.num_restarts = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.finished: dict[str, int] = dict.fromkeys(("stop", "length", "tool_calls", "abort", "error"), 0)
+        make = Histogram
+        self.e2e_s = make("e2e_request_latency_seconds", "Time from request to its last token", LATENCY_S)
+        self.ttft_s = make("time_to_first_token_seconds", "Time from request to its first token", LATENCY_S)
+        self.decode_s = make("request_decode_time_seconds", "Time from the first token to the last", LATENCY_S)
+        self.tpot_s = make("time_per_output_token_seconds", "Mean time per token after the first", TOKEN_S)
+        self.request_tpot_s = make("request_time_per_output_token_seconds", "The same, per request", TOKEN_S)
+        self.itl_s = make("inter_token_latency_seconds", "Time between two tokens of a request", TOKEN_S)
+        self.request_prompt_tokens = make("request_prompt_tokens", "Prompt length", TOKENS)
+        self.request_generation_tokens = make("request_generation_tokens", "Answer length", TOKENS)
+        self.request_n = make("request_params_n", "Answers asked for", NUMBERS)
+        self._histograms = [one for one in vars(self).values() if isinstance(one, Histogram)]
+        self._registry.register(self)
 
-    def text(self, stats: EngineStats) -> bytes:
-        self._running.labels(**self._label).set(stats.num_running)
-        self._waiting.labels(**self._label).set(stats.num_waiting)
-        self._kv_usage.labels(**self._label).set(stats.kv_usage)
-        self._preemptions.labels(**self._label).set(stats.num_preemptions)
-        self._queries.labels(**self._label).set(stats.prefix_queries_tokens)
-        self._hits.labels(**self._label).set(stats.prefix_hits_tokens)
-        self._corrupted.labels(**self._label).set(stats.num_corrupted)
-        return generate_latest(self.registry)
+    def text(self, stats: EngineStats, num_restarts: int = 0) -> bytes:
+        self._stats, self.num_restarts = stats, num_restarts
+        return generate_latest(self._registry)
 
-    def finished(self, reason: str) -> None:
-        self.success.labels(**self._label, finished_reason=reason).inc()
+    def collect(self) -> Iterator[Metric]:
+        """Asked by prometheus_client."""
+        for field, (name, text) in ENGINE_GAUGES.items():
+            yield self._gauge(name, text, getattr(self._stats, field))
+        for field, (name, text) in ENGINE_COUNTERS.items():
+            yield self._counter(name, text, getattr(self._stats, field))
+        yield self._counter("prompt_tokens", "Prompt tokens processed", self.prompt_tokens)
+        yield self._counter("generation_tokens", "Tokens generated", self.generation_tokens)
+        yield self._counter("engine_restarts", "Times that the engine process was started again", self.num_restarts)
+        success = CounterMetricFamily(
+            "vllm:request_success", "Requests that ended", labels=["model_name", "finished_reason"]
+        )
+        for reason, count in self.finished.items():
+            success.add_metric([self._model_name, reason], count)
+        yield success
+        yield from self._histogram_families()
+        info = GaugeMetricFamily("fastqwen:info", "1, with the version as a label", labels=["model_name", "version"])
+        info.add_metric([self._model_name, __version__], 1)
+        yield info
 
-    def count(self, counter: Counter, amount: int) -> None:
-        counter.labels(**self._label).inc(amount)
+    def _histogram_families(self) -> Iterable[Metric]:
+        for one in self._histograms:
+            family = HistogramMetricFamily(f"vllm:{one.name}", one.text, labels=["model_name"])
+            buckets, total = one.buckets()
+            family.add_metric([self._model_name], buckets, total)
+            yield family
 
-    def observe(self, histogram: Histogram, value: float) -> None:
-        histogram.labels(**self._label).observe(value)
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
 
-    def _counter(self, name: str, text: str, more: list[str] | None = None) -> Counter:
-        return Counter(f"vllm:{name}", text, ["model_name", *(more or [])], registry=self.registry)
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"vllm:{name}", text, ["model_name"], registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"vllm:{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
+class RequestClock:
+    """Times of one request's answers."""
+
+    def __init__(self, metrics: Metrics, num_prompt_tokens: int, num_choices: int) -> None:
+        self._metrics = metrics
+        self._start_s = time.perf_counter()
+        self._first_s = [0.0] * num_choices
+        self._last_s = [0.0] * num_choices
+        metrics.prompt_tokens += num_prompt_tokens
+        metrics.request_prompt_tokens.observe(num_prompt_tokens)
+        metrics.request_n.observe(num_choices)
+
+    def saw(self, index: int, num_tokens: int) -> None:
+        if not num_tokens:
+            return
+        now_s = time.perf_counter()
+        if self._first_s[index]:
+            self._metrics.itl_s.observe(now_s - self._last_s[index])
+        else:
+            self._first_s[index] = now_s
+            self._metrics.ttft_s.observe(now_s - self._start_s)
+        self._last_s[index] = now_s
+        self._metrics.generation_tokens += num_tokens
+
+    def finished(self, index: int, reason: str, num_tokens: int) -> None:
+        metrics, first_s, last_s = self._metrics, self._first_s[index], self._last_s[index]
+        metrics.finished[reason] += 1
+        metrics.request_generation_tokens.observe(num_tokens)
+        if not first_s:
+            return
+        metrics.e2e_s.observe(last_s - self._start_s)
+        metrics.decode_s.observe(last_s - first_s)
+        if num_tokens > 1:
+            per_token_s = (last_s - first_s) / (num_tokens - 1)
+            metrics.tpot_s.observe(per_token_s)
+            metrics.request_tpot_s.observe(per_token_s)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+import math
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastqwen.errors import BadRequest
-from fastqwen.records import MAX_LOGPROBS, MAX_N, SamplingParams
+from fastqwen.records import MAX_LOGPROBS, MAX_N, SamplingParams, StructuredOutputs
+from fastqwen.text.strict_json import MAX_DEPTH, StrictJsonError, loads
 
 # Fields that OpenAI's clients send and that have no meaning on a server of one's own.
 WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key"})
+MAX_TOOLS = 128
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
-
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -26,6 +30,28 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False
+
+
+class JsonSchemaFormat(Body):
+    name: str = ""
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredFields(Body):
+    """vLLM's name for the same wishes."""
+
+    json_: Annotated[str | dict[str, Any] | bool | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class SamplingFields(Body):
@@ -49,11 +75,17 @@ class SamplingFields(Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Count | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     cache_salt: Annotated[str, Field(max_length=256)] = ""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredFields | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -66,12 +98,31 @@ class SamplingFields(Body):
         values = dict(defaults)
         for name in SamplingParams.__struct_fields__:
             given = getattr(self, name, None)
-            if given is not None and name not in ("logprobs", "logit_bias"):
+            if given is not None and name not in ("logprobs", "logit_bias", "structured_outputs"):
                 values[name] = given
         if self.logit_bias is not None:
             values["logit_bias"] = _token_keys(self.logit_bias)
         values.update(changes)
         return SamplingParams(**values)
+
+    def structured(self) -> StructuredOutputs | None:
+        """The one form that the answer must have. Raises BadRequest where two were asked for."""
+        wishes: dict[str, StructuredOutputs] = {}
+        if self.response_format is not None and self.response_format.type != "text":
+            wishes["response_format"] = _of_format(self.response_format)
+        if self.structured_outputs is not None:
+            given = self.structured_outputs
+            wishes["structured_outputs"] = StructuredOutputs(
+                json=given.json_, regex=given.regex, choice=given.choice, grammar=given.grammar,
+                json_object=given.json_object,
+            )  # fmt: skip
+        for name in ("json", "regex", "choice", "grammar"):
+            value = getattr(self, f"guided_{name}")
+            if value is not None:
+                wishes[f"guided_{name}"] = StructuredOutputs(**{name: value})
+        if len(wishes) > 1:
+            raise BadRequest(f"{' and '.join(wishes)} cannot be combined: give one of them", list(wishes)[1])
+        return next(iter(wishes.values()), None)
 
     def warnings(self) -> list[str]:
         given = sorted(name for name in WITHOUT_EFFECT if getattr(self, name, None) is not None)
@@ -89,21 +140,60 @@ class ChatMessage(BaseModel):
     def for_template(self) -> dict[str, Any]:
         values = self.model_dump(exclude_none=True)
         values["content"] = _plain_content(self.content)
+        if values["role"] == "developer":
+            values["role"] = "system"
+        if "reasoning" in values and "reasoning_content" not in values:
+            values["reasoning_content"] = values.pop("reasoning")
+        if "tool_calls" in values:
+            values["tool_calls"] = _calls_for_template(values["tool_calls"])
         return values
+
+
+class Function(Body):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(SamplingFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking_budget: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    loop_recovery: bool = True
 
 
 class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[int] | list[list[int]]
+    suffix: str | None = None
     echo: bool = False
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_special_tokens: bool = True
 
@@ -112,6 +202,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
@@ -124,26 +215,72 @@ class DetokenizeRequest(Body):
 
 def parse(kind: type[B], body: bytes) -> B:
     """Raises BadRequest that names the first wrong field."""
+    if _SUSPECT.search(body) is not None:
+        _check_json(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = [part for part in first["loc"] if not _is_union_label(part)]
-        where = ".".join(str(part) for part in place)
-        if first["type"] == "extra_forbidden":
-            raise BadRequest(f"unknown field {where!r}: it is not supported by this server", where) from None
-        raise BadRequest(f"{where}: {first['msg']}" if where else first["msg"], where or None) from None
+        raise _refusal(error) from None
+
+
+def as_chat(**fields: Any) -> ChatRequest:
+    """A chat request from another API's words; None means not given. Raises BadRequest."""
+    try:
+        return ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> BadRequest:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = [part for part in first["loc"] if not _is_union_label(part)]
+    where = ".".join(str(part) for part in place)[:200]
+    if first["type"] == "extra_forbidden":
+        return BadRequest(f"unknown field {where!r}: it is not supported by this server", where)
+    return BadRequest(f"{where}: {first['msg']}" if where else first["msg"], where or None)
+
+
+# What only a stricter reader notices: words that are no JSON, floats that overflow, endless digits, escaped surrogates,
+# and nesting. None of them is in a usual body, so usual bodies are read once.
+_SUSPECT = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}|\d{300}|\\u[dD][89a-fA-F]|(?:[\[{][^\"\[\]{}]*){8}")
+
+
+def _check_json(body: bytes) -> None:
+    try:
+        value = loads(body.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRequest("the request body is not UTF-8") from None
+    except StrictJsonError as error:
+        raise BadRequest(str(error)) from None
+    _check_finite(value)
+
+
+def _check_finite(value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRequest("the request body contains a number that is too large")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_finite(item)
 
 
 def _is_union_label(part: int | str) -> bool:
     """pydantic puts the name of the union's branch into the place of an error; it is not a field."""
-    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.startswith(("list[", "dict[")))
+    return isinstance(part, str) and (
+        part in ("str", "int", "float", "bool", "NamedTool") or part.startswith(("list[", "dict[", "literal["))
+    )
 
 
 def _token_keys(bias: dict[str, float]) -> dict[int, float]:
     if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in bias):
         raise BadRequest("the keys of logit_bias must be token ids", "logit_bias")
     return {int(key): value for key, value in bias.items()}
+
+
+def _of_format(wish: ResponseFormat) -> StructuredOutputs:
+    if wish.type == "json_object":
+        return StructuredOutputs(json_object=True)
+    if wish.json_schema is None or wish.json_schema.schema_ is None:
+        raise BadRequest("response_format of type json_schema needs json_schema.schema", "response_format")
+    return StructuredOutputs(json=wish.json_schema.schema_)
 
 
 def _plain_content(content: str | list[dict[str, Any]] | None) -> str:
@@ -153,7 +290,27 @@ def _plain_content(content: str | list[dict[str, Any]] | None) -> str:
         return content
     parts = []
     for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if part.get("type") not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise BadRequest(f"content part of type {part.get('type')!r}: this model reads text only", "messages")
         parts.append(part["text"])
     return "".join(parts)
+
+
+def _calls_for_template(calls: Any) -> list[dict[str, Any]]:
+    """Templates want the arguments as an object; OpenAI's clients send them as text."""
+    found = []
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRequest("each of a message's tool_calls needs function.name", "messages")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = loads(arguments)
+            except StrictJsonError as error:
+                raise BadRequest(f"the arguments of tool call {function['name']!r}: {error}", "messages") from None
+        found.append({**(call or {}), "function": {**function, "arguments": arguments}})
+    return found
+
+
+assert MAX_DEPTH < 200, "pydantic's own limit, which must not be reached first"

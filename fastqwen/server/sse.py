@@ -1,17 +1,22 @@
-"""Server-sent events from an iterator of JSON objects, with the client's disconnect as cancellation."""
+"""Server-sent events from an iterator of encoded chunks, with the client's disconnect as cancellation."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import logging
+import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
+import anyio
 import msgspec
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastqwen.server.errors import describe
-from fastqwen.server.state import ServerState
 
-_encode = msgspec.json.Encoder().encode
+log = logging.getLogger("fastqwen.server")
+
+encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
@@ -22,46 +27,76 @@ HEADERS = [
 
 
 def event(value: Any) -> bytes:
-    return b"data: " + _encode(value) + b"\n\n"
+    return b"data: " + encode(value) + b"\n\n"
 
 
-class EventStream:
-    """An ASGI response. Events that are ready together leave in one write.
+def named_event(kind: str, value: Any) -> bytes:
+    """Anthropic's and the Responses API's events have a name."""
+    return b"event: " + kind.encode() + b"\ndata: " + encode(value) + b"\n\n"
+
+
+class EventStream(Response):
+    """An ASGI response of ready-made events.
 
     A failure after the first event becomes an error event, and then there is no [DONE]: a client can tell a broken
-    answer from a whole one. When the client is gone the iterator is closed, which aborts the work in the engine.
+    answer from a whole one. When the client is gone, or has not read for ``stall_timeout_s``, the iterator is closed,
+    which aborts the work in the engine. Backpressure is the socket's: nothing is asked for while a write waits.
     """
 
-    def __init__(self, state: ServerState, events: AsyncIterator[list[Any]]) -> None:
-        self._state = state
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        stall_timeout_s: float,
+        done: bytes = DONE,
+        error_name: str | None = None,
+    ) -> None:
         self._events = events
+        self._stall_timeout_s = stall_timeout_s
+        self._done = done
+        self._error_name = error_name
+        self._sending_since_s = 0.0
+        self.status_code = 200  # what FastAPI looks at in a response
+        self.background = None
+        self.body = b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        import anyio
-
         async with anyio.create_task_group() as group:
 
-            async def watch() -> None:
+            async def watch_disconnect() -> None:
                 while (await receive())["type"] != "http.disconnect":
                     pass
                 group.cancel_scope.cancel()
 
-            group.start_soon(watch)
+            async def watch_stall() -> None:
+                while True:
+                    await anyio.sleep(self._stall_timeout_s / 4)
+                    since_s = self._sending_since_s
+                    if since_s and time.monotonic() - since_s > self._stall_timeout_s:
+                        log.warning("a client has not read for %.0f s; its request is aborted", self._stall_timeout_s)
+                        group.cancel_scope.cancel()
+
+            group.start_soon(watch_disconnect)
+            group.start_soon(watch_stall)
             try:
                 await self._send_all(send)
             finally:
                 with anyio.CancelScope(shield=True):
-                    await self._events.aclose()  # type: ignore[attr-defined]
+                    await self._events.aclose()
             group.cancel_scope.cancel()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        last = DONE
+        last = self._done
         try:
-            async for values in self._events:
-                body = b"".join(event(value) for value in values)
-                if body:
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            async for body in self._events:
+                self._sending_since_s = time.monotonic()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                self._sending_since_s = 0.0
         except Exception as error:
-            last = event(describe(error)[1])
+            body_of_error = describe(error)[1]
+            if self._error_name is None:
+                last = event(body_of_error)
+            else:
+                last = named_event(self._error_name, {"type": "error", **body_of_error})
         await send({"type": "http.response.body", "body": last, "more_body": False})

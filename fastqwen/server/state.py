@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastqwen.client.prepare import ModelLimits
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded
 from fastqwen.ipc.engine_client import EngineClient
 from fastqwen.server.metrics import Metrics
+from fastqwen.text.formats import Formats
 from fastqwen.text.load import TextTools
+from fastqwen.text.worker import Compile, Encode, Job, Render
+
+if TYPE_CHECKING:
+    from fastqwen.server.cache_story import CacheStories
+
+MAX_CHECKED_GRAMMARS = 1024
+MAX_RECENT_ERRORS = 50
+RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt", "tokenizer", "chat_template"})
 
 
 class UnknownModelName(FastqwenError):
     """The request names a model that is not served, and the server was told to mind."""
+
+
+class TextWorkers(Protocol):
+    async def run(self, job: Job) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -28,12 +40,23 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    max_body_bytes: int = 32 * 2**20
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    insecure: bool = False
+    max_body_bytes: int = 8 * 2**20
     max_concurrent_requests: int = 1024
+    max_n: int = 128
+    text_timeout_s: float = 2.0
+    text_workers: int = 2
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    stall_timeout_s: float = 60.0
     ready_within_s: float = 30.0
     drain_timeout_s: float = 60.0
     strict_model_name: bool = False
     access_log: bool = True
+    log_format: str = "text"
 
 
 @dataclass
@@ -41,14 +64,17 @@ class ServerState:
     engine: EngineClient
     engine_config: EngineConfig
     text: TextTools
+    formats: Formats
+    workers: TextWorkers
     config: ServerConfig
     metrics: Metrics
     seeds: random.Random
+    cache_stories: CacheStories
     started_s: float = field(default_factory=time.time)
     draining: bool = False
     num_active: int = 0
-    # Templates and tokenizers work outside the event loop.
-    workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="text"))
+    recent_errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_ERRORS))
+    _checked_grammars: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
     @property
     def names(self) -> list[str]:
@@ -57,7 +83,7 @@ class ServerState:
     def model_name(self, asked: str | None) -> str:
         """Any name is this model's while one is served, unless strict. Raises UnknownModelName."""
         if asked and asked not in self.names and self.config.strict_model_name:
-            raise UnknownModelName(f"there is no model {asked!r} here; served: {', '.join(self.names)}")
+            raise UnknownModelName(f"there is no model {asked[:200]!r} here; served: {', '.join(self.names)}")
         return asked if asked in self.names else self.names[0]
 
     def limits(self) -> ModelLimits:
@@ -70,6 +96,10 @@ class ServerState:
             vocab_size=ready.model.vocab_size,
             stop_token_ids=self.text.stop_token_ids,
         )
+
+    @property
+    def block_size(self) -> int:
+        return self.engine.ready.plan.block_size if self.engine.ready is not None else 1
 
     def admit(self) -> None:
         """Raises Overloaded or EngineGone where a new request cannot be taken."""
@@ -90,31 +120,37 @@ class ServerState:
             self.engine.state, f"the engine is {self.engine.state}"
         )
 
+    def note_error(self, message: str) -> None:
+        """For the operator's page: what went wrong lately on this side."""
+        self.recent_errors.append({"time": int(time.time()), "message": message})
+
     async def tokenize(self, prompt: str, *, add_special_tokens: bool) -> list[int]:
         self.text.tokenizer.check(prompt)
-        return await self._in_worker(lambda: self.text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+        return await self.workers.run(Encode(prompt, add_special_tokens, self.text.tokenizer.max_chars))
 
     async def apply_template(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        options: dict[str, Any] | None = None,
+        self, messages: list[dict[str, Any]], options: dict[str, Any], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        template = self.text.template
-        if template is None:
+        """Raises BadRequest for what cannot be rendered, or not in time."""
+        if self.text.template is None:
             raise BadRequest("this model has no chat template: start the server with --chat-template FILE", "messages")
+        reserved = RESERVED_OPTIONS & options.keys() - {"tools"}
+        if reserved:
+            raise BadRequest(f"chat_template_kwargs cannot set {min(reserved)}", "chat_template_kwargs")
         for message in messages:
             self.text.tokenizer.check(message["content"])
-        return await self._in_worker(
-            lambda: template.encode(
-                self.text.tokenizer, messages, add_generation_prompt=add_generation_prompt, **(options or {})
-            )
-        )
+        options = {**options, "add_generation_prompt": add_generation_prompt}
+        return await self.workers.run(Render(messages, options, self.text.tokenizer.max_chars))
 
-    async def _in_worker(self, work: Any) -> list[int]:
-        ids: list[int] = await asyncio.get_running_loop().run_in_executor(self.workers, work)
-        return ids
+    async def check_grammar(self, grammar: str) -> None:
+        """Compile it once, outside. Raises BadRequest with the compiler's reason."""
+        if grammar in self._checked_grammars:
+            self._checked_grammars.move_to_end(grammar)
+            return
+        await self.workers.run(Compile(grammar))
+        self._checked_grammars[grammar] = None
+        while len(self._checked_grammars) > MAX_CHECKED_GRAMMARS:
+            self._checked_grammars.popitem(last=False)
 
 
 def new_id(prefix: str) -> str:

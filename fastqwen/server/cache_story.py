@@ -1,0 +1,146 @@
+"""Why the prefix cache did not help more: a new prompt is compared with what earlier ones left in the cache."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fastqwen.server.generation import Generation
+from fastqwen.server.schema import ChatMessage, Tool
+from fastqwen.text.answer import THINK_END
+
+MAX_STORIES = 256
+MAX_TOKENS = 2 * 2**20
+
+CAUSES = {
+    "hit": "everything that can be reused was reused",
+    "disabled": "the prefix cache is off (--no-enable-prefix-caching)",
+    "first_request": "no earlier prompt began like this one",
+    "other_salt": "an earlier prompt began like this one, but under another cache_salt",
+    "evicted": "an earlier prompt began like this one, but its blocks were needed for other requests (or are not yet filled)",
+    "tools_changed": "the tools differ from the earlier conversation's, and the template writes them near the beginning",
+    "system_changed": "the system message differs from the earlier conversation's",
+    "thinking_stripped": "the earlier answer's thinking is in the cache, but the template leaves it out of the history",
+    "message_changed": "an earlier message of the conversation differs",
+    "sub_block": "what is equal is shorter than one block of the cache",
+    "new_text": "the earlier conversation was reused up to where this one goes on",
+}
+
+
+@dataclass
+class CacheStory:
+    """One finished or running prompt: its tokens, answer included once it has one, and what it was made of."""
+
+    token_ids: array[int]
+    num_prompt: int
+    messages: list[bytes]
+    roles: list[str]
+    tools: bytes
+    salt: str
+    has_thinking: bool = False
+
+
+class CacheStories:
+    """The latest prompts, as many as fit into a fixed memory."""
+
+    def __init__(self, *, enabled: bool, block_size: int = 1) -> None:
+        self.block_size = block_size  # known once the engine is ready
+        self._enabled = enabled
+        self._kept: deque[CacheStory] = deque()
+        self._num_tokens = 0
+
+    def begin(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, token_ids: list[int], salt: str
+    ) -> CacheStory:
+        return CacheStory(
+            token_ids=array("i", token_ids),
+            num_prompt=len(token_ids),
+            messages=[msgspec.json.encode(one.content) for one in messages],
+            roles=[one.role for one in messages],
+            tools=msgspec.json.encode([tool.for_template() for tool in tools or []]),
+            salt=salt,
+        )
+
+    def end(self, story: CacheStory, generation: Generation) -> dict[str, Any]:
+        """The explanation for this prompt; from now on later ones are compared with it, too."""
+        explanation = self.explain(story, generation.num_cached_tokens)
+        output = generation.outputs[0].token_ids
+        story.token_ids.extend(output)
+        parts = generation.choices[0].parts
+        story.has_thinking = bool(parts.reasoning) or THINK_END in generation.outputs[0].text
+        self._kept.append(story)
+        self._num_tokens += len(story.token_ids)
+        while len(self._kept) > 1 and (len(self._kept) > MAX_STORIES or self._num_tokens > MAX_TOKENS):
+            self._num_tokens -= len(self._kept.popleft().token_ids)
+        return explanation
+
+    def explain(self, story: CacheStory, num_cached: int) -> dict[str, Any]:
+        same = self._closest(story, [one for one in self._kept if one.salt == story.salt])
+        other = self._closest(story, [one for one in self._kept if one.salt != story.salt])
+        cause, message_index = self._cause(story, num_cached, same, other)
+        return {
+            "prompt_tokens": story.num_prompt,
+            "cached_tokens": num_cached,
+            "block_tokens": self.block_size,
+            "equal_tokens": same[0],
+            "cause": cause,
+            "message_index": message_index,
+            "explanation": CAUSES[cause],
+        }
+
+    def _cause(
+        self,
+        story: CacheStory,
+        num_cached: int,
+        same: tuple[int, CacheStory | None],
+        other: tuple[int, CacheStory | None],
+    ) -> tuple[str, int | None]:
+        if not self._enabled:
+            return "disabled", None
+        if num_cached >= self._usable(story.num_prompt - 1):
+            return "hit", None
+        equal, past = same
+        if self._usable(other[0]) > max(num_cached, self._usable(equal)):
+            return "other_salt", None
+        if past is None or equal == 0:
+            return "first_request", None
+        if num_cached < self._usable(min(equal, story.num_prompt - 1)):
+            return "evicted", None
+        return self._difference(story, equal, past)
+
+    def _difference(self, story: CacheStory, equal: int, past: CacheStory) -> tuple[str, int | None]:
+        goes_on = equal >= len(past.token_ids) - 1  # an answer's last token is never in the cache
+        if not goes_on and story.tools != past.tools:
+            return "tools_changed", None
+        changed = next(
+            (i for i, (new, old) in enumerate(zip(story.messages, past.messages, strict=False)) if new != old), None
+        )
+        if not goes_on and changed is not None:
+            is_system = story.roles[changed] in ("system", "developer")
+            return ("system_changed" if is_system else "message_changed"), changed
+        if not goes_on and past.has_thinking and len(story.messages) > len(past.messages):
+            return "thinking_stripped", len(past.messages)
+        return ("sub_block" if self._usable(equal) == 0 else "new_text"), None
+
+    def _usable(self, num_tokens: int) -> int:
+        return num_tokens // self.block_size * self.block_size
+
+    @staticmethod
+    def _closest(story: CacheStory, others: Sequence[CacheStory]) -> tuple[int, CacheStory | None]:
+        """How many tokens are equal with the one that has most in common, and that one."""
+        mine = np.frombuffer(story.token_ids, dtype=np.int32)[: story.num_prompt]
+        best: tuple[int, CacheStory | None] = (0, None)
+        for one in others:
+            theirs = np.frombuffer(one.token_ids, dtype=np.int32)
+            length = min(len(mine), len(theirs))
+            different = np.flatnonzero(mine[:length] != theirs[:length])
+            equal = int(different[0]) if len(different) else length
+            if equal >= best[0]:
+                best = (equal, one)
+        return best

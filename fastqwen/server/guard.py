@@ -1,0 +1,161 @@
+"""What stands in front of every route: Host, Origin, API key, and the count of running requests. Pure ASGI.
+
+Everything needs a key, if there are keys, but the paths listed here. They give away nothing about anybody's requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastqwen.errors import FastqwenError
+from fastqwen.server.errors import describe, error_body
+from fastqwen.server.sse import encode
+from fastqwen.server.state import ServerState
+
+OPEN_PATHS = frozenset({"/", "/admin", "/health", "/health/ready", "/favicon.ico"})
+OPEN_FOLDER = "/static/"
+COUNTED_PATHS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"}
+)
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
+MAX_HEADERS = 128
+SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+CONTENT_SECURITY_POLICY = (
+    b"default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    b"font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+class Guard:
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app = app
+        self._state = state
+        # Digests have one length, so that comparing them takes one time, whatever was sent.
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in state.config.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._guarded(scope, receive, send)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        path: str = scope["path"]
+        origin = _header(headers, b"origin")
+        allowed_origin = (
+            origin
+            if origin in self._state.config.allowed_origins or "*" in self._state.config.allowed_origins
+            else None
+        )
+        send = _with_headers(send, path, allowed_origin)
+        refusal = self._refusal(scope, headers, path)
+        if refusal is not None:
+            await refuse(send, *refusal)
+        elif scope["method"] == "OPTIONS" and allowed_origin is not None:
+            await _preflight(send)
+        elif path in COUNTED_PATHS and scope["method"] == "POST":
+            await self._counted(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request is active from here until its last byte was sent, without a gap in between."""
+        try:
+            self._state.admit()
+        except FastqwenError as error:
+            await refuse(send, *describe(error))
+            return
+        self._state.num_active += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._state.num_active -= 1
+
+    def _refusal(
+        self, scope: Scope, headers: list[tuple[bytes, bytes]], path: str
+    ) -> tuple[int, dict[str, object]] | None:
+        if len(headers) > MAX_HEADERS:
+            many = f"the request has {len(headers)} headers, at most {MAX_HEADERS} are allowed"
+            return 431, error_body(many, "invalid_request_error")
+        if not self._host_allowed(_header(headers, b"host")):
+            unknown = "this server does not answer to that Host name; --allowed-hosts adds names"
+            return 403, error_body(unknown, "invalid_request_error", None, "host_not_allowed")
+        if self._keys and not _is_open(scope, path) and not self._key_matches(headers):
+            missing = "a valid API key is needed: send the header Authorization: Bearer KEY"
+            return 401, error_body(missing, "authentication_error", None, "invalid_api_key")
+        return None
+
+    def _host_allowed(self, host: str) -> bool:
+        """On the loopback address only loopback names: a web page whose name was rebound to it is turned away."""
+        config = self._state.config
+        if "*" in config.allowed_hosts:
+            return True
+        name = host.rsplit(":", 1)[0] if host.rpartition(":")[2].isdigit() else host
+        if config.host not in LOCAL_HOSTS and not config.allowed_hosts:
+            return True
+        return name.lower() in LOCAL_HOSTS or name.lower() in config.allowed_hosts or name == config.host
+
+    def _key_matches(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        scheme, _, bearer = _header(headers, b"authorization").partition(" ")
+        given = bearer.strip() if scheme.lower() == "bearer" else _header(headers, b"x-api-key")
+        digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).digest()
+        found = False
+        for key in self._keys:
+            found |= hmac.compare_digest(digest, key)
+        return found
+
+
+def _is_open(scope: Scope, path: str) -> bool:
+    """By the exact path as it will be routed; HEAD is not GET."""
+    if scope["method"] not in ("GET", "HEAD") or scope.get("root_path"):
+        return False
+    return path in OPEN_PATHS or (path.startswith(OPEN_FOLDER) and ".." not in path)
+
+
+def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str:
+    return next((value.decode("latin-1") for key, value in headers if key == name), "")
+
+
+def _with_headers(send: Send, path: str, origin: str | None) -> Send:
+    more = [*SECURITY_HEADERS]
+    if path in ("/", "/admin") or path.startswith(OPEN_FOLDER):
+        more.append((b"content-security-policy", CONTENT_SECURITY_POLICY))
+    if origin is not None:
+        more += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
+
+    async def send_more(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), *more]}
+        await send(message)
+
+    return send_more
+
+
+async def refuse(send: Send, status: int, body: dict[str, object]) -> None:
+    headers = [(b"content-type", b"application/json")]
+    if status in (429, 503):
+        headers.append((b"retry-after", b"1"))
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": encode(body)})
+
+
+async def _preflight(send: Send) -> None:
+    headers = [
+        (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+        (b"access-control-allow-headers", b"authorization, content-type, x-api-key, x-explain-cache"),
+        (b"access-control-max-age", b"600"),
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,68 @@
+"""Log lines: uvicorn's familiar form, or one JSON object each. Control characters never reach a terminal or a file raw."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from http import HTTPStatus
+from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escaped(text: str) -> str:
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+
+
+class TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s:%(padding)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.padding = " " * (8 - len(record.levelname))
+        if record.name == "uvicorn.access" and isinstance(record.args, tuple) and len(record.args) == 5:
+            phrase = _PHRASES.get(int(str(record.args[4])), "")
+            line = f'%s - "%s %s HTTP/%s" %d {phrase}'.rstrip()
+            record = logging.makeLogRecord({**vars(record), "msg": line})
+        return escaped(super().format(record)).replace("\r", "\\r")
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.name == "uvicorn.access" and isinstance(record.args, tuple) and len(record.args) == 5:
+            client, method, path, _, status = record.args
+            entry |= {"client": client, "method": method, "path": path, "status": status}
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=True)
+
+
+class _QuietStream(logging.StreamHandler[Any]):
+    """A full disk or a closed pipe must not cost a request."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+def configure_logging(log_format: str) -> None:
+    handler = _QuietStream(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True

@@ -1,0 +1,123 @@
+"""What operators and clients look at: models, stop tokens, health, metrics, figures for the admin page, and the pages."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from fastqwen.server.state import ServerState
+from fastqwen.version import __version__
+
+STATIC = Path(__file__).parent / "static"
+
+
+def add_routes(app: FastAPI, state: ServerState) -> None:
+    _add_models(app, state)
+    _add_health(app, state)
+    _add_figures(app, state)
+    if STATIC.is_dir():
+        _add_pages(app)
+
+
+def _add_models(app: FastAPI, state: ServerState) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(state, name) for name in state.names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return _model(state, state.model_name(name))
+
+    @app.get("/v1/stops")
+    async def stops() -> dict[str, Any]:
+        """Which tokens end an answer, and where each of them comes from."""
+        return {"object": "list", "data": [msgspec.to_builtins(stop) for stop in state.text.stops]}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+
+def _model(state: ServerState, name: str) -> dict[str, Any]:
+    ready = state.engine.ready
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(state.started_s),
+        "owned_by": "fastqwen",
+        "root": state.engine_config.model,
+        "max_model_len": None if ready is None else ready.plan.max_model_len,
+    }
+
+
+def _add_health(app: FastAPI, state: ServerState) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """The API process lives."""
+        return Response(status_code=200)
+
+    @app.get("/health/ready")
+    async def ready() -> JSONResponse:
+        """The engine is loaded and has spoken lately."""
+        done, total = state.engine.loading
+        body = {"status": state.engine.state, "progress": done / total if total else 0.0, "message": ""}
+        if state.draining:
+            return JSONResponse({**body, "status": "draining", "message": "the server is shutting down"}, 503)
+        if state.engine.state != "ready":
+            return JSONResponse({**body, "message": state.why_not_ready()}, 503)
+        if state.engine.silent_for_s > state.config.ready_within_s:
+            silent = f"the engine has been silent for {state.engine.silent_for_s:.0f} s"
+            return JSONResponse({**body, "status": "stuck", "message": silent}, 503)
+        return JSONResponse({**body, "progress": 1.0})
+
+
+def _add_figures(app: FastAPI, state: ServerState) -> None:
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        text = state.metrics.text(state.engine.stats, state.engine.num_restarts)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/admin/data")
+    async def figures() -> dict[str, Any]:
+        engine, stats = state.engine, state.engine.stats
+        plan = None if engine.ready is None else msgspec.to_builtins(engine.ready.plan)
+        return {
+            "running": stats.num_running,
+            "waiting": stats.num_waiting,
+            "kv_usage": stats.kv_usage,
+            "num_blocks": stats.num_blocks,
+            "prefix_queries_tokens": stats.prefix_queries_tokens,
+            "prefix_hits_tokens": stats.prefix_hits_tokens,
+            "prompt_tokens_total": state.metrics.prompt_tokens,
+            "generation_tokens_total": state.metrics.generation_tokens,
+            "num_preemptions": stats.num_preemptions,
+            "uptime_s": time.time() - state.started_s,
+            "model": state.names[0],
+            "state": "draining" if state.draining else engine.state,
+            "active_requests": state.num_active,
+            "engine_restarts": engine.num_restarts,
+            "plan": plan,
+            "measured": {"num_steps": stats.num_steps, "engine_silent_s": engine.silent_for_s},
+            "recent_errors": list(state.recent_errors),
+        }
+
+
+def _add_pages(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def index() -> FileResponse:
+        return FileResponse(STATIC / "index.html")
+
+    if (STATIC / "admin.html").is_file():
+
+        @app.get("/admin", include_in_schema=False)
+        async def admin() -> FileResponse:
+            return FileResponse(STATIC / "admin.html")
+
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")

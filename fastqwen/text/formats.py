@@ -1,0 +1,79 @@
+"""Which words a model thinks and calls tools in: derived from its chat template, or told by a flag."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastqwen.errors import BadConfig
+from fastqwen.text.answer import THINK_END, AnswerParser, TextParser
+from fastqwen.text.chatml import PiecewiseChatMl
+from fastqwen.text.react import ReActParser
+from fastqwen.text.template import ChatTemplate
+from fastqwen.text.tool_calls import CallFormat, Hermes, Xml
+
+# Under each format the names that users of other servers know it by.
+TOOL_FORMATS = {
+    "hermes": "hermes", "qwen": "hermes", "qwen25": "hermes",
+    "qwen3_coder": "qwen3_coder", "qwen3_xml": "qwen3_coder",
+    "react": "react", "none": "none",
+}  # fmt: skip
+REASONING_FORMATS = {"qwen3": "qwen3", "deepseek_r1": "qwen3", "none": "none"}
+
+
+@dataclass(frozen=True)
+class Formats:
+    """``tools``: hermes, qwen3_coder, react or none. ``reasoning``: whether the model may think in a marked block."""
+
+    tools: str
+    reasoning: bool
+    source: str  # the template's text: its switches are found in it
+
+    def has_switch(self, name: str) -> bool:
+        """Whether the template looks at a variable of that name."""
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+
+    def parser(
+        self, *, opened: bool, tools: Sequence[dict[str, Any]] = (), skip_reasoning: bool = False
+    ) -> TextParser | None:
+        """None where the text is the content, as it is."""
+        if tools and self.tools == "react":
+            return ReActParser(tools)
+        calls: CallFormat | None = None
+        if tools and self.tools != "none":
+            calls = Xml(list(tools)) if self.tools == "qwen3_coder" else Hermes()
+        reasoning = self.reasoning and not skip_reasoning
+        if calls is None and not reasoning:
+            return None
+        names = [tool["function"]["name"] for tool in tools]
+        return AnswerParser(reasoning=reasoning, opened=opened, calls=calls, tool_names=names)
+
+
+def derive_formats(
+    template: ChatTemplate | PiecewiseChatMl | None, *, tool_call_parser: str = "auto", reasoning_parser: str = "auto"
+) -> Formats:
+    """Raises BadConfig for a flag that names no format."""
+    source = template.source if template is not None else ""
+    if tool_call_parser == "auto":
+        tools = _tools_of(template, source)
+    elif tool_call_parser in TOOL_FORMATS:
+        tools = TOOL_FORMATS[tool_call_parser]
+    else:
+        raise BadConfig(f"--tool-call-parser {tool_call_parser}: use auto, {', '.join(TOOL_FORMATS)}")
+    if reasoning_parser == "auto":
+        reasoning = THINK_END in source
+    elif reasoning_parser in REASONING_FORMATS:
+        reasoning = REASONING_FORMATS[reasoning_parser] != "none"
+    else:
+        raise BadConfig(f"--reasoning-parser {reasoning_parser}: use auto, {', '.join(REASONING_FORMATS)}")
+    return Formats(tools, reasoning, source)
+
+
+def _tools_of(template: ChatTemplate | PiecewiseChatMl | None, source: str) -> str:
+    if isinstance(template, PiecewiseChatMl):
+        return "react"
+    if "<tool_call>" in source:
+        return "qwen3_coder" if "<function=" in source else "hermes"
+    return "none"

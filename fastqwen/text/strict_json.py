@@ -1,0 +1,68 @@
+"""JSON from outside: no NaN, no Infinity, no lone surrogates, no endless numbers, and only so deep."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+MAX_DEPTH = 64
+_MAX_DIGITS = 4300  # where Python itself refuses to convert
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class StrictJsonError(ValueError):
+    """The text is not JSON, or JSON that nobody should have to process; its message is for the user."""
+
+
+def loads(text: str, *, strict: bool = True) -> Any:
+    """``strict=False`` lets strings contain raw control characters, which models write. Raises StrictJsonError."""
+    if depth(text) > MAX_DEPTH:
+        raise StrictJsonError(f"the JSON is nested more than {MAX_DEPTH} levels deep")
+    try:
+        value = json.loads(text, parse_constant=_refuse, strict=strict)
+    except StrictJsonError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise StrictJsonError(f"the JSON is not valid: {error}") from None
+    if "\\u" in text or not text.isascii():
+        _check_strings(value)
+    return value
+
+
+def depth(text: str) -> int:
+    """How deep lists and objects are nested; brackets in strings do not count."""
+    deepest = now = 0
+    in_string = False
+    for match in _STRUCTURE.finditer(text):
+        char = match[0]
+        if char == '"':
+            in_string = not in_string
+        elif in_string or char[0] == "\\":
+            continue
+        elif char in "[{":
+            now += 1
+            deepest = max(deepest, now)
+        else:
+            now -= 1
+    return deepest
+
+
+_STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+
+
+def _check_strings(value: Any) -> None:
+    if isinstance(value, str):
+        if _SURROGATE.search(value):
+            raise StrictJsonError("the JSON contains a lone surrogate, which is no character")
+    elif isinstance(value, list):
+        for item in value:
+            _check_strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_strings(key)
+            _check_strings(item)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise StrictJsonError(f"{name} is not valid in JSON")

@@ -1,0 +1,140 @@
+"""Text work in a process of its own: ``python -m fastqwen.text.worker``, fed by ``fastqwen.text.pool``.
+
+Templates, tokenizers and grammars are given input by anybody. Here they can neither stall the server nor end it: the pool
+kills a worker that takes too long, and a limit on memory ends one that takes too much.
+"""
+
+from __future__ import annotations
+
+import functools
+import resource
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadRequest, FastqwenError
+from fastqwen.model_config import ModelConfig
+from fastqwen.text.load import TextTools, load_text
+
+EXTRA_MEMORY_BYTES = 2 * 2**30
+LENGTH_BYTES = 4
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    config: EngineConfig
+    path: str
+    model: ModelConfig
+
+
+class Encode(msgspec.Struct, frozen=True, tag=True):
+    text: str
+    add_special_tokens: bool
+    max_chars: int
+
+
+class Render(msgspec.Struct, frozen=True, tag=True):
+    """``options`` are what the template may look at; ``suffix`` is appended to the prompt as it is."""
+
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+    max_chars: int
+    suffix: str = ""
+
+
+class Compile(msgspec.Struct, frozen=True, tag=True):
+    grammar: str
+
+
+class Ids(msgspec.Struct, frozen=True, tag=True):
+    token_ids: list[int]
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+Job = Encode | Render | Compile
+_jobs = msgspec.msgpack.Decoder(Job)
+_begin = msgspec.msgpack.Decoder(Begin)
+answers = msgspec.msgpack.Decoder(Ids | Refused)
+encode = msgspec.msgpack.Encoder().encode
+
+
+def main() -> int:
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # nothing but answers may reach the pool
+    first = _read(source)
+    if first is None:
+        return 0
+    begin = _begin.decode(first)
+    worker = _Worker(begin, load_text(Path(begin.path), begin.model, begin.config))
+    _limit_memory()
+    _write(sink, Ids([]))
+    while (data := _read(source)) is not None:
+        _write(sink, worker.answer(data))
+    return 0
+
+
+class _Worker:
+    def __init__(self, begin: Begin, text: TextTools) -> None:
+        self._begin = begin
+        self._text = text
+
+    def answer(self, data: bytes) -> Ids | Refused:
+        try:
+            return Ids(self._do(_jobs.decode(data)))
+        except BadRequest as error:
+            return Refused(str(error), error.param, error.code)
+        except FastqwenError as error:
+            return Refused(str(error))
+        except (MemoryError, RecursionError) as error:
+            return Refused(f"this input needs too much to be processed ({type(error).__name__})")
+
+    def _do(self, job: Job) -> list[int]:
+        tokenizer = self._text.tokenizer
+        if isinstance(job, Compile):
+            from fastqwen.text.grammar import check_grammar
+
+            check_grammar(job.grammar, self._grammar_tokenizer)
+            return []
+        tokenizer.max_chars = job.max_chars
+        if isinstance(job, Encode):
+            return tokenizer.encode(job.text, add_special_tokens=job.add_special_tokens)
+        if self._text.template is None:
+            raise BadRequest("this model has no chat template: start the server with --chat-template FILE", "messages")
+        ids = self._text.template.encode(tokenizer, job.messages, **job.options)
+        return ids + (tokenizer.encode(job.suffix) if job.suffix else [])
+
+    @functools.cached_property
+    def _grammar_tokenizer(self) -> Any:
+        from fastqwen.text.grammar import grammar_tokenizer
+
+        return grammar_tokenizer(self._text.tokenizer, self._text.stop_token_ids, self._begin.model.vocab_size)
+
+
+def _limit_memory() -> None:
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_MEMORY_BYTES, used + EXTRA_MEMORY_BYTES))
+
+
+def _read(source: BinaryIO) -> bytes | None:
+    head = source.read(LENGTH_BYTES)
+    if len(head) < LENGTH_BYTES:
+        return None
+    return source.read(int.from_bytes(head, "little"))
+
+
+def _write(sink: BinaryIO, answer: Ids | Refused) -> None:
+    data = encode(answer)
+    sink.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+    sink.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

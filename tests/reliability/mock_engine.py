@@ -1,0 +1,81 @@
+"""A real engine process with a real scheduler, and an executor that computes token = f(prompt, seed, position).
+
+Run as ``python -m tests.reliability.mock_engine ADDRESS``. MOCK_STEP_S paces its steps.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable
+
+from fastqwen.config import EngineConfig
+from fastqwen.engine.blocks import BlockPool
+from fastqwen.engine.core import EngineCore
+from fastqwen.engine.scheduler import Scheduler
+from fastqwen.ipc import wire
+from fastqwen.ipc.engine_main import main
+from fastqwen.plan import EnginePlan
+from fastqwen.records import Admission, Row, SampledRow, ScheduledBatch, StepOutput
+from fastqwen.runner.start import Engine
+from fastqwen.weights.checkpoint import open_checkpoint
+
+LETTERS = range(ord("a"), ord("z") + 1)
+
+
+def token_at(prompt: list[int], seed: int, position: int) -> int:
+    """A lower-case letter, in the mock model's tokens."""
+    return LETTERS[
+        zlib.crc32(f"{zlib.crc32(bytes(t % 256 for t in prompt))}:{seed}:{position}".encode()) % len(LETTERS)
+    ]
+
+
+class MockExecutor:
+    run_ahead = 1
+
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+        self._due_s = 0.0
+        self._admissions: dict[int, Admission] = {}
+
+    def submit(self, batch: ScheduledBatch) -> MockExecutor:
+        for admission in batch.admissions:
+            self._admissions[admission.slot] = admission
+        self._output = StepOutput(step_id=batch.step_id, rows=[self._row(row) for row in batch.rows])
+        return self
+
+    def result(self) -> StepOutput:
+        now_s = time.monotonic()
+        self._due_s = max(self._due_s + self._step_s, now_s)
+        time.sleep(self._due_s - now_s)
+        return self._output
+
+    def _row(self, row: Row) -> SampledRow:
+        if not row.samples:
+            return SampledRow(request_id=row.request_id)
+        admission = self._admissions[row.slot]
+        prompt = admission.token_ids[: admission.num_prompt_tokens]
+        return SampledRow(
+            request_id=row.request_id, token_id=token_at(prompt, admission.seed, row.start + row.num_tokens)
+        )
+
+
+def start(message: wire.Start, progress: Callable[[int, int], None]) -> Engine:
+    from pathlib import Path
+
+    config: EngineConfig = message.config
+    model = open_checkpoint(Path(message.path), with_tensors=False).model
+    blocks = int(os.environ.get("MOCK_BLOCKS", "20000"))
+    plan = EnginePlan(
+        dtype="float32", block_size=16, num_blocks=blocks, max_model_len=config.max_model_len or 4096,
+        max_num_seqs=config.max_num_seqs or 1024, max_num_batched_tokens=4096, weights_bytes=0, kv_bytes_per_token=1,
+    )  # fmt: skip
+    scheduler = Scheduler(BlockPool(blocks, 16), max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=4096)
+    executor = MockExecutor(float(os.environ.get("MOCK_STEP_S", "0.005")))
+    return Engine(core=EngineCore(scheduler, executor), compiler=None, plan=plan, model=model)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], start))

@@ -1,0 +1,79 @@
+"""Scripted turns, and the cause that each of them is told."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.server.harness import client_of, make_state
+
+LONG = "A system message that is longer than one block of the cache. " * 3
+TOOL = {"type": "function", "function": {"name": "add", "description": "adds " * 20, "parameters": {"type": "object"}}}
+
+
+def causes(*bodies: dict, said: str = "Hello", **state_options) -> list[tuple[str, int | None]]:
+    async def run() -> list:
+        state = make_state(lambda prompt, seed: said, **state_options)
+        found = []
+        async with client_of(state) as client:
+            for body in bodies:
+                answer = await client.post("/v1/chat/completions?explain_cache=1", json={"max_tokens": 40, **body})
+                story = answer.json()["cache"]
+                assert story["cached_tokens"] == answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+                found.append((story["cause"], story["message_index"]))
+        return found
+
+    return asyncio.run(run())
+
+
+def turns(*contents: str, system: str = LONG, **more) -> dict:
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return {"messages": [{"role": "system", "content": system}, *messages], **more}
+
+
+def test_the_same_again_is_a_hit():
+    assert causes(turns("hi"), turns("hi")) == [("first_request", None), ("hit", None)]
+
+
+def test_going_on_reuses_everything_before():
+    assert causes(turns("hi"), turns("hi", "Hello", "and now something much longer than a block")) == [
+        ("first_request", None),
+        ("new_text", None),
+    ]
+
+
+def test_thinking_that_the_template_strips():
+    first = turns("hi there, how is it going today?")
+    second = turns("hi there, how is it going today?", "Hello", "more")
+    said = "<think>" + "hm, what do I say? " * 1 + "</think>Hello"
+    assert causes(first, second, said=said)[1] == ("thinking_stripped", 2)
+
+
+def test_changed_tools_and_changed_system_message():
+    assert causes(turns("hi", tools=[TOOL]), turns("hi"))[1] == ("tools_changed", None)
+    assert causes(turns("hi"), turns("hi", system="Today is Tuesday. " + LONG))[1] == ("system_changed", 0)
+
+
+def test_an_edited_message():
+    assert causes(turns("one", "two", "three"), turns("other", "two", "three"))[1] == ("message_changed", 1)
+
+
+def test_another_salt():
+    assert causes(turns("hi", cache_salt="a"), turns("hi", cache_salt="b"))[1] == ("other_salt", None)
+
+
+def test_evicted_blocks():
+    others = [turns(f"{number} " * 30, system=f"{number}" * 300) for number in range(4)]
+    found = causes(turns("hi"), *others, turns("hi"), max_model_len=1024, blocks=64)
+    assert found[-1] == ("evicted", None)
+
+
+def test_too_short_for_a_block():
+    short = {"messages": [{"role": "user", "content": ""}], "add_generation_prompt": False, "max_tokens": 1}
+    long = {"messages": [{"role": "user", "content": ""}, {"role": "user", "content": "x" * 60}], "max_tokens": 1}
+    template = "{% for m in messages %}{{ m.content or 'a' }}{% endfor %}"
+    assert causes(short, long, template=template)[1] == ("sub_block", None)
+
+
+def test_a_cache_that_is_off():
+    assert causes(turns("hi"), turns("hi"), engine={"enable_prefix_caching": False})[1] == ("disabled", None)
