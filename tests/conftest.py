@@ -14,6 +14,10 @@ from types import ModuleType
 
 import pytest
 
+# Tests share the machine with the servers that they start. Compute threads that spin while they wait for each other made
+# a token take ten times as long beside other work; read when torch is imported, and by every process started from here.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 

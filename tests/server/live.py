@@ -119,8 +119,8 @@ class LiveServer:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def engine_pid(self) -> int:
-        """The process that runs the model: the server's only child."""
-        [pid] = children(self.process.pid)
+        """The process that runs the model, as opposed to those that tokenise."""
+        [pid] = engines(self.process.pid)
         return pid
 
     def metric(self, name: str) -> float:
@@ -150,6 +150,10 @@ def children(pid: int) -> list[int]:
         if int(fields[1]) == pid and fields[0] != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def engines(pid: int) -> list[int]:
+    return [child for child in children(pid) if b"engine_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def is_alive(pid: int) -> bool:

@@ -17,7 +17,18 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.live import LiveServer, children, command, environment, events, eventually, is_alive, one_line, run
+from tests.server.live import (
+    LiveServer,
+    children,
+    command,
+    engines,
+    environment,
+    events,
+    eventually,
+    is_alive,
+    one_line,
+    run,
+)
 
 CHAT = "/v1/chat/completions"
 
@@ -126,17 +137,18 @@ def test_a_killed_engine_ends_streams_with_an_error_and_comes_back(own_server: L
 
 def test_the_engine_ends_when_the_server_is_killed(own_server: LiveServer):
     Reader(own_server, max_tokens=4000)
-    engine = own_server.engine_pid()
+    started = children(own_server.process.pid)
+    assert own_server.engine_pid() in started
     own_server.signal(signal.SIGKILL)
-    eventually(lambda: not is_alive(engine), 5, "the engine's end")
+    eventually(lambda: not any(map(is_alive, started)), 5, "the end of every process that it had started")
 
 
 def test_an_engine_that_ends_before_it_is_ready_ends_the_server(demo_gguf: Path):
     process = subprocess.Popen(
         command("serve", "demo", "--port", "0"), env=environment(), stderr=subprocess.PIPE, text=True
     )
-    eventually(lambda: children(process.pid), 30, "an engine process")
-    os.kill(children(process.pid)[0], signal.SIGKILL)  # before it has said a word
+    eventually(lambda: engines(process.pid), 30, "an engine process")
+    os.kill(engines(process.pid)[0], signal.SIGKILL)  # before it has said a word
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "status -9" in errors.splitlines()[-1] and "memory" in errors
