@@ -30,7 +30,10 @@ class ChatTemplate:
         self.origin = origin
         self._variables = variables or {}
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlocks]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[loopcontrols, _GenerationBlocks],
+            optimized=False,  # it would compute constants, like 2 ** 9999999999, where nothing limits the time
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
