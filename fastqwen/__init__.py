@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from fastqwen.version import __version__
 
 if TYPE_CHECKING:
+    from fastqwen.chat_model import ChatModel
     from fastqwen.llm import LLM
     from fastqwen.outputs import CompletionOutput, Logprob, RequestOutput
     from fastqwen.records import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "ChatModel", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
 
 _HOME = {
     "LLM": "fastqwen.llm",
+    "ChatModel": "fastqwen.chat_model",
     "SamplingParams": "fastqwen.records",
     "RequestOutput": "fastqwen.outputs",
     "CompletionOutput": "fastqwen.outputs",

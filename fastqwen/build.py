@@ -104,7 +104,7 @@ class _Builder:
         return Moe(
             ops=self.ops,
             norm=self.norm(prefix + names.mlp_norm),
-            router=self.weights.tensor(f"{prefix}{names.router}.weight", (moe.num_experts, config.hidden_size)),
+            router=self.method.matrix(self.weights, prefix + names.router, moe.num_experts, config.hidden_size),
             gate_up=self.stacked(prefix, names.expert_gate_up, moe.num_experts, (moe.expert_size, config.hidden_size)),
             down=self.stacked(prefix, (names.expert_down,), moe.num_experts, (config.hidden_size, moe.expert_size)),
             experts_per_token=moe.experts_per_token,
@@ -129,6 +129,6 @@ class _Builder:
         )
         for expert in range(num_experts):
             for index, part in enumerate(parts):
-                name = f"{prefix}{part.format(expert=expert)}.weight"
-                out[expert, index * rows : (index + 1) * rows] = self.weights.tensor(name, shape)
+                name = prefix + part.format(expert=expert)
+                out[expert, index * rows : (index + 1) * rows] = self.method.matrix(self.weights, name, *shape)
         return out

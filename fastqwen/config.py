@@ -55,6 +55,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     generation_config: Annotated[
         str, option("Where default sampling parameters come from: auto (the model), none, or a folder.")
     ] = "auto"
+    rope_per_request: Annotated[
+        bool,
+        option(
+            "YaRN by request: prompts within the trained length are computed unscaled, longer ones with the smallest "
+            "factor that covers prompt and answer."
+        ),
+    ] = False
     served_model_name: Annotated[list[str], option("Name(s) of the model in the API. Default: MODEL.")] = []
     trust_remote_code: Annotated[
         bool, option("Accepted for compatibility. Nothing needs it: a checkpoint's code is never run.")

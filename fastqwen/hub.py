@@ -32,6 +32,8 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
     """
     if "\0" in model:
         raise BadConfig("the model's name contains a NUL character")
+    if not model:
+        raise ModelNotFound("the model's name is empty")
     path = Path(model).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

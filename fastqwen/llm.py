@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -12,15 +13,20 @@ from tqdm import tqdm
 from fastqwen.client.assemble import Assembler
 from fastqwen.client.prepare import ModelLimits, prepare
 from fastqwen.config import EngineConfig
+from fastqwen.engine.core import EngineCore, EngineStats
 from fastqwen.errors import BadConfig, BadRequest
 from fastqwen.hub import resolve
 from fastqwen.model_config import ModelConfig
 from fastqwen.outputs import Logprob, RequestOutput
+from fastqwen.plan import EnginePlan
 from fastqwen.records import Grammar, RequestDelta, SamplingParams
 from fastqwen.runner.start import start_engine
 from fastqwen.text.grammar import check_grammar, grammar_tokenizer, to_grammar
-from fastqwen.text.load import TextTools, load_text
+from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text
 from fastqwen.text.template import Message
+from fastqwen.weights.checkpoint import open_checkpoint
+
+log = logging.getLogger(__name__)
 
 Prompt = str | list[int] | dict[str, Any]
 BAR_FROM_PROMPTS = 2
@@ -38,27 +44,50 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         unknown = set(options) - set(EngineConfig.__struct_fields__)
         if unknown:
-            raise BadConfig(f"LLM has no option {', '.join(sorted(unknown))}")
+            raise BadConfig(f"there is no engine option {', '.join(sorted(unknown))}")
         self.config = EngineConfig(model=model, **options)
         path = resolve(model, revision=self.config.revision, weights=self.config.load_format != "dummy")
-        with tqdm(desc="Loading layers", unit="layer", leave=False, delay=1.0) as bar:
+        if self.config.trust_remote_code:
+            log.warning("trust_remote_code has no effect: nothing needs it, a checkpoint's code is never run")
+        facts = open_checkpoint(path, with_tensors=False).model
+        self.text: TextTools | None = None
+        if not self.config.skip_tokenizer_init:
+            self.text = load_text(path, facts, self.config)
+        with tqdm(desc="Loading layers", unit="layer", leave=False, delay=1.0, disable=None) as bar:
             self._engine = start_engine(
                 self.config,
                 path,
                 lambda done, total: _advance(bar, done, total),
                 grammar_tokenizer=self._grammar_tokenizer,
             )
-        self.text: TextTools | None = None
-        if not self.config.skip_tokenizer_init:
-            self.text = load_text(path, self._engine.model, self.config)
+        if self.text is not None:
             self.text.tokenizer.limit_length(self._engine.plan.max_model_len)
         self.limits = ModelLimits(
             max_model_len=self._engine.plan.max_model_len,
             vocab_size=self._engine.model.vocab_size,
-            stop_token_ids=self.text.stop_token_ids if self.text else list(self._engine.model.eos_token_ids),
+            stop_token_ids=self.text.stop_token_ids if self.text else eos_without_tokenizer(path, facts),
         )
         self._ids = itertools.count()
         self._seeds = random.Random(self.config.seed)  # noqa: S311 not a secret
+
+    @property
+    def model(self) -> ModelConfig:
+        """What the checkpoint says about itself."""
+        return self._engine.model
+
+    @property
+    def plan(self) -> EnginePlan:
+        """What the device and the model allow."""
+        return self._engine.plan
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine itself. Whoever steps it must be the only one, and not use ``generate`` or ``chat`` besides."""
+        return self._engine.core
+
+    def stats(self) -> EngineStats:
+        """What the engine has done so far."""
+        return self._engine.core.stats()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""

@@ -111,10 +111,12 @@ class Fields:
             )
         return int(value)
 
-    def float(self, *keys: str, default: float | None = None) -> float:
+    def float(self, *keys: str, default: float | None = None, positive: bool = False) -> float:
         value = self._first(keys, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
             raise BadCheckpoint(f"{self.source}: {keys[0]} is {_short(value)}, expected a number")
+        if positive and value <= 0:
+            raise BadCheckpoint(f"{self.source}: {keys[0]} is {_short(value)}, expected a number above 0")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -154,6 +156,8 @@ def common(fields: Fields, *, default_head_dim: int | None = None) -> dict[str, 
     hidden_size = fields.int("hidden_size", high=2**20)
     head_dim = fields.int("head_dim", default=default_head_dim or max(1, hidden_size // num_heads), high=1024)
     num_kv_heads = fields.int("num_key_value_heads", default=num_heads, high=4096)
+    if head_dim % 2:
+        raise BadCheckpoint(f"{fields.source}: head_dim is odd, and heads of {head_dim} numbers cannot be rotated")
     if num_heads % num_kv_heads:
         raise BadCheckpoint(
             f"{fields.source}: num_attention_heads ({num_heads}) is no multiple of num_key_value_heads ({num_kv_heads})"
@@ -178,15 +182,41 @@ def common(fields: Fields, *, default_head_dim: int | None = None) -> dict[str, 
     }
 
 
+def routed_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
+    """The keys that all mixtures of experts share, as MoeConfig arguments.
+
+    Sparse is every decoder_sparse_step-th layer, but for those in mlp_only_layers.
+    """
+    num_experts = fields.int("num_experts", "num_local_experts", high=4096)
+    step = fields.int("decoder_sparse_step", default=1)
+    dense = fields.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise BadCheckpoint(f"{fields.source}: mlp_only_layers is {_short(dense)}, expected a list of layers")
+    return {
+        "num_experts": num_experts,
+        "experts_per_token": fields.int("num_experts_per_tok", high=num_experts),
+        "expert_size": fields.int("moe_intermediate_size"),
+        "normalize_top_k": fields.flag("norm_topk_prob"),
+        "sparse_layers": tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense),
+    }
+
+
 def checkpoint_facts(fields: Fields) -> dict[str, Any]:
     """What every generation's config.json says in the same way."""
     eos = fields.get("eos_token_id")
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in eos_ids):
+        raise BadCheckpoint(f"{fields.source}: eos_token_id is {_short(eos)}, expected a token id or a list of them")
+    bos = fields.int("bos_token_id", low=0) if fields.has("bos_token_id") else None
+    quantization = fields.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise BadCheckpoint(f"{fields.source}: quantization_config is {_short(quantization)}, expected an object")
     dtype = str(fields.get("dtype", "torch_dtype") or "bfloat16").removeprefix("torch.")
     return {
-        "quantization": fields.get("quantization_config"),
+        "quantization": quantization,
         "dtype": dtype if dtype in ("float32", "bfloat16", "float16") else "bfloat16",
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        "bos_token_id": fields.get("bos_token_id"),
+        "eos_token_ids": tuple(eos_ids),
+        "bos_token_id": bos,
     }
 
 
@@ -196,7 +226,7 @@ def rope_config(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     if not isinstance(scaling, dict):
         raise BadCheckpoint(f"{fields.source}: rope_scaling is {_short(scaling)}, expected an object")
     inner = Fields(scaling, f"{fields.source}: rope_scaling")
-    theta = inner.float("rope_theta") if inner.has("rope_theta") else fields.float("rope_theta", default=10000.0)
+    theta = (inner if inner.has("rope_theta") else fields).float("rope_theta", default=10000.0, positive=True)
     kind = str(inner.get("rope_type", "type") or "default")
     if kind not in ("default", "linear", "yarn", "llama3"):
         raise Unsupported(f"{fields.source}: rope_scaling type {kind!r}; supported: default, linear, yarn, llama3")
@@ -205,13 +235,13 @@ def rope_config(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     return RopeConfig(
         theta=theta,
         kind=kind,  # type: ignore[arg-type]
-        factor=inner.float("factor", default=1.0),
+        factor=inner.float("factor", default=1.0, positive=True),
         trained_len=trained_len,
-        beta_fast=inner.float("beta_fast", default=32.0),
-        beta_slow=inner.float("beta_slow", default=1.0),
+        beta_fast=inner.float("beta_fast", default=32.0, positive=True),
+        beta_slow=inner.float("beta_slow", default=1.0, positive=True),
         truncate=inner.flag("truncate", True),
-        low_freq_factor=inner.float("low_freq_factor", default=1.0),
-        high_freq_factor=inner.float("high_freq_factor", default=4.0),
+        low_freq_factor=inner.float("low_freq_factor", default=1.0, positive=True),
+        high_freq_factor=inner.float("high_freq_factor", default=4.0, positive=True),
         **optional,
     )
 
@@ -227,11 +257,13 @@ def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
         first = fields.int("max_window_layers", default=num_layers, low=0)
         windows = tuple(width if layer >= first else None for layer in range(num_layers))
     else:
+        if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
+            raise BadCheckpoint(f"{fields.source}: layer_types is {_short(layer_types)}, expected a list of words")
         if len(layer_types) != num_layers:
             raise BadCheckpoint(f"{fields.source}: layer_types has {len(layer_types)} entries for {num_layers} layers")
         unknown = set(layer_types) - {"full_attention", "sliding_attention"}
         if unknown:
-            raise Unsupported(f"{fields.source}: layer_types contains {sorted(map(str, unknown))}")
+            raise Unsupported(f"{fields.source}: layer_types contains {sorted(unknown)}")
         windows = tuple(width if kind == "sliding_attention" else None for kind in layer_types)
     return windows if any(windows) else ()
 

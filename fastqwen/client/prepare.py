@@ -65,7 +65,7 @@ def prepare(
         raise BadRequest(f"{field} cannot be combined with structured output, which says where the answer ends", field)
     room = limits.max_model_len - len(token_ids)
     max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-    first_seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
+    first_seed = seeds.getrandbits(63) if sampling.seed is None else sampling.seed
     stops = [] if sampling.ignore_eos else limits.stop_token_ids
     arrival_s = time.monotonic()
     return [

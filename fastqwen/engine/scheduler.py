@@ -20,7 +20,8 @@ ADMISSION_HEADROOM_BLOCKS = 8
 class Scheduler:
     """Raises nothing on a valid request; ``limit`` says beforehand what a valid request is.
 
-    rope_key_of(num_prompt_tokens, max_tokens) names the rotary profile that a new sequence gets.
+    rope_key_of(num_prompt_tokens, max_tokens) names the rotary profile that a new sequence gets; max_tokens is None
+    where the caller set no limit.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
-        rope_key_of: Callable[[int, int], str] = lambda num_prompt, max_tokens: "",
+        rope_key_of: Callable[[int, int | None], str] = lambda num_prompt, max_tokens: "",
     ) -> None:
         self.blocks = blocks
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -79,7 +80,8 @@ class Scheduler:
         assert request.request_id not in self._sequences, f"request id {request.request_id!r} is in use"
         num_prompt = len(request.prompt_token_ids)
         assert num_prompt > 0 and num_prompt + request.max_tokens - 1 <= self.max_sequence_tokens, "not checked before"
-        sequence = Sequence(request, self._rope_key_of(num_prompt, request.max_tokens))
+        limit = None if request.sampling.max_tokens is None else request.max_tokens
+        sequence = Sequence(request, self._rope_key_of(num_prompt, limit))
         self._sequences[request.request_id] = sequence
         self._push_waiting(sequence)
 

@@ -27,7 +27,7 @@ log = logging.getLogger("fastqwen.server")
 
 State = Literal["loading", "ready", "restarting", "failed", "stopped"]
 GONE = "the engine stopped unexpectedly while this request was running; it restarts, please send the request again"
-ENGINE_COMMAND = (sys.executable, "-m", "fastqwen.ipc.engine_main")
+ENGINE_COMMAND = (sys.executable, "-P", "-m", "fastqwen.ipc.engine_main")  # -P: nothing in the working folder is imported
 KILL_AFTER_S = 5.0
 MAX_WAITING_DELTAS = 256
 
@@ -192,10 +192,10 @@ class EngineClient:
             self._socket = self._context.socket(zmq.PAIR)
             self._socket.set_hwm(0)
             self._socket.bind(address)
+            # -P: a user's own random.py in the working directory must not become the engine's.
             self._process = await asyncio.create_subprocess_exec(
                 *self._command, address, stdin=asyncio.subprocess.DEVNULL
             )
-            await self._socket.send(wire.encode(wire.Start(self._config, str(self._path))))
             listening = asyncio.create_task(self._listen(self._socket))
             was_ready = await self._wait_for_end(listening)
             self._socket.close(linger=0)
@@ -204,7 +204,9 @@ class EngineClient:
                 return
             self._end_streams(GONE, "error")
             if not was_ready:
-                self.failure = f"the engine process ended with status {self._process.returncode} before it was ready"
+                status = self._process.returncode
+                hint = " (killed, often for want of memory)" if status == -signal.SIGKILL else ""
+                self.failure = f"the engine process ended with status {status}{hint} before it was ready"
                 self._set_state("failed")
                 return
             log.error("the engine process ended with status %s; starting it again", self._process.returncode)
@@ -227,6 +229,7 @@ class EngineClient:
             await asyncio.sleep(0.02)
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> None:
+        await socket.send(wire.encode(wire.Start(self._config, str(self._path))))  # waits until the engine connects
         while True:
             message = wire.from_engine.decode(await socket.recv())
             self._heard_s = time.monotonic()

@@ -58,6 +58,29 @@ class HeadShape:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class GptqWeight:
+    """A matrix of whole numbers packed along the inputs, 32 / bits to a word, the lowest bits first.
+
+    weight[o, i] = scales[group(i), o] * (code[i, o] - zeros[group(i), o])
+    """
+
+    codes: Tensor  # int32 [in * bits / 32, out]
+    scales: Tensor  # floating point [groups, out]
+    zeros: Tensor  # int16 [groups, out]
+    group_of: Tensor | None  # int64 [in]; None: inputs are grouped in their order
+    bits: int
+    group_size: int
+
+    @property
+    def in_size(self) -> int:
+        return self.codes.shape[0] * 32 // self.bits
+
+    @property
+    def out_size(self) -> int:
+        return self.codes.shape[1]
+
+
 class Ops(Protocol):
     """All matrices of weights are [out, in]. ``residual`` is changed in place where a comment says so.
 
@@ -83,6 +106,8 @@ class Ops(Protocol):
     ) -> Tensor: ...
 
     def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None: ...
+
+    def gptq_linear(self, x: Tensor, weight: GptqWeight, bias: Tensor | None = None) -> Tensor: ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor: ...
 

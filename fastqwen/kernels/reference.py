@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels import AttentionBatch, GptqWeight, HeadShape, LayerCache
+
+UNPACKED_BYTES = 8 * 2**20  # of a packed matrix, unpacked at a time
 
 
 class ReferenceOps:
@@ -44,6 +46,16 @@ class ReferenceOps:
     def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """residual += linear(x), in place"""
         residual += self.linear(x, weight, bias)
+
+    def gptq_linear(self, x: Tensor, weight: GptqWeight, bias: Tensor | None = None) -> Tensor:
+        """x [tokens, in] -> [tokens, out]. A few output columns are unpacked at a time, so that memory stays small."""
+        out = torch.empty((x.shape[0], weight.out_size), dtype=x.dtype, device=x.device)
+        width = max(1, UNPACKED_BYTES // (4 * weight.in_size))
+        for start in range(0, weight.out_size, width):
+            stop = min(start + width, weight.out_size)
+            part = None if bias is None else bias[start:stop]
+            out[:, start:stop] = self.linear(x, gptq_unpack(weight, start, stop).to(x.dtype), part)
+        return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[tokens, 2 * size] -> silu(first half) * second half, [tokens, size]"""
@@ -138,6 +150,20 @@ class ReferenceOps:
             result = self.linear(hidden, down[expert])
             out.index_add_(0, token, result.float() * expert_weights[token, choice, None])
         return out.to(x.dtype)
+
+
+def gptq_unpack(weight: GptqWeight, start: int, stop: int) -> Tensor:
+    """Output columns ``start`` to ``stop`` as a plain matrix, float32 [stop - start, in]."""
+    codes = weight.codes[:, start:stop].t().contiguous().view(torch.uint8)  # the lowest byte of a word comes first
+    if weight.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
+    out = codes.float()  # [out, in]
+    scales, zeros = weight.scales[:, start:stop].t().float(), weight.zeros[:, start:stop].t().float()
+    if weight.group_of is not None:
+        return out.sub_(zeros[:, weight.group_of]).mul_(scales[:, weight.group_of])
+    for group, inputs in enumerate(out.split(weight.group_size, dim=1)):
+        inputs.sub_(zeros[:, group, None]).mul_(scales[:, group, None])
+    return out
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ A quantization method is a subclass that defines ``__call__``; it may replace th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastqwen.kernels import Ops
@@ -67,3 +69,18 @@ class DenseLinear(Linear):
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         self.ops.linear_add(residual, x, self.weight, self.bias)
+
+
+class JoinedLinear(Linear):
+    """Matrices that cannot be one, side by side: their outputs follow each other."""
+
+    def __init__(self, ops: Ops, parts: Sequence[Linear]) -> None:
+        super().__init__(ops)
+        self.parts = tuple(parts)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)

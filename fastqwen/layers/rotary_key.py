@@ -9,18 +9,22 @@ from fastqwen.model_config import RopeConfig
 DEFAULT_KEY = ""
 
 
-def rope_key(rope: RopeConfig, num_prompt_tokens: int, max_tokens: int, *, per_request: bool = False) -> str:
+def rope_key(rope: RopeConfig, num_prompt_tokens: int, max_tokens: int | None, *, per_request: bool = False) -> str:
     """Which profile a new request gets, for all its life.
 
     Qwen-1: alpha = max(1, 2^ceil(log2(L / trained_len) + 1) - 1) from the prompt's length L alone.
     YaRN with ``per_request``: unscaled while prompt and answer fit the trained length, else the smallest factor that
-    covers both, but no more than the checkpoint's own. Otherwise there is one profile for all.
+    covers both, but no more than the checkpoint's own. ``max_tokens`` of None, an answer of any length, counts nothing
+    beside a prompt that fits; beside a longer one it asks for the whole factor. Otherwise there is one profile for all.
     """
     if rope.kind == "qwen1_ntk":
         return f"ntk:{ntk_alpha(num_prompt_tokens, rope.trained_len)}"
     if rope.kind == "yarn" and per_request:
-        wanted = (num_prompt_tokens + max_tokens) / rope.trained_len
-        return f"yarn:{max(1.0, min(wanted, rope.factor))!r}"
+        if max_tokens is None:
+            factor = 1.0 if num_prompt_tokens <= rope.trained_len else rope.factor
+        else:
+            factor = max(1.0, min((num_prompt_tokens + max_tokens) / rope.trained_len, rope.factor))
+        return f"yarn:{factor!r}"
     return DEFAULT_KEY
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.model_config import Fields, ModelConfig, read_json
 
+QUANTIZE_CONFIG = "quantize_config.json"
+
 
 def supported() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "names")
@@ -37,10 +39,28 @@ def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
         module = find(model_type)
     except Unsupported as error:
         raise Unsupported(f"{source}: {error}") from None
+    architectures = values.get("architectures")
+    if isinstance(architectures, list) and architectures and not any(map(_continues_text, architectures)):
+        raise Unsupported(f"{source}: architecture {str(architectures[0])[:60]!r} is not one that continues texts")
     config: ModelConfig = module.parse(Fields(values, source))
     return config
 
 
+def _continues_text(architecture: Any) -> bool:
+    return isinstance(architecture, str) and architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def read_config(folder: Path) -> ModelConfig:
+    """A folder's config.json; early GPTQ checkpoints keep their quantization in quantize_config.json beside it."""
     path = folder / "config.json"
-    return parse_config(read_json(path), str(path))
+    values = read_json(path)
+    beside = quantization_source(folder)
+    if beside != path:
+        values["quantization_config"] = {"quant_method": "gptq", **read_json(beside)}
+    return parse_config(values, str(path))
+
+
+def quantization_source(folder: Path) -> Path:
+    """The file that says how a folder's weights are stored."""
+    path, beside = folder / "config.json", folder / QUANTIZE_CONFIG
+    return beside if beside.is_file() and read_json(path).get("quantization_config") is None else path

@@ -33,8 +33,13 @@ def parse(fields: Fields) -> ModelConfig:
             f"{fields.source}: num_attention_heads ({num_heads}) x kv_channels ({head_dim}) is not hidden_size ({hidden_size})"
         )
     max_position_embeddings = fields.int("max_position_embeddings", "n_positions", default=8192)
-    seq_length = fields.int("seq_length", default=max_position_embeddings)
+    seq_length = fields.int("seq_length", default=max_position_embeddings, low=2)
     ntk = fields.flag("use_dynamic_ntk")
+    double_size = fields.int("intermediate_size", "ffn_hidden_size", high=2**22)
+    if double_size % 2 or head_dim % 2:
+        raise BadCheckpoint(
+            f"{fields.source}: intermediate_size ({double_size}) and kv_channels ({head_dim}) must be even"
+        )
     return ModelConfig(
         model_type="qwen",
         vocab_size=fields.int("vocab_size", "padded_vocab_size", high=2**24),
@@ -43,12 +48,12 @@ def parse(fields: Fields) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=head_dim,
-        intermediate_size=fields.int("intermediate_size", "ffn_hidden_size", high=2**22) // 2,
+        intermediate_size=double_size // 2,
         rms_norm_eps=fields.float("layer_norm_epsilon", default=1e-6),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         max_position_embeddings=max(max_position_embeddings, seq_length) if ntk else max_position_embeddings,
         rope=RopeConfig(
-            theta=fields.float("rotary_emb_base", default=10000.0),
+            theta=fields.float("rotary_emb_base", default=10000.0, positive=True),
             kind="qwen1_ntk" if ntk else "default",
             trained_len=seq_length,
         ),

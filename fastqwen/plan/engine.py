@@ -62,6 +62,8 @@ def make_plan(
     cannot have.
     """
     dtype, notices = choose_dtype(config.dtype, model, facts)
+    if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
+        raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
     on_cpu = facts.kind == "cpu"
     profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
     block_size = config.block_size or profile.block_size

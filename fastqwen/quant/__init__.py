@@ -1,7 +1,6 @@
 """One file per ``quant_method`` word of config.json; ``dense`` is for checkpoints that have none.
 
-A file has ``from_config(config: dict, source: str) -> method``; a method has
-``linear(weights, names, in_size, out_sizes, bias, ops) -> Linear``.
+A file has ``from_config(config: dict, source: str) -> method``; what a method has is said by QuantMethod.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from fastqwen.errors import Unsupported
 from fastqwen.kernels import Ops
@@ -21,6 +22,9 @@ class QuantMethod(Protocol):
         self, weights: Weights, names: tuple[str, ...], in_size: int, out_sizes: tuple[int, ...], bias: bool, ops: Ops
     ) -> Linear:
         """One matrix from the checkpoint's ``names``, joined along the outputs."""
+
+    def matrix(self, weights: Weights, name: str, out_size: int, in_size: int) -> Tensor:
+        """One matrix as plain numbers in the model's type, [out, in]: for parts that have no packed form."""
 
 
 def supported() -> list[str]:

@@ -12,6 +12,9 @@ from fastqwen.weights.source import Weights
 
 
 class Dense:
+    def matrix(self, weights: Weights, name: str, out_size: int, in_size: int) -> torch.Tensor:
+        return weights.tensor(f"{name}.weight", (out_size, in_size))
+
     def linear(
         self, weights: Weights, names: tuple[str, ...], in_size: int, out_sizes: tuple[int, ...], bias: bool, ops: Ops
     ) -> DenseLinear:

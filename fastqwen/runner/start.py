@@ -72,7 +72,7 @@ def start_engine(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
-        rope_key_of=partial(rope_key, checkpoint.model.rope),
+        rope_key_of=partial(rope_key, checkpoint.model.rope, per_request=config.rope_per_request),
     )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again

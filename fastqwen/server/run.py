@@ -221,14 +221,14 @@ class _Server(uvicorn.Server):
 
 
 class _LoadingBar:
-    """Appears when loading takes longer than a second."""
+    """Appears on a terminal when loading takes longer than a second."""
 
     def __init__(self) -> None:
         self._bar: Any = None
 
     def update(self, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=total, desc="Loading layers", unit="layer", leave=False, delay=1.0)
+            self._bar = tqdm(total=total, desc="Loading layers", unit="layer", leave=False, delay=1.0, disable=None)
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

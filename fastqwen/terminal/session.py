@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any, Protocol
 
-from fastqwen.errors import FastqwenError
+from fastqwen.client.remote import RemoteServer
 
 Messages = list[dict[str, Any]]
 
@@ -43,66 +42,11 @@ class RemoteModel:
     """Any OpenAI-compatible server."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
-        import httpx
-
-        base = url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(10.0, read=600.0))
-        self._url = base
-        models = self._get("/v1/models")["data"]
-        self.name = models[0]["id"]
-        self._max_model_len = models[0].get("max_model_len") or 0
+        self._server = RemoteServer(url, api_key)
+        self.name = self._server.model
 
     def answer(self, messages: Messages, options: dict[str, Any]) -> Generator[str, None, None]:
-        import httpx
-
-        body = {"model": self.name, "messages": messages, "stream": True, **options}
-        try:
-            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
-                if response.status_code != 200:
-                    response.read()
-                    raise FastqwenError(_message_of(response))
-                for line in response.iter_lines():
-                    yield from _text_of(line)
-        except httpx.HTTPError as error:
-            raise FastqwenError(f"the server at {self._url} does not answer: {error}") from None
+        yield from self._server.chat(messages, options)
 
     def count_tokens(self, messages: Messages) -> tuple[int, int]:
-        found = self._post("/tokenize", {"messages": messages})
-        return found["count"], found.get("max_model_len") or self._max_model_len
-
-    def _get(self, path: str) -> Any:
-        return self._json("GET", path, None)
-
-    def _post(self, path: str, body: Any) -> Any:
-        return self._json("POST", path, body)
-
-    def _json(self, method: str, path: str, body: Any) -> Any:
-        import httpx
-
-        try:
-            response = self._client.request(method, path, json=body)
-        except httpx.HTTPError as error:
-            raise FastqwenError(f"the server at {self._url} does not answer: {error}") from None
-        if response.status_code != 200:
-            raise FastqwenError(_message_of(response))
-        return response.json()
-
-
-def _text_of(line: str) -> Iterator[str]:
-    if not line.startswith("data: ") or line == "data: [DONE]":
-        return
-    value = json.loads(line[6:])
-    if "error" in value:
-        raise FastqwenError(value["error"]["message"])
-    for choice in value.get("choices", []):
-        text = choice.get("delta", {}).get("content")
-        if text:
-            yield text
-
-
-def _message_of(response: Any) -> str:
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered {response.status_code}"
+        return self._server.count_tokens(messages), self._server.max_model_len or 0

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadCheckpoint, BadConfig
+from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
 from fastqwen.hub import resolve
 from fastqwen.model_config import ModelConfig, read_json
+from fastqwen.records import SamplingParams
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.stops import StopToken, derive_stops
 from fastqwen.text.template import CHATML, ChatTemplate
@@ -18,13 +19,14 @@ from fastqwen.text.tokenizer import JsonTokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
 
+GENERATION_CONFIG = "generation_config.json"
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 MAX_TOKENIZER_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class TextTools:
-    """``default_sampling`` holds the keys that generation_config.json sets, under SamplingParams' names."""
+    """``default_sampling`` holds the keys that ``generation_config`` sets, under SamplingParams' names."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | PiecewiseChatMl | None
@@ -51,20 +53,21 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
     where = resolve(config.tokenizer, weights=False) if config.tokenizer else path
     found = _from_gguf(where) if where.is_file() else _from_folder(where)
     _check_vocabulary(found.tokenizer, model, where, path)
-    generation = _generation_config(path, config)
-    template = _template(found, config, generation)
+    file, generation = _chosen_generation_config(path, config)
+    template = _template(found, config)
     stops = derive_stops(
         found.tokenizer,
         template=template,
         config_eos=model.eos_token_ids,
-        generation_config=generation,
+        config_origin=f"{path.name if path.is_file() else 'config.json'}: eos_token_id",
+        generation_config=own_generation_config(path),
         tokenizer_eos=found.tokenizer_eos,
     )
     return TextTools(
         tokenizer=found.tokenizer,
         template=template,
         stops=stops,
-        default_sampling=_default_sampling(generation),
+        default_sampling=_default_sampling(generation, file),
         generation_config=generation,
     )
 
@@ -112,7 +115,7 @@ def _json_tokenizer(path: Path) -> JsonTokenizer:
 def _folder_template(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[str | None, str]:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8"), str(path)
+        return _read_template(path), str(path)
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # named templates; "default" is the one for chats
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
@@ -120,6 +123,13 @@ def _folder_template(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[st
     if isinstance(template, str):
         return template, str(folder / "tokenizer_config.json")
     return None, ""
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError:
+        raise BadCheckpoint(f"{path} is not a text in UTF-8") from None
 
 
 def _token_text(value: Any) -> str:
@@ -151,28 +161,50 @@ def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, where: Path, pat
         )
 
 
-def _generation_config(path: Path, config: EngineConfig) -> dict[str, Any]:
+def eos_without_tokenizer(path: Path, model: ModelConfig) -> list[int]:
+    """Stop ids for work with token ids only: what generation_config.json and config.json say."""
+    found = own_generation_config(path).get("eos_token_id")
+    ids = [*(found if isinstance(found, list) else [found]), *model.eos_token_ids]
+    return list(dict.fromkeys(one for one in ids if type(one) is int and 0 <= one < model.vocab_size))
+
+
+def own_generation_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's; it says what ends an answer, wherever sampling parameters come from."""
+    file = path / GENERATION_CONFIG
+    return read_json(file) if path.is_dir() and file.is_file() else {}
+
+
+def _chosen_generation_config(path: Path, config: EngineConfig) -> tuple[Path, dict[str, Any]]:
+    """Where default sampling parameters come from, and what is written there."""
+    if config.generation_config == "auto":
+        return path / GENERATION_CONFIG, own_generation_config(path)
     if config.generation_config == "none":
-        return {}
-    folder = path if config.generation_config == "auto" else Path(config.generation_config)
-    file = folder / "generation_config.json"
-    if config.generation_config != "auto" and not file.exists():
+        return path / GENERATION_CONFIG, {}
+    file = Path(config.generation_config) / GENERATION_CONFIG
+    if not file.is_file():
         raise BadConfig(f"--generation-config: {file} does not exist")
-    return read_json(file) if file.is_file() else {}
+    return file, read_json(file)
 
 
-def _default_sampling(generation: dict[str, Any]) -> dict[str, Any]:
-    defaults = {key: generation[key] for key in SAMPLING_KEYS if isinstance(generation.get(key), (int, float))}
+def _default_sampling(generation: dict[str, Any], file: Path) -> dict[str, Any]:
+    defaults = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
+    for key, value in defaults.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BadCheckpoint(f"{file}: {key} is {str(value)[:60]!r}, expected a number")
     if generation.get("do_sample") is False:
         defaults["temperature"] = 0.0
+    try:
+        SamplingParams(**defaults)
+    except BadRequest as error:
+        raise BadCheckpoint(f"{file}: {error}") from None
     return defaults
 
 
-def _template(found: _Found, config: EngineConfig, generation: dict[str, Any]) -> ChatTemplate | PiecewiseChatMl | None:
+def _template(found: _Found, config: EngineConfig) -> ChatTemplate | PiecewiseChatMl | None:
     if config.chat_template is not None:
         file = Path(config.chat_template)
         if file.is_file():
-            source, origin = file.read_text(encoding="utf-8"), str(file)
+            source, origin = _read_template(file), str(file)
         elif "{" in config.chat_template:
             source, origin = config.chat_template, "--chat-template"
         else:

@@ -18,11 +18,13 @@ PATTERN = (
 )
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
 MAX_FILE_BYTES = 64 * 2**20
-MAX_CHARS = 500_000  # tiktoken panics on a run of a million spaces; 32,768 tokens of real text are far shorter
+MAX_CHARS = 500_000  # tiktoken fails on a run of a million spaces; 32,768 tokens of real text are far shorter
 
 
 class QwenTiktoken(Tokenizer):
     """Text is normalised to NFC first, as the original does. Raises BadCheckpoint for a damaged file."""
+
+    max_chars = MAX_CHARS
 
     def __init__(self, path: Path) -> None:
         ranks = read_ranks(path)
@@ -49,11 +51,16 @@ class QwenTiktoken(Tokenizer):
         return self.control_tokens.get(token)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._inner.encode(unicodedata.normalize("NFC", text), allowed_special="all", disallowed_special=())
+        ids: list[int] = self._inner.encode(_nfc(text), allowed_special="all", disallowed_special=())
+        return ids
 
     def encode_plain(self, text: str) -> list[int]:
         self.check(text)
-        return self._inner.encode(unicodedata.normalize("NFC", text), allowed_special=set(), disallowed_special=())
+        return self._guard(lambda: self._inner.encode(_nfc(text), allowed_special=set(), disallowed_special=()))
+
+
+def _nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

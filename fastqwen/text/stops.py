@@ -24,6 +24,7 @@ def derive_stops(
     *,
     template: ChatTemplate | PiecewiseChatMl | None,
     config_eos: Iterable[int] = (),
+    config_origin: str = "config.json: eos_token_id",
     generation_config: dict[str, Any] | None = None,
     tokenizer_eos: str | int | None = None,
 ) -> list[StopToken]:
@@ -38,7 +39,7 @@ def derive_stops(
 
     generation = generation_config or {}
     add(generation.get("eos_token_id"), "generation_config.json: eos_token_id")
-    add(list(config_eos), "config.json: eos_token_id")
+    add(list(config_eos), config_origin)
     if isinstance(tokenizer_eos, str):
         add(tokenizer.token_id(tokenizer_eos), "tokenizer: eos_token")
     else:

@@ -7,6 +7,7 @@ answers are then the same by construction.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -64,11 +65,16 @@ class Tokenizer(ABC):
             raise BadRequest("the text contains a lone surrogate, which is no character", "prompt")
 
     def _guarded(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._guard(lambda: self._encode(text, add_special_tokens))
+
+    @staticmethod
+    def _guard(encode: Callable[[], list[int]]) -> list[int]:
         try:
-            return self._encode(text, add_special_tokens)
+            return encode()
         except BaseException as error:
-            # Rust panics of the tokenizer libraries are BaseExceptions; nothing of this process is damaged by them.
-            if type(error).__name__ != "PanicException":
+            # Regular expressions fail on extreme texts: as ValueError, or as a Rust panic, which is a BaseException
+            # that damages nothing of this process.
+            if type(error).__name__ != "PanicException" and not isinstance(error, ValueError):
                 raise
             raise BadRequest(
                 "the tokenizer cannot process this text: is it one very long run of spaces?", "prompt"

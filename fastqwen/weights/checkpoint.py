@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastqwen.errors import ModelNotFound
 from fastqwen.model_config import ModelConfig
-from fastqwen.models import read_config
+from fastqwen.models import quantization_source, read_config
 
 if TYPE_CHECKING:  # it needs torch, and reading a configuration does not
     from fastqwen.weights.source import TensorFile
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # it needs torch, and reading a configuration does not
 @dataclass(frozen=True)
 class Checkpoint:
     model: ModelConfig
-    source: str  # the file that says what the model is; errors name it
+    source: str  # the file that says how the weights are stored; errors name it
     tensors: TensorFile | None  # None: only the configuration was asked for
 
 
@@ -35,8 +35,9 @@ def open_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
         hint = f": give the file itself, for example {path / ggufs[0]}" if ggufs else ""
         raise ModelNotFound(f"{path} holds no config.json{hint}")
     model = read_config(path)
+    source = str(quantization_source(path))
     if not with_tensors:
-        return Checkpoint(model, str(path / "config.json"), None)
+        return Checkpoint(model, source, None)
     from fastqwen.weights.safetensors_file import SafetensorsCheckpoint
 
-    return Checkpoint(model, str(path / "config.json"), SafetensorsCheckpoint(path))
+    return Checkpoint(model, source, SafetensorsCheckpoint(path))

@@ -43,16 +43,15 @@ class SafetensorsCheckpoint:
         index = self._folder / INDEX
         if not index.exists():
             return
-        for name, shard in read_json(index).get("weight_map", {}).items():
+        for name, shard in _weight_map(index).items():
             if name not in self._file_of:
-                raise BadCheckpoint(f"{self._folder / str(shard)}: tensor {name} is missing, though {INDEX} lists it")
+                raise BadCheckpoint(f"{self._folder / shard}: tensor {name[:200]} is missing, though {INDEX} lists it")
 
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
-        names = set(read_json(index).get("weight_map", {}).values())
-        paths = sorted(folder / _plain_name(index, str(name)) for name in names)
+        paths = sorted(folder / _plain_name(index, name) for name in set(_weight_map(index).values()))
         missing = [path.name for path in paths if not path.exists()]
         if missing:
             raise BadCheckpoint(
@@ -69,6 +68,14 @@ def _shards(folder: Path) -> list[Path]:
             "get the safetensors version, or convert it with `transformers` on a machine where you trust the file"
         )
     raise ModelNotFound(f"{folder} holds no .safetensors files")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file holds each tensor."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
+        raise BadCheckpoint(f"{index}: weight_map must be an object that names a file for each tensor")
+    return found
 
 
 def _plain_name(index: Path, name: str) -> str:

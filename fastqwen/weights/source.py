@@ -35,12 +35,30 @@ class Weights:
     def has(self, name: str) -> bool:
         return name in self._names
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A floating-point tensor in this model's type."""
-        found = self.raw(name, shape).to(device=self.device, dtype=self.dtype)
+    def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False) -> Tensor:
+        """A floating-point tensor in this model's type, or in the file's own one."""
+        found = self.raw(name, shape)
+        if not found.is_floating_point():
+            raise BadCheckpoint(
+                f"{self._file.location(name)}: tensor {name} holds {_type_name(found)}, expected floating-point numbers"
+            )
+        found = found.to(device=self.device, dtype=found.dtype if keep_type else self.dtype)
         if not bool(torch.isfinite(found).all()):
             raise BadCheckpoint(f"{self._file.location(name)}: tensor {name} contains NaN or infinity")
         return found
+
+    def words(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """An int32 tensor on this model's device."""
+        found = self.raw(name, shape)
+        if found.dtype != torch.int32:
+            raise BadCheckpoint(
+                f"{self._file.location(name)}: tensor {name} holds {_type_name(found)}, expected 32-bit whole numbers"
+            )
+        return found.to(self.device)
+
+    def fault(self, name: str, what: str) -> BadCheckpoint:
+        """The error for a tensor whose values cannot be right."""
+        return BadCheckpoint(f"{self._file.location(name)}: tensor {name} {what}")
 
     def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor in the file's own type, on the CPU, possibly a view of the mapped file."""
@@ -54,6 +72,10 @@ class Weights:
         return self._file.read(name)
 
 
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 class DummyWeights(Weights):
     """Random weights of any shape, for benchmarks: small enough that no activation overflows."""
 
@@ -65,15 +87,20 @@ class DummyWeights(Weights):
     def has(self, name: str) -> bool:
         return not name.endswith((".bias", ".g_idx"))
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False) -> Tensor:
+        dtype = torch.float16 if keep_type else self.dtype
         if len(shape) == 1 and not name.endswith(".bias"):
-            return torch.ones(shape, dtype=self.dtype, device=self.device)
-        out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return out.normal_(0.0, 0.02, generator=self._generator)
+            return torch.ones(shape, dtype=dtype, device=self.device)
+        spread = 2e-4 if name.endswith(".scales") else 0.02  # scales are multiplied by codes of up to 8 bits
+        out = torch.empty(shape, dtype=dtype, device=self.device)
+        return out.normal_(0.0, spread, generator=self._generator)
+
+    def words(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith(".g_idx"):
+            return torch.zeros(shape, dtype=torch.int32, device=self.device)
+        return torch.randint(
+            -(2**31), 2**31 - 1, shape, dtype=torch.int32, device=self.device, generator=self._generator
+        )
 
     def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name.endswith((".qweight", ".qzeros")):
-            return torch.randint(
-                -(2**31), 2**31 - 1, shape, dtype=torch.int32, device=self.device, generator=self._generator
-            )
         return self.tensor(name, shape)

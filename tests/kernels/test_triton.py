@@ -61,7 +61,7 @@ def test_linears(ops: TritonOps, dtype: torch.dtype, rows: int, k: int, n: int):
 def test_split_products_leave_their_counters_at_zero(split_k: int):
     space = linear.Workspace(torch.device(DEVICE))
     x, weight = random(5, 512, dtype=torch.float16), random(70, 512, dtype=torch.float16, scale=0.05)
-    tiling = linear.Tiling(16, 64, split_k, 4, 2)
+    tiling = linear.Tiling(16, 4, 64, split_k, 2)
     for _ in range(2):
         found = linear.skinny_linear(x, weight, space, tiling=tiling)
         close(found, REFERENCE.linear(x, weight), torch.float16)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineCore
@@ -41,6 +43,34 @@ def make(folder: Path, config_class: str, *, dtype: torch.dtype = torch.float32,
     model.generation_config = transformers.GenerationConfig(do_sample=False)
     model.save_pretrained(folder)
     return model
+
+
+def make_qwen1(folder: Path, **changes: Any) -> None:
+    """Qwen-1 under its own names: 2 layers, 4 heads of 16, seq_length 64 with dynamic NTK and logN."""
+    config = {
+        "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 64, "intermediate_size": 192,
+        "kv_channels": 16, "layer_norm_epsilon": 1e-6, "max_position_embeddings": 512, "no_bias": True,
+        "num_attention_heads": 4, "num_hidden_layers": 2, "rotary_emb_base": 10000, "rotary_pct": 1.0,
+        "seq_length": 64, "tie_word_embeddings": False, "use_dynamic_ntk": True, "use_logn_attn": True,
+        "vocab_size": 256, "torch_dtype": "float32", **changes,
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(7)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return 0.2 * torch.randn(shape, generator=generator)
+
+    vocab = config["vocab_size"]
+    tensors = {"transformer.wte.weight": tensor(vocab, 64), "lm_head.weight": tensor(vocab, 64)}
+    tensors["transformer.ln_f.weight"] = 1 + tensor(64)
+    for layer in range(2):
+        prefix = f"transformer.h.{layer}."
+        tensors[f"{prefix}ln_1.weight"], tensors[f"{prefix}ln_2.weight"] = 1 + tensor(64), 1 + tensor(64)
+        tensors[f"{prefix}attn.c_attn.weight"], tensors[f"{prefix}attn.c_attn.bias"] = tensor(192, 64), tensor(192)
+        tensors[f"{prefix}attn.c_proj.weight"] = tensor(64, 64)
+        tensors[f"{prefix}mlp.w1.weight"], tensors[f"{prefix}mlp.w2.weight"] = tensor(96, 64), tensor(96, 64)
+        tensors[f"{prefix}mlp.c_proj.weight"] = tensor(64, 96)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
 
 
 def prompt(length: int, vocab: int = 256, seed: int = 0) -> list[int]:

@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
 from fastqwen.kernels.triton.pointwise import normed_and_rotated
 
 LOG2_E = 1.4426950408889634
@@ -26,23 +28,25 @@ def _decode(
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, 2 * HALF]
     v_cache_ptr,
     out_ptr,  # [rows, HEADS * 2 * HALF]
-    partial_ptr,  # float32 [rows, KV_HEADS, SPLITS, GROUP, 2 * HALF]
-    stats_ptr,  # float32 [rows, KV_HEADS, SPLITS, 2, GROUP]: maxima (base 2) and sums
+    partial_ptr,  # float32 [rows, KV_HEADS, splits, GROUP, 2 * HALF]
+    stats_ptr,  # float32 [rows, KV_HEADS, splits, 2, GROUP]: maxima (base 2) and sums
     counter_ptr,  # int32 [rows, KV_HEADS], zero between launches
     table_width,
     scale,
     eps,
+    splits,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     NORM: tl.constexpr,
     LOGN: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One new token per row. A program has one KV head, all of its query heads, and one part of the context.
 
@@ -53,12 +57,14 @@ def _decode(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     DIM: tl.constexpr = 2 * HALF
+    if PDL:
+        gdc_launch_dependents()
     position = tl.load(positions_ptr + row)
     first_tile = 0
     if WINDOW > 0:
         first_tile = tl.maximum(position + 1 - WINDOW, 0) // BLOCK_SIZE
     num_tiles = position // BLOCK_SIZE + 1 - first_tile
-    per_split = tl.cdiv(num_tiles, SPLITS)
+    per_split = tl.cdiv(num_tiles, splits)
     parts = tl.cdiv(num_tiles, per_split)
     if split >= parts:
         return
@@ -67,6 +73,16 @@ def _decode(
 
     at = tl.arange(0, HALF)
     wide = tl.arange(0, DIM)
+    table = tables_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_width
+    head_stride = BLOCK_SIZE * DIM
+    if PDL:
+        # Older keys and values do not depend on the kernel before: ask for the first tile's while it still runs.
+        base = (tl.load(table + start).to(tl.int64) * KV_HEADS + kv_head) * head_stride
+        lines = tl.arange(0, BLOCK_SIZE * DIM * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 1024)
+        step: tl.constexpr = 1024 // k_cache_ptr.dtype.element_ty.primitive_bitwidth
+        prefetch(k_cache_ptr + base + lines * step)
+        prefetch(v_cache_ptr + base + lines * step)
+        gdc_wait()
     cos = tl.load(cos_sin_ptr + row * DIM + at)[None, :]
     sin = tl.load(cos_sin_ptr + row * DIM + HALF + at)[None, :]
     qkv = qkv_ptr + row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM
@@ -83,10 +99,8 @@ def _decode(
     q_low = q_low.to(qkv_ptr.dtype.element_ty).to(k_cache_ptr.dtype.element_ty)
     q_high = q_high.to(qkv_ptr.dtype.element_ty).to(k_cache_ptr.dtype.element_ty)
 
-    table = tables_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_width
     keys = tl.arange(0, BLOCK_SIZE)
     in_block = keys[:, None] * DIM
-    head_stride = BLOCK_SIZE * DIM
     top = tl.full((16,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((16,), dtype=tl.float32)
     acc = tl.zeros((16, DIM), dtype=tl.float32)
@@ -134,7 +148,7 @@ def _decode(
     if parts == 1:
         tl.store(out_ptr + out_place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
     else:
-        slab = (row.to(tl.int64) * KV_HEADS + kv_head) * SPLITS
+        slab = (row.to(tl.int64) * KV_HEADS + kv_head) * splits
         mine = slab + split
         part_place = group[:, None] * DIM + wide[None, :]
         tl.store(partial_ptr + mine * GROUP * DIM + part_place, acc, mask=live)
@@ -144,22 +158,25 @@ def _decode(
         arrived = tl.atomic_add(counter_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
         if arrived == parts - 1:
             tl.debug_barrier()
-            top = tl.full((16,), float("-inf"), dtype=tl.float32)
-            total = tl.zeros((16,), dtype=tl.float32)
+            # First all parts' maxima and sums at once; then their vectors, whose loads do not wait for each other.
+            every = tl.arange(0, MAX_SPLITS)
+            place_of = (slab + every)[:, None] * 2 * GROUP + group[None, :]
+            given = (every < parts)[:, None] & (group < GROUP)[None, :]
+            tops = tl.load(stats_ptr + place_of, mask=given, other=float("-inf"), cache_modifier=".cg")
+            sums = tl.load(stats_ptr + place_of + GROUP, mask=given, other=0.0, cache_modifier=".cg")
+            top = tl.max(tops, axis=0)
+            top = tl.where(group < GROUP, top, 0.0)
+            total = tl.where(group < GROUP, tl.sum(sums * tl.exp2(tops - top[None, :]), axis=0), 1.0)
             acc = tl.zeros((16, DIM), dtype=tl.float32)
-            for part in range(parts):
+            for part in tl.range(parts, loop_unroll_factor=4):
                 from_part = slab + part
-                stats = stats_ptr + from_part * 2 * GROUP
-                part_top = tl.load(stats + group, mask=group < GROUP, other=0.0, cache_modifier=".cg")
-                part_total = tl.load(stats + GROUP + group, mask=group < GROUP, other=1.0, cache_modifier=".cg")
+                part_top = tl.load(
+                    stats_ptr + from_part * 2 * GROUP + group, mask=group < GROUP, other=0.0, cache_modifier=".cg"
+                )
                 part_acc = tl.load(
                     partial_ptr + from_part * GROUP * DIM + part_place, mask=live, other=0.0, cache_modifier=".cg"
                 )
-                new_top = tl.maximum(top, part_top)
-                fade, rise = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
-                total = total * fade + part_total * rise
-                acc = acc * fade[:, None] + part_acc * rise[:, None]
-                top = new_top
+                acc += part_acc * tl.exp2(part_top - top)[:, None]
             tl.store(out_ptr + out_place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
             tl.store(counter_ptr + row * KV_HEADS + kv_head, 0)
 
@@ -173,12 +190,16 @@ class DecodeWorkspace:
         self.partial = torch.empty(max_parts * group * shape.head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(max_parts * 2 * group, dtype=torch.float32, device=device)
         self.counter = torch.zeros(max_rows * shape.num_kv_heads, dtype=torch.int32, device=device)
+        self.overlap = supports_overlap(device)
 
     def splits(self, rows: int, num_kv_heads: int) -> int:
         """How many parts a context may be cut into: enough programs for the whole device, no more."""
-        return max(1, min(64, PROGRAMS_WANTED // (rows * num_kv_heads), self.max_parts // (rows * num_kv_heads)))
+        return max(
+            1, min(MAX_SPLITS, PROGRAMS_WANTED // (rows * num_kv_heads), self.max_parts // (rows * num_kv_heads))
+        )
 
 
+MAX_SPLITS = 64
 PROGRAMS_WANTED = 528  # four for each of an H200's multiprocessors
 
 
@@ -195,6 +216,8 @@ def decode_attention(
     window: int | None,
     out: Tensor,
     splits: int | None = None,
+    num_stages: int = 3,
+    num_warps: int = 4,
 ) -> None:
     """Rotation, cache write and attention of rows that have one token each: qkv [rows, ...] -> out [rows, heads * dim]"""
     rows = qkv.shape[0]
@@ -204,10 +227,11 @@ def decode_attention(
     _decode[(rows, shape.num_kv_heads, splits)](
         qkv, batch.cos_sin, batch.q_scale, q_norm, k_norm, batch.table_rows, batch.block_tables, batch.positions,
         cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
-        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps,
+        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps, splits,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
-        GROUP=group, SPLITS=splits, WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None,
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=3, num_warps=4,
+        GROUP=group, MAX_SPLITS=MAX_SPLITS, WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None,
+        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=num_stages, PDL=workspace.overlap,
+        num_warps=num_warps, **overlapping(workspace.overlap),
     )  # fmt: skip
 
 

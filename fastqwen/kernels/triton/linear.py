@@ -1,5 +1,6 @@
-"""Matrix products of up to 64 rows, bound by reading the weights once: norm before, SiLU or residual behind, fused.
+"""Matrix products of up to 64 rows, bound by reading the weights once, with SiLU or the residual fused behind them.
 
+For a single row the norm in front is fused as well; with more rows every program would repeat it.
 For larger products cuBLAS is used; there the arithmetic, not the launch or the first byte, sets the time.
 """
 
@@ -11,78 +12,70 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
+from fastqwen.kernels.triton.pointwise import rms_norm
 
 MAX_ROWS = 64
 
 
 @triton.jit
 def _gemv(
-    x_ptr,  # [k]
-    w_ptr,  # [n, k], or [2 * n, k] if GATED
-    norm_ptr,  # [k]
+    x_ptr,  # [K]
+    w_ptr,  # [n, K], or [2 * n, K] if GATED
+    norm_ptr,  # [K]
     bias_ptr,
     out_ptr,  # [n]
-    k_size,
     n_size,
     eps,
+    K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # at least K
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
     BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One row: products on the ordinary cores, all of a tile's loads in flight before the first use."""
+    """One row: products on the ordinary cores. A program holds whole rows of weights in registers, so that all its
+    loads are in flight at once; they do not wait for the kernel before, whose result is only needed afterwards."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = (n < n_size)[:, None]
-    w_rows = w_ptr + n.to(tl.int64)[:, None] * k_size
-    up_rows = w_rows + n_size.to(tl.int64) * k_size
-    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    acc_up = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for start in range(0, k_size, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        if EVEN_K:
-            inside = rows
-            x = tl.load(x_ptr + k).to(tl.float32)
-        else:
-            inside = rows & (k < k_size)[None, :]
-            x = tl.load(x_ptr + k, mask=k < k_size, other=0.0).to(tl.float32)
-        w = tl.load(w_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-        if GATED:
-            up = tl.load(up_rows + k[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-        if NORM:
-            squares += x * x
-            if EVEN_K:
-                x *= tl.load(norm_ptr + k).to(tl.float32)
-            else:
-                x *= tl.load(norm_ptr + k, mask=k < k_size, other=0.0).to(tl.float32)
-        acc += w.to(tl.float32) * x[None, :]
-        if GATED:
-            acc_up += up.to(tl.float32) * x[None, :]
-    y = tl.sum(acc, axis=1)
+    k = tl.arange(0, BLOCK_K)
+    live = n < n_size
+    inside = live[:, None] & (k < K)[None, :] if BLOCK_K != K else live[:, None]
+    place = n.to(tl.int64)[:, None] * K + k[None, :]
+    if PDL:
+        gdc_launch_dependents()
+    w = tl.load(w_ptr + place, mask=inside, other=0.0)
+    if GATED:
+        up = tl.load(w_ptr + n_size.to(tl.int64) * K + place, mask=inside, other=0.0)
+    if NORM:
+        gain = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     scale = 1.0
     if NORM:
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / k_size + eps)
-        y *= scale
+        scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
+        x *= gain
+    y = tl.sum(w.to(tl.float32) * x[None, :], axis=1) * scale
     if BIAS:
-        y += tl.load(bias_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)
     if GATED:
-        up_y = tl.sum(acc_up, axis=1) * scale
+        up_y = tl.sum(up.to(tl.float32) * x[None, :], axis=1) * scale
         if BIAS:
-            up_y += tl.load(bias_ptr + n_size + n, mask=n < n_size, other=0.0).to(tl.float32)
+            up_y += tl.load(bias_ptr + n_size + n, mask=live, other=0.0).to(tl.float32)
         y = y / (1.0 + tl.exp(-y)) * up_y
     if ADD:
-        y += tl.load(out_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < n_size)
+        y += tl.load(out_ptr + n, mask=live, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _skinny(
     x_ptr,  # [m, k]
     w_ptr,  # [n, k], or [2 * n, k] if GATED
-    norm_ptr,
     bias_ptr,
     out_ptr,  # [m, n]
     partial_ptr,  # float32 [SPLIT_K, n blocks, BLOCK_N, BLOCK_M]
@@ -90,17 +83,17 @@ def _skinny(
     m_size,
     k_size,
     n_size,
-    eps,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    NORM: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
     BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,  # cache lines of each row of weights to ask for before the kernel before has ended
 ):
     """A few rows: weights are the left operand of the tensor cores, so that a tile's height is free of the row count.
 
@@ -115,9 +108,17 @@ def _skinny(
     w_rows = w_ptr + n.to(tl.int64)[:, None] * k_size
     up_rows = w_rows + n_size.to(tl.int64) * k_size
     x_rows = x_ptr + m[None, :] * k_size
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH > 0:
+            line = pid_k * BLOCK_K + tl.arange(0, PREFETCH) * (128 // w_ptr.dtype.element_ty.primitive_bitwidth * 8)
+            near = live_n[:, None] & (line < k_size)[None, :]
+            prefetch(tl.where(near, w_rows + line[None, :], w_ptr))
+            if GATED:
+                prefetch(tl.where(near, up_rows + line[None, :], w_ptr))
+        gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     acc_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in range(pid_k * BLOCK_K, k_size, BLOCK_K * SPLIT_K):
         k = start + tl.arange(0, BLOCK_K)
         if EVEN_K:
@@ -126,11 +127,6 @@ def _skinny(
         else:
             w = tl.load(w_rows + k[None, :], mask=live_n[:, None] & (k < k_size)[None, :], other=0.0)
             x = tl.load(x_rows + k[:, None], mask=live_m[None, :] & (k < k_size)[:, None], other=0.0)
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=0)
-            gain = tl.load(norm_ptr + k, mask=k < k_size, other=0.0).to(tl.float32)
-            x = (wide * gain[:, None]).to(x_ptr.dtype.element_ty)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
         if GATED:
             if EVEN_K:
@@ -153,11 +149,6 @@ def _skinny(
                 acc += tl.load(partial_ptr + (part * blocks + pid_n) * BLOCK_N * BLOCK_M + tile, cache_modifier=".cg")
             tl.store(counter_ptr + pid_n, 0)
     if last:
-        if NORM:
-            scale = tl.rsqrt(squares / k_size + eps)[None, :]
-            acc *= scale
-            if GATED:
-                acc_up *= scale
         if BIAS:
             acc += tl.load(bias_ptr + n, mask=live_n, other=0.0).to(tl.float32)[:, None]
             if GATED:
@@ -174,38 +165,46 @@ def _skinny(
 @dataclass(frozen=True)
 class Tiling:
     block_n: int
-    block_k: int
-    split_k: int
     num_warps: int
-    num_stages: int
+    block_k: int = 0  # of the tensor-core kernel only
+    split_k: int = 1
+    num_stages: int = 1
+    prefetch: int = 0  # lines of 128 bytes for each row of weights
 
 
 class Workspace:
-    """Scratch for split products: parts in float32, and counters that every launch leaves at zero."""
+    """Scratch for split products: parts in float32, and counters that every launch leaves at zero.
+
+    ``overlap``: kernels may start before the one in front has ended (programmatic dependent launch).
+    """
 
     def __init__(self, device: torch.device, max_parts: int = 4 * 2**20, max_blocks: int = 16384) -> None:
         self.partial = torch.empty(max_parts, dtype=torch.float32, device=device)
         self.counter = torch.zeros(max_blocks, dtype=torch.int32, device=device)
+        self.overlap = supports_overlap(device)
 
 
 def gemv_tiling(n_size: int, k_size: int, *, gated: bool) -> Tiling:
-    """Programs enough for all multiprocessors, and 16 to 32 KiB of weights in flight in each."""
-    block_k = min(1024, triton.next_power_of_2(k_size))
-    block_n = 16 if n_size >= 65536 else 8 if n_size >= 16384 else 4
+    """Programs enough for all multiprocessors, and at most 64 weights in each thread's registers."""
+    block_k = triton.next_power_of_2(k_size)
+    block_n = 2 if gated or block_k > 8192 else 4
+    weights = block_n * block_k * (2 if gated else 1)
+    return Tiling(block_n, num_warps=min(8, max(2, weights // 2048)))
+
+
+def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> Tiling:
+    """What was fastest on an H200 (bench/results/h200-linear-tilings.json), by the shape of the matrix."""
+    large = n_size >= 4096 and k_size >= 4096
     if gated:
-        block_n = max(2, block_n // 2)
-    return Tiling(block_n, block_k, 1, 4, 1)
-
-
-def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool, splittable: bool) -> Tiling:
-    block_n = 64 if n_size >= 132 * 64 else 32 if n_size >= 132 * 16 else 16
-    block_k = 128 if k_size % 128 == 0 else 64
-    programs = -(-n_size // block_n)
+        block_n, block_k, stages = (32, 256, 3) if not large else (64, 64, 3) if m_size <= 16 else (32, 128, 3)
+    else:
+        block_n, block_k, stages = (64, 128, 5) if large else (32, 256, 5)
+    while k_size % block_k and block_k > 64:
+        block_k //= 2
     split_k = 1
-    if splittable:
-        while programs * split_k < 200 and split_k < 8 and k_size // (split_k * 2) >= 2 * block_k:
-            split_k *= 2
-    return Tiling(block_n, block_k, split_k, 4, 4 if not gated else 3)
+    while not gated and -(-n_size // block_n) * split_k < 96 and k_size // (split_k * 2) >= 2 * block_k:
+        split_k *= 2  # a program for nearly every multiprocessor
+    return Tiling(block_n, 4, block_k, split_k, stages, prefetch=8)
 
 
 def skinny_linear(
@@ -227,23 +226,27 @@ def skinny_linear(
     assert x.is_contiguous() and weight.is_contiguous() and m_size <= MAX_ROWS
     out = add_to if add_to is not None else torch.empty((m_size, n_size), dtype=out_dtype or x.dtype, device=x.device)
     assert out.is_contiguous()
-    flags = {"NORM": norm is not None, "GATED": gated, "ADD": add_to is not None, "BIAS": bias is not None}
+    pdl = workspace.overlap
+    flags = {"GATED": gated, "ADD": add_to is not None, "BIAS": bias is not None, "PDL": pdl}
+    launch = overlapping(pdl)
     if m_size == 1:
         t = tiling or gemv_tiling(n_size, k_size, gated=gated)
         _gemv[(triton.cdiv(n_size, t.block_n),)](
-            x, weight, norm, bias, out, k_size, n_size, eps,
-            BLOCK_N=t.block_n, BLOCK_K=t.block_k, EVEN_K=k_size % t.block_k == 0, **flags,
-            num_warps=t.num_warps, num_stages=t.num_stages,
+            x, weight, norm, bias, out, n_size, eps,
+            K=k_size, BLOCK_N=t.block_n, BLOCK_K=triton.next_power_of_2(k_size), NORM=norm is not None, **flags,
+            num_warps=t.num_warps, num_stages=1, **launch,
         )  # fmt: skip
         return out
-    t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated, splittable=norm is None and not gated)
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated)
     block_m = max(16, triton.next_power_of_2(m_size))
     blocks = triton.cdiv(n_size, t.block_n)
     assert t.split_k == 1 or t.split_k * blocks * t.block_n * block_m <= workspace.partial.numel()
     _skinny[(blocks, t.split_k)](
-        x, weight, norm, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size, eps,
+        x, weight, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size,
         BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_K=t.block_k, SPLIT_K=t.split_k, EVEN_K=k_size % t.block_k == 0,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **flags,
-        num_warps=t.num_warps, num_stages=t.num_stages,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PREFETCH=t.prefetch, **flags,
+        num_warps=t.num_warps, num_stages=t.num_stages, **launch,
     )  # fmt: skip
     return out

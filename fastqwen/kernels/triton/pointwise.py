@@ -6,14 +6,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels.triton.launch import overlapping, supports_overlap
 
 
 @triton.jit
-def _rms_norm(x_ptr, weight_ptr, out_ptr, size, eps, BLOCK: tl.constexpr):
+def _rms_norm(x_ptr, weight_ptr, out_ptr, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + row * size + at, mask=at < size, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
     weight = tl.load(weight_ptr + at, mask=at < size, other=0.0).to(tl.float32)
@@ -26,7 +31,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
-    _rms_norm[(x.numel() // size,)](x, weight, out, size, eps, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    pdl = supports_overlap(x.device)
+    warps = min(16, max(1, block // 512))
+    _rms_norm[(x.numel() // size,)](
+        x, weight, out, size, eps, BLOCK=block, PDL=pdl, num_warps=warps, **overlapping(pdl)
+    )
     return out
 
 

@@ -1,0 +1,1 @@
+"""``fastqwen bench``: what the engine reaches, beside what the machine's memory and arithmetic allow."""

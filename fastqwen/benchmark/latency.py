@@ -1,0 +1,131 @@
+"""``bench latency``: milliseconds a step while decoding, and tokens a second while reading prompts."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from fastqwen.benchmark.machine import Machine, measure, synchronize
+from fastqwen.benchmark.report import describe, finish, percent, shares, table
+from fastqwen.benchmark.work import decode_step, prefill, random_ids
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadConfig
+from fastqwen.hub import resolve
+from fastqwen.plan.engine import choose_dtype
+from fastqwen.records import EngineRequest, SamplingParams
+from fastqwen.runner.device import choose_device, device_facts
+from fastqwen.runner.start import Engine, start_engine
+from fastqwen.weights.checkpoint import open_checkpoint
+
+
+def run(
+    config: EngineConfig,
+    *,
+    batch_sizes: list[int],
+    input_len: int,
+    output_len: int,
+    prompts: tuple[int, int],
+    iters: int,
+) -> None:
+    bench = Bench(config)
+    print(describe(bench.machine), flush=True)
+    results = [bench.decode(batch, input_len, output_len, iters) for batch in batch_sizes]
+    results.append(bench.prefill(*prompts, iters))
+    rows = [
+        [str(one["work"]), f"{one['ms']:.2f}", f"{one['tokens_per_s']:.1f}", percent(one["bandwidth_share"]),
+         percent(one["flop_share"])]
+        for one in results
+    ]  # fmt: skip
+    print(table(["work", "ms", "tokens/s", "of bandwidth", "of FLOP rate"], rows), flush=True)
+    finish("latency", bench.machine, {"model": config.model, "load_s": round(bench.load_s, 2), "results": results})
+
+
+def machine_for(config: EngineConfig) -> Machine:
+    """Measured before the model takes its memory."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
+    device = choose_device(config)
+    model = open_checkpoint(path, with_tensors=False).model
+    return measure(device, choose_dtype(config.dtype, model, device_facts(device))[0])
+
+
+class Bench:
+    """An engine of its own, without a tokenizer and without a prefix cache: every token is computed."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.machine = machine_for(config)
+        path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
+        start_s = time.perf_counter()
+        self._engine: Engine = start_engine(config, path)
+        self.load_s = time.perf_counter() - start_s
+        self._device = choose_device(config)
+        self._random = random.Random(config.seed or 0)  # noqa: S311 not a secret
+        self._count = 0
+
+    def decode(self, batch: int, input_len: int, output_len: int, iters: int) -> dict[str, Any]:
+        """(time for 1 + n tokens - time for 1 token) / n, the median of several."""
+        self._fits(batch, input_len + output_len + 1)
+        self._run(batch, input_len, 2)
+        times = []
+        for _ in range(iters):
+            first_s = self._run(batch, input_len, 1)
+            times.append((self._run(batch, input_len, 1 + output_len) - first_s) / output_len)
+        step_s = statistics.median(times)
+        context = input_len + output_len / 2
+        needs = decode_step(self._engine.model, self._engine.plan.dtype, batch=batch, context_tokens=context)
+        return {
+            "work": f"decode, {batch} at {input_len}+{output_len} tokens",
+            "batch": batch,
+            "ms": step_s * 1e3,
+            "tokens_per_s": batch / step_s,
+            **shares(needs, step_s, self.machine),
+        }
+
+    def prefill(self, batch: int, tokens: int, iters: int) -> dict[str, Any]:
+        self._fits(min(batch, self._engine.plan.max_num_seqs), tokens + 1)
+        self._run(1, tokens, 1)
+        prefill_s = statistics.median(self._run(batch, tokens, 1) for _ in range(iters))
+        needs = prefill(self._engine.model, self._engine.plan.dtype, batch=batch, tokens=tokens)
+        return {
+            "work": f"prefill, {batch} x {tokens} tokens",
+            "batch": batch,
+            "ms": prefill_s * 1e3,
+            "tokens_per_s": batch * tokens / prefill_s,
+            **shares(needs, prefill_s, self.machine),
+        }
+
+    def _fits(self, batch: int, tokens: int) -> None:
+        plan = self._engine.plan
+        room = plan.num_blocks * plan.block_size
+        if tokens > plan.max_model_len or batch > plan.max_num_seqs or batch * tokens > room:
+            raise BadConfig(
+                f"{batch} sequences of {tokens} tokens do not run at once here: at most {plan.max_num_seqs} sequences, "
+                f"{plan.max_model_len} tokens each and {room} in all; see --max-num-seqs and --kv-cache-memory-bytes"
+            )
+
+    def _run(self, batch: int, input_len: int, output_len: int) -> float:
+        """Seconds until all sequences have their tokens."""
+        core, vocab = self._engine.core, self._engine.model.vocab_size
+        for _ in range(batch):
+            self._count += 1
+            core.add(
+                EngineRequest(
+                    request_id=str(self._count),
+                    prompt_token_ids=random_ids(self._random, input_len, vocab),
+                    sampling=SamplingParams(temperature=0.0),
+                    stop_token_ids=[],
+                    max_tokens=output_len,
+                    seed=0,
+                )
+            )
+        synchronize(self._device)
+        start_s = time.perf_counter()
+        while core.has_work:
+            core.step()
+        synchronize(self._device)
+        return time.perf_counter() - start_s

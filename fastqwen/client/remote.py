@@ -1,0 +1,98 @@
+"""An OpenAI-compatible server, as seen by our own commands and by ChatModel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from fastqwen.errors import BadRequest, FastqwenError
+
+CONNECT_WITHIN_S = 10.0
+ANSWER_WITHIN_S = 600.0
+
+
+class RemoteServer:
+    """Safe for many threads. Raises BadRequest for what the server refuses, FastqwenError where it does not answer."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        import httpx
+
+        self.url = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None)  # as many chats at once as the caller has threads
+        timeout = httpx.Timeout(CONNECT_WITHIN_S, read=ANSWER_WITHIN_S)
+        try:
+            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
+        except httpx.InvalidURL as error:
+            raise FastqwenError(f"{url} is not an address: {error}") from None
+        try:
+            model = self._json("GET", "/v1/models", None)["data"][0]
+            self.model = str(model["id"])
+        except (KeyError, IndexError, TypeError):
+            raise FastqwenError(f"the server at {self.url} lists no model: is it an OpenAI-compatible one?") from None
+        self.max_model_len: int | None = model.get("max_model_len")
+
+    def chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Generator[str, None, None]:
+        """Pieces of the answer's text. Closing the iterator stops the server's work."""
+        import httpx
+
+        body = {"model": self.model, "messages": messages, "stream": True, **options}
+        try:
+            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _error_of(response)
+                for line in response.iter_lines():
+                    yield from _text_of(line)
+        except httpx.HTTPError as error:
+            raise self._silent(error) from None
+
+    def count_tokens(self, messages: list[dict[str, Any]], **options: Any) -> int:
+        return int(self._json("POST", "/tokenize", {"messages": messages, **options})["count"])
+
+    def text_of(self, token_ids: list[int]) -> str:
+        return str(self._json("POST", "/detokenize", {"tokens": token_ids})["prompt"])
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _json(self, method: str, path: str, body: Any) -> Any:
+        import httpx
+
+        try:
+            response = self._client.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise self._silent(error) from None
+        if response.status_code != 200:
+            raise _error_of(response)
+        try:
+            return response.json()
+        except ValueError:
+            raise FastqwenError(f"the server at {self.url} answers {path} with something else than JSON") from None
+
+    def _silent(self, error: Exception) -> FastqwenError:
+        return FastqwenError(f"the server at {self.url} does not answer: {error or type(error).__name__}")
+
+
+def _text_of(line: str) -> Iterator[str]:
+    if not line.startswith("data: ") or line == "data: [DONE]":
+        return
+    value = json.loads(line[6:])
+    if "error" in value:
+        raise FastqwenError(value["error"]["message"])
+    for choice in value.get("choices", []):
+        text = choice.get("delta", {}).get("content")
+        if text:
+            yield text
+
+
+def _error_of(response: Any) -> FastqwenError:
+    try:
+        error = response.json()["error"]
+        message = str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        return FastqwenError(f"the server answered {response.status_code}")
+    if response.status_code in (400, 413, 422):
+        return BadRequest(message, error.get("param"), error.get("code"))
+    return FastqwenError(message)

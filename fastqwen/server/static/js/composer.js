@@ -1,0 +1,123 @@
+// The box to write in: files, IME-safe Enter, send or stop, and how full the context is.
+import { countTokens, guessTokens } from "./api.js";
+import { buildMessages, contextUse, isRunning, send, stop } from "./chat.js";
+import { t } from "./i18n.js";
+import { server } from "./status.js";
+import { state } from "./store.js";
+import { leafOf, shownPath } from "./tree.js";
+import { emit, html, Icon, IconButton, on, showToast, stored, useEffect, useLayoutEffect, useRef, useState, useTopic } from "./ui.js";
+
+const MAX_FILE_BYTES = 2 * 2 ** 20;
+const touch = matchMedia("(pointer: coarse)");
+
+/** Reads a text file as UTF-8, UTF-16 with a mark, or GB18030. Throws the reason in words. */
+async function readTextFile(file) {
+  if (file.size > MAX_FILE_BYTES) throw new Error(t("fileTooBig", { name: file.name }));
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  const mark = (bytes[0] === 0xff && bytes[1] === 0xfe) ? "utf-16le" : (bytes[0] === 0xfe && bytes[1] === 0xff) ? "utf-16be" : null;
+  if (!mark && bytes.includes(0)) throw new Error(t("fileNotText", { name: file.name }));
+  for (const encoding of mark ? [mark] : ["utf-8", "gb18030"]) {
+    try { return { name: file.name, text: new TextDecoder(encoding, { fatal: true }).decode(bytes) }; } catch { /* the next one */ }
+  }
+  throw new Error(t("fileNotText", { name: file.name }));
+}
+
+/** Tokens of the draft on top of the conversation: counted by the server, or guessed where it cannot. */
+function useDraftTokens(side, text, files) {
+  const [draft, setDraft] = useState(null);
+  const size = text.length + files.reduce((n, f) => n + f.text.length, 0);
+  useEffect(() => {
+    if (!size || server.kind !== "ready") { setDraft(null); return undefined; }
+    const controller = new AbortController();
+    const timer = setTimeout(async () => {
+      const content = [...files.map((f) => `${f.name}:\n\`\`\`\n${f.text}\n\`\`\``), text].join("\n\n");
+      const messages = [...buildMessages(side, leafOf(side)?.id), { role: "user", content }];
+      const count = await countTokens(side.model ?? server.models[0]?.id, messages, controller.signal);
+      if (!controller.signal.aborted) setDraft(count ?? (contextUse(side).used ?? 0) + guessTokens(content));
+    }, 500);
+    return () => { clearTimeout(timer); controller.abort(); };
+  }, [text, files, side, server.kind]);
+  return size ? draft : null;
+}
+
+function ContextMeter({ side, draft }) {
+  const { used, cached, limit } = contextUse(side);
+  const total = Math.max(draft ?? 0, used ?? 0);
+  if (!total) return html`<span class="meter-text">${limit ? t("contextLimit", { n: limit.toLocaleString() }) : ""}</span>`;
+  const share = (n) => `${Math.min(100, (n / limit) * 100)}%`;
+  const label = (limit ? t("contextUsed", { n: total.toLocaleString(), limit: limit.toLocaleString() }) : `${total.toLocaleString()} ${t("tokens")}`) +
+    (cached ? ` · ${t("cachedOf", { n: cached.toLocaleString() })}` : "");
+  return html`
+    ${limit && html`
+      <span class=${`meter ${total > limit * 0.9 ? "full" : ""}`} role="meter" aria-label=${t("context")} aria-valuemin="0" aria-valuemax=${limit} aria-valuenow=${total} aria-valuetext=${label}>
+        <i class="draft" style=${{ width: share(total) }}></i><i class="used" style=${{ width: share(used ?? 0) }}></i><i class="cached" style=${{ width: share(cached ?? 0) }}></i>
+      </span>`}
+    <span class="meter-text">${label}</span>`;
+}
+
+function editLast(conversation) {
+  const last = shownPath(conversation.sides[0]).findLast(({ node }) => node.role === "user");
+  if (last) emit("edit:" + last.node.id);
+}
+
+export function Composer({ conversation }) {
+  useTopic("server");
+  const draftName = "draft." + (state.list.some((c) => c.id === conversation.id) ? conversation.id : "new");
+  const [text, setText] = useState("");
+  const [files, setFiles] = useState([]);
+  const area = useRef();
+  const picker = useRef();
+  const busy = isRunning(conversation);
+  const side = conversation.sides[0];
+  const draft = useDraftTokens(side, text, files);
+
+  useLayoutEffect(() => { setText(stored.get(draftName, "")); setFiles([]); if (!touch.matches) area.current.focus(); }, [conversation.id]);
+  useLayoutEffect(() => on("focus-composer", () => { if (!touch.matches) area.current.focus(); }), []);
+  useLayoutEffect(() => on("fill-composer", (value) => { setText(value); area.current.focus(); }), []);
+  useLayoutEffect(() => on("add-files", addFiles), []);
+  useLayoutEffect(() => { const a = area.current; a.style.height = "auto"; a.style.height = `${a.scrollHeight}px`; }, [text]);
+
+  function change(value) { setText(value); stored.set(draftName, value || null); }
+
+  async function addFiles(list) {
+    for (const file of list) {
+      try {
+        const read = await readTextFile(file);
+        setFiles((old) => [...old, read]);
+      } catch (error) { showToast(error.message); }
+    }
+  }
+
+  function submit() {
+    if (busy || (!text.trim() && files.length === 0)) return;
+    stored.set(draftName, null);
+    setText("");
+    setFiles([]);
+    send(conversation, text.trim(), files);
+    emit("to-end");
+  }
+
+  function keys(e) {
+    if (e.isComposing || e.keyCode === 229) return; // Enter that picks a candidate of an input method
+    if (e.key === "Enter" && !e.shiftKey && (e.ctrlKey || e.metaKey || !touch.matches)) { e.preventDefault(); submit(); }
+    if (e.key === "ArrowUp" && !text && !busy) { e.preventDefault(); editLast(conversation); }
+  }
+
+  return html`
+    <form class="composer" onSubmit=${(e) => { e.preventDefault(); submit(); }}>
+      ${files.length > 0 && html`<div class="chips">${files.map((f, i) => html`
+        <span class="chip"><${Icon} name="clip" /> ${f.name}
+          <${IconButton} name="close" label=${t("removeFile", { name: f.name })} onClick=${() => setFiles(files.filter((_, k) => k !== i))} /></span>`)}</div>`}
+      <textarea ref=${area} id="composer" rows="1" value=${text} aria-label=${t("message")} placeholder=${t("placeholder")}
+        onInput=${(e) => change(e.target.value)} onKeyDown=${keys}
+        onPaste=${(e) => { if (e.clipboardData.files.length) { e.preventDefault(); addFiles(e.clipboardData.files); } }}></textarea>
+      <div class="composer-row">
+        <${IconButton} name="clip" label=${t("attach")} onClick=${() => picker.current.click()} />
+        <input type="file" multiple hidden ref=${picker} onChange=${(e) => { addFiles([...e.target.files]); e.target.value = ""; }} />
+        <${ContextMeter} side=${side} draft=${draft} />
+        ${busy
+          ? html`<button type="button" class="send stop" aria-label=${t("stop")} title=${t("stop")} onClick=${() => stop(conversation)}><${Icon} name="stop" /></button>`
+          : html`<button type="submit" class="send" aria-label=${t("send")} title=${t("send")} disabled=${!text.trim() && files.length === 0}><${Icon} name="send" /></button>`}
+      </div>
+    </form>`;
+}

@@ -1,0 +1,95 @@
+// The dialogs: key, help, import and export. <dialog> keeps the focus inside and gives it back.
+import { getKey, setKey } from "./api.js";
+import { t } from "./i18n.js";
+import { check, server } from "./status.js";
+import { removeAll, state } from "./store.js";
+import { exportAll, exportJson, exportMarkdown, exportVotes, importFile } from "./transfer.js";
+import { html, IconButton, on, showToast, useLayoutEffect, useRef, useState } from "./ui.js";
+
+const apple = /Mac|iPhone|iPad/.test(navigator.platform);
+const MOD = apple ? "⌘" : "Ctrl";
+export const SHORTCUTS = [
+  [["Enter"], "send"], [["Shift", "Enter"], "keyNewline"], [["Esc"], "stop"], [["↑"], "keyEditLast"], [[MOD, "Shift", "Enter"], "regenerate"],
+  [[MOD, "Shift", "O"], "newChat"], [[MOD, "K"], "keySearch"], [[MOD, "B"], "keySidebar"], [[MOD, ","], "settings"], [["/"], "keyFocus"], [["?"], "help"],
+];
+
+function Dialog({ title, onClose, children }) {
+  const box = useRef();
+  useLayoutEffect(() => { box.current.showModal(); }, []);
+  return html`
+    <dialog ref=${box} aria-labelledby="dialog-title" onClose=${onClose} onClick=${(e) => { if (e.target === box.current) box.current.close(); }}>
+      <div class="dialog-body">
+        <div class="settings-head"><h2 id="dialog-title">${title}</h2><${IconButton} name="close" label=${t("close")} onClick=${() => box.current.close()} /></div>
+        ${children}
+      </div>
+    </dialog>`;
+}
+
+function Help({ onClose }) {
+  return html`
+    <${Dialog} title=${t("help")} onClose=${onClose}>
+      <table class="shortcuts"><tbody>${SHORTCUTS.map(([keys, name]) => html`
+        <tr><th scope="row">${keys.map((key, i) => html`${i > 0 && " + "}<kbd>${key}</kbd>`)}</th><td>${t(name)}</td></tr>`)}</tbody></table>
+      <p class="hint">${t("privacy")}</p>
+    <//>`;
+}
+
+function Data({ onClose }) {
+  const picker = useRef();
+  const [sure, setSure] = useState(false);
+  const current = state.list.some((c) => c.id === state.current.id) ? state.current : null;
+  const take = async (e) => {
+    try {
+      let count = 0;
+      for (const file of e.target.files) count += await importFile(file);
+      showToast(t("imported", { n: count }));
+      onClose();
+    } catch (error) { showToast(error.message); }
+  };
+  return html`
+    <${Dialog} title=${t("dataTitle")} onClose=${onClose}>
+      <p class="hint">${t("privacy")}</p>
+      <h3>${t("thisChat")}</h3>
+      <div class="row wrap">
+        <button type="button" class="button" disabled=${!current} onClick=${() => exportMarkdown(current)}>Markdown</button>
+        <button type="button" class="button" disabled=${!current} onClick=${() => exportJson([current], current.title)}>JSON</button>
+      </div>
+      <h3>${t("allChats")}</h3>
+      <div class="row wrap">
+        <button type="button" class="button" disabled=${state.list.length === 0} onClick=${exportAll}>${t("exportAll")}</button>
+        <button type="button" class="button" onClick=${() => picker.current.click()}>${t("import")}</button>
+        <button type="button" class="button" onClick=${exportVotes}>${t("exportVotes")}</button>
+        <input ref=${picker} type="file" class="import-file" accept=".json,.md,.markdown" multiple hidden onChange=${take} />
+      </div>
+      <div class="row"><button type="button" class="button danger" onClick=${() => { if (sure) { removeAll(); onClose(); } else setSure(true); }}>${t(sure ? "deleteAllSure" : "deleteAll")}</button></div>
+    <//>`;
+}
+
+export function KeyDialog({ onClose }) {
+  const [key, setText] = useState(getKey());
+  const save = (e) => { e.preventDefault(); setKey(key); onClose(); check(); };
+  return html`
+    <${Dialog} title=${t("enterKey")} onClose=${onClose}>
+      <form onSubmit=${save}>
+        <p>${t(getKey() ? "keyWrong" : "keyWanted")}</p>
+        <div class="field"><label for="api-key">${t("apiKey")}</label>
+          <input id="api-key" type="password" autocomplete="off" value=${key} onInput=${(e) => setText(e.target.value)} autofocus /></div>
+        <p class="hint">${t("keyStays")}</p>
+        <div class="row end"><button type="submit" class="button primary">${t("save")}</button></div>
+      </form>
+    <//>`;
+}
+
+const KINDS = { help: Help, data: Data, key: KeyDialog };
+
+export function Dialogs() {
+  const [kind, setKind] = useState(null);
+  useLayoutEffect(() => on("open-dialog", setKind), []);
+  useLayoutEffect(() => on("ask-key", () => setKind("key")), []);
+  useLayoutEffect(() => {
+    const ask = () => { if (server.kind === "key") setKind("key"); };
+    ask();
+    return on("server", ask);
+  }, []);
+  return kind && html`<${KINDS[kind]} onClose=${() => setKind(null)} />`;
+}

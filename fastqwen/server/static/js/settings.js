@@ -1,0 +1,76 @@
+// The model picker, and the panel that says how a side answers. An empty field leaves the choice to the server.
+import { t } from "./i18n.js";
+import { server } from "./status.js";
+import { setModel, setSettings } from "./store.js";
+import { html, IconButton, useState, useTopic } from "./ui.js";
+
+export function ModelPicker({ side, label }) {
+  useTopic("server");
+  const names = server.models.map((m) => m.id);
+  const shown = side.model && !names.includes(side.model) ? [side.model, ...names] : names;
+  return html`
+    <select class="model" aria-label=${label ?? t("model")} value=${side.model ?? names[0] ?? ""} onChange=${(e) => setModel(side, e.target.value)}>
+      ${shown.length === 0 && html`<option value="">${t("noModel")}</option>`}
+      ${shown.map((name) => html`<option key=${name} value=${name}>${name}</option>`)}
+    </select>`;
+}
+
+const NUMBERS = [ // name, least, most, step, whether a slider helps
+  ["temperature", 0, 2, 0.05, true],
+  ["top_p", 0.05, 1, 0.05, true],
+  ["max_tokens", 1, 1000000, 1, false],
+  ["seed", 0, 2 ** 53 - 1, 1, false],
+];
+
+function NumberField({ side, name, min, max, step, slider }) {
+  const value = side.settings[name];
+  const [typed, setTyped] = useState(null); // "0." on the way to 0.3 must not be tidied up
+  const read = (e) => {
+    setTyped(e.target.type === "number" ? e.target.value : null);
+    const number = e.target.value === "" ? null : Number(e.target.value);
+    if (number === null || (number >= min && number <= max)) setSettings(side, { [name]: number });
+  };
+  const id = `set-${name}`;
+  return html`
+    <div class="field">
+      <label for=${id}>${t(name)}</label>
+      <div class="row">
+        ${slider && html`<input type="range" aria-label=${t(name)} min=${min} max=${max} step=${step} value=${value ?? 1} class=${value === null ? "unset" : ""} onInput=${read} />`}
+        <input id=${id} type="number" min=${min} max=${max} step=${slider ? "any" : 1} placeholder=${t("serverDefault")} value=${typed ?? value ?? ""} onInput=${read} onBlur=${() => setTyped(null)} aria-describedby=${id + "-hint"} />
+      </div>
+      <small id=${id + "-hint"}>${t(name + "Hint")}</small>
+    </div>`;
+}
+
+function ToolsField({ side }) {
+  const text = side.settings.tools;
+  let fault = "";
+  try { if (text.trim() && !Array.isArray(JSON.parse(text))) fault = t("toolsBroken"); } catch { fault = t("toolsBroken"); }
+  return html`
+    <details class="field" open=${Boolean(text)}>
+      <summary>${t("tools")}</summary>
+      <textarea rows="6" class="mono" aria-label=${t("tools")} aria-invalid=${Boolean(fault)} value=${text} onInput=${(e) => setSettings(side, { tools: e.target.value })}></textarea>
+      <small class=${fault ? "fault" : ""}>${fault || t("toolsHint")}</small>
+    </details>`;
+}
+
+export function SettingsPanel({ conversation, onClose }) {
+  const [index, setIndex] = useState(0);
+  const side = conversation.sides[Math.min(index, conversation.sides.length - 1)];
+  const reset = { temperature: null, top_p: null, max_tokens: null, seed: null, thinking: "auto" };
+  return html`
+    <aside class="settings" aria-label=${t("settings")}>
+      <div class="settings-head"><h2>${t("settings")}</h2><${IconButton} name="close" label=${t("close")} onClick=${onClose} /></div>
+      ${conversation.sides.length > 1 && html`
+        <div class="tabs" role="group" aria-label=${t("sides")}>${["A", "B"].map((name, i) => html`<button type="button" aria-pressed=${index === i} onClick=${() => setIndex(i)}>${name}</button>`)}</div>`}
+      <div class="field"><label for="set-system">${t("system")}</label>
+        <textarea id="set-system" rows="4" placeholder=${t("systemHint")} value=${side.settings.system} onInput=${(e) => setSettings(side, { system: e.target.value })}></textarea></div>
+      ${NUMBERS.map(([name, min, max, step, slider]) => html`<${NumberField} key=${name} side=${side} name=${name} min=${min} max=${max} step=${step} slider=${slider} />`)}
+      <div class="field"><label for="set-thinking">${t("thinkingMode")}</label>
+        <select id="set-thinking" value=${side.settings.thinking} onChange=${(e) => setSettings(side, { thinking: e.target.value })}>
+          ${["auto", "on", "off"].map((mode) => html`<option value=${mode}>${t("thinking_" + mode)}</option>`)}
+        </select></div>
+      <${ToolsField} side=${side} />
+      <button type="button" class="button" onClick=${() => setSettings(side, reset)}>${t("resetSettings")}</button>
+    </aside>`;
+}

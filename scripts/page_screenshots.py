@@ -1,0 +1,123 @@
+"""Takes the pictures of docs/page.md: ``python scripts/page_screenshots.py`` (needs playwright, and Chromium on PATH).
+
+The fake server answers, so that the pictures come out alike on every machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.page.conftest import BROWSER_FLAGS, FAKE, Server, free_port  # noqa: E402
+from tests.page.steps import ask, button, finished, visit  # noqa: E402
+
+IMAGES = ROOT / "docs/images"
+MAX_BYTES = 200_000
+DESK = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US"}
+PHONE = {"viewport": {"width": 390, "height": 780}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
+
+
+def save(page: Any, name: str, *, full: bool = False) -> None:
+    page.wait_for_timeout(600)
+    page.mouse.move(0, 0)
+    path = IMAGES / f"{name}.png"
+    page.screenshot(path=path, full_page=full)
+    size = path.stat().st_size
+    assert size < MAX_BYTES, f"{path.name} has {size} bytes"
+    print(f"{path.relative_to(ROOT)}: {size} bytes")
+
+
+def light(page: Any, url: str) -> None:
+    visit(page, url)
+    ask(page, "Please think: what is six times seven?")
+    ask(page, "Write a Python function that checks whether brackets are balanced.")
+    page.wait_for_selector(".hljs-keyword")
+    save(page, "page-light")
+    page.keyboard.press("Control+,")
+    save(page, "page-settings")
+
+
+def dark(page: Any, url: str) -> None:
+    visit(page, url)
+    ask(page, "Show me some math.")
+    page.wait_for_selector(".math.drawn")
+    save(page, "page-dark")
+
+
+def chinese(page: Any, url: str) -> None:
+    visit(page, url)
+    ask(page, "用简单的话解释：前缀缓存为什么能让对话更快？")
+    page.wait_for_selector(".math.drawn")
+    save(page, "page-chinese")
+
+
+def phone(page: Any, url: str) -> None:
+    visit(page, url)
+    page.fill("#composer", "Write some code for me, please.")
+    button(page, "Send").tap()
+    finished(page)
+    save(page, "page-phone")
+
+
+def compare(page: Any, url: str) -> None:
+    visit(page, url)
+    button(page, "Side by side").click()
+    page.locator(".sides-head select").nth(1).select_option("Qwen-7B-Chat")
+    ask(page, "Show me some math.")
+    save(page, "page-compare")
+
+
+def loading(page: Any, url: str) -> None:
+    page.goto(url)
+    page.wait_for_selector(".banner progress")
+    page.fill("#composer", "Are you there already?")
+    page.press("#composer", "Enter")
+    page.wait_for_selector(".note.waiting")
+    save(page, "page-loading")
+
+
+def admin(page: Any, url: str) -> None:
+    page.goto(url + "/admin")
+    page.wait_for_timeout(58_000)
+    save(page, "page-admin", full=True)
+
+
+def main() -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium, "Chromium is not on PATH"
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    server = Server(FAKE, free_port())
+    server.start()
+    views = [
+        (light, DESK),
+        (dark, {**DESK, "color_scheme": "dark"}),
+        (chinese, {**DESK, "locale": "zh-CN"}),
+        (phone, {**PHONE, "locale": "en-US"}),
+        (compare, DESK),
+        (admin, DESK),
+        (loading, DESK),
+    ]
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_FLAGS)
+            for view, options in views:
+                server.set(busy=view is admin)
+                if view is loading:
+                    server.set(state="loading", progress=0.42)
+                context = browser.new_context(**options)
+                view(context.new_page(), server.url)
+                context.close()
+            browser.close()
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    main()

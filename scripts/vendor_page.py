@@ -1,0 +1,148 @@
+"""Refreshes the chat page's libraries from npm: ``python scripts/vendor_page.py`` (needs npm on PATH).
+
+Every package is pinned below. What the page loads is copied to fastqwen/server/static/vendor/, each licence beside it,
+and vendor/README.md is written anew with versions and sizes. Nothing is built or bundled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+VENDOR = Path(__file__).resolve().parent.parent / "fastqwen/server/static/vendor"
+
+
+@dataclass(frozen=True)
+class Package:
+    name: str
+    version: str
+    purpose: str
+    files: dict[str, str]  # path in the package (may end in a * pattern) -> path under vendor/
+
+
+PACKAGES = [
+    Package(
+        "preact",
+        "11.2.0",
+        "components",
+        {
+            "dist/preact.mjs": "preact/preact.js",
+            "hooks/dist/hooks.mjs": "preact/hooks.js",
+            "LICENSE": "preact/LICENSE",
+        },
+    ),
+    Package(
+        "htm",
+        "3.1.1",
+        "templates without a build step",
+        {"dist/htm.mjs": "htm/htm.js", "LICENSE": "htm/LICENSE"},
+    ),
+    Package(
+        "markdown-it",
+        "15.0.3",
+        "Markdown to HTML",
+        {
+            "dist/browser/markdown-it.esm.min.mjs": "markdown-it/markdown-it.js",
+            "LICENSE": "markdown-it/LICENSE",
+        },
+    ),
+    Package(
+        "dompurify",
+        "3.4.18",
+        "keeps only harmless HTML",
+        {
+            "dist/purify.min.js": "dompurify/purify.js",
+            "LICENSE": "dompurify/LICENSE",
+            "LICENSE-MPL": "dompurify/LICENSE-MPL",
+        },
+    ),
+    Package(
+        "@highlightjs/cdn-assets",
+        "11.12.0",
+        "code colours, common languages",
+        {"es/highlight.min.js": "highlight/highlight.js", "LICENSE": "highlight/LICENSE"},
+    ),
+    Package(
+        "katex",
+        "0.19.1",
+        "formulas; only the woff2 fonts",
+        {
+            "dist/katex.min.js": "katex/katex.js",
+            "dist/katex.min.css": "katex/katex.css",
+            "dist/fonts/*.woff2": "katex/fonts",
+            "LICENSE": "katex/LICENSE",
+        },
+    ),
+]
+
+
+def unpack(package: Package, into: Path) -> Path:
+    """Downloads one package with npm and returns the folder that holds its files."""
+    packed = subprocess.run(
+        ["npm", "pack", f"{package.name}@{package.version}", "--json", "--silent"],
+        cwd=into,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    reply = json.loads(packed.stdout)
+    entry = reply[0] if isinstance(reply, list) else next(iter(reply.values()))
+    folder = into / package.name.replace("/", "-")
+    with tarfile.open(into / Path(entry["filename"]).name) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "package"
+
+
+def adapt(target: Path) -> None:
+    """Browsers resolve no bare names, map files are not shipped, and only woff2 fonts are."""
+    if target.suffix not in {".js", ".css"}:
+        return
+    text = target.read_text(encoding="utf-8")
+    text = text.replace('from"preact"', 'from"./preact.js"')
+    text = re.sub(r"\n?//# sourceMappingURL=\S+\s*$", "\n", text)
+    text = re.sub(r',url\([^)]+\.(?:woff|ttf)\) format\("[a-z]+"\)', "", text)
+    target.write_text(text, encoding="utf-8")
+
+
+def copy_files(package: Package, folder: Path) -> int:
+    """Copies what the page needs and returns its size in bytes."""
+    total = 0
+    for source, place in package.files.items():
+        for path in sorted(folder.glob(source)):
+            target = VENDOR / place / path.name if "*" in source else VENDOR / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            adapt(target)
+            total += target.stat().st_size
+    return total
+
+
+def main() -> None:
+    shutil.rmtree(VENDOR, ignore_errors=True)
+    VENDOR.mkdir(parents=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for package in PACKAGES:
+            folder = unpack(package, Path(scratch))
+            licence = json.loads((folder / "package.json").read_text(encoding="utf-8"))["license"]
+            size = copy_files(package, folder)
+            rows.append(f"| {package.name} | {package.version} | {licence} | {package.purpose} | {size:,} |")
+            print(rows[-1])
+    head = (
+        "# Libraries of the chat page\n\n"
+        "Copied from npm by `scripts/vendor_page.py`, which pins the versions and writes this file. Not edited, except that\n"
+        "bare import names became paths, and references to files that are not shipped (source maps, older font formats) went.\n"
+        "Each licence lies beside its library.\n\n"
+        "| npm package | version | licence | what for | bytes |\n|---|---|---|---|---|\n"
+    )
+    (VENDOR / "README.md").write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The benchmarks do their work and account for it; how fast they were is not a test's business."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastqwen.benchmark.http_load import Stream
+from fastqwen.benchmark.report import table
+from fastqwen.benchmark.serve import quantile, summary
+from fastqwen.benchmark.work import Span, decode_step, prefill, span
+from fastqwen.errors import BadConfig, FastqwenError
+from fastqwen.models import read_config
+from tests.models.tiny import MOE, make
+from tests.server.live import one_line, run
+
+
+@pytest.fixture(scope="module")
+def config_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as benchmarks of models that nobody downloaded use it: config.json and nothing else."""
+    whole = tmp_path_factory.mktemp("whole")
+    make(whole, "Qwen3Config", head_dim=16)
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "config.json").write_text((whole / "config.json").read_text())
+    return folder
+
+
+def last_json(output: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    assert found["machine"]["read_gb_s"] > 0 and found["machine"]["matmul_tflops"] > 0
+    assert found["command"].startswith("fastqwen bench ")
+    return found
+
+
+def test_latency(config_only: Path):
+    words = ["--batch-size", "1", "--batch-size", "3", "--input-len", "8", "--output-len", "4"]
+    done = run("bench", "latency", str(config_only), "--load-format", "dummy", *words, "--prefill", "2x16")
+    assert done.returncode == 0, done.stderr
+    found = last_json(done.stdout)
+    assert [one["batch"] for one in found["results"]] == [1, 3, 2]
+    for one in found["results"]:
+        assert one["tokens_per_s"] > 0 and 0 < one["flop_share"] < 1
+    assert "of bandwidth" in done.stdout
+
+
+def test_throughput(config_only: Path):
+    words = ["--num-prompts", "5", "--input-len", "3-9", "--output-len", "4"]
+    done = run("bench", "throughput", str(config_only), "--load-format", "dummy", *words)
+    assert done.returncode == 0, done.stderr
+    [one] = last_json(done.stdout)["results"]
+    assert one["output_tokens"] == 20 and 15 <= one["prompt_tokens"] <= 45
+    assert one["output_tokens_per_s"] == pytest.approx(20 / one["seconds"])
+
+
+def test_what_cannot_run_at_once_is_said(config_only: Path):
+    words = ["--load-format", "dummy", "--max-num-seqs", "4"]
+    assert "--max-num-seqs" in one_line(run("bench", "latency", str(config_only), *words, "--batch-size", "5"))
+    assert "4x512" in one_line(run("bench", "latency", str(config_only), *words, "--prefill", "512"))
+
+
+def test_needs_of_a_step(tmp_path: Path):
+    """By hand: a llama of 3 layers, hidden 64, heads 4 of which 2 have keys, head size 16, MLP 96, vocabulary 256."""
+    make(tmp_path, "LlamaConfig")
+    model = read_config(tmp_path)
+    layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96
+    weights = 3 * layer + 256 * 64
+    needs = decode_step(model, "float32", batch=5, context_tokens=100)
+    assert needs.read_bytes == 4 * weights + 5 * 100 * (2 * 3 * 32 * 4)
+    assert needs.operations == 5 * (2 * weights + 4 * 3 * 64 * 100)
+    prompts = prefill(model, "float32", batch=2, tokens=10)
+    assert prompts.operations == 2 * (10 * (2 * 3 * layer + 4 * 3 * 64 * 5) + 2 * 256 * 64)
+
+
+def test_a_step_of_experts_reads_those_that_are_chosen(tmp_path: Path):
+    make(tmp_path, "Qwen3MoeConfig", **MOE, head_dim=16)
+    model = read_config(tmp_path)
+    expert = 3 * 64 * 48 * 2
+    one, many = (decode_step(model, "bfloat16", batch=batch, context_tokens=0).read_bytes for batch in (1, 1000))
+    assert many - one == pytest.approx(3 * (8 - 3) * expert)
+
+
+def test_spans():
+    assert span("128") == Span(128, 128)
+    generator = random.Random(0)
+    assert {span("3-5").draw(generator) for _ in range(100)} == {3, 4, 5}
+    for text in ("0", "5-3", "x", "-1", "1-2-3"):
+        with pytest.raises(BadConfig):
+            span(text)
+
+
+def test_quantiles():
+    values = [float(value) for value in range(1, 101)]
+    random.Random(0).shuffle(values)
+    assert (quantile(values, 0.5), quantile(values, 0.99), quantile([7.0], 0.99)) == (50.0, 99.0, 7.0)
+
+
+def test_a_summary_counts_errors_apart():
+    good = Stream(start_s=1.0, first_s=1.5, last_s=2.0, gaps_s=[0.25, 0.25], num_tokens=3)
+    found = summary([good, Stream(start_s=1.0, error="broken")], 2, 2.0)
+    assert (found["requests"], found["errors"], found["output_tokens_per_s"]) == (2, 1, 1.5)
+    assert (found["ttft_p50_ms"], found["itl_p99_ms"]) == (500.0, 250.0)
+    with pytest.raises(FastqwenError, match="broken"):
+        summary([Stream(start_s=1.0, error="broken")], 1, 1.0)
+
+
+def test_a_table():
+    assert table(["a", "bb"], [["ccc", "1"], ["d", "22"]]) == "a    bb\n---  --\nccc   1\nd    22"
