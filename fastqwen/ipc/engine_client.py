@@ -27,7 +27,12 @@ log = logging.getLogger("fastqwen.server")
 
 State = Literal["loading", "ready", "restarting", "failed", "stopped"]
 GONE = "the engine stopped unexpectedly while this request was running; it restarts, please send the request again"
-ENGINE_COMMAND = (sys.executable, "-P", "-m", "fastqwen.ipc.engine_main")  # -P: nothing in the working folder is imported
+ENGINE_COMMAND = (
+    sys.executable,
+    "-P",
+    "-m",
+    "fastqwen.ipc.engine_main",
+)  # -P: nothing in the working folder is imported
 KILL_AFTER_S = 5.0
 MAX_WAITING_DELTAS = 256
 

@@ -24,6 +24,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embedd
 RETRY_STATUSES = (408, 429, 503)
 MAX_TRIES = 8
 READY_TIMEOUT_S = 1800.0
+REQUEST_TIMEOUT_S = 24 * 3600.0  # a long answer in a long queue
 
 
 def run(
@@ -99,7 +100,7 @@ async def _answer_all(
         tqdm(total=len(requests), unit="request", dynamic_ncols=True) as bar,
     ):
         async with httpx.AsyncClient(
-            base_url=url, headers=headers, timeout=None, limits=_limits(concurrency)
+            base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, limits=_limits(concurrency)
         ) as client:
 
             async def work() -> None:

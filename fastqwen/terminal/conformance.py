@@ -136,7 +136,8 @@ def usage_adds_up(server: Server) -> str:
     _demand(usage["total_tokens"] == total, f"{usage['total_tokens']} is not {total}")
     last = server.stream(stream_options={"include_usage": True})[-1]
     _demand(
-        last.get("choices") == [] and last.get("usage"), "with include_usage the last chunk has no usage of its own"
+        last.get("choices") == [] and bool(last.get("usage")),
+        "with include_usage the last chunk has no usage of its own",
     )
     return f"{total} tokens"
 
@@ -213,7 +214,7 @@ def bad_schema_refused(server: Server) -> str:
 
 
 def tools(server: Server) -> str:
-    body = {
+    body: dict[str, Any] = {
         "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
         "tools": [TOOL],
         "max_tokens": 200,
@@ -257,7 +258,7 @@ def errors_in_shape(server: Server) -> str:
 
 
 def logprobs(server: Server) -> str:
-    found = server.chat(logprobs=True, top_logprobs=2, max_tokens=4).get("logprobs")
+    found = server.chat(logprobs=True, top_logprobs=2, max_tokens=4).get("logprobs") or {}
     _demand(bool(found and found.get("content")), "logprobs were asked for and are not there")
     _demand(all(len(entry["top_logprobs"]) == 2 for entry in found["content"]), "top_logprobs is not 2")
     return f"{len(found['content'])} tokens"
