@@ -20,8 +20,11 @@ PROBE_TOKENS = 64
 @with_engine_options
 def check(
     engine: dict[str, Any],
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(metavar="MODEL|URL", help=f"{MODEL_HELP} Or the address of a server.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")
+    ] = None,
 ) -> None:
     """Load MODEL, show what was found out about it, and ask it one short question.
 
@@ -31,7 +34,14 @@ def check(
 
     fastqwen check demo
     fastqwen check Qwen/Qwen-7B-Chat --json
+    fastqwen check http://localhost:8000
+
+    With the address of a server, ours or another, checks whether it keeps what OpenAI's API promises.
     """
+    if model.startswith(("http://", "https://")):
+        from fastqwen.terminal.conformance import run
+
+        raise typer.Exit(run(model, api_key=api_key, as_json=as_json))
     from fastqwen.llm import LLM
 
     found = report(LLM(model, **{**engine, "skip_tokenizer_init": False}))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastqwen.cli import bench, chat, check, generate, plan, serve
+from fastqwen.cli import batch, bench, chat, check, generate, plan, serve
 from fastqwen.errors import FastqwenError
 from fastqwen.version import __version__
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(chat.chat)
 app.command()(generate.generate)
+app.command()(batch.batch)
 app.command()(plan.plan)
 app.command()(check.check)
 app.add_typer(bench.app, name="bench")

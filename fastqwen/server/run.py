@@ -135,7 +135,7 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
     )
     server = _Server(state)
     engine.start()
-    starting = asyncio.create_task(workers.start())
+    starting = asyncio.create_task(_start_workers(workers, engine, server))
     failing = asyncio.create_task(_stop_on_failure(engine, server))
     try:
         await server.serve(sockets=[bound])
@@ -159,6 +159,14 @@ async def _stop_on_failure(engine: EngineClient, server: _Server) -> None:
     except FastqwenError:
         pass
     server.should_exit = True
+
+
+async def _start_workers(workers: TextPool, engine: EngineClient, server: _Server) -> None:
+    try:
+        await workers.start()
+    except FastqwenError as error:
+        engine.failure = str(error)
+        server.should_exit = True
 
 
 class _Server(uvicorn.Server):

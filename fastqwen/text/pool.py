@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadRequest, Overloaded
+from fastqwen.errors import BadCheckpoint, BadRequest, Overloaded
 from fastqwen.model_config import ModelConfig
 from fastqwen.text import worker
 from fastqwen.text.worker import LENGTH_BYTES, Begin, Compile, Ids, Job, Refused
 
 log = logging.getLogger("fastqwen.server")
 
-START_TIMEOUT_S = 120.0
 FIRST_GRAMMAR_S = 10.0  # the first grammar has to wait for its tokenizer
 MAX_WAITING = 4096
 
@@ -29,10 +28,19 @@ class TextPool:
     """``run`` raises BadRequest where the work is refused or takes longer than ``timeout_s``."""
 
     def __init__(
-        self, config: EngineConfig, path: Path, model: ModelConfig, *, num_workers: int = 2, timeout_s: float = 2.0
+        self,
+        config: EngineConfig,
+        path: Path,
+        model: ModelConfig,
+        *,
+        num_workers: int = 2,
+        timeout_s: float = 2.0,
+        start_timeout_s: float = 60.0,
     ) -> None:
         self._begin = worker.encode(Begin(config, str(path), model))
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._source = str(path)
         self._idle: asyncio.LifoQueue[_Process | None] = asyncio.LifoQueue()
         self._num_waiting = 0
         self._all: set[_Process] = set()
@@ -41,7 +49,10 @@ class TextPool:
             self._idle.put_nowait(None)  # started when needed
 
     async def start(self) -> None:
-        """Start one worker now, so that the first request need not wait for it."""
+        """Start one worker now, so that the first request need not wait for it.
+
+        Raises BadCheckpoint if tokenizer and template cannot even be read.
+        """
         await self._idle.get()
         self._idle.put_nowait(await self._new())
 
@@ -110,8 +121,13 @@ class TextPool:
         )
         process = _Process(made)
         self._all.add(process)
-        async with asyncio.timeout(START_TIMEOUT_S):
-            await process.ask(self._begin)
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                await process.ask(self._begin)
+        except (TimeoutError, WorkerGone, OSError) as error:
+            await self._end(process)
+            why = "took too long" if isinstance(error, TimeoutError) else "ended the process that did it"
+            raise BadCheckpoint(f"reading the tokenizer and chat template of {self._source} {why}") from None
         return process
 
     async def _end(self, process: _Process | None) -> None:

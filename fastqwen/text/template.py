@@ -15,6 +15,7 @@ from fastqwen.errors import BadCheckpoint, BadRequest
 from fastqwen.text.tokenizer import Tokenizer, break_control_tokens
 
 Message = dict[str, Any]
+MAX_POWER, MAX_BASE, MAX_REPEATED = 64, 2**32, 2**20
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -29,8 +30,10 @@ class ChatTemplate:
         self.source = source
         self.origin = origin
         self._variables = variables or {}
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlocks]
+        environment = _Sandbox(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[loopcontrols, _GenerationBlocks],
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
@@ -80,6 +83,21 @@ def _without_control(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
     if isinstance(value, dict):
         return {key: _without_control(item, tokenizer, mark) for key, item in value.items()}
     return value
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Intercepted operators are computed while a template is rendered, never while it is parsed, and only so far."""
+
+    intercepted_binops = frozenset({"**", "*"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and isinstance(right, int) and (abs(right) > MAX_POWER or abs(left) > MAX_BASE):
+            raise jinja2.TemplateError("the template computes a power that is too large")
+        if operator == "*":
+            for text, count in ((left, right), (right, left)):
+                if isinstance(text, (str, list, tuple)) and isinstance(count, int) and len(text) * count > MAX_REPEATED:
+                    raise jinja2.TemplateError("the template repeats a text too often")
+        return super().call_binop(context, operator, left, right)
 
 
 class _GenerationBlocks(Extension):

@@ -72,8 +72,8 @@ def main() -> int:
     if first is None:
         return 0
     begin = _begin.decode(first)
-    worker = _Worker(begin, load_text(Path(begin.path), begin.model, begin.config))
     _limit_memory()
+    worker = _Worker(begin, load_text(Path(begin.path), begin.model, begin.config))
     _write(sink, Ids([]))
     while (data := _read(source)) is not None:
         _write(sink, worker.answer(data))

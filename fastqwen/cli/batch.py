@@ -1,0 +1,31 @@
+"""fastqwen batch"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastqwen.cli.options import with_engine_options
+
+
+@with_engine_options
+def batch(
+    engine: dict[str, Any],
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests in OpenAI's batch format, one a line.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the answers go; existing ones are kept.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A model as in `serve`, or the address of a server.")],
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")
+    ] = None,
+) -> None:
+    """Answer the requests of IN.jsonl. Killed and started again, it goes on where it was.
+
+    fastqwen batch requests.jsonl -o answers.jsonl -m demo
+    fastqwen batch requests.jsonl -o answers.jsonl -m http://localhost:8000
+    """
+    from fastqwen.terminal.batch import run
+
+    raise typer.Exit(run(source, output, model, engine, concurrency=concurrency, api_key=api_key))

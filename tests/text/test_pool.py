@@ -1,0 +1,121 @@
+"""Hostile templates and grammars end in an error within their time, and the next prompt is read as if nothing was."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadCheckpoint, BadRequest
+from fastqwen.text.pool import TextPool
+from fastqwen.text.worker import Compile, Encode, Job, Render
+from fastqwen.weights.checkpoint import open_checkpoint
+from tests.reliability.mock_model import make_model
+
+HELLO = Encode("hello", False, 1000)
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def run(folder: Path, *jobs: Job, template: str | None = None, timeout_s: float = 0.5) -> list[list[int] | str]:
+    """The ids of each job, or why it was refused."""
+
+    async def work() -> list[list[int] | str]:
+        make_model(folder)
+        model = open_checkpoint(folder, with_tensors=False).model
+        pool = TextPool(
+            EngineConfig(model="x", chat_template=template), folder, model, num_workers=1, timeout_s=timeout_s
+        )
+        found: list[list[int] | str] = []
+        try:
+            await pool.start()
+            for job in jobs:
+                start_s = time.monotonic()
+                try:
+                    found.append(await pool.run(job))
+                except BadRequest as error:
+                    found.append(str(error))
+                assert time.monotonic() - start_s < 12.0
+        finally:
+            await pool.close()
+        assert not psutil.Process().children(recursive=True)
+        return found
+
+    return asyncio.run(work())
+
+
+def test_text_becomes_ids(tmp_path: Path):
+    assert run(tmp_path, HELLO, Render(MESSAGES, {"add_generation_prompt": True}, 1000))[0] == list(b"hello")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x=['a']) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "{{ 'a' * 99999999999 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% for i in range(99999999) %}x{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{{ 2 ** 9999999999 }}",
+    ],
+)
+def test_a_hostile_template_is_given_up_and_the_next_prompt_works(tmp_path: Path, template: str):
+    attack = "{% if messages[0].content == 'attack' %}" + template + "{% endif %}"
+    messages = [{"role": "user", "content": "attack"}]
+    [refused, ids] = run(tmp_path, Render(messages, {}, 100_000), HELLO, template=attack)
+    assert isinstance(refused, str) or bytes(refused) == b""
+    assert ids == list(b"hello")
+
+
+@pytest.mark.parametrize(
+    "text", [" " * 900_000, "\t" * 900_000, "\u3000" * 900_000, "a" * 900_000, "^" * 900_000, "\n" * 900_000]
+)
+def test_long_runs_of_one_character_never_end_the_pool(tmp_path: Path, text: str):
+    found = run(tmp_path, Encode(text, False, 10**6), HELLO, timeout_s=3.0)
+    assert found[1] == list(b"hello")
+
+
+GRAMMARS = ["", "start: /(/", "start: start", "start: a\na: b\nb: a", "%json {", 'start: %json {"type": 3}', "\x00"]
+
+
+def test_bad_grammars_are_refused_with_a_reason(tmp_path: Path):
+    found = run(tmp_path, *(Compile(grammar) for grammar in GRAMMARS), HELLO, timeout_s=2.0)
+    assert all(isinstance(one, str) and one for one in found[:-1])
+    assert found[-1] == list(b"hello")
+
+
+def test_a_killed_worker_is_replaced(tmp_path: Path):
+    async def work() -> None:
+        make_model(tmp_path)
+        model = open_checkpoint(tmp_path, with_tensors=False).model
+        pool = TextPool(EngineConfig(model="x"), tmp_path, model, num_workers=1)
+        try:
+            await pool.run(HELLO)
+            [child] = psutil.Process().children()
+            child.kill()
+            await asyncio.sleep(0.1)
+            assert await pool.run(HELLO) == list(b"hello")
+        finally:
+            await pool.close()
+
+    asyncio.run(work())
+
+
+def test_a_template_that_hangs_while_it_is_read_is_told_at_the_start(tmp_path: Path):
+    async def work() -> None:
+        make_model(tmp_path)
+        model = open_checkpoint(tmp_path, with_tensors=False).model
+        endless = "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+        pool = TextPool(EngineConfig(model="x", chat_template=endless), tmp_path, model, start_timeout_s=3.0)
+        with pytest.raises(BadCheckpoint, match="took too long"):
+            await pool.start()
+        await pool.close()
+
+    asyncio.run(work())
