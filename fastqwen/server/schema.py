@@ -247,19 +247,21 @@ _SUSPECT = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}|\d{300}|\\u[dD][89a-fA-F]|(?:
 
 def _check_json(body: bytes) -> None:
     try:
-        value = loads(body.decode("utf-8"))
+        value = loads(body.decode("utf-8"), constants=float)
     except UnicodeDecodeError:
         raise BadRequest("the request body is not UTF-8") from None
     except StrictJsonError as error:
         raise BadRequest(str(error)) from None
-    _check_finite(value)
+    _check_finite(value, ())
 
 
-def _check_finite(value: Any) -> None:
+def _check_finite(value: Any, place: tuple[str, ...]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise BadRequest("the request body contains a number that is too large")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_finite(item)
+        where = ".".join(place)[:200]
+        raise BadRequest(f"{where or 'the body'} is {value}, but must be a finite number", where or None)
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _check_finite(item, (*place, str(key)))
 
 
 def _is_union_label(part: int | str) -> bool:
