@@ -14,8 +14,7 @@ from types import ModuleType
 
 import pytest
 
-# Tests share the machine with the servers that they start. Compute threads that spin while they wait for each other made
-# a token take ten times as long beside other work; read when torch is imported, and by every process started from here.
+# As the command line does: tests share the cores with the servers that they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SHARED = Path(__file__).parents[2] / "shared"

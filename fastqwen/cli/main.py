@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -38,6 +39,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """A user's mistake is one line on standard error and exit status 1; a bug keeps its traceback."""
+    # Compute threads sleep while they wait for each other. Spinning is faster on an idle machine, and ten times slower
+    # once anything else wants the cores (docs/performance.md). Read when torch is imported, inherited by the engine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except FastqwenError as error:
