@@ -19,7 +19,7 @@ schema = {
 wish = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
 found = client.chat.completions.create(model="Qwen", messages=messages, response_format=wish, max_tokens=200)
 assert set(json.loads(found.choices[0].message.content)) == {"name", "age"}
-with client.chat.completions.stream(model="Qwen", messages=messages, max_tokens=12) as stream:
-    assert stream.get_final_completion().choices[0].finish_reason
+chunks = list(client.chat.completions.create(model="Qwen", messages=messages, max_tokens=12, stream=True))
+assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1]
 assert client.responses.create(model="Qwen", input="Hi", max_output_tokens=8).output_text
 print("openai, current: ok")
