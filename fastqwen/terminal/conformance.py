@@ -249,7 +249,8 @@ def effort_aliases(server: Server) -> str:
 
 
 def errors_in_shape(server: Server) -> str:
-    for body in ({"messages": []}, {"messages": PROMPT, "temperature": -1}, {"messages": PROMPT, "max_tokens": "x"}):
+    bodies: list[dict[str, Any]] = [{"messages": []}, {"messages": PROMPT, "temperature": -1}, {"max_tokens": "x"}]
+    for body in bodies:
         response = server.post(**body)
         _demand(400 <= response.status_code < 500, f"{body} was answered with {response.status_code}")
         error = response.json().get("error")
