@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from fastqwen.records import EngineRequest
+from fastqwen.records import EngineRequest, RequestDelta
 
 if TYPE_CHECKING:
     from fastqwen.runner.structured import GrammarCompiler
 
 COMPILING_WAIT_MS = 2
+NO_GRAMMARS = "this engine cannot constrain answers: it has no tokenizer"
 
 
 class Arrivals:
@@ -19,11 +20,14 @@ class Arrivals:
         self._compiler = compiler
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._ready: list[EngineRequest] = []
+        self._refused: list[RequestDelta] = []
         self._compiling: dict[str, tuple[EngineRequest, Future[Any]]] = {}
 
     def put(self, request: EngineRequest) -> None:
-        if request.grammar is None or self._compiler is None:
+        if request.grammar is None:
             self._ready.append(request)
+        elif self._compiler is None:  # an answer without its constraint would be worse than none
+            self._refused.append(RequestDelta(request_id=request.request_id, finish_reason="error", error=NO_GRAMMARS))
         else:
             future = self._threads.submit(self._compiler.compile, request.grammar.text)
             self._compiling[request.request_id] = (request, future)
@@ -33,6 +37,10 @@ class Arrivals:
 
     def patience_ms(self, idle_ms: int) -> int:
         return COMPILING_WAIT_MS if self._compiling else idle_ms
+
+    def refused(self) -> list[RequestDelta]:
+        found, self._refused = self._refused, []
+        return found
 
     def ready(self) -> Iterator[EngineRequest]:
         """Requests that the engine can take now. A failed compilation shows when the engine compiles it again."""

@@ -92,7 +92,7 @@ def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals) -> N
         _take_messages(socket, core, arrivals, wait_ms=0 if core.has_work else arrivals.patience_ms(IDLE_WAIT_MS))
         for request in arrivals.ready():
             core.add(request)
-        deltas = core.step()
+        deltas = arrivals.refused() + core.step()
         now_s = time.monotonic()
         if deltas or now_s - told_s > IDLE_WAIT_MS / 1000:
             socket.send(wire.encode(wire.Deltas(deltas, core.stats())))

@@ -37,6 +37,8 @@ class AttentionBatch:
     cache_slots: Tensor  # int64 [tokens]: block * block_size + offset, where the token's key and value go
     num_decode_rows: int  # leading rows with exactly one token
     max_row_tokens: int
+    # (first token, count) of the rows behind those, if all of them are whole prompts with nothing in the cache before
+    whole_prompts: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def beyond_decode(self) -> AttentionBatch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,7 +38,16 @@ def pack(rows: list[Row], slots: Slots, *, block_size: int, logn_len: int | None
         cache_slots=blocks * block_size + positions % block_size,
         num_decode_rows=next((index for index, row in enumerate(rows) if row.num_tokens > 1), len(rows)),
         max_row_tokens=max(row.num_tokens for row in rows),
+        whole_prompts=_whole_prompts(rows),
     )
+
+
+def _whole_prompts(rows: list[Row]) -> tuple[tuple[int, int], ...]:
+    first = next((index for index, row in enumerate(rows) if row.num_tokens > 1), len(rows))
+    if any(row.start for row in rows[first:]):
+        return ()
+    begins = itertools.accumulate((row.num_tokens for row in rows[first:]), initial=first)
+    return tuple((begin, row.num_tokens) for begin, row in zip(begins, rows[first:], strict=False))
 
 
 def cos_sin(positions: Tensor, inverse_frequencies: Tensor, scale: Tensor) -> Tensor:

@@ -197,6 +197,11 @@ class Generation:
             piece.finish_reason = output.finish_reason = "length"
             self._running[first.request_id] = choice  # its caller takes it out
             return
+        self._continue(choice, token_ids, left)
+
+    def _continue(self, choice: Choice, token_ids: list[int], left: int) -> None:
+        """Another sequence in place of this one: everything said so far is its prompt."""
+        first, output = choice.request, choice.assembler.output
         choice.num_continued += 1
         sampling: Any = msgspec.structs.replace(
             first.sampling, min_tokens=max(0, first.sampling.min_tokens - len(output.token_ids))

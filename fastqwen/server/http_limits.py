@@ -14,53 +14,52 @@ TOO_LARGE = (
 )
 
 
-def bounded_http(header_timeout_s: float) -> type[asyncio.Protocol]:
-    """A protocol class that closes connections whose headers are not complete in time, or too large."""
+class BoundedHttp(HttpToolsProtocol):
+    """Closes connections whose headers are not complete in time, or too large."""
 
-    class BoundedHttp(HttpToolsProtocol):
-        _reading_headers = False
-        _header_bytes = 0
-        _timer: asyncio.TimerHandle | None = None
+    header_timeout_s = 10.0
+    _header_bytes = 0
+    _timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._start_timer()
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is not None:
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES and b"\r\n\r\n" not in data[:MAX_HEADER_BYTES]:
+                self.transport.write(TOO_LARGE)
+                self.transport.close()
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._timer is None:
             self._start_timer()
 
-        def data_received(self, data: bytes) -> None:
-            if self._timer is None and self.cycle is None:
-                self._start_timer()
-            if self._timer is not None:
-                self._header_bytes += len(data)
-                if self._header_bytes > MAX_HEADER_BYTES and b"\r\n\r\n" not in data[:MAX_HEADER_BYTES]:
-                    self.transport.write(TOO_LARGE)
-                    self.transport.close()
-                    return
-            super().data_received(data)
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
 
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            if self._timer is None:
-                self._start_timer()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
 
-        def on_headers_complete(self) -> None:
-            self._stop_timer()
-            super().on_headers_complete()
+    def _start_timer(self) -> None:
+        self._header_bytes = 0
+        self._timer = self.loop.call_later(self.header_timeout_s, self._give_up)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timer()
-            super().connection_lost(exc)
-
-        def _start_timer(self) -> None:
-            self._header_bytes = 0
-            self._timer = self.loop.call_later(header_timeout_s, self._give_up)
-
-        def _stop_timer(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _give_up(self) -> None:
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
             self._timer = None
-            self.transport.close()
 
-    return BoundedHttp
+    def _give_up(self) -> None:
+        self._timer = None
+        self.transport.close()
+
+
+def bounded_http(header_timeout_s: float) -> type[asyncio.Protocol]:
+    return type("BoundedHttp", (BoundedHttp,), {"header_timeout_s": header_timeout_s})

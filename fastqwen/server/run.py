@@ -99,7 +99,7 @@ class _Parts:
 
 
 async def _serve(parts: _Parts, bound: socket.socket) -> int:
-    engine_config, config, text = parts.engine_config, parts.config, parts.text
+    config, text = parts.config, parts.text
     address = f"http://{config.host}:{bound.getsockname()[1]}"
     bar = _LoadingBar()
 
@@ -108,7 +108,7 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
         text.tokenizer.limit_length(ready.plan.max_model_len)
         log.info(
             "%s is ready: %s, context %d tokens, KV cache %d tokens. API %s/v1, documentation %s/docs",
-            engine_config.served_names[0],
+            parts.engine_config.served_names[0],
             ready.plan.dtype,
             ready.plan.max_model_len,
             ready.plan.num_blocks * ready.plan.block_size,
@@ -117,22 +117,11 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
         )
 
     engine = EngineClient(
-        engine_config, parts.path, on_loading=bar.update, on_ready=on_ready, command=parts.engine_command
+        parts.engine_config, parts.path, on_loading=bar.update, on_ready=on_ready, command=parts.engine_command
     )
-    workers = TextPool(
-        engine_config, parts.path, parts.model, num_workers=config.text_workers, timeout_s=config.text_timeout_s
-    )
-    state = ServerState(
-        engine=engine,
-        engine_config=engine_config,
-        text=text,
-        formats=parts.formats,
-        workers=workers,
-        config=config,
-        metrics=Metrics(engine_config.served_names[0]),
-        seeds=random.Random(engine_config.seed),  # noqa: S311 not a secret
-        cache_stories=CacheStories(enabled=engine_config.enable_prefix_caching),
-    )
+    state = _state(parts, engine)
+    workers = state.workers
+    assert isinstance(workers, TextPool)
     server = _Server(state)
     engine.start()
     starting = asyncio.create_task(_start_workers(workers, engine, server))
@@ -149,6 +138,23 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
     if engine.failure:
         raise FastqwenError(engine.failure)
     return 0
+
+
+def _state(parts: _Parts, engine: EngineClient) -> ServerState:
+    engine_config, config = parts.engine_config, parts.config
+    return ServerState(
+        engine=engine,
+        engine_config=engine_config,
+        text=parts.text,
+        formats=parts.formats,
+        workers=TextPool(
+            engine_config, parts.path, parts.model, num_workers=config.text_workers, timeout_s=config.text_timeout_s
+        ),
+        config=config,
+        metrics=Metrics(engine_config.served_names[0]),
+        seeds=random.Random(engine_config.seed),  # noqa: S311 not a secret
+        cache_stories=CacheStories(enabled=engine_config.enable_prefix_caching),
+    )
 
 
 async def _stop_on_failure(engine: EngineClient, server: _Server) -> None:

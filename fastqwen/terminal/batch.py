@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fastqwen.errors import BadConfig, FastqwenError
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 RETRY_STATUSES = (408, 429, 503)
 MAX_TRIES = 8
 READY_TIMEOUT_S = 1800.0

@@ -249,11 +249,7 @@ def effort_aliases(server: Server) -> str:
 
 
 def errors_in_shape(server: Server) -> str:
-    bodies: list[dict[str, Any]] = [
-        {"messages": []},
-        {"messages": PROMPT, "temperature": -1},
-        {"messages": PROMPT, "max_tokens": "x"},
-    ]
+    bodies: list[dict[str, Any]] = [{"messages": []}, {"messages": PROMPT, "temperature": -1}, {"max_tokens": "x"}]
     for body in bodies:
         response = server.post(**body)
         _demand(400 <= response.status_code < 500, f"{body} was answered with {response.status_code}")

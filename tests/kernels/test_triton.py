@@ -6,6 +6,7 @@ The interpreter computes tl.dot rightly in float16 and float32 only; bfloat16 is
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ if DEVICE == "cpu":
 from fastqwen.kernels import HeadShape, LayerCache  # noqa: E402
 from fastqwen.kernels.reference import ReferenceOps  # noqa: E402
 from fastqwen.kernels.triton import attention, linear  # noqa: E402
-from fastqwen.kernels.triton.ops import TritonOps  # noqa: E402
+from fastqwen.kernels.triton.ops import TritonOps, library_prefill  # noqa: E402
 from tests.kernels.batches import make_batch  # noqa: E402
 
 REFERENCE = ReferenceOps()
@@ -110,6 +111,24 @@ def test_mixed_batches(ops: TritonOps, dtype: torch.dtype, shape: HeadShape, win
     close(found, expected, dtype)
     close(cache.k, other.k, dtype)
     close(cache.v, other.v, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whole_prompts_through_the_library(ops: TritonOps, dtype: torch.dtype, shape: HeadShape):
+    rows = [(30, 1), (0, 33), (0, 70)]
+    batch, cache = make_batch(rows, shape, dtype=dtype, device=DEVICE, logn=shape.num_heads == 4)
+    batch = replace(batch, whole_prompts=((1, 33), (34, 70)))
+    other = LayerCache(cache.k.clone(), cache.v.clone())
+    qkv = random(104, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=dtype)
+    found = torch.zeros(104, shape.num_heads * shape.head_dim, dtype=dtype, device=DEVICE)
+    library_prefill(qkv, batch, cache, shape, None, None, 1e-6, found)
+    nothing = {"q_norm": None, "k_norm": None, "eps": 1e-6, "window": None}
+    expected = REFERENCE.attend(qkv, batch, other, shape, **nothing)
+    close(found[1:], expected[1:], dtype)
+    used = _used(replace(batch, context_lens=batch.context_lens - (batch.context_lens == 31).int()), cache)
+    close(cache.k[used], other.k[used], dtype)
+    close(cache.v[used], other.v[used], dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 64])

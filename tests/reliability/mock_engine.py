@@ -18,7 +18,7 @@ from fastqwen.engine.scheduler import Scheduler
 from fastqwen.ipc import wire
 from fastqwen.ipc.engine_main import main
 from fastqwen.plan import EnginePlan
-from fastqwen.records import Admission, Row, SampledRow, ScheduledBatch, StepOutput
+from fastqwen.records import Admission, Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.start import Engine
 from fastqwen.weights.checkpoint import open_checkpoint
 
@@ -57,9 +57,12 @@ class MockExecutor:
             return SampledRow(request_id=row.request_id)
         admission = self._admissions[row.slot]
         prompt = admission.token_ids[: admission.num_prompt_tokens]
-        return SampledRow(
-            request_id=row.request_id, token_id=token_at(prompt, admission.seed, row.start + row.num_tokens)
-        )
+        seed = 0 if admission.sampling.greedy else admission.seed
+        token = token_at(prompt, seed, row.start + row.num_tokens)
+        asked = admission.sampling.logprobs
+        others = [one for one in LETTERS if one != token][: max(0, (asked or 0) - 1)]
+        logprobs = TokenLogprobs(token, -0.1, 1, [token, *others][:asked], [-0.1, *[-3.0] * len(others)][:asked])
+        return SampledRow(request_id=row.request_id, token_id=token, logprobs=None if asked is None else logprobs)
 
 
 def start(message: wire.Start, progress: Callable[[int, int], None]) -> Engine:

@@ -81,6 +81,7 @@ def _rope_and_cache(
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, 2 * HALF]
     v_cache_ptr,
     q_out_ptr,  # [tokens, HEADS, 2 * HALF]
+    k_out_ptr,  # [tokens, KV_HEADS, 2 * HALF], or None
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -90,6 +91,7 @@ def _rope_and_cache(
     PADDED_KV: tl.constexpr,
     NORM: tl.constexpr,
     LOGN: tl.constexpr,
+    KEEP_K: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, HALF)
@@ -124,6 +126,10 @@ def _rope_and_cache(
     home = ((block * KV_HEADS + kv_heads) * BLOCK_SIZE + offset)[:, None] * 2 * HALF + at[None, :]
     tl.store(k_cache_ptr + home, low.to(k_cache_ptr.dtype.element_ty), mask=live)
     tl.store(k_cache_ptr + home + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=live)
+    if KEEP_K:
+        k_out = k_out_ptr + token * KV_HEADS * 2 * HALF
+        tl.store(k_out + place, low.to(k_out_ptr.dtype.element_ty), mask=live)
+        tl.store(k_out + place + HALF, high.to(k_out_ptr.dtype.element_ty), mask=live)
     tl.store(v_cache_ptr + home, tl.load(values + place, mask=live, other=0.0), mask=live)
     tl.store(v_cache_ptr + home + HALF, tl.load(values + place + HALF, mask=live, other=0.0), mask=live)
 
@@ -136,14 +142,19 @@ def rope_and_cache(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    k_out: Tensor | None = None,
 ) -> Tensor:
-    """The Ops table's op: q [tokens, heads, head_dim], keys and values written to the cache."""
+    """The Ops table's op: q [tokens, heads, head_dim], keys and values written to the cache.
+
+    The rotated keys are written to ``k_out`` [tokens, kv_heads, head_dim] as well, if it is given.
+    """
     tokens = qkv.shape[0]
     q = torch.empty((tokens, shape.num_heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
     _rope_and_cache[(tokens,)](
-        qkv, batch.cos_sin, batch.q_scale, batch.cache_slots, q_norm, k_norm, cache.k, cache.v, q, eps,
+        qkv, batch.cos_sin, batch.q_scale, batch.cache_slots, q_norm, k_norm, cache.k, cache.v, q, k_out, eps,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
         PADDED_HEADS=triton.next_power_of_2(shape.num_heads), PADDED_KV=triton.next_power_of_2(shape.num_kv_heads),
-        NORM=q_norm is not None, LOGN=batch.q_scale is not None, num_warps=4,
+        NORM=q_norm is not None, LOGN=batch.q_scale is not None, KEEP_K=k_out is not None,
+        num_warps=4,
     )  # fmt: skip
     return q

@@ -1,0 +1,101 @@
+"""The sampler's grammars: a mask per row, rebuilt from tokens after a preemption, compiled ones bounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastqwen.ipc.arrivals import Arrivals
+from fastqwen.records import Admission, EngineRequest, Grammar, SamplingParams, StructuredOutputs
+from fastqwen.runner import structured
+from fastqwen.runner.sampler import FORBIDDEN
+from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.text.grammar import grammar_tokenizer, to_grammar
+from tests.server.harness import END, VOCAB, ByteTokenizer
+
+PROMPT = list(b"prompt")
+
+
+@pytest.fixture
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(lambda: grammar_tokenizer(ByteTokenizer(), [END], VOCAB))
+
+
+def admission(regex: str, said: bytes = b"", after: str = "", slot: int = 0) -> Admission:
+    return Admission(
+        slot=slot,
+        request_id="x",
+        token_ids=PROMPT + list(said),
+        num_prompt_tokens=len(PROMPT),
+        sampling=SamplingParams(),
+        seed=0,
+        stop_token_ids=[END],
+        rope_key="",
+        grammar=Grammar(to_grammar(StructuredOutputs(regex=regex)), after),
+    )
+
+
+def allowed(output: StructuredOutput, slot: int = 0) -> set[str]:
+    logits = torch.zeros((1, VOCAB + 10))  # the embedding may have more rows than the tokenizer has tokens
+    assert output.mask(logits, [slot]) == {}
+    ids = (logits[0] != FORBIDDEN).nonzero().flatten().tolist()
+    return {chr(token) if token < 256 else str(token) for token in ids}
+
+
+def test_only_what_the_grammar_allows_may_come(compiler: GrammarCompiler):
+    output = StructuredOutput(compiler)
+    output.admit([admission("ab?")])
+    assert allowed(output) == {"a"}
+    output.take([0], list(b"a"))
+    assert allowed(output) == {"b", str(END)}
+
+
+def test_a_preempted_row_goes_on_where_it_was(compiler: GrammarCompiler):
+    output = StructuredOutput(compiler)
+    output.admit([admission("abc", said=b"ab", slot=3)])
+    assert allowed(output, slot=3) == {"c"}
+
+
+def test_thinking_is_free_until_its_end_mark(compiler: GrammarCompiler):
+    output = StructuredOutput(compiler)
+    output.admit([admission("x", after="</think>")])
+    assert len(allowed(output)) == VOCAB + 10
+    for token in b"hm </think>":
+        assert len(allowed(output)) == VOCAB + 10
+        output.take([0], [token])
+    assert allowed(output) == {"x"}
+    output.admit([admission("x", said=b"hm </think>", after="</think>")])
+    assert allowed(output) == {"x"}
+
+
+def test_a_slots_next_sequence_is_free_of_the_last_ones_grammar(compiler: GrammarCompiler):
+    output = StructuredOutput(compiler)
+    output.admit([admission("ab")])
+    free = admission("ab")
+    output.admit([Admission(**{name: getattr(free, name) for name in free.__struct_fields__ if name != "grammar"})])
+    assert not output.constrains(0)
+
+
+def test_a_row_whose_grammar_fails_is_reported_and_not_let_free(compiler: GrammarCompiler):
+    output = StructuredOutput(compiler)
+    output.admit([admission("ab")])
+    output.take([0], list(b"z"))
+    assert "structured output failed" in output.mask(torch.zeros((1, VOCAB)), [0])[0]
+
+
+def test_compiled_grammars_are_bounded(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(structured, "MAX_CACHED_GRAMMARS", 4)
+    for number in range(20):
+        assert not compiler.compile(to_grammar(StructuredOutputs(regex=f"a{number}"))).is_error()
+    assert len(compiler) == 4
+
+
+def test_an_engine_without_a_tokenizer_refuses_instead_of_answering_unconstrained():
+    arrivals = Arrivals(None)
+    request = EngineRequest(
+        request_id="x", prompt_token_ids=[1], sampling=SamplingParams(), stop_token_ids=[], max_tokens=1, seed=0,
+        grammar=Grammar("anything"),
+    )  # fmt: skip
+    arrivals.put(request)
+    assert list(arrivals.ready()) == []
+    assert [delta.finish_reason for delta in arrivals.refused()] == ["error"]
