@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastqwen.cli.options import with_engine_options
+from fastqwen.cli.options import help_text, with_engine_options
 from fastqwen.cli.serve import MODEL_HELP
 
 app = typer.Typer(help="Measure speed, and compare it with what the machine's memory allows.", no_args_is_help=True)
@@ -15,7 +15,6 @@ BATCH_SIZES = [1, 8]
 CONCURRENCIES = [1, 16, 64]
 
 
-@app.command()
 @with_engine_options
 def latency(
     engine: dict[str, Any],
@@ -47,7 +46,6 @@ def latency(
     run(config, batch_sizes=batch_size, input_len=input_len, output_len=output_len, prompts=prompts, iters=num_iters)
 
 
-@app.command()
 @with_engine_options
 def throughput(
     engine: dict[str, Any],
@@ -69,7 +67,6 @@ def throughput(
     run(config, num_prompts=num_prompts, input_len=span(input_len), output_len=span(output_len))
 
 
-@app.command()
 @with_engine_options
 def serve(
     engine: dict[str, Any],
@@ -100,3 +97,7 @@ def serve(
         output_len=output_len,
         api_key=api_key,
     )
+
+
+for _command in (latency, throughput, serve):
+    app.command(help=help_text(_command))(_command)

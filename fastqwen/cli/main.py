@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastqwen.cli import batch, bench, chat, check, generate, plan, serve
+from fastqwen.cli.options import help_text
 from fastqwen.errors import FastqwenError
 from fastqwen.version import __version__
 
@@ -21,12 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(serve.serve)
-app.command()(chat.chat)
-app.command()(generate.generate)
-app.command()(batch.batch)
-app.command()(plan.plan)
-app.command()(check.check)
+for _command in (serve.serve, chat.chat, generate.generate, batch.batch, plan.plan, check.check):
+    app.command(help=help_text(_command))(_command)
 app.add_typer(bench.app, name="bench")
 
 

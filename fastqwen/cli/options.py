@@ -27,6 +27,16 @@ def whole_number(text: str) -> int:
     return int(number)
 
 
+def help_text(command: Callable[..., None]) -> str:
+    """A command's docstring; a paragraph of examples keeps its lines."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(f"\b\n{one}" if _is_example(one) else one for one in paragraphs)
+
+
+def _is_example(paragraph: str) -> bool:
+    return all(line.startswith("fastqwen ") or " | fastqwen " in line for line in paragraph.splitlines())
+
+
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every EngineConfig field as a flag; it receives them as one ``engine`` dict.
 

@@ -48,7 +48,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw memory against context length.")] = None,
 ) -> None:
-    """Say before the download whether a model fits, how far, how fast, and what to type."""
+    """Say before the download whether a model fits, how far, how fast, and what to type.
+
+    fastqwen plan Qwen-7B --gpu "RTX 3090"
+    fastqwen plan --gpu 24GB
+    """
     target = find_target(gpu)
     wishes = Wishes(
         num_gpus=num_gpus,
