@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp
 
 from fastqwen.errors import BadRequest
-from fastqwen.server import errors, status
+from fastqwen.server import docs_page, errors, status
 from fastqwen.server.body import read_body
 from fastqwen.server.chat import Chat
 from fastqwen.server.completions import Completion
@@ -34,12 +34,19 @@ from fastqwen.version import __version__
 
 def create_app(state: ServerState) -> ASGIApp:
     """Everything behind the guard, which decides who may ask at all."""
-    app = FastAPI(title="fastqwen", version=__version__, description="OpenAI-compatible API for Qwen models")
+    app = FastAPI(
+        title="fastqwen",
+        version=__version__,
+        description="OpenAI-compatible API for Qwen models",
+        docs_url=None,  # FastAPI's own pages load their scripts from elsewhere; docs_page.py does not
+        redoc_url=None,
+    )
     app.router.redirect_slashes = False
     errors.install(app, state)
     _add_generation(app, state)
     _add_tokenizer(app, state)
     status.add_routes(app, state)
+    docs_page.add_route(app)
     return Guard(app, state)
 
 
