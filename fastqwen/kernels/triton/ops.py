@@ -133,7 +133,7 @@ def library_prefill(
     out: Tensor,
 ) -> None:
     """Rows that are whole prompts: attention by torch on their own keys and values, which also go to the cache."""
-    first, dim = batch.num_decode_rows, shape.head_dim
+    first, dim, group = batch.num_decode_rows, shape.head_dim, shape.num_heads // shape.num_kv_heads
     qkv = qkv[first:]
     k = torch.empty((qkv.shape[0], shape.num_kv_heads, dim), dtype=qkv.dtype, device=qkv.device)
     q = pointwise.rope_and_cache(qkv, batch.beyond_decode, cache, shape, q_norm, k_norm, eps, k_out=k)
@@ -142,10 +142,10 @@ def library_prefill(
     with sdpa_kernel(backends, set_priority=True):
         for begin, count in batch.whole_prompts:
             rows = slice(begin - first, begin - first + count)
-            row_q, row_k, row_v = (part[rows].transpose(0, 1)[None] for part in (q, k, v))
-            found = functional.scaled_dot_product_attention(
-                row_q, row_k, row_v, is_causal=True, enable_gqa=shape.num_heads != shape.num_kv_heads
-            )
+            # Each query head gets a copy of its keys and values: the fast kernel knows no groups, and a copy is cheap.
+            row_k, row_v = (part[rows].repeat_interleave(group, dim=1) for part in (k, v))
+            row_q, row_k, row_v = (part.transpose(0, 1)[None] for part in (q[rows], row_k, row_v))
+            found = functional.scaled_dot_product_attention(row_q, row_k, row_v, is_causal=True)
             out[begin : begin + count] = found[0].transpose(0, 1).flatten(1)
 
 
