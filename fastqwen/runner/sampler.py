@@ -43,25 +43,35 @@ def sample(
 def _cut_top(scaled: Tensor, top_k: Tensor, top_p: Tensor, params: list[SamplingParams]) -> Tensor:
     """Keep each row's top_k largest, of these the fewest that have top_p of the mass. Equal logits stay together."""
     vocab = scaled.shape[-1]
-    wanted = max(vocab if one.top_k <= 0 else min(one.top_k, vocab) for one in params if not one.greedy)
-    count = min(vocab, max(wanted, 1) if wanted < vocab else _TOP_CANDIDATES)
+    top_k = torch.where(top_k < vocab, top_k, 0)
+    drawn = [one for one in params if not one.greedy]
+    limits = [one.top_k for one in drawn if 0 < one.top_k < vocab]
+    unlimited = any(one.top_p < 1.0 and not 0 < one.top_k < vocab for one in drawn)
+    count = min(vocab, max([*limits, _TOP_CANDIDATES if unlimited else 1]))
     best, mass = _candidates(scaled, top_k, count)
-    if count < vocab and wanted >= vocab and bool(((top_k <= 0) & (mass[:, -1] < top_p)).any()):
+    if unlimited and count < vocab and bool(((top_k <= 0) & (top_p < 1.0) & (mass[:, -1] < top_p)).any()):
         best, mass = _candidates(scaled, top_k, vocab)  # a flat distribution: look at all of it
-    keep = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1) < top_p[:, None]
+    share = torch.where(top_p < 1.0, top_p, float("inf"))  # sums of nearly all of the mass may round to 1
+    keep = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1) < share[:, None]
     keep &= best > float("-inf")
     last = keep.sum(-1, keepdim=True) - 1
-    return scaled.masked_fill(scaled < best.gather(-1, last), float("-inf"))
+    least = torch.where(((top_k > 0) | (top_p < 1.0))[:, None], best.gather(-1, last), float("-inf"))
+    return scaled.masked_fill(scaled < least, float("-inf"))
 
 
 def _candidates(scaled: Tensor, top_k: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest logits in order, those past a row's own top_k at -inf, and the mass up to each."""
+    """The ``count`` largest logits in order, those past a row's own top_k at -inf, and the mass up to each.
+
+    Sums are taken in ways whose bits depend neither on the other rows nor on ``count``, which comes from them: logsumexp
+    splits a single row over threads, log_softmax never does.
+    """
     best = scaled.topk(count, dim=-1).values
     limit = torch.where(top_k > 0, top_k, scaled.shape[-1])[:, None]
     beyond = torch.arange(count, device=scaled.device) >= limit
+    total = best[:, :1] - scaled.log_softmax(-1).amax(-1, keepdim=True)
     best = best.masked_fill(beyond, float("-inf"))
-    total = torch.where(top_k > 0, best.logsumexp(-1), scaled.logsumexp(-1))
-    return best, (best - total[:, None]).exp().cumsum(-1)
+    mass = (best - total).exp().cumsum(-1)
+    return best, torch.where((top_k > 0)[:, None], mass / mass[:, -1:], mass)
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
