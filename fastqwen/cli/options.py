@@ -6,6 +6,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable
+from functools import cache
 from types import UnionType
 from typing import Any
 
@@ -58,8 +59,15 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+@cache
+def _hints() -> dict[str, Any]:
+    """Once for all commands: --help must be quick."""
+    return typing.get_type_hints(EngineConfig, include_extras=True)
+
+
+@cache
 def _parameter(name: str) -> inspect.Parameter:
-    hint = typing.get_type_hints(EngineConfig, include_extras=True)[name]
+    hint = _hints()[name]
     inner, meta = typing.get_args(hint)[0], typing.get_args(hint)[1]
     default = next(field.default for field in msgspec.structs.fields(EngineConfig) if field.name == name)
     flag = "--" + name.replace("_", "-")
