@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test test-slow stress test-clients lint clean help
+.PHONY: serve test test-slow test-page stress test-clients lint clean help
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,13 +34,17 @@ test: $(DEV_STAMP)  ## Run the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(DEV_STAMP)  ## Run the tests that take long
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/page --ignore=tests/reliability
 
 stress: $(DEV_STAMP)  ## Run the long reliability tests: load, soak, a hundred kills and a hundred drains
 	$(BIN)/python -m pytest tests/reliability -m slow -s --timeout 2400
 
 test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use, each installed in a room of its own
 	PYTHON=$(BIN)/python scripts/test_clients
+
+test-page: $(DEV_STAMP)  ## Test the chat page in headless Chromium (needs Debian's chromium on the PATH)
+	$(PIP) -e '.[page]'
+	$(BIN)/python -m pytest -m "slow and not gpu" tests/page
 
 lint: $(DEV_STAMP)  ## Check style and types
 	$(BIN)/ruff check .

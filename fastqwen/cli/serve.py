@@ -32,7 +32,7 @@ def serve(
     ] = None,
     max_body_bytes: Annotated[
         int, typer.Option(parser=whole_number, metavar="NUMBER", help="Largest request body.")
-    ] = 8 * 2**20,
+    ] = 32 * 2**20,
     max_concurrent_requests: Annotated[
         int, typer.Option(min=1, help="Requests that may run or wait; more are answered with 429.")
     ] = 1024,

@@ -82,7 +82,7 @@ def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> En
     except FastqwenError as error:
         socket.send(wire.encode(wire.Failed(str(error))))
         return None
-    socket.send(wire.encode(wire.Ready(engine.plan, engine.model)))
+    socket.send(wire.encode(wire.Ready(engine.plan, engine.model, engine.comparison)))
     return engine
 
 

@@ -7,7 +7,7 @@ import msgspec
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineStats
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan import EnginePlan
+from fastqwen.plan import EnginePlan, Line
 from fastqwen.records import EngineRequest, RequestDelta
 
 
@@ -32,6 +32,7 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 class Ready(msgspec.Struct, frozen=True, tag=True):
     plan: EnginePlan
     model: ModelConfig
+    comparison: list[Line] = []  # planned on paper against measured
 
 
 class Deltas(msgspec.Struct, frozen=True, tag=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -107,6 +108,7 @@ class CudaRunner(ModelRunner):
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Record the decode step for each batch size, the largest first, so that the others fit into its memory."""
+        self._warm_up()
         sizes = sorted(graph_sizes(self._plan.max_num_seqs), reverse=True)
         pool = torch.cuda.graph_pool_handle()
         self._inputs[0].fill_(self.slots.spare)
@@ -119,6 +121,17 @@ class CudaRunner(ModelRunner):
                 logits, tokens = self._decode(size)
             self._graphs[size] = _Graph(graph, logits, tokens)
             progress(index + 1, len(sizes))
+
+    def _warm_up(self) -> None:
+        """Compile what steps with prompts need, so that no request waits for a compiler: each tile height, with and
+        without cached tokens before the prompt, in the spare slot, whose blocks are all the spare one."""
+        longest = min(self._plan.max_model_len, self._plan.max_num_batched_tokens)
+        for tokens, start in itertools.product((2, 17, 33, 65, 129, 513), (0, 64)):
+            if start + tokens <= longest:
+                row = Row(
+                    slot=self.slots.spare, request_id="", start=start, num_tokens=tokens, new_blocks=[], samples=True
+                )
+                self._run(ScheduledBatch(step_id=0, admissions=[], rows=[row]))
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> PendingStep:  # type: ignore[override]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from fastqwen.kernels import Ops
 from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary_key import rope_key
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan import EnginePlan, make_plan
+from fastqwen.plan import EnginePlan, Line, Measured, compare, make_plan
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
@@ -40,6 +40,7 @@ class Engine:
     compiler: GrammarCompiler | None  # None without a tokenizer
     plan: EnginePlan
     model: ModelConfig
+    comparison: list[Line] = field(default_factory=list)  # what was planned on paper against what was measured
 
 
 def start_engine(
@@ -62,7 +63,8 @@ def start_engine(
     plan = make_plan(checkpoint.model, config, device_facts(device))
     for notice in plan.notices:
         log.warning("%s", notice)
-    decoder = _load(config, checkpoint, plan, device, choose_ops(device), progress)
+    paper = plan
+    decoder, weights_bytes = _load(config, checkpoint, plan, device, choose_ops(device), progress)
     compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
     structured = None if compiler is None else StructuredOutput(compiler)
     if device.type == "cuda":
@@ -78,7 +80,16 @@ def start_engine(
     )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
-    return Engine(EngineCore(scheduler, executor), compiler, plan, checkpoint.model)
+    measured = Measured(weights_bytes=weights_bytes, peak_bytes=_used_bytes(device), num_blocks=plan.num_blocks)
+    return Engine(EngineCore(scheduler, executor), compiler, plan, checkpoint.model, compare(paper, measured))
+
+
+def _used_bytes(device: torch.device) -> int | None:
+    """What the GPU holds now: weights, cache, graphs, the largest step's buffers and the process's own share."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 def _on_gpu(
@@ -104,10 +115,12 @@ def _on_gpu(
 
 def _load(
     config: EngineConfig, checkpoint: Checkpoint, plan: EnginePlan, device: torch.device, ops: Ops, progress: Progress
-) -> Decoder:
+) -> tuple[Decoder, int]:
+    """The decoder, and the bytes of its weights."""
     dtype = TORCH_DTYPES[plan.dtype]
     if checkpoint.tensors is None:
         weights: Weights = DummyWeights(dtype, device, config.seed or 0)
     else:
         weights = Weights(checkpoint.tensors, dtype, device)
-    return build_decoder(checkpoint.model, weights, ops, source=checkpoint.source, progress=progress)
+    decoder = build_decoder(checkpoint.model, weights, ops, source=checkpoint.source, progress=progress)
+    return decoder, weights.num_bytes

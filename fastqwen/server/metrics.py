@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from fastqwen.engine.core import EngineStats
+from fastqwen.plan import Line
 from fastqwen.version import __version__
 
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -75,6 +76,7 @@ class Metrics:
         self.request_prompt_tokens = make("request_prompt_tokens", "Prompt length", TOKENS)
         self.request_generation_tokens = make("request_generation_tokens", "Answer length", TOKENS)
         self.request_n = make("request_params_n", "Answers asked for", NUMBERS)
+        self.comparison: list[Line] = []
         self._histograms = [one for one in vars(self).values() if isinstance(one, Histogram)]
         self._registry.register(self)
 
@@ -98,6 +100,13 @@ class Metrics:
             success.add_metric([self._model_name, reason], count)
         yield success
         yield from self._histogram_families()
+        memory = GaugeMetricFamily(
+            "fastqwen:plan", "What was planned and what was measured at start", labels=["model_name", "figure", "side"]
+        )
+        for line in self.comparison:
+            memory.add_metric([self._model_name, line.what, "planned"], line.planned)
+            memory.add_metric([self._model_name, line.what, "measured"], line.measured)
+        yield memory
         info = GaugeMetricFamily("fastqwen:info", "1, with the version as a label", labels=["model_name", "version"])
         info.add_metric([self._model_name, __version__], 1)
         yield info

@@ -115,6 +115,8 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
             address,
             address,
         )
+        for line in ready.comparison:
+            log.log(logging.WARNING if line.warn else logging.INFO, "memory: %s", line.text)
 
     engine = EngineClient(
         parts.engine_config, parts.path, on_loading=bar.update, on_ready=on_ready, command=parts.engine_command

@@ -44,7 +44,7 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     insecure: bool = False
-    max_body_bytes: int = 8 * 2**20
+    max_body_bytes: int = 32 * 2**20
     max_concurrent_requests: int = 1024
     max_n: int = 128
     text_timeout_s: float = 2.0

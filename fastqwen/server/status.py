@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from fastqwen.ipc.wire import Ready
 from fastqwen.server.state import ServerState
 from fastqwen.version import __version__
 
@@ -81,6 +82,8 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
 def _add_figures(app: FastAPI, state: ServerState) -> None:
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
+        ready = state.engine.ready
+        state.metrics.comparison = [] if ready is None else ready.comparison
         text = state.metrics.text(state.engine.stats, state.engine.num_restarts)
         return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -103,8 +106,12 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
             "state": "draining" if state.draining else engine.state,
             "active_requests": state.num_active,
             "engine_restarts": engine.num_restarts,
-            "plan": plan,
-            "measured": {"num_steps": stats.num_steps, "engine_silent_s": engine.silent_for_s},
+            "plan": None if plan is None else {**plan, **_figures(engine.ready, "planned")},
+            "measured": {
+                **_figures(engine.ready, "measured"),
+                "num_steps": stats.num_steps,
+                "engine_silent_s": engine.silent_for_s,
+            },
             "recent_errors": list(state.recent_errors),
         }
 
@@ -121,3 +128,11 @@ def _add_pages(app: FastAPI) -> None:
             return FileResponse(STATIC / "admin.html")
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+
+FIGURES = {"weights": "weights_bytes", "peak": "peak_bytes", "KV blocks": "num_blocks"}
+
+
+def _figures(ready: Ready | None, side: str) -> dict[str, int]:
+    """The planner's figures or the measured ones, under the plan's names."""
+    return {} if ready is None else {FIGURES[line.what]: getattr(line, side) for line in ready.comparison}

@@ -1,21 +1,32 @@
-"""The conversation: lines in, streamed answers out, and a few commands."""
+"""The conversation: lines in, streamed answers out, and commands that begin with a slash."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fastqwen.errors import FastqwenError
 from fastqwen.terminal.session import Messages, Partner
 
-HELP = """\
-/help             this list
-/new              forget the conversation
-/system TEXT      set the system prompt (without TEXT: show it)
-/exit             end (so does Ctrl-D)
-Ctrl-C            stop the answer"""
+HELP = '''\
+/help                  this list
+/new                   forget the conversation
+/system TEXT           set the system prompt (without TEXT: show it)
+/set NAME VALUE        temperature, top_p, max_tokens or seed (without NAME: show them; VALUE default: the model's own)
+/regen                 answer the last question again
+/tokens                how much of the model's context is used
+/save FILE             keep the conversation as JSON
+/load FILE             go on with a kept one
+/exit                  end (so does Ctrl-D)
+"""                    begins and ends a message of several lines; so does a backslash at the end of a line
+Ctrl-C                 stop the answer'''
+
+SETTINGS: dict[str, type] = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
+MAX_SAVED_BYTES = 64 * 2**20
 
 
 def run(partner: Partner, *, prompt: str | None, system: str | None, options: dict[str, Any]) -> int:
@@ -26,20 +37,38 @@ def run(partner: Partner, *, prompt: str | None, system: str | None, options: di
         question = "\n\n".join(part for part in (prompt, piped.strip()) if part)
         return conversation.ask(question)
     print(f"{partner.name} is ready. /help lists the commands.", file=sys.stderr)
-    for line in _lines():
-        if line.startswith("/"):
-            if not conversation.command(line):
+    for message in messages_from(_lines()):
+        if message.startswith("/"):
+            if not conversation.command(message):
                 return 0
-        elif line.strip():
-            conversation.ask(line)
+        elif message.strip():
+            conversation.ask(message)
     return 0
+
+
+def messages_from(lines: Iterator[str]) -> Iterator[str]:
+    """One message a line, or several lines between two lines of three quotes, or joined by backslashes."""
+    for line in lines:
+        if line.strip() == '"""':
+            block = []
+            for inner in lines:
+                if inner.strip() == '"""':
+                    break
+                block.append(inner)
+            yield "\n".join(block)
+            continue
+        parts = [line]
+        while parts[-1].endswith("\\"):
+            parts[-1] = parts[-1][:-1]
+            parts.append(next(lines, ""))
+        yield "\n".join(parts)
 
 
 class Conversation:
     def __init__(self, partner: Partner, system: str | None, options: dict[str, Any]) -> None:
         self._partner = partner
         self._system = system
-        self._options = options
+        self._options = dict(options)
         self._turns: Messages = []
 
     @property
@@ -71,17 +100,81 @@ class Conversation:
         word, _, rest = line.partition(" ")
         if word in ("/exit", "/quit", "/bye"):
             return False
-        if word == "/new":
-            self._turns = []
-        elif word == "/system":
-            if rest.strip():
-                self._system = rest.strip()
-            print(f"System prompt: {self._system or '(none)'}")
-        elif word == "/help":
-            print(HELP)
-        else:
+        known = {
+            "/help": lambda rest: print(HELP),
+            "/new": lambda rest: self._turns.clear(),
+            "/system": self._set_system,
+            "/set": self._set,
+            "/regen": self._regenerate,
+            "/tokens": self._tokens,
+            "/save": self._save,
+            "/load": self._load,
+        }
+        if word not in known:
             print(f"There is no command {word}; /help lists them.")
+            return True
+        try:
+            known[word](rest.strip())
+        except (FastqwenError, OSError) as error:
+            print(f"fastqwen: {error}", file=sys.stderr)
         return True
+
+    def _set_system(self, text: str) -> None:
+        if text:
+            self._system = text
+        print(f"System prompt: {self._system or '(none)'}")
+
+    def _set(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        if name and name not in SETTINGS:
+            print(f"There is no setting {name}; known: {', '.join(SETTINGS)}")
+            return
+        if value.strip() == "default":
+            self._options.pop(name, None)
+        elif value:
+            try:
+                self._options[name] = SETTINGS[name](value)
+            except ValueError:
+                print(f"{value!r} is no value for {name}")
+                return
+        print(", ".join(f"{one} {self._options.get(one, 'default')}" for one in SETTINGS))
+
+    def _regenerate(self, rest: str) -> None:
+        if not self._turns:
+            print("There is nothing to answer again.")
+            return
+        if self._turns[-1]["role"] == "assistant":
+            self._turns.pop()
+        self.ask(self._turns.pop()["content"])
+
+    def _tokens(self, rest: str) -> None:
+        if not self.messages:
+            print("The conversation is empty.")
+            return
+        used, room = self._partner.count_tokens(self.messages)
+        print(f"{used} of {room or '?'} tokens")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            print("Usage: /save FILE")
+            return
+        Path(name).expanduser().write_text(json.dumps(self.messages, ensure_ascii=False, indent=1), encoding="utf-8")
+        print(f"Saved {len(self._turns)} messages to {name}")
+
+    def _load(self, name: str) -> None:
+        path = Path(name).expanduser()
+        if not name or path.stat().st_size > MAX_SAVED_BYTES:
+            print("Usage: /load FILE, a conversation that /save wrote")
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            messages = [{"role": str(one["role"]), "content": str(one["content"])} for one in found]
+        except (ValueError, KeyError, TypeError):
+            print(f"{name} is not a conversation that /save wrote")
+            return
+        self._system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        self._turns = [one for one in messages if one["role"] != "system"]
+        print(f"Loaded {len(self._turns)} messages from {name}")
 
 
 def _lines() -> Iterator[str]:

@@ -29,6 +29,7 @@ class Weights:
     def __init__(self, file: TensorFile, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
+        self.num_bytes = 0  # of all tensors that were handed out, in the type that they were asked for
         self._file = file
         self._names = set(file.names())
 
@@ -45,6 +46,7 @@ class Weights:
         found = found.to(device=self.device, dtype=found.dtype if keep_type else self.dtype)
         if not bool(torch.isfinite(found).all()):
             raise BadCheckpoint(f"{self._file.location(name)}: tensor {name} contains NaN or infinity")
+        self.num_bytes += found.nbytes
         return found
 
     def words(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -54,6 +56,7 @@ class Weights:
             raise BadCheckpoint(
                 f"{self._file.location(name)}: tensor {name} holds {_type_name(found)}, expected 32-bit whole numbers"
             )
+        self.num_bytes += found.nbytes
         return found.to(self.device)
 
     def fault(self, name: str, what: str) -> BadCheckpoint:
@@ -82,6 +85,7 @@ class DummyWeights(Weights):
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         self.dtype = dtype
         self.device = device
+        self.num_bytes = 0
         self._generator = torch.Generator(device=device).manual_seed(seed)
 
     def has(self, name: str) -> bool:
@@ -93,6 +97,7 @@ class DummyWeights(Weights):
             return torch.ones(shape, dtype=dtype, device=self.device)
         spread = 2e-4 if name.endswith(".scales") else 0.02  # scales are multiplied by codes of up to 8 bits
         out = torch.empty(shape, dtype=dtype, device=self.device)
+        self.num_bytes += out.nbytes
         return out.normal_(0.0, spread, generator=self._generator)
 
     def words(self, name: str, shape: tuple[int, ...]) -> Tensor:

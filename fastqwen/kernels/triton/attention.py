@@ -15,7 +15,7 @@ from fastqwen.kernels.triton.pointwise import normed_and_rotated
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _decode(
     qkv_ptr,  # [rows, (HEADS + 2 * KV_HEADS) * 2 * HALF]
     cos_sin_ptr,  # float32 [rows, 2 * HALF]
@@ -235,7 +235,7 @@ def decode_attention(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "first_token"])
 def _prefill(
     q_ptr,  # [tokens from first_token on, HEADS, DIM], rotated
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, DIM]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _route(
     logits_ptr,  # [tokens, EXPERTS]
     ids_ptr,  # int32 [tokens, TOP_K]
@@ -52,7 +52,7 @@ def _route(
         tl.store(members_ptr + expert * tokens + rank, pair)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _grouped(
     x_ptr,  # [rows, k]: a row per token (PER_PAIR false) or per pair
     w_ptr,  # [EXPERTS, n, k], or [EXPERTS, 2 * n, k] if GATED

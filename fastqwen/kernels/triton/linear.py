@@ -72,7 +72,7 @@ def _gemv(
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m_size"])
 def _skinny(
     x_ptr,  # [m, k]
     w_ptr,  # [n, k], or [2 * n, k] if GATED
