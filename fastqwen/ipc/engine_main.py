@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -50,7 +51,15 @@ def main(address: str, start_engine: Starter | None = None) -> int:
     finally:
         socket.close()
         context.term()
+    _tidy(Path(address.removeprefix("ipc://")))
     return 0
+
+
+def _tidy(path: Path) -> None:
+    """A server that was killed leaves its socket and the directory made for it."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        path.parent.rmdir()
 
 
 def _start_real_engine(start: wire.Start, progress: Callable[[int, int], None]) -> Engine:

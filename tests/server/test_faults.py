@@ -138,9 +138,14 @@ def test_a_killed_engine_ends_streams_with_an_error_and_comes_back(own_server: L
 def test_the_engine_ends_when_the_server_is_killed(own_server: LiveServer):
     Reader(own_server, max_tokens=4000)
     started = children(own_server.process.pid)
-    assert own_server.engine_pid() in started
+    engine = own_server.engine_pid()
+    assert engine in started
+    [address] = [one for one in Path(f"/proc/{engine}/cmdline").read_text().split("\0") if one.startswith("ipc://")]
+    folder = Path(address.removeprefix("ipc://")).parent
+    assert folder.is_dir()
     own_server.signal(signal.SIGKILL)
     eventually(lambda: not any(map(is_alive, started)), 5, "the end of every process that it had started")
+    assert not folder.exists(), "the socket's directory is left"
 
 
 def test_an_engine_that_ends_before_it_is_ready_ends_the_server(demo_gguf: Path):
