@@ -15,7 +15,7 @@ from fastqwen.records import SamplingParams
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.stops import StopToken, derive_stops
 from fastqwen.text.template import CHATML, ChatTemplate
-from fastqwen.text.tokenizer import JsonTokenizer, Tokenizer
+from fastqwen.text.tokenizer import JsonTokenizer, NoTokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,10 @@ class _Found:
 def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools:
     """Raises BadCheckpoint, naming the files, where tokenizer and weights do not belong together."""
     where = resolve(config.tokenizer, weights=False) if config.tokenizer else path
-    found = _from_gguf(where) if where.is_file() else _from_folder(where)
+    if config.skip_tokenizer_init:
+        found = _Found(NoTokenizer(model.vocab_size), None, "", None, {})
+    else:
+        found = _from_gguf(where) if where.is_file() else _from_folder(where)
     _check_vocabulary(found.tokenizer, model, where, path)
     file, generation = _chosen_generation_config(path, config)
     template = _template(found, config)

@@ -89,6 +89,30 @@ class Tokenizer(ABC):
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
 
+class NoTokenizer(Tokenizer):
+    """--skip-tokenizer-init: prompts are ids, and answers have ids but no text."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self.control_tokens = {}
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
+
+    def token_id(self, token: str) -> int | None:
+        return None
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        raise BadRequest("there is no tokenizer (--skip-tokenizer-init): give prompts as token ids", "prompt")
+
+    def encode_plain(self, text: str) -> list[int]:
+        return self._encode(text, False)
+
+
 class JsonTokenizer(Tokenizer):
     """Hugging Face's ``tokenizers``. ``byte_level``: the vocabulary spells bytes in GPT-2's alphabet."""
 
