@@ -200,9 +200,12 @@ def benchmarks(words: list[str]) -> None:
 
 
 def kernels() -> None:
-    tests = ["tests/kernels/test_triton.py", "tests/kernels/test_triton_step.py"]
+    tests = [f"tests/kernels/test_{name}.py" for name in ("triton", "triton_step", "cuda_runner")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *tests], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", *tests],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     print(done.stdout[-3000:], done.stderr[-1500:])
     note("kernel tests", status=done.returncode, last=done.stdout.strip().splitlines()[-1] if done.stdout else "")

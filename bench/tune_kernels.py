@@ -1,18 +1,19 @@
 """Time the small-batch kernels under several tilings, in CUDA graphs over many different weights (nothing stays in L2).
 
-python bench/tune_kernels.py OUT.json linear|attention [model ...]
+python bench/tune_kernels.py OUT.json skinny|gemv|attention|experts|one-expert [0.6b 8b 7b 30b] [m8 m16 ...]
 
-Each line: shape, tiling, microseconds a call, TB/s of weights or of keys and values. The best of each shape comes last.
+All variants are compiled first, in as many processes as there are cores. The best of each shape is printed last:
+microseconds a call, and TB/s of weights or of keys and values.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import time
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
-from fastqwen.kernels.triton import attention, linear, pointwise
+from fastqwen.kernels.triton import attention, experts, linear, pointwise
 
 SHAPES = {  # name: (n, k, kind)
     "0.6b-qkv": (4096, 1024, "plain"),
@@ -34,94 +35,221 @@ SHAPES = {  # name: (n, k, kind)
     "7b-qkv": (12288, 4096, "plain"),
     "7b-gate": (11008, 4096, "gated"),
     "7b-down": (4096, 11008, "add"),
+    "30b-qkv": (5120, 2048, "plain"),
+    "30b-o": (2048, 4096, "add"),
+    "30b-router": (128, 2048, "plain"),
 }
-HEADS = {"0.6b": (HeadShape(16, 8, 128), 28), "8b": (HeadShape(32, 8, 128), 36), "7b": (HeadShape(32, 32, 128), 32)}
+HEADS = {
+    "0.6b": (HeadShape(16, 8, 128), 28),
+    "8b": (HeadShape(32, 8, 128), 36),
+    "7b": (HeadShape(32, 32, 128), 32),
+    "30b": (HeadShape(32, 4, 128), 48),
+}
+EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE, TOP_K = 128, 2048, 768, 8
+
+# What a variant is: its shape's name, what to print of it, and a function that makes a call over ``layers`` different
+# weights, the bytes that each reads, and their number.
+Made = tuple[Callable[[], None], float, int]
+Variant = tuple[str, dict[str, Any], Callable[[int], Made]]
 
 
-def gemv_candidates(k: int, gated: bool) -> list[linear.Tiling]:
-    found = []
-    for block_n, warps in product((1, 2, 4, 8, 16), (2, 4, 8, 16)):
-        per_thread = block_n * k * (2 if gated else 1) / (warps * 32)
-        if 16 <= per_thread <= 96:
-            found.append(linear.Tiling(block_n, warps))
-    return found
+def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).bfloat16()
 
 
-def skinny_candidates(m: int, n: int, k: int, kind: str) -> list[linear.Tiling]:
-    found = []
-    for block_n, block_k, warps, stages in product((32, 64), (64, 128, 256), (4,), (3, 5)):
+def linear_call(name: str, m: int, call: Callable[..., Any], layers: int) -> Made:
+    n, k, kind = SHAPES[name]
+    wide = n * (2 if kind == "gated" else 1)
+    layers = min(layers, max(4, min(28, int(600e6 / (wide * k * 2)))))
+    weights = [random(wide, k, scale=0.02) for _ in range(layers)]
+    x, norm, out = random(m, k), torch.ones(k, dtype=torch.bfloat16, device="cuda"), random(m, n)
+
+    def run() -> None:
+        for weight in weights:
+            call(x, weight, norm if kind != "add" else None, out if kind == "add" else None, kind == "gated")
+
+    return run, wide * k * 2, layers
+
+
+def library(x: torch.Tensor, weight: torch.Tensor, norm: Any, out: Any, gated: bool) -> None:
+    if norm is not None:
+        x = pointwise.rms_norm(x, norm, 1e-6)
+    if out is not None:
+        torch.addmm(out, x, weight.t(), out=out)
+    elif gated:
+        pointwise.silu_mul(torch.nn.functional.linear(x, weight))
+    else:
+        torch.nn.functional.linear(x, weight)
+
+
+def linear_variants(models: list[str], rows: list[int], tilings: Callable[..., Iterator[Any]]) -> Iterator[Variant]:
+    for name, m in product(SHAPES, rows):
+        if name.split("-")[0] not in models:
+            continue
+        n, k, kind = SHAPES[name]
+        yield f"{name} m{m}", {"library": True}, lambda layers, name=name, m=m: linear_call(name, m, library, layers)
+        for key, call in tilings(m, n, k, kind):
+            yield f"{name} m{m}", key, lambda layers, name=name, m=m, call=call: linear_call(name, m, call, layers)
+
+
+def skinny_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
+    space = linear.Workspace(torch.device("cuda"))
+    for block_n, block_k, stages in product((32, 64), (64, 128, 256), (3, 5)):
         if k % block_k or block_n * block_k * stages * 2 * (2 if kind == "gated" else 1) > 160_000:
             continue
         for split in (1,) if kind == "gated" else (1, 2, 4):
-            programs = -(-n // block_n) * split
-            if 96 <= programs <= 800 and k // split >= 2 * block_k:
-                found.append(linear.Tiling(block_n, warps, block_k, split, stages, prefetch=8))
-    return found
+            if not (96 <= -(-n // block_n) * split <= 800 and k // split >= 2 * block_k):
+                continue
+            t = linear.Tiling(block_n, 4, block_k, split, stages, prefetch=8)
+
+            def call(x: Any, weight: Any, norm: Any, out: Any, gated: bool, t: Any = t) -> None:
+                if norm is not None:
+                    x = pointwise.rms_norm(x, norm, 1e-6)
+                linear.skinny_linear(x, weight, space, add_to=out, gated=gated, tiling=t)
+
+            yield {"block_n": block_n, "block_k": block_k, "split_k": split, "stages": stages}, call
 
 
-def jobs(models: list[str], rows: tuple[int, ...]) -> list[tuple[str, int, linear.Tiling]]:
-    found = []
-    for name, (n, k, kind) in SHAPES.items():
-        if name.split("-")[0] not in models:
+def gemv_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
+    for block_n, warps in product((1, 2, 4, 8, 16), (2, 4, 8, 16)):
+        if not 16 <= block_n * k * (2 if kind == "gated" else 1) / (warps * 32) <= 96:
             continue
-        for m in rows:
-            tilings = gemv_candidates(k, kind == "gated") if m == 1 else skinny_candidates(m, n, k, kind)
-            found += [(name, m, tiling) for tiling in tilings]
-    return found
+        t = linear.Tiling(block_n, warps)
+
+        def call(x: Any, weight: Any, norm: Any, out: Any, gated: bool, t: Any = t) -> None:
+            linear.gemv(x, weight, norm=norm, eps=1e-6, add_to=out, gated=gated, tiling=t)
+
+        yield {"block_n": block_n, "warps": warps}, call
 
 
-def call(name: str, m: int, tiling: linear.Tiling, weights: list[torch.Tensor], space: linear.Workspace) -> Any:
-    n, k, kind = SHAPES[name]
-    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-    norm = torch.ones(k, dtype=torch.bfloat16, device="cuda")
-    out = torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")
-
-    def run() -> None:
-        for weight in weights:
-            linear.skinny_linear(
-                x,
-                weight,
-                space,
-                norm=norm if m == 1 and kind != "add" else None,
-                eps=1e-6,
-                gated=kind == "gated",
-                add_to=out if kind == "add" else None,
-                tiling=tiling,
+def attention_variants(models: list[str], rows: list[int]) -> Iterator[Variant]:
+    for model, m in product(models, rows):
+        shape, _ = HEADS[model]
+        context = 192 if m == 1 else 1088
+        for splits, hold, warps in product((1, 2, 4, 8, 16), (True, False), (4, 8)):
+            if m * shape.num_kv_heads * splits > 8192 or (hold and splits == 1) or splits * 64 > context + 64:
+                continue
+            key = {"splits": splits, "hold": hold, "num_warps": warps}
+            yield (
+                f"{model} b{m} attention",
+                key,
+                lambda layers, model=model, m=m, context=context, key=key: attend(model, m, context, layers, **key),
             )
 
-    return run
 
-
-def library_call(name: str, m: int, weights: list[torch.Tensor]) -> Any:
-    """The same product through cuBLAS, with the fused parts as kernels of their own."""
-    n, k, kind = SHAPES[name]
-    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-    out = torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")
+def attend(model: str, rows: int, context: int, layers: int, **options: Any) -> Made:
+    shape, own_layers = HEADS[model]
+    read = rows * context * shape.num_kv_heads * 512
+    layers = max(1, min(layers, own_layers, int(8e9 / read)))
+    blocks = rows * (context // 64 + 1)
+    caches = [LayerCache(*(random(blocks, shape.num_kv_heads, 64, 128) for _ in range(2))) for _ in range(layers)]
+    slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+    batch = AttentionBatch(
+        positions=torch.full((rows,), context - 1, dtype=torch.int32, device="cuda"),
+        cos_sin=torch.ones(rows, 128, device="cuda"),
+        q_scale=None,
+        token_tables=slots,
+        block_tables=torch.randperm(blocks, device="cuda").int().view(rows, -1).contiguous(),
+        num_decode_rows=rows,
+    )
+    qkv = random(rows, (shape.num_heads + 2 * shape.num_kv_heads) * 128)
+    out = torch.empty(rows, shape.num_heads * 128, dtype=torch.bfloat16, device="cuda")
+    norm = torch.ones(128, dtype=torch.bfloat16, device="cuda")
+    space = attention.DecodeWorkspace(torch.device("cuda"), max_rows=2048, shape=shape, max_parts=16384)
 
     def run() -> None:
-        for weight in weights:
-            if kind == "add":
-                torch.addmm(out, x, weight.t(), out=out)
-            elif kind == "gated":
-                pointwise.silu_mul(torch.nn.functional.linear(x, weight))
-            else:
-                torch.nn.functional.linear(x, weight)
+        for cache in caches:
+            attention.decode_attention(
+                qkv, batch, cache, shape, space, q_norm=norm, k_norm=norm, eps=1e-6, window=None, out=out, **options
+            )
 
-    return run
+    return run, read, layers
 
 
-def compile_some(work: list[tuple[str, int, linear.Tiling]]) -> None:
-    space = linear.Workspace(torch.device("cuda"))
-    for name, m, tiling in work:
-        n, k, kind = SHAPES[name]
+def expert_variants(models: list[str], rows: list[int]) -> Iterator[Variant]:
+    for m in rows:
+        for t in group_tilings(m * TOP_K / EXPERTS):
+            key = {name: getattr(t, name) for name in t.__dataclass_fields__}
+            yield f"experts m{m}", key, lambda layers, m=m, t=t: grouped(m, t, layers)
+
+
+def group_tilings(average: float) -> Iterator[experts.GroupTiling]:
+    if average > 100:
+        for gate_n, block_n, block_k, stages in product((64, 128), (128, 256), (64,), (3, 4)):
+            yield experts.GroupTiling(128, block_n, gate_n, block_k, 8, stages)
+        yield experts.GroupTiling(64, 128, 64, 64, 4, 3)
+        yield experts.GroupTiling(64, 128, 128, 64, 4, 3)
+        return
+    for block_m, block_n, block_k, stages in product((16, 32, 64), (32, 64), (128, 256), (3, 4)):
+        if block_m <= 4 * average + 16 and (block_m + 2 * block_n) * block_k * 2 * stages < 200_000:
+            yield experts.GroupTiling(block_m, block_n, block_n, block_k, 4, stages)
+
+
+def expert_weights(layers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [
+        (
+            random(EXPERTS, 2 * EXPERT_SIZE, EXPERT_HIDDEN, scale=0.02),
+            random(EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE, scale=0.02),
+        )
+        for _ in range(min(2, layers))
+    ]
+
+
+def grouped(m: int, tiling: experts.GroupTiling, layers: int) -> Made:
+    weights = expert_weights(layers)
+    x, residual, logits = random(m, EXPERT_HIDDEN), random(m, EXPERT_HIDDEN), random(m, EXPERTS)
+    counts = torch.zeros(EXPERTS, dtype=torch.int32, device="cuda")
+
+    def run() -> None:
+        for gate_up, down in weights:
+            experts.add_experts(residual, x, logits, gate_up, down, counts, top_k=TOP_K, normalize=True, tiling=tiling)
+
+    touched = EXPERTS * (1 - (1 - TOP_K / EXPERTS) ** m)
+    return run, touched * 3 * EXPERT_SIZE * EXPERT_HIDDEN * 2, len(weights)
+
+
+def one_expert_variants(models: list[str], rows: list[int]) -> Iterator[Variant]:
+    for up_n, up_warps, down_n, down_warps in product((2, 4, 8), (4, 8), (1, 2), (4, 8)):
+        t = experts.OneTiling(up_n, up_warps, down_n, down_warps)
+        key = {name: getattr(t, name) for name in t.__dataclass_fields__}
+        yield "one token's experts", key, lambda layers, t=t: one_token(t, layers)
+
+
+def one_token(tiling: experts.OneTiling, layers: int) -> Made:
+    weights = expert_weights(layers)
+    residual, norm, logits = random(1, EXPERT_HIDDEN), random(EXPERT_HIDDEN), [random(1, EXPERTS) for _ in range(8)]
+
+    def run() -> None:
+        for choice in logits[: 8 if layers > 1 else 1]:
+            for gate_up, down in weights:
+                experts.add_experts_of_one(
+                    residual, norm, 1e-6, choice, gate_up, down, top_k=TOP_K, normalize=True, tiling=tiling
+                )
+
+    return run, TOP_K * 3 * EXPERT_SIZE * EXPERT_HIDDEN * 2, len(weights) * 8
+
+
+def variants(what: str, models: list[str], rows: list[int]) -> list[Variant]:
+    makers: dict[str, Callable[[], Iterator[Variant]]] = {
+        "skinny": lambda: linear_variants(models, rows, skinny_tilings),
+        "gemv": lambda: linear_variants(models, [1], gemv_tilings),
+        "attention": lambda: attention_variants(models, rows),
+        "experts": lambda: expert_variants(models, rows),
+        "one-expert": lambda: one_expert_variants(models, rows),
+    }
+    return list(makers[what]())
+
+
+def compile_some(what: str, models: list[str], rows: list[int], part: int, parts: int) -> None:
+    for name, key, make in variants(what, models, rows)[part::parts]:
         try:
-            weight = torch.zeros(n * (2 if kind == "gated" else 1), k, dtype=torch.bfloat16, device="cuda")
-            call(name, m, tiling, [weight], space)()
+            make(1)[0]()
+            torch.cuda.synchronize()
         except Exception as error:
-            print(name, m, tiling, type(error).__name__, flush=True)
+            print(name, key, type(error).__name__, flush=True)
 
 
-def graph_us(run: Any, calls: int) -> float:
+def graph_us(run: Callable[[], None], calls: int) -> float:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -140,118 +268,39 @@ def graph_us(run: Any, calls: int) -> float:
     return best
 
 
-def tune_linear(models: list[str], rows: tuple[int, ...]) -> dict[str, Any]:
-    work = jobs(models, rows)
+def tune(what: str, models: list[str], rows: list[int]) -> dict[str, list[dict[str, Any]]]:
     began_s = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=compile_some, args=(work[index::14],)) for index in range(14)]
+    count = max(1, (os.cpu_count() or 2) - 2)
+    workers = [context.Process(target=compile_some, args=(what, models, rows, part, count)) for part in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    print(f"compiled {len(work)} in {time.perf_counter() - began_s:.0f} s", flush=True)
-    space = linear.Workspace(torch.device("cuda"))
-    results: dict[str, Any] = {}
-    weights: list[torch.Tensor] = []
-    current = ""
-    for name, m, tiling in work:
-        n, k, kind = SHAPES[name]
-        rows_of = n * (2 if kind == "gated" else 1)
-        if name != current:
-            weights = []
-            count = max(4, min(28, int(600e6 / (rows_of * k * 2))))
-            weights = [torch.randn(rows_of, k, device="cuda").bfloat16() * 0.02 for _ in range(count)]
-            current = name
-        library = f"{name} m{m} library"
-        if m > 1 and library not in results:
-            us = graph_us(library_call(name, m, weights), len(weights))
-            results[library] = [{"us": round(us, 2), "tb_s": round(rows_of * k * 2 / us / 1e6, 2)}]
+    found = variants(what, models, rows)
+    print(f"{what}: {len(found)} variants compiled in {time.perf_counter() - began_s:.0f} s", flush=True)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, key, make in found:
         try:
-            us = graph_us(call(name, m, tiling, weights, space), len(weights))
+            run, read, calls = make(28)
+            us = graph_us(run, calls)
         except Exception as error:
-            print(name, m, tiling, type(error).__name__, flush=True)
+            print(name, key, type(error).__name__, str(error)[:80], flush=True)
             continue
-        tbs = rows_of * k * 2 / us / 1e6
-        results.setdefault(f"{name} m{m}", []).append({"us": round(us, 2), "tb_s": round(tbs, 2), **asdict(tiling)})
+        results.setdefault(name, []).append({"us": round(us, 2), "tb_s": round(read / us / 1e6, 2), **key})
+        del run
     return results
-
-
-def tune_attention(models: list[str]) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for model, (rows, context) in product(models, ((1, 192), (8, 1088), (64, 1088))):
-        shape, layers = HEADS[model]
-        layers = max(2, min(layers, int(20e9 / (rows * context * shape.num_kv_heads * 512))))
-        blocks = rows * (context // 64 + 1)
-        caches = [
-            LayerCache(*(torch.randn(blocks, shape.num_kv_heads, 64, 128, device="cuda").bfloat16() for _ in range(2)))
-            for _ in range(layers)
-        ]
-        batch = _batch(rows, context, blocks)
-        qkv = torch.randn(rows, (shape.num_heads + 2 * shape.num_kv_heads) * 128, device="cuda").bfloat16()
-        out = torch.empty(rows, shape.num_heads * 128, dtype=torch.bfloat16, device="cuda")
-        space = attention.DecodeWorkspace(torch.device("cuda"), max_rows=2048, shape=shape, max_parts=32768)
-        for splits, stages, warps in product((1, 2, 3, 6, 9, 17), (2, 3), (4, 8)):
-            if splits > -(-context // 64) or rows * shape.num_kv_heads * splits > 20000 or (splits == 1 and rows < 8):
-                continue
-
-            try:
-                options = {"splits": splits, "num_stages": stages, "num_warps": warps}
-                us = graph_us(partial(attend, qkv, batch, caches, shape, space, out, options), layers)
-            except Exception as error:
-                print(model, rows, splits, stages, warps, type(error).__name__, flush=True)
-                continue
-            tbs = rows * context * shape.num_kv_heads * 512 / us / 1e6
-            entry = {"us": round(us, 2), "tb_s": round(tbs, 2), "splits": splits, "stages": stages, "warps": warps}
-            results.setdefault(f"{model} b{rows}", []).append(entry)
-        del caches
-        torch.cuda.empty_cache()
-    return results
-
-
-def attend(
-    qkv: torch.Tensor,
-    batch: AttentionBatch,
-    caches: list[LayerCache],
-    shape: HeadShape,
-    space: attention.DecodeWorkspace,
-    out: torch.Tensor,
-    options: dict[str, int],
-) -> None:
-    for cache in caches:
-        attention.decode_attention(
-            qkv, batch, cache, shape, space, q_norm=None, k_norm=None, eps=1e-6, window=None, out=out, **options
-        )
-
-
-def _batch(rows: int, context: int, blocks: int) -> AttentionBatch:
-    def whole(values: Any) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.int32, device="cuda")
-
-    slots = torch.arange(rows, dtype=torch.int32, device="cuda")
-    return AttentionBatch(
-        positions=whole([context - 1] * rows),
-        cos_sin=torch.ones(rows, 128, device="cuda"),
-        q_scale=None,
-        token_tables=slots,
-        table_rows=slots,
-        row_starts=slots,
-        context_lens=whole([context] * rows),
-        block_tables=torch.randperm(blocks, device="cuda").int().view(rows, -1).contiguous(),
-        cache_slots=slots,
-        num_decode_rows=rows,
-        max_row_tokens=1,
-    )
 
 
 def main() -> None:
-    out, what, models = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or ["0.6b", "8b"]
-    rows = tuple(int(word[1:]) for word in models if word[0] == "m") or (1, 8, 64)
-    models = [word for word in models if word[0] != "m"]
-    results = tune_linear(models, rows) if what == "linear" else tune_attention(models)
-    out.write_text(json.dumps(results, indent=1))
+    out, what, words = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    rows = [int(word[1:]) for word in words if word[0] == "m"] or [8]
+    models = [word for word in words if word[0] != "m"] or ["0.6b", "8b"]
+    results = tune(what, models, rows)
+    out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "command": sys.argv, **results}, indent=1))
     for name, entries in results.items():
         ranked = sorted(entries, key=lambda entry: entry["us"])
-        print(name, "worst", ranked[-1]["us"])
+        print(name, "worst", ranked[-1]["us"], *(f"library {one['us']}" for one in ranked if "library" in one))
         for entry in ranked[:3]:
             print("   ", " ".join(f"{key}={value}" for key, value in entry.items()))
 

@@ -93,6 +93,8 @@ class _Builder:
         hidden, size = config.hidden_size, config.intermediate_size
         gate_up = tuple(prefix + name for name in names.gate_up)
         return Mlp(
+            ops=self.ops,
+            width=2 * size,
             norm=self.norm(prefix + names.mlp_norm),
             gate_up=self.method.linear(self.weights, gate_up, hidden, (size, size), config.mlp_bias, self.ops),
             down=self.method.linear(self.weights, (prefix + names.down,), size, (hidden,), config.mlp_bias, self.ops),

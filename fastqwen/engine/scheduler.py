@@ -20,6 +20,7 @@ ADMISSION_HEADROOM_BLOCKS = 8
 class Scheduler:
     """Raises nothing on a valid request; ``limit`` says beforehand what a valid request is.
 
+    max_num_mixed_tokens bounds steps in which prompts are computed beside running streams (default: like other steps).
     rope_key_of(num_prompt_tokens, max_tokens) names the rotary profile that a new sequence gets; max_tokens is None
     where the caller set no limit.
     """
@@ -30,11 +31,13 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_num_mixed_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         rope_key_of: Callable[[int, int | None], str] = lambda num_prompt, max_tokens: "",
     ) -> None:
         self.blocks = blocks
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_mixed_tokens = min(max_num_mixed_tokens or max_num_batched_tokens, max_num_batched_tokens)
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up
@@ -100,10 +103,13 @@ class Scheduler:
         """The next step, or None if nothing can advance before an earlier step is committed."""
         rows: list[Row] = []
         admissions: list[Admission] = []
-        budget = self._schedule_running(rows, self.max_num_batched_tokens)
+        budget = self._schedule_running(rows, self._token_budget())
         self._schedule_waiting(rows, admissions, budget)
         if not rows:
             return None
+        # Rows of one token first, then those that go on behind a cached part, then fresh ones, equal lengths side by side:
+        # each kind has kernels of its own. The longest contexts come first, so that none is left over at the end.
+        rows.sort(key=lambda row: (row.num_tokens > 1, row.start == 0, row.num_tokens, -row.start))
         self._step_id += 1
         return ScheduledBatch(step_id=self._step_id, admissions=admissions, rows=rows)
 
@@ -117,6 +123,12 @@ class Scheduler:
                 if delta is not None:
                     deltas.append(delta)
         return deltas
+
+    def _token_budget(self) -> int:
+        """Prompts beside running streams come in smaller pieces: each piece is a pause for every stream."""
+        if any(one.wants_more and one.num_known - one.num_computed == 1 for one in self._running):
+            return self.max_num_mixed_tokens
+        return self.max_num_batched_tokens
 
     def _schedule_running(self, rows: list[Row], budget: int) -> int:
         """Advance what runs, in order; preempt from the end of the order when blocks run out."""

@@ -6,8 +6,7 @@ cpu/           C++, compiled on first use; one result for a row whatever else is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -23,6 +22,29 @@ class LayerCache:
 
 
 @dataclass(frozen=True)
+class RowSpans:
+    """A step's rows, one sequence each, for kernels that go row by row or look up a token's place in the cache."""
+
+    tables: Tensor  # int32 [rows]: each row's line of block_tables
+    starts: Tensor  # int32 [rows + 1]: tokens starts[r] to starts[r + 1] are row r's
+    context_lens: Tensor  # int32 [rows]: tokens of the row's sequence in the cache, this step's included
+    cache_slots: Tensor  # int64 [tokens]: block * block_size + offset, where the token's key and value go
+
+
+@dataclass(frozen=True)
+class PromptTiles:
+    """The tokens behind the decode rows, cut into tiles for the GPU's prompt kernel.
+
+    ``fresh`` are (first token, count) of rows at the end of the step that have nothing in the cache before them: a
+    library's kernel may attend to them instead, and they have no tiles then.
+    """
+
+    tiles: Tensor  # int32 [tiles, 4]: first token, number of tokens (0: not used), first position, line of block_tables
+    height: int  # the most tokens that a tile has
+    fresh: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class AttentionBatch:
     """Where the flat tokens of a step belong. A row is one sequence's share of the step; rows of one token come first."""
 
@@ -30,27 +52,11 @@ class AttentionBatch:
     cos_sin: Tensor  # float32 [tokens, head_dim]: cosines of head_dim/2 frequencies, then sines
     q_scale: Tensor | None  # float32 [tokens], logN's factor; None if the model has none
     token_tables: Tensor  # int32 [tokens]: the line of block_tables that a token's sequence has
-    table_rows: Tensor  # int32 [rows]: the same for each row
-    row_starts: Tensor  # int32 [rows + 1]: tokens row_starts[r] to row_starts[r + 1] are row r's
-    context_lens: Tensor  # int32 [rows]: tokens of the row's sequence in the cache, this step's included
     block_tables: Tensor  # int32 [slots, blocks]
-    cache_slots: Tensor  # int64 [tokens]: block * block_size + offset, where the token's key and value go
-    num_decode_rows: int  # leading rows with exactly one token
-    max_row_tokens: int
-    # (first token, count) of the rows behind those, if all of them are whole prompts with nothing in the cache before
-    whole_prompts: tuple[tuple[int, int], ...] = ()
-
-    @cached_property
-    def beyond_decode(self) -> AttentionBatch:
-        """The same step's per-token tensors without those of the leading one-token rows."""
-        first = self.num_decode_rows
-        return replace(
-            self,
-            positions=self.positions[first:],
-            cos_sin=self.cos_sin[first:],
-            q_scale=None if self.q_scale is None else self.q_scale[first:],
-            cache_slots=self.cache_slots[first:],
-        )
+    num_decode_rows: int  # leading rows with exactly one token; with ``decode_count``, the most that there may be
+    rows: RowSpans | None = None  # for the reference and the CPU
+    prompts: PromptTiles | None = None  # for the GPU; None if there are decode rows only
+    decode_count: Tensor | None = None  # int32 [1]: how many decode rows a recorded step has this time
 
 
 @dataclass(frozen=True)
@@ -127,5 +133,16 @@ class Ops(Protocol):
     ) -> Tensor: ...
 
     def add_experts(
-        self, residual: Tensor, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, top_k: int, normalize: bool
+        self,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        router: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        *,
+        top_k: int,
+        normalize: bool,
     ) -> None: ...
+
+    def feed_forward_rows(self, tokens: int, width: int) -> int: ...

@@ -104,7 +104,8 @@ class ReferenceOps:
         if batch.q_scale is not None:
             q = q * batch.q_scale[:, None, None]
         block_size = cache.k.shape[2]
-        block, offset = batch.cache_slots // block_size, batch.cache_slots % block_size
+        assert batch.rows is not None
+        block, offset = batch.rows.cache_slots // block_size, batch.rows.cache_slots % block_size
         cache.k[block, :, offset] = k.to(cache.k.dtype)
         cache.v[block, :, offset] = v.to(cache.v.dtype)
         return q.to(qkv.dtype)
@@ -119,11 +120,12 @@ class ReferenceOps:
         out = torch.empty_like(q)
         block_size = cache.k.shape[2]
         group = shape.num_heads // shape.num_kv_heads
-        starts = batch.row_starts.tolist()
-        for row, context in enumerate(batch.context_lens.tolist()):
+        assert batch.rows is not None
+        starts = batch.rows.starts.tolist()
+        for row, context in enumerate(batch.rows.context_lens.tolist()):
             if starts[row] == starts[row + 1]:
                 continue
-            table = batch.block_tables[batch.table_rows[row], : -(-context // block_size)].long()
+            table = batch.block_tables[batch.rows.tables[row], : -(-context // block_size)].long()
             k = cache.k[table].transpose(1, 2).reshape(-1, shape.num_kv_heads, shape.head_dim)[:context].float()
             v = cache.v[table].transpose(1, 2).reshape(-1, shape.num_kv_heads, shape.head_dim)[:context].float()
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -138,13 +140,24 @@ class ReferenceOps:
         return out.flatten(1)
 
     def add_experts(
-        self, residual: Tensor, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, top_k: int, normalize: bool
+        self,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        router: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        *,
+        top_k: int,
+        normalize: bool,
     ) -> None:
-        """residual += sum over each token's top_k experts of weight * MLP_expert(x), in place
+        """residual += sum over each token's top_k experts of weight * MLP_expert(x), in place, x = rms_norm(residual)
 
-        residual, x [tokens, hidden], logits [tokens, experts] of the router, gate_up [experts, 2 * size, hidden],
-        down [experts, hidden, size]. Weights are the experts' probabilities, ``normalize``d to a sum of 1 or not.
+        residual [tokens, hidden], router [experts, hidden], gate_up [experts, 2 * size, hidden], down [experts, hidden,
+        size]. Weights are the experts' probabilities, ``normalize``d to a sum of 1 or not.
         """
+        x = self.rms_norm(residual, norm, eps)
+        logits = self.linear(x, router)
         chances, expert_ids = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
         if normalize:
             chances = chances / chances.sum(-1, keepdim=True)
@@ -156,6 +169,10 @@ class ReferenceOps:
             result = self.linear(hidden, down[expert])
             out.index_add_(0, token, result.float() * weights[token, choice, None])
         residual += out.to(x.dtype)
+
+    def feed_forward_rows(self, tokens: int, width: int) -> int:
+        """How many of a step's tokens to take through the feed-forward part at once, ``width`` numbers each."""
+        return tokens
 
 
 def gptq_unpack(weight: GptqWeight, start: int, stop: int) -> Tensor:

@@ -37,15 +37,18 @@ class Moe:
 
     def add_to(self, residual: Tensor) -> None:
         """residual [tokens, hidden] += moe(norm(residual)), in place"""
-        x = self.ops.rms_norm(residual, self.norm.weight, self.norm.eps)
+        shared = None
+        if self.shared is not None:
+            shared = self.shared(self.ops, self.ops.rms_norm(residual, self.norm.weight, self.norm.eps))
         self.ops.add_experts(
             residual,
-            x,
-            self.ops.linear(x, self.router),
+            self.norm.weight,
+            self.norm.eps,
+            self.router,
             self.gate_up,
             self.down,
             top_k=self.experts_per_token,
             normalize=self.normalize_top_k,
         )
-        if self.shared is not None:
-            residual += self.shared(self.ops, x)
+        if shared is not None:
+            residual += shared

@@ -11,6 +11,8 @@ from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts, En
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 
 CPU_KV_BYTES = 4 * GIB
+# Of a step with prompts beside running streams: more would make streams pause (Qwen3-8B on an H200: 2048 take about 50 ms).
+GPU_MIXED_TOKENS = 2048
 MIN_BF16_CAPABILITY = (8, 0)
 
 
@@ -25,6 +27,7 @@ class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     weights_bytes: int
     kv_bytes_per_token: int
+    max_num_mixed_tokens: int | None = None  # of a step with prompts beside running streams; None: as of any other
     notices: tuple[str, ...] = ()
     peak_bytes: int = 0  # predicted: weights, cache, and all that a step and a process need beside them
 
@@ -68,6 +71,7 @@ def make_plan(
     profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
     block_size = config.block_size or profile.block_size
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
+    max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
     per_token = kv_bytes_per_token(model, dtype)
     wished_len = config.max_model_len or model.default_max_len
     if wished_len > model.default_max_len:
@@ -93,7 +97,8 @@ def make_plan(
         num_blocks=num_blocks,
         max_model_len=min(wished_len, room),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or (512 if on_cpu else 8192),
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_mixed_tokens=min(max_num_batched_tokens, GPU_MIXED_TOKENS),
         weights_bytes=need.weights,
         kv_bytes_per_token=per_token,
         notices=tuple(notices),

@@ -1,16 +1,14 @@
-"""The executor on an NVIDIA GPU: steps are launched ahead of their results, decode steps as one CUDA graph each."""
+"""The executor on an NVIDIA GPU: steps are launched ahead of their results, all but the largest as one CUDA graph each."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastqwen.kernels import AttentionBatch
+from fastqwen.kernels import AttentionBatch, PromptTiles
 from fastqwen.kernels.triton import step
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
@@ -18,27 +16,15 @@ from fastqwen.plan import EnginePlan
 from fastqwen.records import Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner import sampler
 from fastqwen.runner.model_runner import NOT_FINITE, ModelRunner
-from fastqwen.runner.packing import pack
+from fastqwen.runner.recording import Recording, alias, decode_layouts, prompt_layouts
+from fastqwen.runner.step_layout import TILE_TOKENS, Ints, StepInputs, StepLayout, count_decode_rows, cut_tiles
 from fastqwen.runner.structured import StructuredOutput
 
-RESULTS_IN_FLIGHT = 4  # host copies of results; more than steps that may be in flight
-
-
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Row counts for which a graph is captured; a step takes the next larger one and pads."""
-    sizes = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 2049, 32)]
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+STEPS_IN_FLIGHT = 4  # host copies of a step's inputs and results; more than the steps that may be in flight
 
 
 # From the sampled tokens, log-probabilities and prompt log-probabilities by row; asked once the tokens are known.
 Extras = Callable[[list[int]], tuple[dict[int, TokenLogprobs], dict[int, list[TokenLogprobs]]]]
-
-
-@dataclass(frozen=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor  # float32 or the model's type [size, vocab]
-    tokens: Tensor  # int32 [size]
 
 
 class PendingStep:
@@ -97,41 +83,65 @@ class CudaRunner(ModelRunner):
         super().__init__(model, decoder, plan, device, structured)
         self._untaken: tuple[list[int], Tensor, torch.cuda.Event] | None = None  # slots and tokens of the last step
         self.slots.block_tables[self.slots.spare] = plan.num_blocks  # padding writes into a block of its own
-        self._inputs = torch.zeros((2, max(graph_sizes(plan.max_num_seqs))), dtype=torch.int32, device=device)
-        self._graphs: dict[int, _Graph] = {}
-        self._results = [
-            torch.zeros(plan.max_num_seqs, dtype=torch.int32).pin_memory() for _ in range(RESULTS_IN_FLIGHT)
-        ]
-        self._events = [torch.cuda.Event() for _ in range(RESULTS_IN_FLIGHT)]
+        self._library = getattr(decoder.ops, "library_prefill", False) and all(
+            layer.attention.window is None for layer in decoder.layers
+        )
+        decode, prompts = self._layouts()
+        most = plan.max_num_batched_tokens
+        sizes = [layout.size for layout in decode + prompts]
+        sizes.append(StepLayout(most, most // TILE_TOKENS + plan.max_num_seqs, plan.max_num_seqs).size)
+        self._inputs = torch.zeros(max(sizes), dtype=torch.int32, device=device)
+        self._decode_steps: list[Recording] = []  # by growing size, as the next
+        self._prompt_steps: list[Recording] = []
+        self._staging = [torch.zeros(max(sizes), dtype=torch.int32).pin_memory() for _ in range(STEPS_IN_FLIGHT)]
+        self._results = [torch.zeros(plan.max_num_seqs, dtype=torch.int32).pin_memory() for _ in range(STEPS_IN_FLIGHT)]
+        self._events = [torch.cuda.Event() for _ in range(STEPS_IN_FLIGHT)]
         self._num_steps = 0
+
+    def _layouts(self) -> tuple[list[StepLayout], list[StepLayout]]:
+        plan = self._plan
+        most = plan.max_num_mixed_tokens or plan.max_num_batched_tokens
+        return decode_layouts(plan.max_num_seqs), prompt_layouts(most, plan.max_num_seqs)
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Record the decode step for each batch size, the largest first, so that the others fit into its memory."""
+        """Record steps of each size, the largest first, so that the others fit into its memory."""
         self._warm_up()
-        sizes = sorted(graph_sizes(self._plan.max_num_seqs), reverse=True)
+        decode, prompts = self._layouts()
         pool = torch.cuda.graph_pool_handle()
-        self._inputs[0].fill_(self.slots.spare)
-        self._inputs[1].fill_(0)
-        for index, size in enumerate(sizes):
-            self._decode(size)  # compiles what this size needs, outside of the recording
+        recordings: list[Recording] = []
+        for layout in sorted(decode + prompts, key=lambda layout: -layout.size):
+            empty = np.zeros(self._inputs.shape[0], dtype=np.int32)
+            inputs = layout.views(self._inputs)
+            self._inputs.copy_(torch.from_numpy(empty))
+            for slots in (inputs.token_slots, inputs.sample_slots):
+                slots.fill_(self.slots.spare)
+            self._recorded_step(layout)  # compiles what this size needs, outside of the recording
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits, tokens = self._decode(size)
-            self._graphs[size] = _Graph(graph, logits, tokens)
-            progress(index + 1, len(sizes))
+                hidden, logits, tokens = self._recorded_step(layout)
+            recordings.append(Recording(layout, graph, alias(hidden), alias(logits), alias(tokens)))
+            del hidden, logits, tokens
+            progress(len(recordings), len(decode) + len(prompts))
+        self._decode_steps = [one for one in reversed(recordings) if not one.layout.tiles]
+        self._prompt_steps = [one for one in reversed(recordings) if one.layout.tiles]
 
     def _warm_up(self) -> None:
-        """Compile what steps with prompts need, so that no request waits for a compiler: each tile height, with and
-        without cached tokens before the prompt, in the spare slot, whose blocks are all the spare one."""
+        """Compile what steps too large for a recording need, so that no request waits for a compiler: in the spare slot,
+        whose blocks are all the spare one."""
         longest = min(self._plan.max_model_len, self._plan.max_num_batched_tokens)
-        for tokens, start in itertools.product((2, 17, 33, 65, 129, 513), (0, 64)):
-            if start + tokens <= longest:
+        for start, num_tokens in ((64, 2), (0, 17), (0, 512)):
+            if start + num_tokens <= longest:
                 row = Row(
-                    slot=self.slots.spare, request_id="", start=start, num_tokens=tokens, new_blocks=[], samples=True
+                    slot=self.slots.spare,
+                    request_id="",
+                    start=start,
+                    num_tokens=num_tokens,
+                    new_blocks=[],
+                    samples=True,
                 )
-                self._run(ScheduledBatch(step_id=0, admissions=[], rows=[row]))
+                self._launch([row])
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> PendingStep:  # type: ignore[override]
@@ -141,10 +151,7 @@ class CudaRunner(ModelRunner):
         self.slots.admit(batch.admissions)
         self.slots.extend(batch.rows)
         rows = batch.rows
-        if self._graphs and len(rows) <= self._inputs.shape[1] and all(row.num_tokens == 1 for row in rows):
-            hidden, logits, tokens = None, *self._replay(rows)
-        else:
-            hidden, logits, tokens = self._run(batch)
+        hidden, logits, tokens = self._launch(rows)
         extras = None
         failed: dict[int, str] = {}
         if any(self._is_special(row) for row in rows):
@@ -159,25 +166,53 @@ class CudaRunner(ModelRunner):
             structured.take(slots, tokens.tolist())
             self._untaken = None
 
-    def _replay(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
-        size = next(size for size in sorted(self._graphs) if size >= len(rows))
-        host = np.empty((2, size), dtype=np.int32)
-        host[0, : len(rows)] = [row.slot for row in rows]
-        host[1, : len(rows)] = [row.start for row in rows]
-        host[0, len(rows) :] = self.slots.spare
-        host[1, len(rows) :] = 0
-        self._inputs[:, :size].copy_(torch.from_numpy(host).pin_memory(), non_blocking=True)
-        found = self._graphs[size]
-        found.graph.replay()
-        return found.logits[: len(rows)], found.tokens[: len(rows)]
+    def _launch(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states of all tokens, logits and tokens of the rows that sample; padding may follow each of them."""
+        num_decode = count_decode_rows(rows)
+        tiles, fresh = self._cut(rows, num_decode, library=False)
+        found = self._recorded_for(rows, len(tiles))
+        if found is not None:
+            self._upload(found.layout, rows, tiles, num_decode)
+            found.graph.replay()
+            num_samples = sum(row.samples for row in rows)
+            return found.hidden, found.logits[:num_samples], found.tokens[:num_samples]
+        if self._library:
+            tiles, fresh = self._cut(rows, num_decode, library=True)
+        layout = StepLayout(sum(row.num_tokens for row in rows), len(tiles), sum(row.samples for row in rows))
+        inputs = self._upload(layout, rows, tiles, num_decode)
+        prompts = PromptTiles(inputs.tiles, TILE_TOKENS, fresh) if num_decode < len(rows) else None
+        return self._compute(inputs, num_decode, prompts, None)
 
-    def _decode(self, size: int) -> tuple[Tensor, Tensor]:
-        """Logits and next tokens of ``size`` rows of one token each, whose slots and positions stand in ``_inputs``."""
+    def _cut(self, rows: list[Row], num_decode: int, *, library: bool) -> tuple[Ints, tuple[tuple[int, int], ...]]:
+        prompts = [(row.slot, row.start, row.num_tokens) for row in rows[num_decode:]]
+        return cut_tiles(prompts, num_decode, library=library)
+
+    def _recorded_for(self, rows: list[Row], num_tiles: int) -> Recording | None:
+        if not num_tiles and all(row.samples for row in rows):
+            return next((one for one in self._decode_steps if one.layout.tokens >= len(rows)), None)
+        num_tokens = sum(row.num_tokens for row in rows)
+        found = next((one for one in self._prompt_steps if one.layout.tokens >= num_tokens), None)
+        return found if found is not None and num_tiles <= found.layout.tiles else None
+
+    def _upload(self, layout: StepLayout, rows: list[Row], tiles: Ints, num_decode: int) -> StepInputs:
+        host = self._staging[self._num_steps % STEPS_IN_FLIGHT]
+        layout.fill(host.numpy(), rows, tiles, num_decode, self.slots.spare)
+        self._inputs[: layout.size].copy_(host[: layout.size], non_blocking=True)
+        return layout.views(self._inputs)
+
+    def _recorded_step(self, layout: StepLayout) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = layout.views(self._inputs)
+        if not layout.tiles:
+            return self._compute(inputs, layout.tokens, None, None)
+        return self._compute(inputs, layout.samples, PromptTiles(inputs.tiles, TILE_TOKENS), inputs.decode_count)
+
+    def _compute(
+        self, inputs: StepInputs, num_decode_rows: int, prompts: PromptTiles | None, decode_count: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         slots, decoder = self.slots, self._decoder
-        row_slots, starts = self._inputs[0, :size], self._inputs[1, :size]
         residual, cos_sin, q_scale = step.prepare(
-            row_slots,
-            starts,
+            inputs.token_slots,
+            inputs.positions,
             token_ids=slots.token_ids,
             frequencies=slots.inverse_frequencies,
             rope_scale=slots.rope_scale,
@@ -185,34 +220,25 @@ class CudaRunner(ModelRunner):
             logn_len=self._model.logn_len,
         )
         where = AttentionBatch(
-            positions=starts,
+            positions=inputs.positions,
             cos_sin=cos_sin,
             q_scale=q_scale,
-            token_tables=row_slots,
-            table_rows=row_slots,
-            row_starts=starts,  # only rows of several tokens need the next three
-            context_lens=starts,
+            token_tables=inputs.token_slots,
             block_tables=slots.block_tables,
-            cache_slots=starts,
-            num_decode_rows=size,
-            max_row_tokens=1,
+            num_decode_rows=num_decode_rows,
+            prompts=prompts,
+            decode_count=decode_count,
         )
         decoder.advance(residual, where, self.caches)
-        logits = decoder.logits(residual)
-        return logits, self._next_tokens(logits, row_slots, starts + 1)
-
-    def _run(self, batch: ScheduledBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Any step, launched kernel by kernel: (hidden states, logits and tokens of the rows that sample)"""
-        ids, where = pack(batch.rows, self.slots, block_size=self._plan.block_size, logn_len=self._model.logn_len)
-        hidden = self._decoder.hidden(ids, where, self.caches)
-        sampling = np.array([index for index, row in enumerate(batch.rows) if row.samples], dtype=np.int64)
-        if not len(sampling):
-            nothing = torch.empty(0, dtype=torch.int32, device=hidden.device)
-            return hidden, hidden[:0], nothing
-        picked = self.slots.upload(sampling)
-        logits = self._decoder.logits(hidden[where.row_starts[1:][picked].long() - 1])
-        row_slots, positions = where.table_rows[picked], where.context_lens[picked]
-        return hidden, logits, self._next_tokens(logits, row_slots, positions)
+        picked = (
+            residual
+            if prompts is None and len(inputs.sample_tokens) == len(residual)
+            else residual[inputs.sample_tokens]
+        )
+        if not len(picked):
+            return residual, picked, torch.empty(0, dtype=torch.int32, device=residual.device)
+        logits = decoder.logits(picked)
+        return residual, logits, self._next_tokens(logits, inputs.sample_slots, inputs.sample_positions)
 
     def _next_tokens(self, logits: Tensor, row_slots: Tensor, positions: Tensor) -> Tensor:
         slots = self.slots
@@ -241,7 +267,7 @@ class CudaRunner(ModelRunner):
         )
 
     def _special(
-        self, rows: list[Row], hidden: Tensor | None, logits: Tensor, tokens: Tensor
+        self, rows: list[Row], hidden: Tensor, logits: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Extras, dict[int, str]]:
         """Adjust the logits, sample again, and keep what log-probabilities will be made of; and which rows failed."""
         failed: dict[int, str] = {}
@@ -260,7 +286,7 @@ class CudaRunner(ModelRunner):
         prompts: dict[int, list[TokenLogprobs]] = {}
         start = 0
         for index, row in enumerate(rows):
-            if row.prompt_logprobs and hidden is not None:
+            if row.prompt_logprobs:
                 prompts[index] = self._prompt_logprobs(row, hidden[start : start + row.num_tokens])
             start += row.num_tokens
         places = [index for index, row in enumerate(rows) if row.samples]
@@ -278,7 +304,7 @@ class CudaRunner(ModelRunner):
     def _pending(
         self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None, failed: dict[int, str]
     ) -> PendingStep:
-        place = self._num_steps % RESULTS_IN_FLIGHT
+        place = self._num_steps % STEPS_IN_FLIGHT
         self._num_steps += 1
         host, event = self._results[place][: tokens.shape[0]], self._events[place]
         host.copy_(tokens, non_blocking=True)

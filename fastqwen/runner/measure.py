@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from fastqwen.config import EngineConfig
-from fastqwen.kernels import AttentionBatch, LayerCache
+from fastqwen.kernels import AttentionBatch, LayerCache, PromptTiles
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.runner.device import TORCH_DTYPES
+from fastqwen.runner.step_layout import TILE_TOKENS, cut_tiles
 
 GRAPH_RESERVE_BYTES = 512 * 2**20  # graphs are captured after the cache was made; the planner's estimate, rounded up
 
@@ -37,27 +38,21 @@ def _largest_step(model: ModelConfig, plan: EnginePlan, decoder: Decoder, device
     """A prompt of max_num_batched_tokens, all in one block, and logits for max_num_seqs rows."""
     tokens = plan.max_num_batched_tokens
 
-    def whole(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
     shape = (2, model.num_kv_heads, plan.block_size, model.head_dim)
     cache = LayerCache(
         torch.zeros(shape, dtype=TORCH_DTYPES[plan.dtype], device=device),
         torch.zeros(shape, dtype=TORCH_DTYPES[plan.dtype], device=device),
     )
     zeros = torch.zeros(tokens, dtype=torch.int32, device=device)
+    tiles, fresh = cut_tiles([(0, 0, tokens)], 0, library=getattr(decoder.ops, "library_prefill", False))
     batch = AttentionBatch(
         positions=torch.arange(tokens, dtype=torch.int32, device=device),
         cos_sin=torch.zeros((tokens, model.head_dim), device=device),
         q_scale=None if model.logn_len is None else torch.ones(tokens, device=device),
         token_tables=zeros,
-        table_rows=whole(0),
-        row_starts=whole(0, tokens),
-        context_lens=whole(tokens),
         block_tables=torch.zeros((1, tokens // plan.block_size + 2), dtype=torch.int32, device=device),
-        cache_slots=torch.zeros(tokens, dtype=torch.int64, device=device),
         num_decode_rows=0,
-        max_row_tokens=tokens,
+        prompts=PromptTiles(torch.from_numpy(tiles).to(device), TILE_TOKENS, fresh),
     )
     hidden = decoder.hidden(zeros, batch, [cache] * len(decoder.layers))
     decoder.logits(hidden[: min(tokens, plan.max_num_seqs)]).float()

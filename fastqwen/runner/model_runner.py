@@ -68,11 +68,12 @@ class ModelRunner:
             self._structured.admit(batch.admissions)
         ids, where = pack(batch.rows, self.slots, block_size=self._plan.block_size, logn_len=self._model.logn_len)
         hidden = self._decoder.hidden(ids, where, self.caches)
-        ends = where.row_starts[1:].long() - 1
+        assert where.rows is not None
+        ends = where.rows.starts[1:].long() - 1
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         tokens, logprobs, errors = self._sample([batch.rows[i] for i in sampling], hidden[ends[sampling]])
         results = dict(zip(sampling, zip(tokens, logprobs, errors, strict=True), strict=True))
-        starts = where.row_starts.tolist()
+        starts = where.rows.starts.tolist()
         return FinishedStep(
             StepOutput(
                 step_id=batch.step_id,

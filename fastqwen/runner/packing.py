@@ -1,14 +1,12 @@
-"""From rows to flat tokens: everything that the decoder needs to know of a step, computed on the device."""
+"""From rows to flat tokens, for the reference and the CPU: everything that the decoder needs to know of a step."""
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastqwen.kernels import AttentionBatch
+from fastqwen.kernels import AttentionBatch, RowSpans
 from fastqwen.layers.rotary import logn_scale
 from fastqwen.records import Row
 from fastqwen.runner.slots import Slots
@@ -31,23 +29,15 @@ def pack(rows: list[Row], slots: Slots, *, block_size: int, logn_len: int | None
         cos_sin=cos_sin(positions, slots.inverse_frequencies[token_slots], slots.rope_scale[token_slots]),
         q_scale=None if logn_len is None else logn_scale(positions, logn_len),
         token_tables=token_slots.int(),
-        table_rows=row_slots.int(),
-        row_starts=row_starts.int(),
-        context_lens=(starts + counts).int(),
         block_tables=slots.block_tables,
-        cache_slots=blocks * block_size + positions % block_size,
         num_decode_rows=next((index for index, row in enumerate(rows) if row.num_tokens > 1), len(rows)),
-        max_row_tokens=max(row.num_tokens for row in rows),
-        whole_prompts=_whole_prompts(rows),
+        rows=RowSpans(
+            tables=row_slots.int(),
+            starts=row_starts.int(),
+            context_lens=(starts + counts).int(),
+            cache_slots=blocks * block_size + positions % block_size,
+        ),
     )
-
-
-def _whole_prompts(rows: list[Row]) -> tuple[tuple[int, int], ...]:
-    first = next((index for index, row in enumerate(rows) if row.num_tokens > 1), len(rows))
-    if any(row.start for row in rows[first:]):
-        return ()
-    begins = itertools.accumulate((row.num_tokens for row in rows[first:]), initial=first)
-    return tuple((begin, row.num_tokens) for begin, row in zip(begins, rows[first:], strict=False))
 
 
 def cos_sin(positions: Tensor, inverse_frequencies: Tensor, scale: Tensor) -> Tensor:

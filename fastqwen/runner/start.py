@@ -75,6 +75,7 @@ def start_engine(
         BlockPool(plan.num_blocks, plan.block_size),
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_num_mixed_tokens=plan.max_num_mixed_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         rope_key_of=partial(rope_key, checkpoint.model.rope, per_request=config.rope_per_request),
     )

@@ -71,6 +71,7 @@ def make_engine(
     block_size: int = 4,
     max_num_seqs: int = 8,
     budget: int = 32,
+    mixed_budget: int | None = None,
     run_ahead: int = 1,
     caching: bool = True,
 ) -> tuple[EngineCore, FakeExecutor]:
@@ -79,6 +80,7 @@ def make_engine(
         BlockPool(blocks, block_size),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        max_num_mixed_tokens=mixed_budget,
         enable_prefix_caching=caching,
     )
     return EngineCore(scheduler, executor), executor

@@ -40,6 +40,34 @@ def test_a_long_prompt_is_cut_into_chunks_and_does_not_stall_a_running_stream():
         assert "stream" in [row.request_id for row in batch.rows], "a step went by without the stream"
 
 
+def test_prompts_beside_running_streams_come_in_smaller_pieces():
+    engine, executor = make_engine(budget=32, mixed_budget=8)
+    engine.add(request("alone", 30, 12, arrival_s=0.0))
+    engine.step()
+    engine.add(request("late", list(range(100, 140)), 3, arrival_s=1.0))
+    run(engine)
+    sizes = [batch.num_tokens for batch in executor.batches]
+    assert sizes[0] == 30, "nobody was running beside it"
+    assert max(sizes[1:]) <= 8
+
+
+def test_rows_of_a_step_stand_by_their_kind():
+    """One token each, then what goes on behind a cached part, then fresh prompts, equal lengths side by side."""
+    engine, executor = make_engine(budget=64)
+    engine.add(request("first", 13, 9, arrival_s=0.0))
+    engine.step()
+    for name, ids in (("long", range(300, 320)), ("six", range(200, 206)), ("again", 13), ("other", range(400, 406))):
+        engine.add(request(name, ids if isinstance(ids, int) else list(ids), 2, arrival_s=1.0))
+    run(engine)
+    batch = next(batch for batch in executor.batches if len(batch.rows) == 5)
+    assert [row.request_id for row in batch.rows][:2] == ["first", "again"], (
+        "one token each, the longest first; 12 of the second were cached"
+    )
+    fresh = [row for row in batch.rows if row.start == 0]
+    assert batch.rows[-len(fresh) :] == fresh
+    assert [row.num_tokens for row in fresh] == [6, 6, 20]
+
+
 def test_an_older_long_prompt_does_not_stall_a_younger_stream():
     engine, executor = make_engine(budget=8)
     engine.add(request("stream", 4, 30, priority=1))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache, PromptTiles, RowSpans
+from fastqwen.runner.step_layout import cut_tiles
 
 
 def make_batch(
@@ -15,6 +16,7 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     logn: bool = False,
+    library: bool = False,
 ) -> tuple[AttentionBatch, LayerCache]:
     """``rows`` are (tokens in the cache before, new tokens). The cache is full of random keys and values."""
     contexts = [start + new for start, new in rows]
@@ -36,17 +38,23 @@ def make_batch(
     angles = torch.tensor(positions)[:, None] / (100.0 ** (torch.arange(shape.head_dim // 2) / shape.head_dim * 2))
     size = (num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
     cache = LayerCache(torch.randn(size).to(dtype).to(device), torch.randn(size).to(dtype).to(device))
+    decode = next((index for index, (_, new) in enumerate(rows) if new > 1), len(rows))
+    tiles, fresh = cut_tiles(
+        [(line[row], *rows[row]) for row in range(decode, len(rows))], decode, height=16, library=library
+    )
     batch = AttentionBatch(
         positions=torch.tensor(positions, dtype=torch.int32, device=device),
         cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1).float().to(device),
         q_scale=(1 + torch.rand(len(positions))).to(device) if logn else None,
         token_tables=torch.tensor([line[row] for row in token_rows], dtype=torch.int32, device=device),
-        table_rows=torch.tensor(line, dtype=torch.int32, device=device),
-        row_starts=torch.tensor(starts, dtype=torch.int32, device=device),
-        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
         block_tables=tables.to(device),
-        cache_slots=torch.tensor(slots, dtype=torch.int64, device=device),
-        num_decode_rows=next((index for index, (_, new) in enumerate(rows) if new > 1), len(rows)),
-        max_row_tokens=max(new for _, new in rows),
+        num_decode_rows=decode,
+        rows=RowSpans(
+            tables=torch.tensor(line, dtype=torch.int32, device=device),
+            starts=torch.tensor(starts, dtype=torch.int32, device=device),
+            context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+            cache_slots=torch.tensor(slots, dtype=torch.int64, device=device),
+        ),
+        prompts=PromptTiles(torch.from_numpy(tiles).to(device), 16, fresh) if decode < len(rows) else None,
     )
     return batch, cache

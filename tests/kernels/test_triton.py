@@ -18,7 +18,7 @@ if DEVICE == "cpu":
 from fastqwen.kernels import HeadShape, LayerCache  # noqa: E402
 from fastqwen.kernels.reference import ReferenceOps  # noqa: E402
 from fastqwen.kernels.triton import attention, linear  # noqa: E402
-from fastqwen.kernels.triton.ops import TritonOps, library_prefill  # noqa: E402
+from fastqwen.kernels.triton.ops import TritonOps  # noqa: E402
 from tests.kernels.batches import make_batch  # noqa: E402
 
 REFERENCE = ReferenceOps()
@@ -41,7 +41,10 @@ def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "k", "n"), [(1, 256, 96), (1, 200, 33), (3, 128, 80), (17, 192, 64), (64, 320, 48)])
+@pytest.mark.parametrize(
+    ("rows", "k", "n"),
+    [(1, 256, 96), (1, 200, 33), (3, 128, 80), (17, 192, 64), (64, 320, 48)],
+)
 def test_linears(ops: TritonOps, dtype: torch.dtype, rows: int, k: int, n: int):
     x, weight, bias = random(rows, k, dtype=dtype), random(n, k, dtype=dtype, scale=k**-0.5), random(n, dtype=dtype)
     norm = random(k, dtype=dtype)
@@ -81,14 +84,34 @@ def test_rows(ops: TritonOps, dtype: torch.dtype):
 def test_experts(ops: TritonOps, dtype: torch.dtype, tokens: int, normalize: bool):
     """One token, a few, and so many that an expert has more than one tile."""
     hidden, size, count = 64, 48, 6
-    x, logits = random(tokens, hidden, dtype=dtype), random(tokens, count, dtype=dtype)
+    norm, router = random(hidden, dtype=dtype), random(count, hidden, dtype=dtype, scale=hidden**-0.5)
     gate_up = random(count, 2 * size, hidden, dtype=dtype, scale=hidden**-0.5)
     down = random(count, hidden, size, dtype=dtype, scale=size**-0.5)
-    residual = random(tokens, hidden, dtype=dtype)
+    for _ in range(2):  # the second time with what the first one left behind
+        residual = random(4 * tokens, hidden, dtype=dtype)
+        # Rounding may choose another expert where the third and the fourth are alike.
+        likeliest = (REFERENCE.rms_norm(residual, norm, 1e-6) @ router.t()).float().topk(4).values
+        residual = residual[likeliest[:, 2] - likeliest[:, 3] > 0.05][:tokens].contiguous()
+        assert len(residual) == tokens
+        expected = residual.clone()
+        ops.add_experts(residual, norm, 1e-6, router, gate_up, down, top_k=3, normalize=normalize)
+        REFERENCE.add_experts(expected, norm, 1e-6, router, gate_up, down, top_k=3, normalize=normalize)
+        close(residual, expected, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_row_that_is_not_finite_stays_alone(ops: TritonOps, tokens: int):
+    """Such a row has no likeliest expert; it must not write outside of its own place."""
+    norm, router = random(32, dtype=torch.float16), random(6, 32, dtype=torch.float16)
+    gate_up = random(6, 32, 32, dtype=torch.float16, scale=0.1)
+    down = random(6, 32, 16, dtype=torch.float16, scale=0.1)
+    residual = random(tokens, 32, dtype=torch.float16)
     expected = residual.clone()
-    ops.add_experts(residual, x, logits, gate_up, down, top_k=3, normalize=normalize)
-    REFERENCE.add_experts(expected, x, logits, gate_up, down, top_k=3, normalize=normalize)
-    close(residual, expected, dtype)
+    ops.add_experts(expected, norm, 1e-6, router, gate_up, down, top_k=3, normalize=True)
+    residual[0] = float("nan")
+    ops.add_experts(residual, norm, 1e-6, router, gate_up, down, top_k=3, normalize=True)
+    assert not torch.isfinite(residual[0]).any()
+    assert torch.equal(residual[1:], expected[1:])
 
 
 SHAPES = [HeadShape(4, 4, 64), HeadShape(6, 2, 64), HeadShape(8, 1, 128), HeadShape(7, 1, 32)]
@@ -115,35 +138,78 @@ def test_mixed_batches(ops: TritonOps, dtype: torch.dtype, shape: HeadShape, win
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_whole_prompts_through_the_library(ops: TritonOps, dtype: torch.dtype, shape: HeadShape):
-    rows = [(30, 1), (0, 33), (0, 70)]
-    batch, cache = make_batch(rows, shape, dtype=dtype, device=DEVICE, logn=shape.num_heads == 4)
-    batch = replace(batch, whole_prompts=((1, 33), (34, 70)))
+@pytest.mark.parametrize(
+    ("rows", "tokens"),
+    [([(30, 1), (9, 20), (0, 64), (0, 70), (0, 70)], 225), ([(0, 70), (0, 96), (0, 96)], 262), ([(0, 64)] * 2, 128)],
+)
+def test_fresh_prompts_through_the_library(
+    ops: TritonOps, dtype: torch.dtype, shape: HeadShape, rows, tokens, monkeypatch
+):
+    """Beside rows that go on; of even and uneven lengths; and alone, where the library's result needs no copy."""
+    monkeypatch.setattr("fastqwen.runner.step_layout.MIN_LIBRARY_TOKENS", 64)
+    monkeypatch.setattr("fastqwen.kernels.triton.ops.LIBRARY_STEP", 32)
+    batch, cache = make_batch(rows, shape, dtype=dtype, device=DEVICE, logn=shape.num_heads == 4, library=True)
+    assert [count for _, count in batch.prompts.fresh] == [count for start, count in rows if start == 0]
     other = LayerCache(cache.k.clone(), cache.v.clone())
-    qkv = random(104, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=dtype)
-    found = torch.zeros(104, shape.num_heads * shape.head_dim, dtype=dtype, device=DEVICE)
-    library_prefill(qkv, batch, cache, shape, None, None, 1e-6, found)
+    qkv = random(tokens, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, dtype=dtype)
     nothing = {"q_norm": None, "k_norm": None, "eps": 1e-6, "window": None}
-    expected = REFERENCE.attend(qkv, batch, other, shape, **nothing)
-    close(found[1:], expected[1:], dtype)
-    used = _used(replace(batch, context_lens=batch.context_lens - (batch.context_lens == 31).int()), cache)
-    close(cache.k[used], other.k[used], dtype)
-    close(cache.v[used], other.v[used], dtype)
+    found = ops.attend(qkv, batch, cache, shape, **nothing)
+    close(found, REFERENCE.attend(qkv, batch, other, shape, **nothing), dtype)
+    close(cache.k, other.k, dtype)
+    close(cache.v, other.v, dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 64])
-def test_parts_of_a_context_add_up(splits: int):
+@pytest.mark.parametrize("decode", [0, 1, 3])
+def test_a_recorded_step_with_room_to_spare(ops: TritonOps, decode: int):
+    """Fewer decode rows, tiles and tokens than the graph has room for: the rest changes nothing."""
     shape = HeadShape(6, 2, 64)
-    batch, cache = make_batch([(199, 1), (3, 1), (64, 1), (100, 1)], shape, dtype=torch.float16, device=DEVICE)
+    rows = [(40, 1)] * decode + [(33, 17), (0, 30)]
+    plain, cache = make_batch(rows, shape, dtype=torch.float16, device=DEVICE)
+    other = LayerCache(cache.k.clone(), cache.v.clone())
+    unused = set(range(cache.k.shape[0])) - set(plain.block_tables.flatten().tolist())
+    spare_block = unused.pop()  # what pads a step has a block of its own
+    tokens, room = plain.positions.shape[0], 64
+    spare_line = plain.block_tables.shape[0]
+
+    def padded(values: torch.Tensor, fill: int) -> torch.Tensor:
+        more = torch.full((room - tokens, *values.shape[1:]), fill, dtype=values.dtype, device=DEVICE)
+        return torch.cat([values, more])
+
+    tables = torch.cat([plain.block_tables, torch.full_like(plain.block_tables[:1], spare_block)])
+    tiles = torch.cat([plain.prompts.tiles, torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)])
+    recorded = replace(
+        plain,
+        positions=padded(plain.positions, 0),
+        cos_sin=padded(plain.cos_sin, 0),
+        token_tables=padded(plain.token_tables, spare_line),
+        block_tables=tables,
+        num_decode_rows=8,
+        decode_count=torch.tensor([decode], dtype=torch.int32, device=DEVICE),
+        prompts=replace(plain.prompts, tiles=tiles),
+    )
+    qkv = random(room, 10 * 64, dtype=torch.float16)
+    nothing = {"q_norm": None, "k_norm": None, "eps": 1e-6, "window": None}
+    found = ops.attend(qkv, recorded, cache, shape, **nothing)
+    close(found[:tokens], REFERENCE.attend(qkv[:tokens], plain, other, shape, **nothing), torch.float16)
+    others = torch.arange(cache.k.shape[0], device=DEVICE) != spare_block
+    close(cache.k[others], other.k[others], torch.float16)
+    close(cache.v[others], other.v[others], torch.float16)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize("splits", [1, 2, 3, 64])
+def test_parts_of_a_context_add_up(splits: int, hold: bool):
+    shape = HeadShape(6, 2, 64)
+    batch, cache = make_batch([(199, 1), (3, 1), (64, 1), (100, 1), (0, 1)], shape, dtype=torch.float16, device=DEVICE)
     cache.v[~_used(batch, cache)] = float("nan")  # what lies beyond the contexts must not matter
     other = LayerCache(cache.k.clone(), cache.v.clone())
-    qkv = random(4, 10 * 64, dtype=torch.float16)
+    qkv = random(5, 10 * 64, dtype=torch.float16)
     space = attention.DecodeWorkspace(torch.device(DEVICE), max_rows=8, shape=shape, max_parts=8 * 64)
     nothing = {"q_norm": None, "k_norm": None, "eps": 1e-6, "window": None}
     expected = REFERENCE.attend(qkv, batch, other, shape, **nothing)
     for _ in range(2):
-        out = torch.full((4, 6 * 64), float("nan"), dtype=torch.float16, device=DEVICE)
-        attention.decode_attention(qkv, batch, cache, shape, space, **nothing, out=out, splits=splits)
+        out = torch.full((5, 6 * 64), float("nan"), dtype=torch.float16, device=DEVICE)
+        attention.decode_attention(qkv, batch, cache, shape, space, **nothing, out=out, splits=splits, hold=hold)
         close(out, expected, torch.float16)
         assert not space.counter.any()
 
@@ -152,8 +218,8 @@ def _used(batch, cache) -> torch.Tensor:
     """bool [blocks, kv_heads, block_size, head_dim]: positions that belong to a context."""
     used = torch.zeros_like(cache.v, dtype=torch.bool)
     size = cache.v.shape[2]
-    for row, context in enumerate(batch.context_lens.tolist()):
-        table = batch.block_tables[batch.table_rows[row]]
+    for row, context in enumerate(batch.rows.context_lens.tolist()):
+        table = batch.block_tables[batch.rows.tables[row]]
         for position in range(context):
             used[table[position // size], :, position % size] = True
     return used

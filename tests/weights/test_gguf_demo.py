@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastqwen.build import build_decoder
-from fastqwen.kernels import AttentionBatch, LayerCache
+from fastqwen.kernels import AttentionBatch, LayerCache, RowSpans
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary import inverse_frequencies
@@ -105,13 +105,14 @@ def predictions(decoder: Decoder, config: ModelConfig, ids: list[int]) -> list[i
         cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1),
         q_scale=None,
         token_tables=torch.zeros(count, dtype=torch.int32),
-        table_rows=torch.zeros(1, dtype=torch.int32),
-        row_starts=torch.tensor([0, count], dtype=torch.int32),
-        context_lens=torch.tensor([count], dtype=torch.int32),
         block_tables=torch.zeros(1, 1, dtype=torch.int32),
-        cache_slots=torch.arange(count),
         num_decode_rows=0,
-        max_row_tokens=count,
+        rows=RowSpans(
+            tables=torch.zeros(1, dtype=torch.int32),
+            starts=torch.tensor([0, count], dtype=torch.int32),
+            context_lens=torch.tensor([count], dtype=torch.int32),
+            cache_slots=torch.arange(count),
+        ),
     )
     size = (1, config.num_kv_heads, count, config.head_dim)
     caches = [LayerCache(torch.zeros(size), torch.zeros(size)) for _ in decoder.layers]

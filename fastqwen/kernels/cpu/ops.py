@@ -75,12 +75,13 @@ class CpuOps(ReferenceOps):
         eps: float,
     ) -> Tensor:
         tokens = qkv.shape[0]
+        assert batch.rows is not None
         q = torch.empty((tokens, shape.num_heads, shape.head_dim))
         self._calls["fq_rope_and_cache"](
             qkv.data_ptr(),
             batch.cos_sin.data_ptr(),
             _pointer(batch.q_scale),
-            batch.cache_slots.data_ptr(),
+            batch.rows.cache_slots.data_ptr(),
             _pointer(q_norm),
             _pointer(k_norm),
             eps,

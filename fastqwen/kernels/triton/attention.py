@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,61 @@ from fastqwen.kernels.triton.pointwise import normed_and_rotated
 LOG2_E = 1.4426950408889634
 
 
+@triton.jit
+def _load_tile(k_cache_ptr, v_cache_ptr, base, keys, at, HALF: tl.constexpr):
+    """A block of one head: keys as two halves [BLOCK_SIZE, HALF], values [BLOCK_SIZE, 2 * HALF]."""
+    row = keys[:, None] * 2 * HALF
+    k_low = tl.load(k_cache_ptr + base + row + at[None, :])
+    k_high = tl.load(k_cache_ptr + base + row + HALF + at[None, :])
+    v = tl.load(v_cache_ptr + base + row + tl.arange(0, 2 * HALF)[None, :])
+    return k_low, k_high, v
+
+
+@triton.jit
+def _add_tile(q_low, q_high, k_low, k_high, v, seen, scale, top, total, acc, PRECISION: tl.constexpr):
+    """Online softmax (arXiv 1805.02867): the maximum, the sum and the weighted values with one more tile in them."""
+    scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
+    scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION) * scale
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    v = tl.where(seen[:, None], v, 0.0)  # beyond the context a block may hold anything, even NaN
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    fade = tl.exp2(top - new_top)
+    weights = tl.exp2(scores - new_top[:, None])
+    total = total * fade + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
+def _combine(partial_ptr, stats_ptr, out_ptr, slab, parts, GROUP: tl.constexpr, GROUP_2: tl.constexpr,
+             DIM: tl.constexpr, MAX_SPLITS: tl.constexpr):  # fmt: skip
+    """Add the parts of a context up, in their order, as many at a time as registers hold."""
+    group = tl.arange(0, GROUP_2)
+    wide = tl.arange(0, DIM)
+    every = tl.arange(0, MAX_SPLITS)
+    given = (every < parts)[:, None] & (group < GROUP)[None, :]
+    place = (slab + every)[:, None] * 2 * GROUP + group[None, :]
+    top = tl.max(tl.load(stats_ptr + place, mask=given, other=float("-inf"), cache_modifier=".cg"), axis=0)
+    top = tl.where(group < GROUP, top, 0.0)
+    total = tl.zeros((GROUP_2,), dtype=tl.float32)
+    acc = tl.zeros((GROUP_2, DIM), dtype=tl.float32)
+    AT_ONCE: tl.constexpr = min(MAX_SPLITS, max(1, 8192 // (GROUP_2 * DIM)))
+    for first in range(0, parts, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
+        here = (part < parts)[:, None] & (group < GROUP)[None, :]
+        spot = (slab + part)[:, None] * 2 * GROUP + group[None, :]
+        tops = tl.load(stats_ptr + spot, mask=here, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(stats_ptr + spot + GROUP, mask=here, other=0.0, cache_modifier=".cg")
+        vector = (slab + part)[:, None, None] * GROUP * DIM + group[None, :, None] * DIM + wide[None, None, :]
+        vectors = tl.load(partial_ptr + vector, mask=here[:, :, None], other=0.0, cache_modifier=".cg")
+        weights = tl.exp2(tops - top[None, :])
+        total += tl.sum(sums * weights, axis=0)
+        acc += tl.sum(vectors * weights[:, :, None], axis=0)
+    found = acc / tl.where(group < GROUP, total, 1.0)[:, None]
+    home = group[:, None] * DIM + wide[None, :]
+    tl.store(out_ptr + home, found.to(out_ptr.dtype.element_ty), mask=(group < GROUP)[:, None])
+
+
 @triton.jit(do_not_specialize=["splits"])
 def _decode(
     qkv_ptr,  # [rows, (HEADS + 2 * KV_HEADS) * 2 * HALF]
@@ -25,6 +82,7 @@ def _decode(
     table_rows_ptr,  # int32 [rows]: row of the block tables
     tables_ptr,  # int32 [slots, table_width]
     positions_ptr,  # int32 [rows]
+    count_ptr,  # int32 [1], if COUNTED: how many of the rows there are
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, 2 * HALF]
     v_cache_ptr,
     out_ptr,  # [rows, HEADS * 2 * HALF]
@@ -40,48 +98,61 @@ def _decode(
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    GROUP_2: tl.constexpr,  # the next power of two
+    MAX_SPLITS: tl.constexpr,  # a power of two, at least splits
     WINDOW: tl.constexpr,
     NORM: tl.constexpr,
     LOGN: tl.constexpr,
+    COUNTED: tl.constexpr,
+    HOLD: tl.constexpr,  # load the first tile into registers before the kernel in front has ended
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One new token per row. A program has one KV head, all of its query heads, and one part of the context.
 
-    The part that ends with the new token also normalises, rotates and stores its key and value. The last program of a
-    row's head adds the parts up, in their order.
+    The last part also normalises, rotates and stores the new token's key and value, which it takes from registers: what
+    is read from the cache are older tokens, so those loads need not wait for the kernel in front. The last program of a
+    row's head adds the parts up.
     """
-    row = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
+    row = tl.program_id(1)
     split = tl.program_id(2)
     DIM: tl.constexpr = 2 * HALF
     if PDL:
         gdc_launch_dependents()
+    if COUNTED:  # noqa: SIM102 (the second condition needs the pointer that the first one promises)
+        if row >= tl.load(count_ptr):
+            if PDL:
+                gdc_wait()  # or this kernel could end, and the next one begin, before the one in front has ended
+            return
     position = tl.load(positions_ptr + row)
     first_tile = 0
     if WINDOW > 0:
         first_tile = tl.maximum(position + 1 - WINDOW, 0) // BLOCK_SIZE
-    num_tiles = position // BLOCK_SIZE + 1 - first_tile
-    per_split = tl.cdiv(num_tiles, splits)
-    parts = tl.cdiv(num_tiles, per_split)
+    num_tiles = tl.maximum(tl.cdiv(position, BLOCK_SIZE) - first_tile, 0)  # of older tokens
+    per_split = tl.maximum(tl.cdiv(num_tiles, splits), 1)
+    parts = tl.maximum(tl.cdiv(num_tiles, per_split), 1)
     if split >= parts:
         return
     start = first_tile + split * per_split
-    stop = tl.minimum(start + per_split, first_tile + num_tiles)
+    stop = first_tile + tl.minimum((split + 1) * per_split, num_tiles)
 
     at = tl.arange(0, HALF)
     wide = tl.arange(0, DIM)
+    keys = tl.arange(0, BLOCK_SIZE)
     table = tables_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_width
     head_stride = BLOCK_SIZE * DIM
-    if PDL:
-        # Older keys and values do not depend on the kernel before: ask for the first tile's while it still runs.
+    if HOLD:
+        base = (tl.load(table + start).to(tl.int64) * KV_HEADS + kv_head) * head_stride
+        held_k_low, held_k_high, held_v = _load_tile(k_cache_ptr, v_cache_ptr, base, keys, at, HALF)
+    elif PDL:
         base = (tl.load(table + start).to(tl.int64) * KV_HEADS + kv_head) * head_stride
         lines = tl.arange(0, BLOCK_SIZE * DIM * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 1024)
         step: tl.constexpr = 1024 // k_cache_ptr.dtype.element_ty.primitive_bitwidth
         prefetch(k_cache_ptr + base + lines * step)
         prefetch(v_cache_ptr + base + lines * step)
+    if PDL:
         gdc_wait()
     cos = tl.load(cos_sin_ptr + row * DIM + at)[None, :]
     sin = tl.load(cos_sin_ptr + row * DIM + HALF + at)[None, :]
@@ -99,58 +170,50 @@ def _decode(
     q_low = q_low.to(qkv_ptr.dtype.element_ty).to(k_cache_ptr.dtype.element_ty)
     q_high = q_high.to(qkv_ptr.dtype.element_ty).to(k_cache_ptr.dtype.element_ty)
 
-    keys = tl.arange(0, BLOCK_SIZE)
-    in_block = keys[:, None] * DIM
     top = tl.full((16,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((16,), dtype=tl.float32)
     acc = tl.zeros((16, DIM), dtype=tl.float32)
-
-    # The new token's own key and value go to the cache first; then its tile is like any other.
-    if stop == first_tile + num_tiles:
-        one = tl.arange(0, 16)  # a row of its own, padded to the shape that the rotation wants
-        own = (one == 0)[:, None]
-        source = qkv + (HEADS + kv_head) * DIM + one[:, None] * 0 + at[None, :]
-        k_low = tl.load(source, mask=own, other=0.0).to(tl.float32)
-        k_high = tl.load(source + HALF, mask=own, other=0.0).to(tl.float32)
+    if split == parts - 1:
+        source = qkv + (HEADS + kv_head) * DIM + tl.arange(0, 1)[:, None] + at[None, :]
+        k_low = tl.load(source).to(tl.float32)
+        k_high = tl.load(source + HALF).to(tl.float32)
         k_low, k_high = normed_and_rotated(k_low, k_high, k_norm_ptr, cos, sin, eps, HALF, NORM)
-        v_new = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + wide)
+        k_low, k_high = k_low.to(k_cache_ptr.dtype.element_ty), k_high.to(k_cache_ptr.dtype.element_ty)
+        v_new = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + wide).to(v_cache_ptr.dtype.element_ty)
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         home = (block * KV_HEADS + kv_head) * head_stride + (position % BLOCK_SIZE) * DIM
-        spot = k_cache_ptr + home + one[:, None] * 0 + at[None, :]
-        tl.store(spot, k_low.to(k_cache_ptr.dtype.element_ty), mask=own)
-        tl.store(spot + HALF, k_high.to(k_cache_ptr.dtype.element_ty), mask=own)
-        tl.store(v_cache_ptr + home + wide, v_new.to(v_cache_ptr.dtype.element_ty))
-        tl.debug_barrier()
+        spot = k_cache_ptr + home + tl.arange(0, 1)[:, None] + at[None, :]
+        tl.store(spot, k_low)
+        tl.store(spot + HALF, k_high)
+        tl.store(v_cache_ptr + home + wide, v_new)
+        products = q_low.to(tl.float32) * k_low.to(tl.float32) + q_high.to(tl.float32) * k_high.to(tl.float32)
+        top = tl.sum(products, axis=1) * scale
+        total += 1.0
+        acc += v_new.to(tl.float32)[None, :]
 
-    for tile in tl.range(start, stop, num_stages=STAGES):
-        block = tl.load(table + tile).to(tl.int64)
-        base = (block * KV_HEADS + kv_head) * head_stride
-        k_low_t = tl.load(k_cache_ptr + base + in_block + at[None, :])
-        k_high_t = tl.load(k_cache_ptr + base + in_block + HALF + at[None, :])
-        v = tl.load(v_cache_ptr + base + in_block + wide[None, :])
-        scores = tl.dot(q_low, tl.trans(k_low_t), input_precision=PRECISION)
-        scores = tl.dot(q_high, tl.trans(k_high_t), scores, input_precision=PRECISION) * scale
-        spot_of = tile * BLOCK_SIZE + keys
-        seen = spot_of <= position
+    if HOLD:
+        seen = start * BLOCK_SIZE + keys < position
         if WINDOW > 0:
-            seen = seen & (spot_of > position - WINDOW)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        v = tl.where(seen[:, None], v, 0.0)  # beyond the context a block may hold anything, even NaN
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        fade = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[:, None])
-        total = total * fade + tl.sum(weights, axis=1)
-        acc = acc * fade[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-        top = new_top
+            seen = seen & (start * BLOCK_SIZE + keys > position - WINDOW)
+        top, total, acc = _add_tile(
+            q_low, q_high, held_k_low, held_k_high, held_v, seen, scale, top, total, acc, PRECISION
+        )
+        start += 1
+    for tile in tl.range(start, stop, num_stages=STAGES):
+        base = (tl.load(table + tile).to(tl.int64) * KV_HEADS + kv_head) * head_stride
+        k_low_t, k_high_t, v = _load_tile(k_cache_ptr, v_cache_ptr, base, keys, at, HALF)
+        seen = tile * BLOCK_SIZE + keys < position
+        if WINDOW > 0:
+            seen = seen & (tile * BLOCK_SIZE + keys > position - WINDOW)
+        top, total, acc = _add_tile(q_low, q_high, k_low_t, k_high_t, v, seen, scale, top, total, acc, PRECISION)
 
-    out_place = (row.to(tl.int64) * HEADS + kv_head * GROUP + group)[:, None] * DIM + wide[None, :]
+    out_row = out_ptr + (row.to(tl.int64) * HEADS + kv_head * GROUP) * DIM
+    part_place = group[:, None] * DIM + wide[None, :]
     if parts == 1:
-        tl.store(out_ptr + out_place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(out_row + part_place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
     else:
         slab = (row.to(tl.int64) * KV_HEADS + kv_head) * splits
         mine = slab + split
-        part_place = group[:, None] * DIM + wide[None, :]
         tl.store(partial_ptr + mine * GROUP * DIM + part_place, acc, mask=live)
         tl.store(stats_ptr + mine * 2 * GROUP + group, top, mask=group < GROUP)
         tl.store(stats_ptr + mine * 2 * GROUP + GROUP + group, total, mask=group < GROUP)
@@ -158,26 +221,7 @@ def _decode(
         arrived = tl.atomic_add(counter_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
         if arrived == parts - 1:
             tl.debug_barrier()
-            # First all parts' maxima and sums at once; then their vectors, whose loads do not wait for each other.
-            every = tl.arange(0, MAX_SPLITS)
-            place_of = (slab + every)[:, None] * 2 * GROUP + group[None, :]
-            given = (every < parts)[:, None] & (group < GROUP)[None, :]
-            tops = tl.load(stats_ptr + place_of, mask=given, other=float("-inf"), cache_modifier=".cg")
-            sums = tl.load(stats_ptr + place_of + GROUP, mask=given, other=0.0, cache_modifier=".cg")
-            top = tl.max(tops, axis=0)
-            top = tl.where(group < GROUP, top, 0.0)
-            total = tl.where(group < GROUP, tl.sum(sums * tl.exp2(tops - top[None, :]), axis=0), 1.0)
-            acc = tl.zeros((16, DIM), dtype=tl.float32)
-            for part in tl.range(parts, loop_unroll_factor=4):
-                from_part = slab + part
-                part_top = tl.load(
-                    stats_ptr + from_part * 2 * GROUP + group, mask=group < GROUP, other=0.0, cache_modifier=".cg"
-                )
-                part_acc = tl.load(
-                    partial_ptr + from_part * GROUP * DIM + part_place, mask=live, other=0.0, cache_modifier=".cg"
-                )
-                acc += part_acc * tl.exp2(part_top - top)[:, None]
-            tl.store(out_ptr + out_place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
+            _combine(partial_ptr, stats_ptr, out_row, slab, parts, GROUP, GROUP_2, DIM, MAX_SPLITS)
             tl.store(counter_ptr + row * KV_HEADS + kv_head, 0)
 
 
@@ -192,14 +236,20 @@ class DecodeWorkspace:
         self.counter = torch.zeros(max_rows * shape.num_kv_heads, dtype=torch.int32, device=device)
         self.overlap = supports_overlap(device)
 
-    def splits(self, rows: int, num_kv_heads: int) -> int:
-        """How many parts a context may be cut into: enough programs for the whole device, no more."""
-        return max(
-            1, min(MAX_SPLITS, PROGRAMS_WANTED // (rows * num_kv_heads), self.max_parts // (rows * num_kv_heads))
-        )
+    def splits(self, rows: int, num_kv_heads: int) -> tuple[int, bool]:
+        """How many parts a context may be cut into, and whether a program holds its first tile in registers.
+
+        Such programs need twice the registers: so many that all run at once, two on a multiprocessor, are fastest; of the
+        others four (bench/results/h200-tune-attention.json). A power of two, so that few variants are compiled.
+        """
+        pairs = rows * num_kv_heads
+        hold = pairs * 4 <= PROGRAMS_WANTED // 2
+        wanted = (PROGRAMS_WANTED // 2 if hold else PROGRAMS_WANTED) // pairs
+        return int(2 ** math.floor(math.log2(max(1, min(MAX_SPLITS, wanted, self.max_parts // pairs))))), hold
 
 
 MAX_SPLITS = 64
+RECORDED_SPLITS = 8
 PROGRAMS_WANTED = 528  # four for each of an H200's multiprocessors
 
 
@@ -216,39 +266,42 @@ def decode_attention(
     window: int | None,
     out: Tensor,
     splits: int | None = None,
+    hold: bool = False,
     num_stages: int = 3,
     num_warps: int = 4,
 ) -> None:
     """Rotation, cache write and attention of rows that have one token each: qkv [rows, ...] -> out [rows, heads * dim]"""
     rows = qkv.shape[0]
-    splits = splits or workspace.splits(rows, shape.num_kv_heads)
+    if splits is None:
+        # Of a recorded step's rows most are not there: more parts for those that are cost little.
+        expected = rows if batch.decode_count is None else -(-rows // RECORDED_SPLITS)
+        splits, hold = workspace.splits(expected, shape.num_kv_heads)
+        splits = min(splits, workspace.max_parts // (rows * shape.num_kv_heads) or 1)
     group = shape.num_heads // shape.num_kv_heads
     assert group <= 16, "more than 16 query heads for a KV head"
-    _decode[(rows, shape.num_kv_heads, splits)](
-        qkv, batch.cos_sin, batch.q_scale, q_norm, k_norm, batch.table_rows, batch.block_tables, batch.positions,
-        cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
+    pdl, counted = workspace.overlap, batch.decode_count is not None
+    _decode[(shape.num_kv_heads, rows, splits)](
+        qkv, batch.cos_sin, batch.q_scale, q_norm, k_norm, batch.token_tables, batch.block_tables, batch.positions,
+        batch.decode_count, cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
         batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps, splits,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
-        GROUP=group, MAX_SPLITS=MAX_SPLITS, WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None,
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=num_stages, PDL=workspace.overlap,
-        num_warps=num_warps, **overlapping(workspace.overlap),
+        GROUP=group, GROUP_2=triton.next_power_of_2(group), MAX_SPLITS=triton.next_power_of_2(splits),
+        WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None, COUNTED=counted,
+        HOLD=hold, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+        STAGES=num_stages, PDL=pdl, num_warps=num_warps, **overlapping(pdl),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_row", "first_token"])
+@triton.jit
 def _prefill(
-    q_ptr,  # [tokens from first_token on, HEADS, DIM], rotated
+    q_ptr,  # [tokens, HEADS, DIM], rotated
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, DIM]
     v_cache_ptr,
-    out_ptr,  # [all tokens, HEADS * DIM]
-    row_starts_ptr,  # int32 [rows + 1]
-    context_lens_ptr,  # int32 [rows]
-    table_rows_ptr,  # int32 [rows]
+    out_ptr,  # [tokens, HEADS * DIM]
+    tiles_ptr,  # int32 [tiles, 4]: first token, tokens, first position, row of the block tables
     tables_ptr,
     table_width,
     scale,
-    first_row,
-    first_token,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -259,34 +312,31 @@ def _prefill(
     STAGES: tl.constexpr,
 ):
     """A tile of one row's new tokens for one head: online softmax over the row's blocks (arXiv 2205.14135)."""
-    row = first_row + tl.program_id(2)
-    head = tl.program_id(1)
-    begin = tl.load(row_starts_ptr + row)
-    count = tl.load(row_starts_ptr + row + 1) - begin
-    # Later tiles see more keys and take longer: they go first, so that none of them is left over at the end.
-    tile_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    if tile_start >= count:
+    tile_ptr = tiles_ptr + tl.program_id(1) * 4
+    head = tl.program_id(0)
+    count = tl.load(tile_ptr + 1)
+    if count == 0:
         return
-    before = tl.load(context_lens_ptr + row) - count
-    m = tile_start + tl.arange(0, BLOCK_M)
+    begin = tl.load(tile_ptr)
+    before = tl.load(tile_ptr + 2)
+    m = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, DIM)
     live = (m < count)[:, None]
     place = ((begin + m).to(tl.int64) * HEADS + head)[:, None] * DIM + dim[None, :]
-    q_place = place - first_token * HEADS * DIM
-    q = tl.load(q_ptr + q_place, mask=live, other=0.0).to(k_cache_ptr.dtype.element_ty)
+    q = tl.load(q_ptr + place, mask=live, other=0.0).to(k_cache_ptr.dtype.element_ty)
     position = before + m
-    table = tables_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_width
+    table = tables_ptr + tl.load(tile_ptr + 3).to(tl.int64) * table_width
     kv_head = head // (HEADS // KV_HEADS)
     keys = tl.arange(0, BLOCK_SIZE)
     in_block = keys[:, None] * DIM + dim[None, :]
     top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, DIM), dtype=tl.float32)
-    last = before + tl.minimum(tile_start + BLOCK_M, count)  # keys up to the tile's last token
+    last = before + count  # keys up to the tile's last token
     first_tile = 0
     if WINDOW > 0:
-        first_tile = tl.maximum(before + tile_start + 1 - WINDOW, 0) // BLOCK_SIZE
-    whole = (before + tile_start + 1) // BLOCK_SIZE  # tiles that every token of the tile sees in full
+        first_tile = tl.maximum(before + 1 - WINDOW, 0) // BLOCK_SIZE
+    whole = (before + 1) // BLOCK_SIZE  # blocks that every token of the tile sees in full
     if WINDOW > 0:
         whole = first_tile
     for tile in tl.range(first_tile, whole, num_stages=STAGES):
@@ -325,20 +375,18 @@ def prefill_attention(
     cache: LayerCache,
     shape: HeadShape,
     *,
-    first_row: int,
-    first_token: int,
     window: int | None,
     out: Tensor,
 ) -> None:
-    """Rows from ``first_row`` on, of any number of tokens: q [their tokens, heads, dim] -> out [all tokens, ...]"""
-    rows = batch.row_starts.shape[0] - 1 - first_row
-    if rows <= 0:
+    """The batch's tiles: q [tokens, heads, dim] -> out [tokens, heads * dim]; other tokens are not touched."""
+    assert batch.prompts is not None
+    tiles, height = batch.prompts.tiles, batch.prompts.height
+    if not tiles.shape[0]:
         return
-    block_m = 128 if batch.max_row_tokens >= 128 else max(16, triton.next_power_of_2(batch.max_row_tokens))
-    _prefill[(triton.cdiv(batch.max_row_tokens, block_m), shape.num_heads, rows)](
-        q, cache.k, cache.v, out, batch.row_starts, batch.context_lens, batch.table_rows, batch.block_tables,
-        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, first_row, first_token,
+    _prefill[(shape.num_heads, tiles.shape[0])](
+        q, cache.k, cache.v, out, tiles, batch.block_tables,
+        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, DIM=shape.head_dim, BLOCK_SIZE=cache.k.shape[2],
-        BLOCK_M=block_m, WINDOW=window or 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=3, num_warps=8 if block_m >= 128 else 4,
+        BLOCK_M=height, WINDOW=window or 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        STAGES=3, num_warps=8 if height >= 128 else 4,
     )  # fmt: skip

@@ -6,10 +6,24 @@ the results do not, because a row's arithmetic does not depend on its place in a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fastqwen.kernels.triton.launch import overlapping, supports_overlap
+
+
+@triton.jit
+def _keys(x, at):
+    """Numbers that sort like (x, lower index first), all different and none below zero; NaN is behind all others."""
+    bits = tl.where(x == x, x, float("-inf")).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 0x80000000
+    return (ordered << 16) | (65535 - at)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -23,33 +37,41 @@ def _route(
     EXPERTS: tl.constexpr,
     PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
+    TOP_K_2: tl.constexpr,  # the next power of two
     NORMALIZE: tl.constexpr,
     ROUND_TO: tl.constexpr,
+    LISTS: tl.constexpr,  # whether each expert's pairs are listed as well
+    PDL: tl.constexpr,
 ):
+    """A token's experts by falling chance, among equals the lower id first."""
     token = tl.program_id(0)
     at = tl.arange(0, PADDED)
+    choice = tl.arange(0, TOP_K_2)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(logits_ptr + token * EXPERTS + at, mask=at < EXPERTS, other=float("-inf")).to(tl.float32)
-    chances = tl.exp(x - tl.max(x, axis=0))
-    chances = chances / tl.sum(chances, axis=0)
-    left = tl.where(at < EXPERTS, chances, -1.0)
-    picked = 0.0
-    if NORMALIZE:
-        for _ in range(TOP_K):
-            best = tl.max(left, axis=0)
-            first = tl.min(tl.where(left == best, at, PADDED), axis=0)
-            picked += best
-            left = tl.where(at == first, -1.0, left)
-        left = tl.where(at < EXPERTS, chances, -1.0)
-    for choice in range(TOP_K):
+    shifted = tl.exp(x - tl.max(x, axis=0))
+    total = tl.sum(shifted, axis=0)
+    left = tl.where(at < EXPERTS, _keys(x, at), -1)
+    expert = tl.zeros((TOP_K_2,), dtype=tl.int32)
+    chance = tl.zeros((TOP_K_2,), dtype=tl.float32)
+    for index in tl.static_range(TOP_K):
         best = tl.max(left, axis=0)
-        expert = tl.min(tl.where(left == best, at, PADDED), axis=0)
-        left = tl.where(at == expert, -1.0, left)
-        weight = best / picked if NORMALIZE else best
-        pair = token * TOP_K + choice
-        tl.store(ids_ptr + pair, expert)
-        tl.store(weights_ptr + pair, weight.to(ROUND_TO).to(tl.float32))
-        rank = tl.atomic_add(counts_ptr + expert, 1)
-        tl.store(members_ptr + expert * tokens + rank, pair)
+        found = 65535 - (best & 0xFFFF).to(tl.int32)
+        expert = tl.where(choice == index, found, expert)
+        chance = tl.where(choice == index, tl.sum(tl.where(at == found, shifted, 0.0), axis=0), chance)
+        left = tl.where(left == best, -1, left)
+    chance = chance / total
+    if NORMALIZE:
+        chance = chance / tl.sum(chance, axis=0)
+    given = choice < TOP_K
+    pair = token * TOP_K + choice
+    tl.store(ids_ptr + pair, expert, mask=given)
+    tl.store(weights_ptr + pair, chance.to(ROUND_TO).to(tl.float32), mask=given)
+    if LISTS:
+        place = tl.atomic_add(counts_ptr + expert, 1, mask=given)
+        tl.store(members_ptr + expert * tokens + place, pair, mask=given)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -57,39 +79,46 @@ def _grouped(
     x_ptr,  # [rows, k]: a row per token (PER_PAIR false) or per pair
     w_ptr,  # [EXPERTS, n, k], or [EXPERTS, 2 * n, k] if GATED
     out_ptr,  # [pairs, n]
-    ids_ptr,
     weights_ptr,
     counts_ptr,
     members_ptr,
     tokens,
     k_size,
     n_size,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GATED: tl.constexpr,
     PER_PAIR: tl.constexpr,
-    SINGLE: tl.constexpr,  # one token: program i has pair i, no lists are needed
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """A tile of one expert's pairs times a tile of its outputs; gated: silu(gate) * up; else: times the pair's weight."""
+    """A tile of one expert's pairs times a tile of its outputs; gated: silu(gate) * up; else: times the pair's weight.
+
+    The experts' tiles follow each other; a program finds its own from the experts' counts.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    every = tl.arange(0, PADDED)
+    counts = tl.load(counts_ptr + every, mask=every < EXPERTS, other=0)
+    tiles = tl.cdiv(counts, BLOCK_M)
+    ends = tl.cumsum(tiles, axis=0)
+    index = tl.program_id(1)
+    expert = tl.sum((ends <= index).to(tl.int32), axis=0)
+    if expert >= EXPERTS:
+        return
+    count = tl.sum(tl.where(every == expert, counts, 0), axis=0)
+    start = (index - tl.sum(tl.where(every < expert, tiles, 0), axis=0)) * BLOCK_M
+    expert = expert.to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    if SINGLE:
-        expert = tl.load(ids_ptr + tl.program_id(1)).to(tl.int64)
-        live_m = m < 1
-        pair = tl.zeros((BLOCK_M,), dtype=tl.int32) + tl.program_id(1)
-    else:
-        expert = tl.program_id(1).to(tl.int64)
-        count = tl.load(counts_ptr + expert)
-        start = tl.program_id(2) * BLOCK_M
-        if start >= count:
-            return
-        live_m = start + m < count
-        pair = tl.load(members_ptr + expert * tokens + start + m, mask=live_m, other=0)
-    live_n = n < n_size
+    m = start + tl.arange(0, BLOCK_M)
+    live_m, live_n = m < count, n < n_size
+    pair = tl.load(members_ptr + expert * tokens + m, mask=live_m, other=0)
     source = pair if PER_PAIR else pair // TOP_K
     x_rows = x_ptr + source.to(tl.int64)[:, None] * k_size
     heights = 2 if GATED else 1
@@ -122,14 +151,134 @@ def _grouped(
 
 
 @triton.jit
-def _sum_pairs(pairs_ptr, out_ptr, size, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_pairs(pairs_ptr, out_ptr, counts_ptr, size, TOP_K: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+               PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Each token's weighted results on top of its residual; and the counts are zero again for the next layer."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for choice in tl.static_range(TOP_K):
         total += tl.load(pairs_ptr + (token * TOP_K + choice) * size + at, mask=at < size, other=0.0).to(tl.float32)
     total += tl.load(out_ptr + token * size + at, mask=at < size, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * size + at, total.to(out_ptr.dtype.element_ty), mask=at < size)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        every = tl.arange(0, PADDED)
+        tl.store(counts_ptr + every, tl.zeros((PADDED,), dtype=tl.int32), mask=every < EXPERTS)
+
+
+@triton.jit
+def _one_token_up(
+    residual_ptr,  # [K]
+    norm_ptr,  # [K]
+    ids_ptr,  # int32 [TOP_K]
+    w_ptr,  # [EXPERTS, 2 * n, K]
+    out_ptr,  # float32 [TOP_K, n]
+    n_size,
+    eps,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # at least K
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One token: silu(gate) * up of one of its experts, as many outputs as registers hold weights for."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    inside = (n < n_size)[:, None] & (k < K)[None, :]
+    gain = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()  # not before: the next kernel reads the ids without waiting for this one
+    expert = tl.load(ids_ptr + tl.program_id(1), cache_modifier=".cg").to(tl.int64)
+    rows = w_ptr + (expert * 2 * n_size + n)[:, None] * K + k[None, :]
+    gate = tl.load(rows, mask=inside, other=0.0)
+    up = tl.load(rows + n_size.to(tl.int64) * K, mask=inside, other=0.0)
+    x = tl.load(residual_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
+    x = (x * scale * gain).to(residual_ptr.dtype.element_ty).to(tl.float32)
+    y = tl.sum(gate.to(tl.float32) * x[None, :], axis=1)
+    y = y / (1.0 + tl.exp(-y)) * tl.sum(up.to(tl.float32) * x[None, :], axis=1)
+    tl.store(out_ptr + tl.program_id(1) * n_size + n, y, mask=n < n_size)
+
+
+@triton.jit
+def _one_token_down(
+    inner_ptr,  # float32 [TOP_K, K]
+    ids_ptr,  # int32 [TOP_K]
+    weights_ptr,  # float32 [TOP_K]
+    w_ptr,  # [EXPERTS, n, K]
+    residual_ptr,  # [n], changed in place
+    n_size,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_2: tl.constexpr,  # the next power of two
+    PDL: tl.constexpr,
+):
+    """One token: the weighted sum of its experts' second products, their weights loaded while the first ones run."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    choice = tl.arange(0, TOP_K_2)
+    given = choice < TOP_K
+    if PDL:
+        gdc_launch_dependents()
+    # Past the first-level cache: the kernel in front of the one in front wrote them.
+    expert = tl.load(ids_ptr + choice, mask=given, other=0, cache_modifier=".cg").to(tl.int64)
+    weight = tl.load(weights_ptr + choice, mask=given, other=0.0, cache_modifier=".cg")
+    inside = given[:, None, None] & (n < n_size)[None, :, None] & (k < K)[None, None, :]
+    place = (expert[:, None, None] * n_size + n[None, :, None]) * K + k[None, None, :]
+    w = tl.load(w_ptr + place, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+    known = given[:, None] & (k < K)[None, :]
+    inner = tl.load(inner_ptr + choice[:, None] * K + k[None, :], mask=known, other=0.0) * weight[:, None]
+    y = tl.sum(tl.sum(w.to(tl.float32) * inner[:, None, :], axis=2), axis=0)
+    y += tl.load(residual_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
+    tl.store(residual_ptr + n, y.to(residual_ptr.dtype.element_ty), mask=n < n_size)
+
+
+@dataclass(frozen=True)
+class GroupTiling:
+    block_m: int
+    block_n: int  # of the second product
+    gate_n: int  # of the first one, which has two accumulators
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def group_tiling(pairs: int, num_experts: int) -> GroupTiling:
+    """By how many pairs an expert has on average; a tile should hold most experts' pairs, or be full."""
+    average = pairs / num_experts
+    if average <= 8:
+        return GroupTiling(16, 64, 64, 128, 4, 4)
+    if average <= 24:
+        return GroupTiling(32, 64, 64, 128, 4, 3)
+    if average <= 64:
+        return GroupTiling(64, 64, 64, 128, 4, 3)
+    return GroupTiling(128, 256, 128, 64, 8, 3)
+
+
+def route(
+    logits: Tensor, counts: Tensor | None, *, top_k: int, normalize: bool, lists: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [tokens, experts] -> ids int32 and weights float32 [tokens, top_k]; with ``lists`` each expert's pairs
+    int32 [experts, tokens], as many as ``counts`` int32 [experts] says then, which must be zero before."""
+    (tokens, num_experts), device = logits.shape, logits.device
+    ids = torch.empty((tokens, top_k), dtype=torch.int32, device=device)
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=device)
+    members = torch.empty((num_experts, tokens if lists else 0), dtype=torch.int32, device=device)
+    pdl = supports_overlap(device)
+    _route[(tokens,)](
+        logits, ids, weights, counts, members, tokens,
+        EXPERTS=num_experts, PADDED=triton.next_power_of_2(num_experts), TOP_K=top_k,
+        TOP_K_2=triton.next_power_of_2(top_k), NORMALIZE=normalize, ROUND_TO=_TYPES[logits.dtype], LISTS=lists, PDL=pdl,
+        num_warps=1, **overlapping(pdl),
+    )  # fmt: skip
+    return ids, weights, members
 
 
 def add_experts(
@@ -138,47 +287,83 @@ def add_experts(
     logits: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    counts: Tensor,
     *,
     top_k: int,
     normalize: bool,
+    tiling: GroupTiling | None = None,
 ) -> None:
-    """residual [tokens, hidden] += the chosen experts of x, in place; shapes as in the Ops table's route_and_add"""
+    """residual [tokens, hidden] += the chosen experts of x, in place; shapes as in the Ops table's op, x is normed
+
+    counts int32 [experts] is scratch that must be zero, and is again afterwards.
+    """
     tokens, hidden = x.shape
     num_experts, size = gate_up.shape[0], gate_up.shape[1] // 2
     pairs = tokens * top_k
+    _, weights, members = route(logits, counts, top_k=top_k, normalize=normalize, lists=True)
+    pdl = supports_overlap(x.device)
+    launch = overlapping(pdl)
+    padded = triton.next_power_of_2(num_experts)
+    many: dict[str, Any] = {"EXPERTS": num_experts, "PADDED": padded, "TOP_K": top_k, "PDL": pdl}
+    t = tiling or group_tiling(pairs, num_experts)
+    num_tiles = min(num_experts, pairs) + pairs // t.block_m
+    many |= {"BLOCK_M": t.block_m, "BLOCK_K": t.block_k, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
+    launch |= {"num_warps": t.num_warps, "num_stages": t.num_stages}
+    inner = torch.empty((pairs, size), dtype=x.dtype, device=x.device)
+    _grouped[(triton.cdiv(size, t.gate_n), num_tiles)](
+        x, gate_up, inner, weights, counts, members, tokens, hidden, size,
+        BLOCK_N=t.gate_n, GATED=True, PER_PAIR=False, EVEN_K=hidden % t.block_k == 0, **many, **launch,
+    )  # fmt: skip
+    parts = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
+    _grouped[(triton.cdiv(hidden, t.block_n), num_tiles)](
+        inner, down, parts, weights, counts, members, tokens, size, hidden,
+        BLOCK_N=t.block_n, GATED=False, PER_PAIR=True, EVEN_K=size % t.block_k == 0, **many, **launch,
+    )  # fmt: skip
+    _sum_pairs[(tokens, triton.cdiv(hidden, 1024))](
+        parts, residual, counts, hidden,
+        TOP_K=top_k, BLOCK=1024, EXPERTS=num_experts, PADDED=padded, PDL=pdl, **overlapping(pdl),
+    )  # fmt: skip
 
-    def make(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
 
-    ids, weights = make(tokens, top_k, dtype=torch.int32), make(tokens, top_k, dtype=torch.float32)
-    counts = torch.zeros(num_experts, dtype=torch.int32, device=x.device)
-    members = make(num_experts, tokens, dtype=torch.int32)
-    _route[(tokens,)](
-        logits, ids, weights, counts, members, tokens,
-        EXPERTS=num_experts, PADDED=triton.next_power_of_2(num_experts), TOP_K=top_k, NORMALIZE=normalize,
-        ROUND_TO=_TYPES[x.dtype], num_warps=1,
+@dataclass(frozen=True)
+class OneTiling:
+    up_n: int
+    up_warps: int
+    down_n: int
+    down_warps: int
+
+
+ONE_TILING = OneTiling(4, 8, 2, 8)
+
+
+def add_experts_of_one(
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    logits: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    top_k: int,
+    normalize: bool,
+    tiling: OneTiling = ONE_TILING,
+) -> None:
+    """The same for a single token, residual [1, hidden], with the norm inside."""
+    hidden, size = residual.shape[1], gate_up.shape[1] // 2
+    ids, weights, _ = route(logits, None, top_k=top_k, normalize=normalize, lists=False)
+    inner = torch.empty((top_k, size), dtype=torch.float32, device=residual.device)
+    pdl = supports_overlap(residual.device)
+    _one_token_up[(triton.cdiv(size, tiling.up_n), top_k)](
+        residual, norm, ids, gate_up, inner, size, eps,
+        K=hidden, BLOCK_K=triton.next_power_of_2(hidden), BLOCK_N=tiling.up_n, PDL=pdl,
+        num_warps=tiling.up_warps, num_stages=1, **overlapping(pdl),
     )  # fmt: skip
-    block_m = 16 if pairs <= 24 * num_experts else 64 if pairs <= 128 * num_experts else 128
-    large = block_m == 128
-    block_n, block_k = (128, 64) if large else (32, 128)
-    grid = (top_k, 1) if tokens == 1 else (num_experts, triton.cdiv(tokens, block_m))
-    common = {
-        "TOP_K": top_k, "BLOCK_M": block_m, "BLOCK_K": block_k, "SINGLE": tokens == 1,
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-        "num_warps": 8 if large else 4, "num_stages": 3 if large else 4,
-    }  # fmt: skip
-    inner = make(pairs, size, dtype=x.dtype)
-    gate_n = 64 if large else block_n  # two accumulators
-    _grouped[(triton.cdiv(size, gate_n), *grid)](
-        x, gate_up, inner, ids, weights, counts, members, tokens, hidden, size,
-        BLOCK_N=gate_n, GATED=True, PER_PAIR=False, EVEN_K=hidden % block_k == 0, **common,
+    _one_token_down[(triton.cdiv(hidden, tiling.down_n),)](
+        inner, ids, weights, down, residual, hidden,
+        K=size, BLOCK_K=triton.next_power_of_2(size), BLOCK_N=tiling.down_n, TOP_K=top_k,
+        TOP_K_2=triton.next_power_of_2(top_k), PDL=pdl,
+        num_warps=tiling.down_warps, num_stages=1, **overlapping(pdl),
     )  # fmt: skip
-    parts = make(pairs, hidden, dtype=x.dtype)
-    _grouped[(triton.cdiv(hidden, block_n), *grid)](
-        inner, down, parts, ids, weights, counts, members, tokens, size, hidden,
-        BLOCK_N=block_n, GATED=False, PER_PAIR=True, EVEN_K=size % block_k == 0, **common,
-    )  # fmt: skip
-    _sum_pairs[(tokens, triton.cdiv(hidden, 1024))](parts, residual, hidden, TOP_K=top_k, BLOCK=1024)
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

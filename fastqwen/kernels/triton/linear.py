@@ -15,7 +15,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
-from fastqwen.kernels.triton.pointwise import rms_norm
 
 MAX_ROWS = 64
 
@@ -207,38 +206,49 @@ def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> Tili
     return Tiling(block_n, 4, block_k, split_k, stages, prefetch=8)
 
 
-def skinny_linear(
+def gemv(
     x: Tensor,
     weight: Tensor,
-    workspace: Workspace,
     *,
     norm: Tensor | None = None,
     eps: float = 0.0,
     bias: Tensor | None = None,
     gated: bool = False,
     add_to: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """x [m <= 64, k], weight [n, k] ([2n, k] if gated) -> [m, n]; the pieces are those of the Ops table's linears."""
+    """x [1, k], weight [n, k] ([2n, k] if gated) -> [1, n]; norm in front, SiLU or the residual behind."""
+    k_size = x.shape[1]
+    n_size = weight.shape[0] // 2 if gated else weight.shape[0]
+    assert x.is_contiguous() and weight.is_contiguous() and x.shape[0] == 1
+    out = add_to if add_to is not None else torch.empty((1, n_size), dtype=x.dtype, device=x.device)
+    t = tiling or gemv_tiling(n_size, k_size, gated=gated)
+    pdl = supports_overlap(x.device)
+    _gemv[(triton.cdiv(n_size, t.block_n),)](
+        x, weight, norm, bias, out, n_size, eps,
+        K=k_size, BLOCK_N=t.block_n, BLOCK_K=triton.next_power_of_2(k_size), NORM=norm is not None, GATED=gated,
+        ADD=add_to is not None, BIAS=bias is not None, PDL=pdl, num_warps=t.num_warps, num_stages=1, **overlapping(pdl),
+    )  # fmt: skip
+    return out
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    workspace: Workspace,
+    *,
+    bias: Tensor | None = None,
+    gated: bool = False,
+    add_to: Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """x [m <= 64, k], weight [n, k] ([2n, k] if gated) -> [m, n], with SiLU or the residual behind."""
     m_size, k_size = x.shape
     n_size = weight.shape[0] // 2 if gated else weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous() and m_size <= MAX_ROWS
-    out = add_to if add_to is not None else torch.empty((m_size, n_size), dtype=out_dtype or x.dtype, device=x.device)
+    out = add_to if add_to is not None else torch.empty((m_size, n_size), dtype=x.dtype, device=x.device)
     assert out.is_contiguous()
     pdl = workspace.overlap
-    flags = {"GATED": gated, "ADD": add_to is not None, "BIAS": bias is not None, "PDL": pdl}
-    launch = overlapping(pdl)
-    if m_size == 1:
-        t = tiling or gemv_tiling(n_size, k_size, gated=gated)
-        _gemv[(triton.cdiv(n_size, t.block_n),)](
-            x, weight, norm, bias, out, n_size, eps,
-            K=k_size, BLOCK_N=t.block_n, BLOCK_K=triton.next_power_of_2(k_size), NORM=norm is not None, **flags,
-            num_warps=t.num_warps, num_stages=1, **launch,
-        )  # fmt: skip
-        return out
-    if norm is not None:
-        x = rms_norm(x, norm, eps)
     t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated)
     block_m = max(16, triton.next_power_of_2(m_size))
     blocks = triton.cdiv(n_size, t.block_n)
@@ -246,7 +256,8 @@ def skinny_linear(
     _skinny[(blocks, t.split_k)](
         x, weight, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size,
         BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_K=t.block_k, SPLIT_K=t.split_k, EVEN_K=k_size % t.block_k == 0,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PREFETCH=t.prefetch, **flags,
-        num_warps=t.num_warps, num_stages=t.num_stages, **launch,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PREFETCH=t.prefetch, GATED=gated,
+        ADD=add_to is not None, BIAS=bias is not None, PDL=pdl,
+        num_warps=t.num_warps, num_stages=t.num_stages, **overlapping(pdl),
     )  # fmt: skip
     return out

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,6 +15,9 @@ from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.kernels.triton import attention, experts, linear, pointwise
 
 MAX_DECODE_PARTS = 16384
+CHUNK_BYTES = 50 * 2**20
+CHUNK_ROWS = 512
+LIBRARY_STEP = 512
 
 
 class TritonOps(ReferenceOps):
@@ -21,10 +27,11 @@ class TritonOps(ReferenceOps):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # cuDNN's kernel reached 600 TFLOP/s on an H200 where ours, which reads the paged cache, reaches half of that.
-        self._library_prefill = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        # cuDNN's kernel reached 450 to 580 TFLOP/s on an H200 where ours, which reads the paged cache, reaches half of it.
+        self.library_prefill = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._linear_space = linear.Workspace(device)
         self._decode_spaces: dict[HeadShape, attention.DecodeWorkspace] = {}
+        self._counts: dict[int, Tensor] = {}
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return pointwise.rms_norm(x, weight, eps)
@@ -32,44 +39,49 @@ class TritonOps(ReferenceOps):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.shape[0] > linear.MAX_ROWS:
             return functional.linear(x, weight, bias)
-        return linear.skinny_linear(x.contiguous(), weight, self._linear_space, bias=bias)
+        return self._small(x, weight, bias=bias)
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.shape[0] > linear.MAX_ROWS:
             return functional.linear(pointwise.rms_norm(x, norm, eps), weight, bias)
-        return linear.skinny_linear(x.contiguous(), weight, self._linear_space, norm=norm, eps=eps, bias=bias)
+        return self._small(x, weight, norm=norm, eps=eps, bias=bias)
 
     def norm_gated_linear(
         self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         if x.shape[0] > linear.MAX_ROWS:
             return pointwise.silu_mul(functional.linear(pointwise.rms_norm(x, norm, eps), weight, bias))
-        return linear.skinny_linear(
-            x.contiguous(), weight, self._linear_space, norm=norm, eps=eps, bias=bias, gated=True
-        )
+        return self._small(x, weight, norm=norm, eps=eps, bias=bias, gated=True)
 
     def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         if x.shape[0] <= linear.MAX_ROWS:
-            linear.skinny_linear(x.contiguous(), weight, self._linear_space, bias=bias, add_to=residual)
+            self._small(x, weight, bias=bias, add_to=residual)
             return
         torch.addmm(residual, x, weight.t(), out=residual)
         if bias is not None:
             residual += bias
 
+    def _small(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        bias: Tensor | None = None,
+        gated: bool = False,
+        add_to: Tensor | None = None,
+    ) -> Tensor:
+        """Products of at most 64 rows. Of several rows the norm is a kernel of its own: every program would repeat it."""
+        x = x.contiguous()
+        if x.shape[0] == 1:
+            return linear.gemv(x, weight, norm=norm, eps=eps, bias=bias, gated=gated, add_to=add_to)
+        if norm is not None:
+            x = pointwise.rms_norm(x, norm, eps)
+        return linear.skinny_linear(x, weight, self._linear_space, bias=bias, gated=gated, add_to=add_to)
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return pointwise.silu_mul(gate_up)
-
-    def rope_and_cache(
-        self,
-        qkv: Tensor,
-        batch: AttentionBatch,
-        cache: LayerCache,
-        shape: HeadShape,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        return pointwise.rope_and_cache(qkv, batch, cache, shape, q_norm, k_norm, eps)
 
     def attend(
         self,
@@ -83,7 +95,7 @@ class TritonOps(ReferenceOps):
         eps: float,
         window: int | None,
     ) -> Tensor:
-        decode = batch.num_decode_rows
+        decode, prompts = batch.num_decode_rows, batch.prompts
         out = torch.empty((qkv.shape[0], shape.num_heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
         if decode:
             attention.decode_attention(
@@ -98,21 +110,51 @@ class TritonOps(ReferenceOps):
                 window=window,
                 out=out,
             )
-        if decode < qkv.shape[0]:
-            rest = batch.beyond_decode
-            if self._library_prefill and window is None and batch.whole_prompts:
-                library_prefill(qkv, batch, cache, shape, q_norm, k_norm, eps, out)
-                return out
-            q = pointwise.rope_and_cache(qkv[decode:], rest, cache, shape, q_norm, k_norm, eps)
-            attention.prefill_attention(
-                q, batch, cache, shape, first_row=decode, first_token=decode, window=window, out=out
-            )
+        if prompts is None:
+            return out
+        # A recorded step does not know beforehand where its decode rows end: there the kernel looks.
+        first = 0 if batch.decode_count is not None else decode
+        room = max([qkv.shape[0], *(begin + library_length(count) for begin, count in prompts.fresh)])
+        q, k, v = pointwise.rope_and_cache(
+            qkv, batch, cache, shape, q_norm, k_norm, eps, first_token=first, room=room, keep=bool(prompts.fresh)
+        )
+        attention.prefill_attention(q, batch, cache, shape, window=window, out=out)
+        if k is not None and v is not None:
+            return fresh_prompts(q, k, v, prompts.fresh, out)
         return out
 
     def add_experts(
-        self, residual: Tensor, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, *, top_k: int, normalize: bool
+        self,
+        residual: Tensor,
+        norm: Tensor,
+        eps: float,
+        router: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        *,
+        top_k: int,
+        normalize: bool,
     ) -> None:
-        experts.add_experts(residual, x, logits, gate_up, down, top_k=top_k, normalize=normalize)
+        if residual.shape[0] == 1:
+            logits = self.norm_linear(residual, norm, eps, router)
+            experts.add_experts_of_one(residual, norm, eps, logits, gate_up, down, top_k=top_k, normalize=normalize)
+            return
+        x = pointwise.rms_norm(residual, norm, eps)
+        logits = self.linear(x, router)
+        counts = self._expert_counts(router.shape[0])
+        experts.add_experts(residual, x, logits, gate_up, down, counts, top_k=top_k, normalize=normalize)
+
+    def feed_forward_rows(self, tokens: int, width: int) -> int:
+        """Much wider activations than the second-level cache holds are made in chunks that it keeps until they are read
+        again; cuBLAS is faster on such chunks, too (8192x4096x24576 on an H200: 633 TFLOP/s at once, 698 by 2048 rows)."""
+        if tokens * width * 2 <= 4 * CHUNK_BYTES:
+            return tokens
+        return max(CHUNK_ROWS, CHUNK_BYTES // (2 * width) // CHUNK_ROWS * CHUNK_ROWS)
+
+    def _expert_counts(self, num_experts: int) -> Tensor:
+        if num_experts not in self._counts:
+            self._counts[num_experts] = torch.zeros(num_experts, dtype=torch.int32, device=self._device)
+        return self._counts[num_experts]
 
     def _decode_space(self, shape: HeadShape) -> attention.DecodeWorkspace:
         if shape not in self._decode_spaces:
@@ -122,31 +164,41 @@ class TritonOps(ReferenceOps):
         return self._decode_spaces[shape]
 
 
-def library_prefill(
-    qkv: Tensor,
-    batch: AttentionBatch,
-    cache: LayerCache,
-    shape: HeadShape,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    out: Tensor,
-) -> None:
-    """Rows that are whole prompts: attention by torch on their own keys and values, which also go to the cache."""
-    first, dim, group = batch.num_decode_rows, shape.head_dim, shape.num_heads // shape.num_kv_heads
-    qkv = qkv[first:]
-    k = torch.empty((qkv.shape[0], shape.num_kv_heads, dim), dtype=qkv.dtype, device=qkv.device)
-    q = pointwise.rope_and_cache(qkv, batch.beyond_decode, cache, shape, q_norm, k_norm, eps, k_out=k)
-    v = qkv[:, (shape.num_heads + shape.num_kv_heads) * dim :].view(-1, shape.num_kv_heads, dim)
+def library_length(num_tokens: int) -> int:
+    """The length for which the library is asked. It spends 50 ms on each new one (cuDNN on an H200), so there are few."""
+    return -(-num_tokens // LIBRARY_STEP) * LIBRARY_STEP
+
+
+def fresh_prompts(q: Tensor, k: Tensor, v: Tensor, fresh: Sequence[tuple[int, int]], out: Tensor) -> Tensor:
+    """Attention among each fresh prompt's own tokens, by torch; prompts of equal, even length in one call.
+
+    q [room, heads, dim], k, v [room, kv_heads, dim] -> out [tokens, heads * dim], which may be another tensor. What
+    stands behind a prompt's end, up to the even length, is computed as well: no earlier token sees it, and nobody reads it.
+    """
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends, set_priority=True):
-        for begin, count in batch.whole_prompts:
-            rows = slice(begin - first, begin - first + count)
-            # Each query head gets a copy of its keys and values: the fast kernel knows no groups, and a copy is cheap.
-            row_k, row_v = (part[rows].repeat_interleave(group, dim=1) for part in (k, v))
-            row_q, row_k, row_v = (part.transpose(0, 1)[None] for part in (q[rows], row_k, row_v))
-            found = functional.scaled_dot_product_attention(row_q, row_k, row_v, is_causal=True)
-            out[begin : begin + count] = found[0].transpose(0, 1).flatten(1)
+        for begin, count, number in _alike(fresh):
+            length = library_length(count)
+            rows, shape = slice(begin, begin + number * length), (number, length)
+            wide_q, wide_k, wide_v = (part[rows].unflatten(0, shape).transpose(1, 2) for part in (q, k, v))
+            found = functional.scaled_dot_product_attention(
+                wide_q, wide_k, wide_v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            found = found.transpose(1, 2).flatten(2).flatten(0, 1)[: number * count]
+            if found.shape == out.shape:
+                return found
+            out[begin : begin + number * count] = found
+    return out
+
+
+def _alike(fresh: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(first token, length, number) of prompts that the library can take together."""
+    for (count, even), group in itertools.groupby(fresh, lambda one: (one[1], one[1] == library_length(one[1]))):
+        prompts = list(group)
+        if even:
+            yield prompts[0][0], count, len(prompts)
+        else:
+            yield from ((begin, count, 1) for begin, _ in prompts)
 
 
 MAX_DECODE_ROWS = 2048

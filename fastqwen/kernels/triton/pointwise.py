@@ -70,18 +70,24 @@ def normed_and_rotated(low, high, norm_ptr, cos, sin, eps, HALF: tl.constexpr, N
     return low * cos - high * sin, high * cos + low * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])
 def _rope_and_cache(
     qkv_ptr,  # [tokens, (HEADS + 2 * KV_HEADS) * 2 * HALF]
     cos_sin_ptr,  # float32 [tokens, 2 * HALF]
     q_scale_ptr,  # float32 [tokens]
-    slots_ptr,  # int64 [tokens]
+    positions_ptr,  # int32 [tokens]
+    token_tables_ptr,  # int32 [tokens]
+    tables_ptr,  # int32 [slots, table_width]
+    count_ptr,  # int32 [1], if COUNTED: leading tokens to leave out
     q_norm_ptr,
     k_norm_ptr,
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, 2 * HALF]
     v_cache_ptr,
     q_out_ptr,  # [tokens, HEADS, 2 * HALF]
     k_out_ptr,  # [tokens, KV_HEADS, 2 * HALF], or None
+    v_out_ptr,  # the same
+    table_width,
+    first_token,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -91,9 +97,13 @@ def _rope_and_cache(
     PADDED_KV: tl.constexpr,
     NORM: tl.constexpr,
     LOGN: tl.constexpr,
-    KEEP_K: tl.constexpr,
+    COUNTED: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) + first_token
+    if COUNTED:  # noqa: SIM102 (the second condition needs the pointer that the first one promises)
+        if token < tl.load(count_ptr):
+            return
     at = tl.arange(0, HALF)
     cos = tl.load(cos_sin_ptr + token * 2 * HALF + at)[None, :]
     sin = tl.load(cos_sin_ptr + token * 2 * HALF + HALF + at)[None, :]
@@ -121,17 +131,22 @@ def _rope_and_cache(
     high = tl.load(keys + place + HALF, mask=live, other=0.0).to(tl.float32)
     low, high = normed_and_rotated(low, high, k_norm_ptr, cos, sin, eps, HALF, NORM)
     values = keys + KV_HEADS * 2 * HALF
-    slot = tl.load(slots_ptr + token)
-    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    position = tl.load(positions_ptr + token)
+    table = tables_ptr + tl.load(token_tables_ptr + token).to(tl.int64) * table_width
+    block, offset = tl.load(table + position // BLOCK_SIZE).to(tl.int64), position % BLOCK_SIZE
     home = ((block * KV_HEADS + kv_heads) * BLOCK_SIZE + offset)[:, None] * 2 * HALF + at[None, :]
     tl.store(k_cache_ptr + home, low.to(k_cache_ptr.dtype.element_ty), mask=live)
     tl.store(k_cache_ptr + home + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=live)
-    if KEEP_K:
-        k_out = k_out_ptr + token * KV_HEADS * 2 * HALF
-        tl.store(k_out + place, low.to(k_out_ptr.dtype.element_ty), mask=live)
-        tl.store(k_out + place + HALF, high.to(k_out_ptr.dtype.element_ty), mask=live)
-    tl.store(v_cache_ptr + home, tl.load(values + place, mask=live, other=0.0), mask=live)
-    tl.store(v_cache_ptr + home + HALF, tl.load(values + place + HALF, mask=live, other=0.0), mask=live)
+    v_low = tl.load(values + place, mask=live, other=0.0)
+    v_high = tl.load(values + place + HALF, mask=live, other=0.0)
+    tl.store(v_cache_ptr + home, v_low, mask=live)
+    tl.store(v_cache_ptr + home + HALF, v_high, mask=live)
+    if KEEP:
+        spot = token * KV_HEADS * 2 * HALF + place
+        tl.store(k_out_ptr + spot, low.to(k_out_ptr.dtype.element_ty), mask=live)
+        tl.store(k_out_ptr + spot + HALF, high.to(k_out_ptr.dtype.element_ty), mask=live)
+        tl.store(v_out_ptr + spot, v_low, mask=live)
+        tl.store(v_out_ptr + spot + HALF, v_high, mask=live)
 
 
 def rope_and_cache(
@@ -142,19 +157,35 @@ def rope_and_cache(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
-    k_out: Tensor | None = None,
-) -> Tensor:
-    """The Ops table's op: q [tokens, heads, head_dim], keys and values written to the cache.
+    *,
+    first_token: int = 0,
+    room: int = 0,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The Ops table's op for tokens from ``first_token`` on, and in a recorded step for those behind its decode rows.
 
-    The rotated keys are written to ``k_out`` [tokens, kv_heads, head_dim] as well, if it is given.
+    Returns q [tokens, heads, head_dim], undefined for other tokens; with ``keep`` rotated k and v [tokens, kv_heads,
+    head_dim] as well. All have at least ``room`` rows; k and v are zero behind the tokens.
     """
     tokens = qkv.shape[0]
-    q = torch.empty((tokens, shape.num_heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
-    _rope_and_cache[(tokens,)](
-        qkv, batch.cos_sin, batch.q_scale, batch.cache_slots, q_norm, k_norm, cache.k, cache.v, q, k_out, eps,
+    rows = max(tokens, room)
+    q = torch.empty((rows, shape.num_heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
+    k = v = None
+    if keep:
+        k, v = (
+            torch.empty((rows, shape.num_kv_heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
+            for _ in range(2)
+        )
+        k[tokens:] = 0
+        v[tokens:] = 0
+    if tokens == first_token:
+        return q, k, v
+    _rope_and_cache[(tokens - first_token,)](
+        qkv, batch.cos_sin, batch.q_scale, batch.positions, batch.token_tables, batch.block_tables, batch.decode_count,
+        q_norm, k_norm, cache.k, cache.v, q, k, v, batch.block_tables.shape[1], first_token, eps,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
         PADDED_HEADS=triton.next_power_of_2(shape.num_heads), PADDED_KV=triton.next_power_of_2(shape.num_kv_heads),
-        NORM=q_norm is not None, LOGN=batch.q_scale is not None, KEEP_K=k_out is not None,
-        num_warps=4,
+        NORM=q_norm is not None, LOGN=batch.q_scale is not None, COUNTED=batch.decode_count is not None,
+        KEEP=keep, num_warps=4,
     )  # fmt: skip
-    return q
+    return q, k, v

@@ -1,0 +1,113 @@
+"""The GPU's executor against the CPU's: the same tokens, launched kernel by kernel and from recordings.
+
+Without a GPU the kernels run in Triton's interpreter, and a recording is a function that is called again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tests.kernels.test_triton as setup
+from fastqwen.build import build_decoder
+from fastqwen.config import EngineConfig
+from fastqwen.engine.blocks import BlockPool
+from fastqwen.engine.core import EngineCore
+from fastqwen.engine.scheduler import Scheduler
+from fastqwen.kernels.triton.ops import TritonOps
+from fastqwen.layers.rotary_key import rope_key
+from fastqwen.plan import make_plan
+from fastqwen.runner.cuda_runner import CudaRunner
+from fastqwen.runner.device import device_facts
+from fastqwen.runner.recording import Recording
+from fastqwen.runner.step_layout import StepLayout
+from fastqwen.weights.checkpoint import open_checkpoint
+from fastqwen.weights.source import Weights
+from tests.models.tiny import MOE, greedy, make, make_qwen1, prompt, start
+
+DEVICE = torch.device(setup.DEVICE)
+WISHES = {"max_num_seqs": 3, "max_model_len": 256, "kv_cache_memory_bytes": 2**22}
+
+
+class Event:
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class Replay:
+    """Stands for a CUDA graph where there is none."""
+
+    def __init__(self, runner: CudaRunner, layout: StepLayout, outputs: tuple[torch.Tensor, ...]) -> None:
+        self.runner, self.layout, self.outputs, self.count = runner, layout, outputs, 0
+
+    def replay(self) -> None:
+        self.count += 1
+        for kept, found in zip(self.outputs, self.runner._recorded_step(self.layout), strict=True):
+            kept.copy_(found)
+
+
+@pytest.fixture(autouse=True)
+def without_cuda(monkeypatch: pytest.MonkeyPatch):
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+
+def gpu_core(folder: Path, *, recorded: bool, **wishes: Any) -> tuple[EngineCore, CudaRunner]:
+    config = EngineConfig(model=str(folder), **{"dtype": "float32", **WISHES, **wishes})
+    checkpoint = open_checkpoint(folder, with_tensors=True)
+    model = checkpoint.model
+    plan = make_plan(model, config, device_facts(torch.device("cpu")))
+    decoder = build_decoder(
+        model,
+        Weights(checkpoint.tensors, torch.float32, DEVICE),
+        TritonOps(DEVICE),
+        source="",
+        progress=lambda *_: None,
+    )
+    runner = CudaRunner(model, decoder, plan, DEVICE)
+    if recorded and DEVICE.type == "cuda":
+        runner.capture()
+    elif recorded:
+        decode, prompts = runner._layouts()
+        runner._decode_steps = [recording(runner, layout) for layout in decode]
+        runner._prompt_steps = [recording(runner, layout) for layout in prompts]
+    scheduler = Scheduler(
+        BlockPool(plan.num_blocks, plan.block_size),
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        rope_key_of=lambda length, limit: rope_key(model.rope, length, limit),
+    )
+    return EngineCore(scheduler, runner), runner
+
+
+def recording(runner: CudaRunner, layout: StepLayout) -> Any:
+    model, rows = runner._model, layout.samples
+    outputs = (
+        torch.zeros(layout.tokens, model.hidden_size),
+        torch.zeros(rows, model.vocab_size),
+        torch.zeros(rows, dtype=torch.int32),
+    )
+    return Recording(layout, Replay(runner, layout, outputs), *outputs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3-moe", "qwen1"])
+def test_the_same_tokens_as_on_the_cpu(tmp_path: Path, kind: str, recorded: bool):
+    """Prompts that come in chunks beside running streams, more of them than there are slots."""
+    if kind == "qwen1":
+        make_qwen1(tmp_path)
+    else:
+        changes = {**MOE, "norm_topk_prob": True} if kind == "qwen3-moe" else {}
+        make(tmp_path, "Qwen3MoeConfig" if changes else "Qwen3Config", head_dim=16, num_hidden_layers=1, **changes)
+    prompts = [prompt(length) for length in (1, 23, 40, 5)]
+    expected = greedy(start(tmp_path, max_num_batched_tokens=32, **WISHES), prompts, max_tokens=3)
+    core, runner = gpu_core(tmp_path, recorded=recorded, max_num_batched_tokens=32)
+    assert greedy(core, prompts, max_tokens=3) == expected
+    if recorded and DEVICE.type == "cpu":
+        assert sum(one.graph.count for one in runner._prompt_steps) > 2
+        assert sum(one.graph.count for one in runner._decode_steps) > 2
