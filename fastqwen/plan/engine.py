@@ -7,7 +7,7 @@ import msgspec
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts, EngineProfile
+from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 
 CPU_KV_BYTES = 4 * GIB
@@ -74,7 +74,7 @@ def make_plan(
         raise BadConfig(
             f"--max-model-len is {wished_len}, but {config.model} was made for at most {model.default_max_len} tokens"
         )
-    need = predict(model, _load_of(config, profile, dtype, wished_len), profile, facts)
+    need = need_of_engine(model, config, facts, dtype=dtype, max_model_len=wished_len)
     kv_bytes = config.kv_cache_memory_bytes or available_kv_bytes
     if kv_bytes is None:
         kv_bytes = max(0, budget_bytes(need, facts, config.gpu_memory_utilization) - need.fixed)
@@ -108,14 +108,20 @@ def budget_bytes(need: Need, facts: DeviceFacts, utilization: float) -> int:
     return min(int(facts.total_bytes * utilization), facts.free_bytes)
 
 
-def _load_of(config: EngineConfig, profile: EngineProfile, dtype: str, max_model_len: int) -> Load:
-    return Load(
+def need_of_engine(
+    model: ModelConfig, config: EngineConfig, facts: DeviceFacts, *, dtype: str, max_model_len: int
+) -> Need:
+    """What an engine with this configuration will hold, term by term, with a cache for one sequence."""
+    profile = FASTQWEN_CPU if facts.kind == "cpu" else FASTQWEN_GPU
+    load = Load(
         dtype=dtype,
         max_model_len=max_model_len,
         eager=config.enforce_eager,
         max_num_seqs=config.max_num_seqs or profile.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens or profile.step_tokens,
+        block_size=config.block_size,
     )
+    return predict(model, load, profile, facts)
 
 
 def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: int) -> str:

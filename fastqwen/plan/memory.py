@@ -33,6 +33,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     eager: bool = False
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    block_size: int | None = None
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,15 +93,15 @@ def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: Devic
     check_num_gpus(model, load.num_gpus)
     gpus, element = load.num_gpus, DTYPE_BYTES[load.dtype]
     per_token = kv_bytes_per_token(model, load.dtype, num_gpus=gpus, kv_cache_dtype=load.kv_cache_dtype)
-    blocks = load.concurrency * ceil(load.max_model_len / profile.block_size)
+    block_size = load.block_size or profile.block_size
+    blocks_each = ceil(load.max_model_len / block_size)
     max_num_seqs = max(load.concurrency, load.max_num_seqs or profile.max_num_seqs)
     step = step_tokens(load, profile)
     rows = min(max_num_seqs, step) if profile.step_tokens is not None else max_num_seqs
     graphs = 0 if load.eager else profile.graph_batches * model.num_layers * KERNELS_PER_LAYER
-    blocks_each = ceil(load.max_model_len / profile.block_size)
     return Need(
         weights=weights_bytes(model, load.dtype, gpus),
-        kv_cache=blocks * profile.block_size * per_token,
+        kv_cache=load.concurrency * blocks_each * block_size * per_token,
         activations=step * activation_bytes_per_token(model, gpus, element),
         sampler=rows * model.vocab_size * profile.sampler_bytes,
         workspace=_workspace(model, load, profile, element),

@@ -31,6 +31,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
             total_bytes=total,
             free_bytes=free,
             compute_capability=torch.cuda.get_device_capability(device),
+            multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
         )
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")
