@@ -10,11 +10,12 @@ import msgspec
 
 from fastqwen.errors import BadConfig
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan.catalog import Entry, Found, catalog, sibling_of
+from fastqwen.plan.catalog import Entry, Found, catalog, sibling_of, smaller_than
 from fastqwen.plan.engine import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts, EngineProfile
 from fastqwen.plan.gpus import Target
 from fastqwen.plan.memory import Load, Need, predict
+from fastqwen.plan.served import is_quantization_served, not_served_yet
 from fastqwen.plan.speed import Speed, decode_speed
 from fastqwen.plan.weights import check_num_gpus
 
@@ -23,8 +24,10 @@ LIST_TOKENS = 8192  # the list asks for a model's own length, but for no more th
 LENGTH_STEP = 256  # lengths that are advised are multiples of this
 TIGHT_UTILIZATION = 0.99
 TIGHT_NUM_SEQS = 4
+TIGHT_STEP_TOKENS = 2048
 UTILIZATION = 0.9
 MOST_GPUS = 16
+MIN_TRITON_CAPABILITY = (8, 0)  # its README: "NVIDIA GPUs (Compute Capability 8.0+)"
 MOST_TOKENS = 2**24
 
 
@@ -39,6 +42,7 @@ class Wishes(msgspec.Struct, frozen=True, kw_only=True):
     eager: bool = False
     utilization: float = UTILIZATION
     max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     profile: EngineProfile | None = None
 
 
@@ -62,10 +66,11 @@ class Question(Wishes, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that makes a model fit, and the command line that does it."""
+    """Something that makes a model fit, and the command line that does it; None if that is not served yet."""
 
     what: str
-    command: str
+    command: str | None
+    not_served_yet: tuple[str, ...] = ()
     max_model_len: int
     num_gpus: int
     tight: bool = False
@@ -91,7 +96,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     tight: bool
     largest_context: int  # at this concurrency; 0: none
     most_sequences: int  # at this context
-    command: str | None  # None: nothing makes it fit
+    command: str | None  # of the question, or of the first change that is served; None: there is none
+    not_served_yet: tuple[str, ...]  # what fastqwen cannot run yet of the question as it was asked
     changes: tuple[Change, ...]
     speed_single: Speed | None
     speed_concurrent: Speed | None
@@ -115,6 +121,7 @@ def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
         raise BadConfig(f"--concurrency is {question.concurrency}, but must be at least 1")
     check_num_gpus(model, question.num_gpus)
     dtype, notices = _dtype(question)
+    notices += _notices(question)
     profile = question.profile or (FASTQWEN_CPU if question.facts.kind == "cpu" else FASTQWEN_GPU)
     load = Load(
         dtype=dtype,
@@ -124,8 +131,24 @@ def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
         kv_cache_dtype=question.kv_cache_dtype,
         eager=question.eager,
         max_num_seqs=question.max_num_seqs,
+        max_num_batched_tokens=question.max_num_batched_tokens,
     )
     return load, profile, notices
+
+
+def _notices(question: Question) -> list[str]:
+    """What a user should know of this model or this device."""
+    found = []
+    model, capability = question.model, question.facts.compute_capability
+    if question.profile is None and model.moe is not None and (model.quantization or {}).get("quant_method") == "gptq":
+        found.append("experts of GPTQ checkpoints are unpacked while they are loaded, and count so")
+    if question.profile is None and capability is not None and capability < MIN_TRITON_CAPABILITY:
+        major, minor = capability
+        found.append(
+            f"{question.facts.name} has compute capability {major}.{minor}; Triton, which compiles fastqwen's kernels, "
+            "names 8.0 as the least that it supports"
+        )
+    return found
 
 
 def need_of(question: Question) -> Need:
@@ -157,14 +180,17 @@ def most_sequences(question: Question) -> int:
 def answer(question: Question, target: Target | None = None) -> Answer:
     """``target`` widens the speed to the range of cards that a question about an amount of memory means."""
     found = _figures(question, target)
-    if found.fits:
+    if found.command is not None:
         return found
     changes = tuple(advise(question))
-    if not changes:
-        return found
-    if changes[0].tight and changes[0].max_model_len == found.max_model_len:
+    first = next((change for change in changes if change.command is not None), None)
+    if first is None:
+        return msgspec.structs.replace(found, changes=changes)
+    if found.fits:
+        return msgspec.structs.replace(found, changes=changes, command=first.command)
+    if first.tight and first.max_model_len == found.max_model_len:
         found = msgspec.structs.replace(_figures(_tight(question), target), notices=found.notices)
-    return msgspec.structs.replace(found, changes=changes, command=changes[0].command, tight=changes[0].tight)
+    return msgspec.structs.replace(found, changes=changes, command=first.command, tight=first.tight)
 
 
 def _figures(question: Question, target: Target | None) -> Answer:
@@ -193,6 +219,7 @@ def _figures(question: Question, target: Target | None) -> Answer:
         largest_context=largest_context(question),
         most_sequences=most_sequences(question),
         command=command(question) if fits else None,
+        not_served_yet=_obstacles(question),
         changes=(),
         speed_single=decode_speed(question.model, load, slow, fast, batch=1) if fits else None,
         speed_concurrent=decode_speed(question.model, load, slow, fast, batch=load.concurrency) if fits else None,
@@ -201,21 +228,25 @@ def _figures(question: Question, target: Target | None) -> Answer:
 
 
 def advise(question: Question) -> list[Change]:
-    """The changes that make the model fit, cheapest first: what costs least quality, length and money."""
-    found = []
-    for what, changed, tight in _candidates(question):
-        if is_fitting(changed):
+    """The changes that make the model fit and run, cheapest first: what costs least quality, length and money."""
+    candidates = list(_candidates(question))
+    if _obstacles(question):  # what is not served yet is taken back first
+        served, back = _served(question)
+        runs = [(back, served, False)] if is_fitting(served) else _runnable(served, back)
+        candidates = runs if is_fitting(question) else runs + candidates
+    found: dict[str, Change] = {}
+    for what, changed, tight in candidates:
+        if what not in found and changed != question and is_fitting(changed):
             load, _, _ = resolve(changed)
-            found.append(
-                Change(
-                    what=what,
-                    command=command(changed),
-                    max_model_len=load.max_model_len,
-                    num_gpus=load.num_gpus,
-                    tight=tight,
-                )
+            found[what] = Change(
+                what=what,
+                command=command(changed),
+                not_served_yet=_obstacles(changed),
+                max_model_len=load.max_model_len,
+                num_gpus=load.num_gpus,
+                tight=tight,
             )
-    return found
+    return list(found.values())
 
 
 def list_models(target: Target, wishes: Wishes | None = None) -> list[Answer]:
@@ -236,10 +267,12 @@ def list_models(target: Target, wishes: Wishes | None = None) -> list[Answer]:
     return answers
 
 
-def command(question: Question) -> str:
-    """The exact line. A length is named where serving would otherwise ask for another one."""
+def command(question: Question) -> str | None:
+    """The exact line, None if serving does not take it yet. A length is named where serving would ask for another."""
+    if _obstacles(question):
+        return None
     words = ["fastqwen", "serve", question.name]
-    load, _, _ = resolve(question)
+    load, profile, _ = resolve(question)
     if load.max_model_len != question.model.default_max_len:
         words += ["--max-model-len", str(load.max_model_len)]
     if load.num_gpus > 1:
@@ -250,17 +283,46 @@ def command(question: Question) -> str:
         words += ["--kv-cache-dtype", load.kv_cache_dtype]
     if question.utilization != UTILIZATION:
         words += ["--gpu-memory-utilization", f"{question.utilization:g}"]
-    if question.max_num_seqs is not None:
-        words += ["--max-num-seqs", str(question.max_num_seqs)]
+    if question.max_num_seqs is not None or load.concurrency > profile.max_num_seqs:
+        words += ["--max-num-seqs", str(max(question.max_num_seqs or 0, load.concurrency))]
+    if question.max_num_batched_tokens is not None:
+        words += ["--max-num-batched-tokens", str(question.max_num_batched_tokens)]
     if question.eager:
         words.append("--enforce-eager")
     return shlex.join(words)
 
 
+def _obstacles(question: Question) -> tuple[str, ...]:
+    return not_served_yet(question.model, num_gpus=question.num_gpus, kv_cache_dtype=question.kv_cache_dtype)
+
+
+def _runnable(served: Question, back: str) -> list[tuple[str, Question, bool]]:
+    """What makes it fit after what was not served has been taken back."""
+    candidates = _candidates(served)
+    return [(f"{back}, {what}", changed, tight) for what, changed, tight in candidates if not _obstacles(changed)]
+
+
+def _served(question: Question) -> tuple[Question, str]:
+    """The same without what is not served yet, and what that changes."""
+    replace, words = msgspec.structs.replace, []
+    if not is_quantization_served(question.model) and question.entry is not None:
+        sibling = sibling_of(question.entry, "gptq-int4") or sibling_of(question.entry, None)
+        if sibling is not None:
+            question = replace(question, model=catalog().model(sibling), name=sibling.name, entry=sibling)
+            words.append(f"the version {sibling.name}")
+    if "an 8-bit KV cache" in _obstacles(question):
+        question = replace(question, kv_cache_dtype="auto")
+        words.append("a KV cache in the model's own type")
+    if "one model on several GPUs" in _obstacles(question):
+        question = replace(question, num_gpus=1)
+        words.append("one GPU")
+    return question, ", ".join(words)
+
+
 def _listed(question: Question, target: Target, *, length_asked: bool) -> Answer:
     """An answer for the list: its question's length is a floor, so the command names as much context as there is."""
     found = answer(question, target)
-    if not found.fits or found.tight or length_asked:
+    if not found.fits or found.tight or length_asked or found.not_served_yet:
         return found
     longest = _rounded(found.largest_context, question.model.default_max_len)
     line = command(msgspec.structs.replace(question, max_model_len=max(longest, found.max_model_len)))
@@ -302,6 +364,25 @@ def _candidates(question: Question) -> Iterator[tuple[str, Question, bool]]:
         if tight_shorter is not None:
             yield f"nearly all of the card for a context of {tight_shorter.max_model_len} tokens", tight_shorter, True
         yield from _more_gpus(question, packed)
+    if not _obstacles(question):
+        yield from _smaller_model(question)
+
+
+def _smaller_model(question: Question) -> Iterator[tuple[str, Question, bool]]:
+    """The largest of the same line that fits: the last thing to try. Nobody asked for a length: as long as it gets."""
+    for entry in smaller_than(question.entry) if question.entry is not None else []:
+        model = catalog().model(entry)
+        length = question.max_model_len or min(trained_len(model), LIST_TOKENS)
+        if length > model.default_max_len or not is_quantization_served(model):
+            continue
+        smaller = msgspec.structs.replace(question, model=model, name=entry.name, entry=entry, max_model_len=length)
+        if not is_fitting(smaller):
+            continue
+        if question.max_model_len is None:
+            longest = min(trained_len(model), _rounded(largest_context(smaller), model.default_max_len))
+            smaller = msgspec.structs.replace(smaller, max_model_len=longest)
+        yield f"a smaller model, {entry.name}", smaller, False
+        return
 
 
 def _shorter(question: Question) -> Question | None:
@@ -332,6 +413,7 @@ def _tight(question: Question) -> Question:
         eager=True,
         utilization=TIGHT_UTILIZATION,
         max_num_seqs=max(question.concurrency, TIGHT_NUM_SEQS),
+        max_num_batched_tokens=min(question.max_num_batched_tokens or TIGHT_STEP_TOKENS, TIGHT_STEP_TOKENS),
     )
 
 

@@ -141,9 +141,10 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
         utilization=config.gpu_memory_utilization,
         eager=config.enforce_eager,
         max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
         entry=published(config.model),
     )
     if is_fitting(question):  # by the book it does, but less was measured free
         return shorter
-    changes = advise(question)
-    return f"use {changes[0].command}" if changes else "use a smaller model or a larger GPU"
+    first = next((change.command for change in advise(question) if change.command is not None), None)
+    return f"use {first}" if first is not None else "use a smaller model or a larger GPU"

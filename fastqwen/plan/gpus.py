@@ -83,6 +83,10 @@ def _by_name(text: str) -> Gpu:
             f"--gpu is {text!r}, which is not in the list of GPUs: give its memory instead, for example 24GB, or one of "
             + ", ".join(gpu.name for gpu in known_gpus())
         )
+    fewest = min(len(_words(gpu.name)) for gpu in matches)
+    plain = [gpu for gpu in matches if len(_words(gpu.name)) == fewest]  # 3090 is the RTX 3090, not the Ti
+    if len(plain) == 1:
+        return plain[0]
     if len(matches) > 1:
         raise BadConfig(f"--gpu is {text!r}, which could be {' or '.join(gpu.name for gpu in matches)}")
     return matches[0]

@@ -41,8 +41,9 @@ def test_what_was_measured_goes_before_what_was_predicted():
 
 
 def test_a_gpu_that_is_too_small_is_told_what_to_type():
-    with pytest.raises(DoesNotFit, match=r"use fastqwen serve Qwen/Qwen3-8B-AWQ") as error:
-        make_plan(model_of("Qwen3-8B"), EngineConfig(model="Qwen/Qwen3-8B"), find_target("10GB").facts)
+    config = EngineConfig(model="Qwen/Qwen2.5-7B-Instruct")
+    with pytest.raises(DoesNotFit, match=r"use fastqwen serve Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4") as error:
+        make_plan(model_of("Qwen2.5-7B-Instruct"), config, find_target("10GB").facts)
     assert "\n" not in str(error.value)
 
 
