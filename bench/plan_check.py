@@ -35,7 +35,7 @@ GIB, MIB = 2**30, 2**20
 GOAL = 0.03
 USUAL_S = 25  # a combination takes about this long; the last ones are left out rather than begun too late
 
-# model: a folder of DIR. length x at_once is the cache. The first eight are the proof; the rest are welcome.
+# model: a folder of DIR. length x at_once is the cache. The first ten are the proof; packed weights are the slowest and come last.
 COMBINATIONS: list[dict[str, Any]] = [
     {"model": "qwen3-0.6b", "dtype": "bfloat16", "length": 4096, "at_once": 8, "num_seqs": 256},
     {"model": "qwen3-8b", "dtype": "bfloat16", "length": 8192, "at_once": 4, "num_seqs": 64},
@@ -45,9 +45,9 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"model": "qwen2.5-7b", "dtype": "bfloat16", "length": 16384, "at_once": 8, "num_seqs": 256, "eager": True},
     {"model": "qwen3-14b", "dtype": "bfloat16", "length": 8192, "at_once": 4, "num_seqs": 16},
     {"model": "qwen3-30b-a3b", "dtype": "bfloat16", "length": 8192, "at_once": 4, "num_seqs": 64, "eager": True},
-    {"model": "qwen1-7b-int4", "dtype": "float16", "length": 8192, "at_once": 2, "num_seqs": 16, "eager": True},
     {"model": "qwen3-0.6b", "dtype": "float16", "length": 16384, "at_once": 2, "num_seqs": 32, "eager": True},
     {"model": "qwen2.5-7b", "dtype": "float16", "length": 4096, "at_once": 8, "num_seqs": 64},
+    {"model": "qwen1-7b-int4", "dtype": "float16", "length": 8192, "at_once": 2, "num_seqs": 16, "eager": True},
     {"model": "qwen2.5-7b-int4", "dtype": "float16", "length": 8192, "at_once": 4, "num_seqs": 16},
 ]
 
@@ -55,13 +55,14 @@ COMBINATIONS: list[dict[str, Any]] = [
 BELONGS_TO = {
     "weights": "fastqwen/plan/weights.py: matrices, matrix_bytes",
     "kv_cache": "fastqwen/plan/memory.py: kv_bytes_per_token, predict",
-    "state": "fastqwen/plan/memory.py: predict (runner/slots.py's tables)",
-    "activations": "fastqwen/plan/memory.py: activation_bytes_per_token",
-    "sampler": "fastqwen/plan/facts.py: FASTQWEN_GPU.sampler_bytes",
-    "workspace": "fastqwen/plan/memory.py: _workspace",
-    "graphs": "fastqwen/plan/facts.py: GRAPH_NODE_BYTES, KERNELS_PER_LAYER, FASTQWEN_GPU.graph_batches",
-    "runtime": "fastqwen/plan/facts.py: CONTEXT_BYTES_PER_MULTIPROCESSOR, LIBRARY_BYTES",
-    "rounding": "fastqwen/plan/facts.py: FASTQWEN_GPU.rounding_bytes",
+    "state": "fastqwen/plan/memory.py: predict (the tables of runner/slots.py and the padding block)",
+    "activations": "fastqwen/plan/buffers.py: _attention, _mlp, _experts (what lives together in a layer)",
+    "sampler": "fastqwen/plan/buffers.py: _logits, _wishes",
+    "workspace": "fastqwen/plan/facts.py: CUBLAS_BYTES, SPLIT_PARTS, DECODE_PARTS, UNPACK_COPIES; memory.py: _scratch",
+    "graphs": "fastqwen/plan/facts.py: GRAPH_NODE_BYTES, KERNELS_PER_LAYER (outside torch); buffers.py: graph_buffers (in torch)",
+    "runtime": "fastqwen/plan/facts.py: CONTEXT_BYTES_PER_MULTIPROCESSOR (see measured 'context'), LIBRARY_BYTES (the rest)",
+    "rounding": "fastqwen/plan/buffers.py: largest_steps (order of steps); weights.py: rounding_of_weights; "
+    "facts.py: FASTQWEN_GPU.rounding_bytes (for each tensor of the cache)",
 }
 
 
@@ -121,6 +122,7 @@ def watch_start(log: Log) -> None:
     from fastqwen.runner import measure, start
     from fastqwen.runner.cuda_runner import CudaRunner
 
+    log.after(start, "choose_ops", "kernels' scratch")
     log.after(start, "_load", "weights")
     log.after(measure, "available_kv_bytes", "largest step on trial")
     log.after(CudaRunner, "__init__", "cache")
@@ -198,7 +200,7 @@ def worst_steps(engine: Any, log: Log) -> None:
     longest, step = plan.max_model_len - 4, plan.max_num_batched_tokens
     drawn = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
     fitting = min(plan.max_num_seqs, plan.num_blocks // -(-plan.max_model_len // plan.block_size))
-    count = max(1, min(fitting, -(-step // longest)))
+    count = max(1, min(fitting, step // longest))
     add(core, "whole", [min(longest, step // count)] * count, 2, vocab, **drawn)
     finish(core)
     log.note("whole prompts")
@@ -220,37 +222,45 @@ def worst_steps(engine: Any, log: Log) -> None:
 def measured(readings: dict[str, dict[str, int]], before: int) -> dict[str, int]:
     """The parts that readings can tell apart, and the peaks."""
     names = list(readings)
-    context, weights, cache = readings["context"], readings["weights"], readings["cache"]
+    context, cache = readings["context"], readings["cache"]
+    empty = readings.get("kernels' scratch", context)  # before the weights
+    weights = readings["weights"]["allocated"] - empty["allocated"]
+    trial = readings.get("largest step on trial", readings["weights"])
+    cache_and_state = cache["allocated"] - trial["allocated"]
     resting = readings.get("graphs", cache)
-    steps = [readings[name] for name in names[names.index("graphs" if "graphs" in readings else "cache") + 1 :]]
     last = readings[names[-1]]
-    trial = readings.get("largest step on trial")
-    on_trial = weights["allocated"] if trial is None else trial["allocated"]
-    most_allocated = max(step["most_allocated"] for step in steps)
+    steps = [readings[name] for name in names[names.index("graphs" if "graphs" in readings else "cache") + 1 :]]
+    graphs, in_torch = resting["used"] - cache["used"], resting["reserved"] - cache["reserved"]
+    beside = last["used"] - before - last["reserved"]
     return {
         "context": context["used"] - before,
-        "weights": weights["allocated"] - context["allocated"],
-        "kernel scratch kept": on_trial - weights["allocated"],
-        "cache and state": cache["allocated"] - on_trial,
-        "graphs": resting["used"] - cache["used"],
-        "graphs, of it torch's": resting["reserved"] - cache["reserved"],
-        "steps, allocated": most_allocated - resting["allocated"],
-        "steps, reserved": last["reserved"] - resting["reserved"],
-        "outside torch": last["used"] - before - last["reserved"],
-        "held back by the allocator": last["reserved"] - last["allocated"],
+        "weights": weights,
+        "cache and state": cache_and_state,
+        "graphs": graphs,
+        "graphs, in torch": in_torch,
+        "runtime": beside - (graphs - in_torch),
+        "scratch, steps, kept": last["reserved"] - weights - cache_and_state - in_torch,
+        "steps, live at once": max(step["most_allocated"] for step in steps) - resting["allocated"],
+        "scratch made at start": empty["allocated"]
+        - context["allocated"]
+        + trial["allocated"]
+        - readings["weights"]["allocated"],
+        "reserved but free at the end": last["reserved"] - last["allocated"],
         "peak allocated": max(reading["most_allocated"] for reading in readings.values()),
         "peak reserved": max(reading["most_reserved"] for reading in readings.values()),
         "total": max(reading["used"] for reading in readings.values()) - before,
     }
 
 
-# Measured part: the predicted terms that make it up.
+# Measured part: the predicted terms that make it up. All but "steps, live at once", which is a part of the one before,
+# add up to the total.
 PARTS = {
     "weights": ("weights",),
     "cache and state": ("kv_cache", "state"),
     "graphs": ("graphs",),
-    "steps, allocated": ("activations", "sampler", "workspace"),
-    "outside torch": ("runtime",),
+    "runtime": ("runtime",),
+    "scratch, steps, kept": ("workspace", "activations", "sampler", "rounding"),
+    "steps, live at once": ("activations", "sampler"),
     "total": ("total",),
 }
 
@@ -376,7 +386,7 @@ def show(result: dict[str, Any]) -> None:
     for row in result["compared"]:
         predicted_mib, measured_mib = row["predicted_bytes"] / MIB, row["measured_bytes"] / MIB
         print(
-            f"  {row['part']:18} predicted {predicted_mib:9.1f} MiB  measured {measured_mib:9.1f} MiB "
+            f"  {row['part']:20} predicted {predicted_mib:9.1f} MiB  measured {measured_mib:9.1f} MiB "
             f"{predicted_mib - measured_mib:+9.1f} MiB {row['difference']:+7.2%} of the whole",
         )
     kept = {name: round(value / MIB, 1) for name, value in result["measured"].items()}
