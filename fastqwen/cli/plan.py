@@ -14,10 +14,11 @@ from fastqwen.cli.options import whole_number
 from fastqwen.errors import BadConfig
 from fastqwen.plan.advice import LIST_TOKENS, UTILIZATION, Answer, Question, Wishes, answer, list_models
 from fastqwen.plan.catalog import catalog, quantized_version
-from fastqwen.plan.facts import PROFILES, EngineProfile
+from fastqwen.plan.facts import GIB, MIB, PROFILES, EngineProfile
 from fastqwen.plan.gpus import Target, find_target
 from fastqwen.plan.memory import KV_CACHE_DTYPES
 
+NOTICEABLE_BYTES = 64 * MIB
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -86,6 +87,9 @@ def plan(
     notices = [*found.notices, *answered.notices]
     if gpu == "auto" and num_gpus > target.installed:
         notices.append(f"this machine has {target.installed}")
+    others = target.facts.total_bytes - target.facts.free_bytes
+    if target.facts.kind == "cuda" and others > NOTICEABLE_BYTES:
+        notices.append(f"other programs hold {others / GIB:.2f} GiB of it")
     answered = msgspec.structs.replace(answered, notices=tuple(notices))
     if plot is not None:
         from fastqwen.plan import render

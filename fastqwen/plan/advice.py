@@ -339,6 +339,9 @@ def _candidates(question: Question) -> Iterator[tuple[str, Question, bool]]:
     shorter = _shorter(question)
     if shorter is not None and not asked:
         yield f"a context of {shorter.max_model_len} tokens", shorter, False
+    most = most_sequences(question) if question.concurrency > 1 else 0
+    if most:
+        yield f"{most} at once, while the others wait", replace(question, concurrency=most), False
     small_cache = replace(question, kv_cache_dtype="fp8")
     if on_gpu and question.kv_cache_dtype == "auto":
         yield "an 8-bit KV cache", small_cache, False

@@ -102,10 +102,10 @@ def make_plan(
 
 
 def budget_bytes(need: Need, facts: DeviceFacts, utilization: float) -> int:
-    """What the engine may take: its share of a GPU; on a CPU, where other programs live, a cache of bounded size."""
+    """What the engine may take: its share of a GPU less what others hold; on a CPU a cache of bounded size."""
     if facts.kind == "cpu":
         return need.fixed + max(0, min(CPU_KV_BYTES, (facts.free_bytes - need.weights) // 2))
-    return min(int(facts.total_bytes * utilization), facts.free_bytes)
+    return int(facts.total_bytes * utilization) - (facts.total_bytes - facts.free_bytes)
 
 
 def need_of_engine(

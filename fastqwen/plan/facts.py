@@ -14,7 +14,7 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     kind: str  # cpu or cuda
     name: str
     total_bytes: int
-    free_bytes: int
+    free_bytes: int  # what other processes leave; a GPU's own context is not taken off
     compute_capability: tuple[int, int] | None = None
     multiprocessors: int | None = None
     bandwidth_gb_s: float | None = None

@@ -82,6 +82,15 @@ def test_weights_that_are_not_served_are_replaced_by_some_that_are():
     )
 
 
+def test_more_at_once_than_fit_wait_for_each_other():
+    found = run_json("Qwen3-8B", "--gpu", "RTX 4090", "--max-model-len", "8K", "--concurrency", "64")
+    assert not found["fits"]
+    most = found["most_sequences"]
+    assert 1 <= most < 64
+    assert f"{most} at once, while the others wait" in [change["what"] for change in found["changes"]]
+    assert found["command"] == "fastqwen serve Qwen/Qwen3-8B --max-model-len 8192"
+
+
 def test_nothing_helps():
     result = run("Qwen3-Coder-480B-A35B-Instruct", "--gpu", "10GB")
     assert result.exit_code == 0
