@@ -15,6 +15,9 @@ from fastqwen.plan.facts import FUSED_ROWS, SAMPLE_CHUNK
 from fastqwen.plan.weights import kv_heads_per_gpu, num_dense_layers
 
 
+LEAST_ROWS = 16  # fewer sampled rows are planned like so many: they are little beside the layers
+
+
 class Sizes(msgspec.Struct, frozen=True):
     """What a layer's buffers depend on, for one GPU; ``element`` is the bytes of a number."""
 
@@ -69,8 +72,8 @@ def most_taken(
     Both hold of what is needed, but for odd cases not of what the allocator happens to keep: so it is said here.
     """
     sizes = Sizes.of(model, num_gpus, element, library_attention=library_attention)
-    found = largest_steps(sizes, tokens, 1)
-    count = 1
+    count = LEAST_ROWS
+    found = largest_steps(sizes, tokens, count)
     while count < rows:
         count *= 2
         larger = largest_steps(sizes, tokens, count)

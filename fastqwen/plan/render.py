@@ -131,9 +131,10 @@ def models_table(answers: Iterable[Answer]) -> Table:
     from rich.table import Table
 
     table = Table("model", "GiB", "context", "tokens/s", "")
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:4]:
-        column.justify = "right"
+    table.columns[0].overflow = "fold"  # names give way, figures do not
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    table.columns[3].min_width = len("100-1000")
     alike: dict[tuple[object, ...], list[Answer]] = {}
     for answer in answers:
         if answer.fits and not answer.not_served_yet:
