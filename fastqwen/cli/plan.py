@@ -12,11 +12,13 @@ import typer
 from fastqwen.cli.find_model import find_model
 from fastqwen.cli.options import whole_number
 from fastqwen.errors import BadConfig
-from fastqwen.plan.advice import LIST_TOKENS, UTILIZATION, Answer, Question, Wishes, answer, list_models
+from fastqwen.plan.advice import Answer, answer, list_models
 from fastqwen.plan.catalog import catalog, quantized_version
+from fastqwen.plan.changes import LIST_TOKENS
 from fastqwen.plan.facts import GIB, MIB, PROFILES, EngineProfile
 from fastqwen.plan.gpus import Target, find_target
 from fastqwen.plan.memory import KV_CACHE_DTYPES
+from fastqwen.plan.question import UTILIZATION, Question, Wishes
 
 NOTICEABLE_BYTES = 64 * MIB
 DTYPES = ("auto", "float32", "bfloat16", "float16")

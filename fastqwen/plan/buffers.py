@@ -14,7 +14,6 @@ from fastqwen.plan.allocator import Allocator
 from fastqwen.plan.facts import FUSED_ROWS, SAMPLE_CHUNK
 from fastqwen.plan.weights import kv_heads_per_gpu, num_dense_layers
 
-
 LEAST_ROWS = 16  # fewer sampled rows are planned like so many: they are little beside the layers
 
 

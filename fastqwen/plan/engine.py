@@ -129,8 +129,9 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
     shorter = f"use --max-model-len {room} or less" if room else "use a smaller model or more memory"
     if facts.kind == "cpu" or config.kv_cache_memory_bytes is not None:
         return shorter
-    from fastqwen.plan.advice import Question, advise, is_fitting
     from fastqwen.plan.catalog import published
+    from fastqwen.plan.changes import advise
+    from fastqwen.plan.question import Question, is_fitting
 
     question = Question(
         model=model,

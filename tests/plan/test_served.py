@@ -15,9 +15,10 @@ from fastqwen import quant
 from fastqwen.cli.main import app
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit
-from fastqwen.plan.advice import Answer, Question, Wishes, answer, list_models
+from fastqwen.plan.advice import Answer, answer, list_models
 from fastqwen.plan.catalog import catalog, find_published
 from fastqwen.plan.gpus import find_target
+from fastqwen.plan.question import Question, Wishes
 from fastqwen.plan.served import not_served_yet, quantization_methods
 from fastqwen.runner import start
 
