@@ -76,6 +76,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     entry: Entry | None = None
     notices: tuple[str, ...] = ()
+    real: Found | None = None  # what there is, if the model is one that nobody has published
 
 
 @functools.cache
@@ -128,6 +129,7 @@ def quantized_version(found: Found, word: str) -> Found:
         model=msgspec.structs.replace(found.model, quantization=quantization),
         name=found.name,
         notices=(f"no published {word} version of {found.name} is known: the sizes are those that one would have",),
+        real=found,
     )
 
 

@@ -72,6 +72,10 @@ def _runnable(served: Question, back: str) -> list[tuple[str, Question, bool]]:
 def _served(question: Question) -> tuple[Question, str]:
     """The same without what is not served yet, and what that changes."""
     replace, words = msgspec.structs.replace, []
+    if question.real is not None:
+        real = question.real
+        question = replace(question, model=real.model, name=real.name, entry=real.entry, real=None)
+        words.append(f"the version {real.name}")
     if not is_quantization_served(question.model) and question.entry is not None:
         sibling = sibling_of(question.entry, "gptq-int4") or sibling_of(question.entry, None)
         if sibling is not None:

@@ -20,6 +20,7 @@ LENGTH_STEP = 256  # lengths that are advised are multiples of this
 UTILIZATION = 0.9
 MIN_TRITON_CAPABILITY = (8, 0)  # its README: "NVIDIA GPUs (Compute Capability 8.0+)"
 MOST_TOKENS = 2**24
+UNPUBLISHED = "a version that nobody has published"
 
 
 class Wishes(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +45,7 @@ class Question(Wishes, frozen=True, kw_only=True):
     name: str
     facts: DeviceFacts
     entry: Entry | None = None
+    real: Found | None = None  # what there is, if the model is one that nobody has published
 
     @classmethod
     def of(cls, wishes: Wishes, found: Found, facts: DeviceFacts) -> Question:
@@ -53,6 +55,7 @@ class Question(Wishes, frozen=True, kw_only=True):
             name=found.name,
             facts=facts,
             entry=found.entry,
+            real=found.real,
         )
 
 
@@ -155,7 +158,9 @@ def rounded(length: int, most: int) -> int:
 
 
 def obstacles(question: Question) -> tuple[str, ...]:
-    return not_served_yet(question.model, num_gpus=question.num_gpus, kv_cache_dtype=question.kv_cache_dtype)
+    """What stands in the way of serving this as it was asked."""
+    found = not_served_yet(question.model, num_gpus=question.num_gpus, kv_cache_dtype=question.kv_cache_dtype)
+    return found if question.real is None else (UNPUBLISHED, *found)
 
 
 def command(question: Question) -> str | None:

@@ -149,6 +149,14 @@ def test_a_quantized_version_can_be_asked_for():
     assert found["fits"]
 
 
+def test_a_version_that_nobody_has_published_is_planned_on_paper():
+    found = run_json("Qwen3-8B", "--gpu", "12GB", "--quantization", "int4", "--max-model-len", "4K")
+    assert found["fits"]
+    assert found["not_served_yet"] == ["a version that nobody has published"]
+    assert found["command"] == "fastqwen serve Qwen/Qwen3-4B --max-model-len 4096"
+    assert found["changes"][0]["what"] == "the version Qwen/Qwen3-8B, a smaller model, Qwen/Qwen3-4B"
+
+
 def test_a_folder_needs_only_its_config(tmp_path: Path):
     from fastqwen.plan.catalog import catalog
 
