@@ -107,7 +107,10 @@ class Log:
 
     def after(self, place: Any, name: str, as_what: str) -> None:
         """Read once the function has returned that ``place`` has under this name."""
-        inner = getattr(place, name)
+        inner = getattr(place, name, None)
+        if inner is None:
+            print(f"{place} has no {name}: no reading {as_what!r}", flush=True)
+            return
 
         @functools.wraps(inner)
         def wrapped(*args: Any, **kwargs: Any) -> Any:

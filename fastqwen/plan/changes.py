@@ -78,7 +78,7 @@ def _served(question: Question) -> tuple[Question, str]:
         words.append(f"the version {real.name}")
     if not is_quantization_served(question.model) and question.entry is not None:
         sibling = sibling_of(question.entry, "gptq-int4") or sibling_of(question.entry, None)
-        if sibling is not None:
+        if sibling is not None and (question.max_model_len or 0) <= catalog().model(sibling).default_max_len:
             question = replace(question, model=catalog().model(sibling), name=sibling.name, entry=sibling)
             words.append(f"the version {sibling.name}")
     if "an 8-bit KV cache" in obstacles(question):
