@@ -53,7 +53,7 @@ def _hub_config(name: str) -> dict[str, Any]:
     except RepositoryNotFoundError:
         raise ModelNotFound(f"there is no model {name!r} on the hub (a private one needs HF_TOKEN)") from None
     except Exception as error:  # the hub's client raises its own errors and those of whichever HTTP library it uses
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
         raise ModelNotFound(
             f"{name}: config.json is not in the cache and the hub cannot be reached ({reason}): "
             "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder"

@@ -12,12 +12,15 @@ import typer
 from fastqwen.cli.find_model import find_model
 from fastqwen.cli.options import whole_number
 from fastqwen.errors import BadConfig
-from fastqwen.plan.advice import LIST_TOKENS, UTILIZATION, Answer, Question, Wishes, answer, list_models
+from fastqwen.plan.advice import Answer, answer, list_models
 from fastqwen.plan.catalog import catalog, quantized_version
-from fastqwen.plan.facts import PROFILES, EngineProfile
+from fastqwen.plan.changes import LIST_TOKENS
+from fastqwen.plan.facts import GIB, MIB, PROFILES, EngineProfile
 from fastqwen.plan.gpus import Target, find_target
 from fastqwen.plan.memory import KV_CACHE_DTYPES
+from fastqwen.plan.question import UTILIZATION, Question, Wishes
 
+NOTICEABLE_BYTES = 64 * MIB
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -43,6 +46,12 @@ def plan(
     ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, fp8 or int8.")] = "auto",
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = UTILIZATION,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Most sequences that run at once, as serve has it. Default: 256, on a CPU 64.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens in one step, as serve has it. Default: 8192, on a CPU 512.")
+    ] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Plan without CUDA graphs.")] = False,
     engine: Annotated[str, typer.Option(help="Whose habits: fastqwen, or eager-2023 (docs/planner.md).")] = "fastqwen",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -62,6 +71,8 @@ def plan(
         kv_cache_dtype=kv_cache_dtype,
         utilization=gpu_memory_utilization,
         eager=enforce_eager,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
         profile=_profile(engine),
     )
     _check(wishes, target)
@@ -78,6 +89,9 @@ def plan(
     notices = [*found.notices, *answered.notices]
     if gpu == "auto" and num_gpus > target.installed:
         notices.append(f"this machine has {target.installed}")
+    others = target.facts.total_bytes - target.facts.free_bytes
+    if target.facts.kind == "cuda" and others > NOTICEABLE_BYTES:
+        notices.append(f"other programs hold {others / GIB:.2f} GiB of it")
     answered = msgspec.structs.replace(answered, notices=tuple(notices))
     if plot is not None:
         from fastqwen.plan import render
@@ -102,6 +116,8 @@ def _check(wishes: Wishes, target: Target) -> None:
         "--num-gpus": wishes.num_gpus,
         "--concurrency": wishes.concurrency,
         "--max-model-len": wishes.max_model_len,
+        "--max-num-seqs": wishes.max_num_seqs,
+        "--max-num-batched-tokens": wishes.max_num_batched_tokens,
     }
     for flag, value in numbers.items():
         if value is not None and value < 1:
@@ -137,7 +153,8 @@ def _print_list(answers: list[Answer], target: Target, wishes: Wishes, *, as_jso
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    running = sum(found.fits for found in answers)
+    running = sum(found.fits and not found.not_served_yet for found in answers)
+    on_paper = [found for found in answers if found.fits and found.not_served_yet]
     where = target.label if wishes.num_gpus == 1 else f"{wishes.num_gpus} x {target.label}"
     length = f"at their own length or {LIST_TOKENS} tokens, whichever is less"
     if wishes.max_model_len is not None:
@@ -148,6 +165,11 @@ def _print_list(answers: list[Answer], target: Target, wishes: Wishes, *, as_jso
         markup=False,
     )
     console.print(render.models_table(answers))
+    if on_paper:
+        missing = sorted({word for found in on_paper for word in found.not_served_yet})
+        console.print(
+            f"{len(on_paper)} more would fit, but fastqwen does not serve yet: {', '.join(missing)}", markup=False
+        )
     names = ", ".join(later.name.removeprefix("Qwen/") for later in catalog().not_served)
     console.print(f"not served yet: {names}", markup=False)
     console.print("fastqwen plan MODEL says more; --json lists every model with its figures and its command line")

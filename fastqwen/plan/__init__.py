@@ -5,10 +5,13 @@ The same code answers on paper and at start. Nothing here imports torch.
     facts.py    what a device is; how an engine spends memory
     weights.py  bytes of a GPU's share of the weights
     memory.py   everything that a GPU must hold, term by term
+    buffers.py  what a step makes and drops             allocator.py  what torch keeps of it
     speed.py    tokens per second from bytes and bandwidth
     gpus.py     the GPU that the user means        catalog.py  the model that the user means
     engine.py   the plan that the engine starts with
-    advice.py   fits or not, how far, and the cheapest change that makes it fit
+    question.py what is asked, what it needs and the line that asks it
+    advice.py   fits or not, how far, how fast          changes.py  the cheapest change that makes it fit
+    served.py   what the engine takes today
     compare.py  plan against measurement           render.py   the answer as a table, JSON or a plot
 """
 

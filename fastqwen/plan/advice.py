@@ -2,73 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator
-from math import ceil
-
 import msgspec
 
 from fastqwen.errors import BadConfig
-from fastqwen.model_config import ModelConfig
-from fastqwen.plan.catalog import Entry, Found, catalog, sibling_of
-from fastqwen.plan.engine import budget_bytes, choose_dtype
-from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts, EngineProfile
+from fastqwen.plan.catalog import Found, catalog
+from fastqwen.plan.changes import LIST_TOKENS, Change, advise, tight
+from fastqwen.plan.engine import budget_bytes
+from fastqwen.plan.facts import GIB
 from fastqwen.plan.gpus import Target
-from fastqwen.plan.memory import Load, Need, predict
+from fastqwen.plan.memory import Need, predict
+from fastqwen.plan.question import (
+    Question,
+    Wishes,
+    command,
+    largest_context,
+    most_sequences,
+    obstacles,
+    resolve,
+    rounded,
+    trained_len,
+)
 from fastqwen.plan.speed import Speed, decode_speed
-from fastqwen.plan.weights import check_num_gpus
-
-USEFUL_TOKENS = 2048  # advice does not go below this context
-LIST_TOKENS = 8192  # the list asks for a model's own length, but for no more than this
-LENGTH_STEP = 256  # lengths that are advised are multiples of this
-TIGHT_UTILIZATION = 0.99
-TIGHT_NUM_SEQS = 4
-UTILIZATION = 0.9
-MOST_GPUS = 16
-MOST_TOKENS = 2**24
-
-
-class Wishes(msgspec.Struct, frozen=True, kw_only=True):
-    """How to run: what the flags say."""
-
-    dtype: str = "auto"
-    max_model_len: int | None = None  # None: the length that the model was trained for
-    concurrency: int = 1
-    num_gpus: int = 1
-    kv_cache_dtype: str = "auto"
-    eager: bool = False
-    utilization: float = UTILIZATION
-    max_num_seqs: int | None = None
-    profile: EngineProfile | None = None
-
-
-class Question(Wishes, frozen=True, kw_only=True):
-    """What to run, how, and on what."""
-
-    model: ModelConfig
-    name: str
-    facts: DeviceFacts
-    entry: Entry | None = None
-
-    @classmethod
-    def of(cls, wishes: Wishes, found: Found, facts: DeviceFacts) -> Question:
-        return cls(
-            **msgspec.structs.asdict(wishes),
-            model=found.model,
-            name=found.name,
-            facts=facts,
-            entry=found.entry,
-        )
-
-
-class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that makes a model fit, and the command line that does it."""
-
-    what: str
-    command: str
-    max_model_len: int
-    num_gpus: int
-    tight: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,80 +45,28 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     tight: bool
     largest_context: int  # at this concurrency; 0: none
     most_sequences: int  # at this context
-    command: str | None  # None: nothing makes it fit
+    command: str | None  # of the question, or of the first change that is served; None: there is none
+    not_served_yet: tuple[str, ...]  # what fastqwen cannot run yet of the question as it was asked
     changes: tuple[Change, ...]
     speed_single: Speed | None
     speed_concurrent: Speed | None
     notices: tuple[str, ...]
 
 
-def trained_len(model: ModelConfig) -> int:
-    """The length that a model runs at without extension: Qwen-1's NTK reaches further than what it was trained for."""
-    return model.rope.trained_len if model.rope.kind == "qwen1_ntk" else model.default_max_len
-
-
-def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
-    """Wishes made definite. Raises BadConfig for a length, a number or a type that cannot be."""
-    model = question.model
-    length = question.max_model_len or trained_len(model)
-    if length > model.default_max_len:
-        raise BadConfig(
-            f"--max-model-len is {length}, but {question.name} was made for at most {model.default_max_len} tokens"
-        )
-    if question.concurrency < 1:
-        raise BadConfig(f"--concurrency is {question.concurrency}, but must be at least 1")
-    check_num_gpus(model, question.num_gpus)
-    dtype, notices = _dtype(question)
-    profile = question.profile or (FASTQWEN_CPU if question.facts.kind == "cpu" else FASTQWEN_GPU)
-    load = Load(
-        dtype=dtype,
-        max_model_len=length,
-        concurrency=question.concurrency,
-        num_gpus=question.num_gpus,
-        kv_cache_dtype=question.kv_cache_dtype,
-        eager=question.eager,
-        max_num_seqs=question.max_num_seqs,
-    )
-    return load, profile, notices
-
-
-def need_of(question: Question) -> Need:
-    load, profile, _ = resolve(question)
-    return predict(question.model, load, profile, question.facts)
-
-
-def is_fitting(question: Question) -> bool:
-    need = need_of(question)
-    return need.total <= budget_bytes(need, question.facts, question.utilization)
-
-
-def largest_context(question: Question) -> int:
-    """Tokens of the longest sequence that fits at the question's concurrency; 0 if not even a block does."""
-    return _largest(question, "max_model_len", question.model.default_max_len)
-
-
-def most_sequences(question: Question) -> int:
-    """Sequences of the question's length that fit at once."""
-    load, profile, _ = resolve(question)
-    block = profile.block_size
-    need = need_of(msgspec.structs.replace(question, concurrency=1))
-    each = ceil(load.max_model_len / block) * block * need.kv_bytes_per_token
-    room = budget_bytes(need, question.facts, question.utilization) - need.fixed
-    # The cache alone bounds it; beyond --max-num-seqs each sequence also needs state and a row of logits.
-    return _largest(question, "concurrency", max(0, room // each))
-
-
 def answer(question: Question, target: Target | None = None) -> Answer:
     """``target`` widens the speed to the range of cards that a question about an amount of memory means."""
     found = _figures(question, target)
-    if found.fits:
+    if found.command is not None:
         return found
     changes = tuple(advise(question))
-    if not changes:
-        return found
-    if changes[0].tight and changes[0].max_model_len == found.max_model_len:
-        found = msgspec.structs.replace(_figures(_tight(question), target), notices=found.notices)
-    return msgspec.structs.replace(found, changes=changes, command=changes[0].command, tight=changes[0].tight)
+    first = next((change for change in changes if change.command is not None), None)
+    if first is None:
+        return msgspec.structs.replace(found, changes=changes)
+    if found.fits:
+        return msgspec.structs.replace(found, changes=changes, command=first.command)
+    if first.tight and first.max_model_len == found.max_model_len:
+        found = msgspec.structs.replace(_figures(tight(question), target), notices=found.notices)
+    return msgspec.structs.replace(found, changes=changes, command=first.command, tight=first.tight)
 
 
 def _figures(question: Question, target: Target | None) -> Answer:
@@ -193,29 +95,12 @@ def _figures(question: Question, target: Target | None) -> Answer:
         largest_context=largest_context(question),
         most_sequences=most_sequences(question),
         command=command(question) if fits else None,
+        not_served_yet=obstacles(question),
         changes=(),
         speed_single=decode_speed(question.model, load, slow, fast, batch=1) if fits else None,
         speed_concurrent=decode_speed(question.model, load, slow, fast, batch=load.concurrency) if fits else None,
         notices=tuple(notices),
     )
-
-
-def advise(question: Question) -> list[Change]:
-    """The changes that make the model fit, cheapest first: what costs least quality, length and money."""
-    found = []
-    for what, changed, tight in _candidates(question):
-        if is_fitting(changed):
-            load, _, _ = resolve(changed)
-            found.append(
-                Change(
-                    what=what,
-                    command=command(changed),
-                    max_model_len=load.max_model_len,
-                    num_gpus=load.num_gpus,
-                    tight=tight,
-                )
-            )
-    return found
 
 
 def list_models(target: Target, wishes: Wishes | None = None) -> list[Answer]:
@@ -236,146 +121,14 @@ def list_models(target: Target, wishes: Wishes | None = None) -> list[Answer]:
     return answers
 
 
-def command(question: Question) -> str:
-    """The exact line. A length is named where serving would otherwise ask for another one."""
-    words = ["fastqwen", "serve", question.name]
-    load, _, _ = resolve(question)
-    if load.max_model_len != question.model.default_max_len:
-        words += ["--max-model-len", str(load.max_model_len)]
-    if load.num_gpus > 1:
-        words += ["--tensor-parallel-size", str(load.num_gpus)]
-    if question.dtype != "auto":
-        words += ["--dtype", load.dtype]
-    if load.kv_cache_dtype != "auto":
-        words += ["--kv-cache-dtype", load.kv_cache_dtype]
-    if question.utilization != UTILIZATION:
-        words += ["--gpu-memory-utilization", f"{question.utilization:g}"]
-    if question.max_num_seqs is not None:
-        words += ["--max-num-seqs", str(question.max_num_seqs)]
-    if question.eager:
-        words.append("--enforce-eager")
-    return shlex.join(words)
-
-
 def _listed(question: Question, target: Target, *, length_asked: bool) -> Answer:
     """An answer for the list: its question's length is a floor, so the command names as much context as there is."""
     found = answer(question, target)
-    if not found.fits or found.tight or length_asked:
+    if not found.fits or found.tight or length_asked or found.not_served_yet:
         return found
-    longest = _rounded(found.largest_context, question.model.default_max_len)
+    longest = rounded(found.largest_context, question.model.default_max_len)
     line = command(msgspec.structs.replace(question, max_model_len=max(longest, found.max_model_len)))
     return msgspec.structs.replace(found, command=line)
-
-
-def _candidates(question: Question) -> Iterator[tuple[str, Question, bool]]:
-    """What to try, in order. A length that the user asked for is given up later than one that nobody asked for."""
-    replace = msgspec.structs.replace
-    on_gpu = question.facts.kind == "cuda"
-    asked = question.max_model_len is not None
-    if on_gpu and not question.eager:
-        yield "no CUDA graphs", replace(question, eager=True), False
-    shorter = _shorter(question)
-    if shorter is not None and not asked:
-        yield f"a context of {shorter.max_model_len} tokens", shorter, False
-    small_cache = replace(question, kv_cache_dtype="fp8")
-    if on_gpu and question.kv_cache_dtype == "auto":
-        yield "an 8-bit KV cache", small_cache, False
-    packed = _packed(question)
-    if packed is not None:
-        yield f"the Int4 version, {packed.name}", packed, False
-        if on_gpu and question.kv_cache_dtype == "auto":
-            yield (
-                f"the Int4 version, {packed.name}, and an 8-bit KV cache",
-                replace(packed, kv_cache_dtype="fp8"),
-                False,
-            )
-    if shorter is not None and asked:
-        yield f"a context of {shorter.max_model_len} tokens", shorter, False
-    packed_shorter = _shorter(packed) if packed is not None else None
-    if packed_shorter is not None:
-        length = packed_shorter.max_model_len
-        yield f"the Int4 version, {packed_shorter.name}, with a context of {length} tokens", packed_shorter, False
-    if on_gpu:
-        tight = _tight(question)
-        yield "nearly all of the card, no CUDA graphs, few sequences", tight, True
-        tight_shorter = _shorter(tight)
-        if tight_shorter is not None:
-            yield f"nearly all of the card for a context of {tight_shorter.max_model_len} tokens", tight_shorter, True
-        yield from _more_gpus(question, packed)
-
-
-def _shorter(question: Question) -> Question | None:
-    """The same with as much context as fits, if that is useful."""
-    longest = _rounded(largest_context(question), question.model.default_max_len)
-    load, _, _ = resolve(question)
-    if longest >= load.max_model_len or longest < USEFUL_TOKENS:
-        return None
-    return msgspec.structs.replace(question, max_model_len=longest)
-
-
-def _packed(question: Question) -> Question | None:
-    if question.entry is None or question.entry.quantization in ("gptq-int4", "awq"):
-        return None
-    sibling = sibling_of(question.entry, "gptq-int4") or sibling_of(question.entry, "awq")
-    if sibling is None:
-        return None
-    model = catalog().model(sibling)
-    length = question.max_model_len
-    if length is not None and length > model.default_max_len:
-        return None
-    return msgspec.structs.replace(question, model=model, name=sibling.name, entry=sibling, dtype="auto")
-
-
-def _tight(question: Question) -> Question:
-    return msgspec.structs.replace(
-        question,
-        eager=True,
-        utilization=TIGHT_UTILIZATION,
-        max_num_seqs=max(question.concurrency, TIGHT_NUM_SEQS),
-    )
-
-
-def _more_gpus(question: Question, packed: Question | None) -> Iterator[tuple[str, Question, bool]]:
-    """Twice as many and so on, until the model fits as it is; fewer GPUs with the Int4 version come before that."""
-    replace = msgspec.structs.replace
-    count = question.num_gpus * 2
-    while count <= MOST_GPUS:
-        try:
-            check_num_gpus(question.model, count)
-        except BadConfig:
-            return
-        whole = replace(question, num_gpus=count)
-        if is_fitting(whole):
-            yield f"{count} GPUs", whole, False
-            return
-        if packed is not None:
-            yield f"{count} GPUs and the Int4 version, {packed.name}", replace(packed, num_gpus=count), False
-        count *= 2
-
-
-def _largest(question: Question, field: str, most: int) -> int:
-    """The largest value of a field that still fits; more never needs less, so halving finds it."""
-    low, high = 0, min(most, MOST_TOKENS)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if is_fitting(msgspec.structs.replace(question, **{field: middle})):
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _rounded(length: int, most: int) -> int:
-    return length if length >= most else length // LENGTH_STEP * LENGTH_STEP
-
-
-def _dtype(question: Question) -> tuple[str, list[str]]:
-    """bfloat16 on a device that does not compute in it is planned as float16, and said so."""
-    try:
-        return choose_dtype(question.dtype, question.model, question.facts)
-    except BadConfig:
-        dtype, notices = choose_dtype("auto", question.model, question.facts)
-        return dtype, notices or [f"{question.facts.name} does not compute in bfloat16, so float16 is planned"]
 
 
 def gib(count: int) -> float:

@@ -14,6 +14,7 @@ from fastqwen.models import parse_config
 from fastqwen.plan.gpus import DATA
 
 _QUANTIZED = re.compile(r"-(GPTQ-Int4|GPTQ-Int8|Int4|Int8|AWQ|FP8)$")
+_SIZE = re.compile(r"(?<=-)(\d+(?:[._]\d+)?)B(?:-A\d+(?:\.\d+)?B)?")
 QUANTIZATION_WORDS = {
     "none": None,
     "int4": "gptq-int4",
@@ -24,6 +25,9 @@ QUANTIZATION_WORDS = {
     "awq": "awq",
     "fp8": "fp8",
 }
+
+
+_parsed: dict[str, ModelConfig] = {}
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +61,9 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
         return values
 
     def model(self, entry: Entry) -> ModelConfig:
-        return parse_config(self.config_json(entry), entry.name)
+        if entry.name not in _parsed:
+            _parsed[entry.name] = parse_config(self.config_json(entry), entry.name)
+        return _parsed[entry.name]
 
     def find(self, name: str) -> Entry | None:
         return next((entry for entry in self.models if entry.name == name), None)
@@ -70,6 +76,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     entry: Entry | None = None
     notices: tuple[str, ...] = ()
+    real: Found | None = None  # what there is, if the model is one that nobody has published
 
 
 @functools.cache
@@ -122,6 +129,7 @@ def quantized_version(found: Found, word: str) -> Found:
         model=msgspec.structs.replace(found.model, quantization=quantization),
         name=found.name,
         notices=(f"no published {word} version of {found.name} is known: the sizes are those that one would have",),
+        real=found,
     )
 
 
@@ -132,6 +140,26 @@ def sibling_of(entry: Entry, quantization: str | None) -> Entry | None:
     same = [e for e in options if _family(e.name) == family]
     chat = [e for e in options if _family(e.name) in (f"{family}-Chat", f"{family}-Instruct")]
     return next(iter(same + chat), None)
+
+
+def smaller_than(entry: Entry) -> list[Entry]:
+    """The smaller sizes of a model, the largest first; of one size, the same quantization first, then Int4, then none."""
+    line, size = _line_and_size(entry.name)
+    liked = list(dict.fromkeys([entry.quantization, "gptq-int4", None]))
+    found = []
+    for other in catalog().models:
+        name, count = _line_and_size(other.name)
+        if name == line and count < size and other.quantization in liked:
+            found.append((-count, liked.index(other.quantization), other))
+    return [other for *_, other in sorted(found, key=lambda one: one[:2])]
+
+
+@functools.cache
+def _line_and_size(name: str) -> tuple[str, float]:
+    """Qwen/Qwen2.5-7B-Instruct-AWQ is 7 of the line Qwen/Qwen2.5--Instruct."""
+    family = _family(name)
+    match = _SIZE.search(family)
+    return (_SIZE.sub("", family, count=1), float(match[1].replace("_", "."))) if match else (family, 0.0)
 
 
 def _family(name: str) -> str:

@@ -7,7 +7,7 @@ import msgspec
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts, EngineProfile
+from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 
 CPU_KV_BYTES = 4 * GIB
@@ -78,7 +78,7 @@ def make_plan(
         raise BadConfig(
             f"--max-model-len is {wished_len}, but {config.model} was made for at most {model.default_max_len} tokens"
         )
-    need = predict(model, _load_of(config, profile, dtype, wished_len), profile, facts)
+    need = need_of_engine(model, config, facts, dtype=dtype, max_model_len=wished_len)
     kv_bytes = config.kv_cache_memory_bytes or available_kv_bytes
     if kv_bytes is None:
         kv_bytes = max(0, budget_bytes(need, facts, config.gpu_memory_utilization) - need.fixed)
@@ -107,20 +107,26 @@ def make_plan(
 
 
 def budget_bytes(need: Need, facts: DeviceFacts, utilization: float) -> int:
-    """What the engine may take: its share of a GPU; on a CPU, where other programs live, a cache of bounded size."""
+    """What the engine may take: its share of a GPU less what others hold; on a CPU a cache of bounded size."""
     if facts.kind == "cpu":
         return need.fixed + max(0, min(CPU_KV_BYTES, (facts.free_bytes - need.weights) // 2))
-    return min(int(facts.total_bytes * utilization), facts.free_bytes)
+    return int(facts.total_bytes * utilization) - (facts.total_bytes - facts.free_bytes)
 
 
-def _load_of(config: EngineConfig, profile: EngineProfile, dtype: str, max_model_len: int) -> Load:
-    return Load(
+def need_of_engine(
+    model: ModelConfig, config: EngineConfig, facts: DeviceFacts, *, dtype: str, max_model_len: int
+) -> Need:
+    """What an engine with this configuration will hold, term by term, with a cache for one sequence."""
+    profile = FASTQWEN_CPU if facts.kind == "cpu" else FASTQWEN_GPU
+    load = Load(
         dtype=dtype,
         max_model_len=max_model_len,
         eager=config.enforce_eager,
         max_num_seqs=config.max_num_seqs or profile.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens or profile.step_tokens,
+        block_size=config.block_size,
     )
+    return predict(model, load, profile, facts)
 
 
 def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: int) -> str:
@@ -128,8 +134,9 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
     shorter = f"use --max-model-len {room} or less" if room else "use a smaller model or more memory"
     if facts.kind == "cpu" or config.kv_cache_memory_bytes is not None:
         return shorter
-    from fastqwen.plan.advice import Question, advise, is_fitting
     from fastqwen.plan.catalog import published
+    from fastqwen.plan.changes import advise
+    from fastqwen.plan.question import Question, is_fitting
 
     question = Question(
         model=model,
@@ -140,9 +147,10 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
         utilization=config.gpu_memory_utilization,
         eager=config.enforce_eager,
         max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
         entry=published(config.model),
     )
     if is_fitting(question):  # by the book it does, but less was measured free
         return shorter
-    changes = advise(question)
-    return f"use {changes[0].command}" if changes else "use a smaller model or a larger GPU"
+    first = next((change.command for change in advise(question) if change.command is not None), None)
+    return f"use {first}" if first is not None else "use a smaller model or a larger GPU"

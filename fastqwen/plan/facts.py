@@ -14,7 +14,7 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     kind: str  # cpu or cuda
     name: str
     total_bytes: int
-    free_bytes: int
+    free_bytes: int  # what other processes leave; a GPU's own context is not taken off
     compute_capability: tuple[int, int] | None = None
     multiprocessors: int | None = None
     bandwidth_gb_s: float | None = None
@@ -30,13 +30,12 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     block_size: int
     sampler_bytes: int  # bytes for each entry of [sampled rows, vocabulary], all copies that live together
-    gathers_context: bool  # a long prompt's earlier keys and values are laid out again for the prefill kernel
-    library_bytes: int  # kernels and handles that every process holds, beside the context
+    library_bytes: int  # what kernels and libraries hold beside the context
     context_bytes_per_multiprocessor: int
     collective_bytes: int  # what a process holds for talking to the other GPUs
-    graph_batches: int  # batch sizes that have a CUDA graph; 0: eager
-    graph_node_bytes: int = 0
-    rounding_bytes: int = MIB  # the allocator hands out large tensors in steps of twice this
+    rounding_bytes: int  # for each large tensor: the allocator hands them out in steps of twice this
+    is_fastqwen_gpu: bool = False  # its steps, graphs and kernels are modelled buffer by buffer (buffers.py)
+    keeps_file_layout: bool = False  # packed weights stay as their file has them
 
 
 # Measured on one H200 (132 multiprocessors), torch 2.11: 619 MiB once a context exists, 76 MiB more after cuBLAS,
@@ -46,21 +45,42 @@ LIBRARY_BYTES = 76 * MIB
 GRAPH_NODE_BYTES = round(3.4 * KIB)
 KERNELS_PER_LAYER = 8
 
+# What fastqwen's GPU kernels set aside once; tests/plan/test_engine_facts.py compares with their sources.
+FUSED_ROWS = 64  # steps of up to so many rows use fused kernels, others cuBLAS
+SAMPLE_CHUNK = 4096  # entries of the vocabulary that one program of the sampler looks at
+SPLIT_PARTS = 4 * 2**20  # float32 numbers for products that are split
+SPLIT_BLOCKS = 16384  # int32 counters for them
+DECODE_PARTS = 16384  # parts of contexts in a decode step; each has an output and two numbers for each query head
+DECODE_ROWS = 2048  # int32 counters for each key-value head
+UNPACK_BYTES = 8 * MIB  # of a packed matrix, as float32, unpacked at a time
+UNPACK_COPIES = 3  # its codes as bytes and apart, its numbers, and the same in the model's type: less than this
+LIBRARY_ATTENTION_CAPABILITY = (9, 0)  # from here on whole prompts go through cuDNN
+# torch's workspace for cuBLAS: 32 MiB from compute capability 9.0 on, else 8 MiB and 128 KiB; one for each stream, and
+# graphs are captured on a stream of their own.
+CUBLAS_CAPABILITY = (9, 0)
+CUBLAS_BYTES, OLD_CUBLAS_BYTES = 32 * MIB, 8 * MIB + 128 * KIB
+
 FASTQWEN_GPU = EngineProfile(
     name="fastqwen",
     step_tokens=8192,
     least_step_tokens=1,
     max_num_seqs=256,
     block_size=64,
-    sampler_bytes=2 + 4 + 4,  # logits as the head makes them, in float32, and scaled for sampling
-    gathers_context=True,
-    library_bytes=LIBRARY_BYTES + 32 * MIB,  # and cuBLAS' workspace
+    sampler_bytes=0,  # buffers.py knows
+    library_bytes=LIBRARY_BYTES,
     context_bytes_per_multiprocessor=CONTEXT_BYTES_PER_MULTIPROCESSOR,
     # NCCL's documented NCCL_BUFFSIZE of 4 MiB, to send and to receive, on 32 channels.
     collective_bytes=2 * 32 * 4 * MIB,
-    graph_batches=35,
-    graph_node_bytes=GRAPH_NODE_BYTES,
+    rounding_bytes=MIB,
+    is_fastqwen_gpu=True,
 )
+
+
+def graph_batches(max_num_seqs: int) -> tuple[int, ...]:
+    """Row counts for which fastqwen captures a graph."""
+    sizes = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 2049, 32))
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
 
 FASTQWEN_CPU = EngineProfile(
     name="fastqwen on a CPU",
@@ -69,11 +89,9 @@ FASTQWEN_CPU = EngineProfile(
     max_num_seqs=64,
     block_size=16,
     sampler_bytes=2 + 4 + 4,
-    gathers_context=False,
     library_bytes=227 * MIB,  # a process that has computed with torch
     context_bytes_per_multiprocessor=0,
     collective_bytes=0,
-    graph_batches=0,
     rounding_bytes=0,
 )
 
@@ -88,11 +106,11 @@ EAGER_2023 = EngineProfile(
     # Half precision: logits, sorted, softmax, running sum, gathered (5 x 2) and the sort's second buffer (2 + 8);
     # 64-bit positions: of the sort and of its inverse (2 x 8); three masks of a byte.
     sampler_bytes=5 * 2 + (2 + 8) + 2 * 8 + 3,
-    gathers_context=False,
     library_bytes=205 * MIB,
     context_bytes_per_multiprocessor=CONTEXT_BYTES_PER_MULTIPROCESSOR,
     collective_bytes=614 * MIB,
-    graph_batches=0,
+    rounding_bytes=MIB,
+    keeps_file_layout=True,
 )
 
 PROFILES = {"fastqwen": FASTQWEN_GPU, "eager-2023": EAGER_2023}

@@ -15,7 +15,7 @@ from fastqwen.errors import BadConfig
 from fastqwen.plan.facts import GIB, MIB, DeviceFacts
 
 DATA = Path(__file__).parent.parent / "data"
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap,memory.used", "--format=csv,noheader,nounits")
 NVIDIA_SMI_TIMEOUT_S = 10
 NOMINAL_SLACK = 0.93  # a "24 GB" card shows 22.5 to 24 GiB
 
@@ -83,6 +83,10 @@ def _by_name(text: str) -> Gpu:
             f"--gpu is {text!r}, which is not in the list of GPUs: give its memory instead, for example 24GB, or one of "
             + ", ".join(gpu.name for gpu in known_gpus())
         )
+    fewest = min(len(_words(gpu.name)) for gpu in matches)
+    plain = [gpu for gpu in matches if len(_words(gpu.name)) == fewest]  # 3090 is the RTX 3090, not the Ti
+    if len(plain) == 1:
+        return plain[0]
     if len(matches) > 1:
         raise BadConfig(f"--gpu is {text!r}, which could be {' or '.join(gpu.name for gpu in matches)}")
     return matches[0]
@@ -119,18 +123,18 @@ def _any_card(gigabytes: float, text: str) -> Target:
 
 
 def _this_machine() -> Target:
-    """The smallest GPU that nvidia-smi names, else this machine's memory."""
+    """The GPU with the least free memory that nvidia-smi names, else this machine's memory."""
     rows = _nvidia_smi()
     if not rows:
         facts = _host_facts()
         return _same(facts, f"this machine's CPU with {facts.total_bytes / GIB:.1f} GiB")
-    name, mib, capability = min(rows, key=lambda row: row[1])
+    name, mib, capability, used_mib = min(rows, key=lambda row: row[1] - row[3])
     sheet = _sheet(name, mib)
     facts = DeviceFacts(
         kind="cuda",
         name=name,
         total_bytes=mib * MIB,
-        free_bytes=mib * MIB,
+        free_bytes=(mib - used_mib) * MIB,
         compute_capability=_capability(capability),
         multiprocessors=sheet.multiprocessors if sheet else None,
         bandwidth_gb_s=sheet.bandwidth_gb_s if sheet else None,
@@ -151,17 +155,17 @@ def _sheet(name: str, mib: int) -> Gpu | None:
     return max(fitting, key=lambda gpu: len(_words(gpu.name) & words), default=None)
 
 
-def _nvidia_smi() -> list[tuple[str, int, str]]:
-    """Name, memory in MiB and compute capability of each GPU; nothing where there is no driver."""
+def _nvidia_smi() -> list[tuple[str, int, str, int]]:
+    """Name, memory in MiB, compute capability and MiB in use of each GPU; nothing where there is no driver."""
     try:
         run = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     rows = []
     for line in run.stdout.splitlines() if run.returncode == 0 else []:
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 3 and parts[1].isdigit():
-            rows.append((parts[0], int(parts[1]), parts[2]))
+        name, total, capability, used = [*(part.strip() for part in line.split(",")), "", "", ""][:4]
+        if total.isdigit():
+            rows.append((name, int(total), capability, int(used) if used.isdigit() else 0))
     return rows
 
 

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 from math import ceil
 
 import msgspec
 
 from fastqwen.errors import BadConfig
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan.facts import DTYPE_BYTES, KERNELS_PER_LAYER, DeviceFacts, EngineProfile
+from fastqwen.plan.buffers import Sizes, graph_buffers, most_taken
+from fastqwen.plan.facts import (
+    CUBLAS_BYTES,
+    CUBLAS_CAPABILITY,
+    DECODE_PARTS,
+    DECODE_ROWS,
+    DTYPE_BYTES,
+    FASTQWEN_GPU,
+    FUSED_ROWS,
+    GRAPH_NODE_BYTES,
+    KERNELS_PER_LAYER,
+    LIBRARY_ATTENTION_CAPABILITY,
+    OLD_CUBLAS_BYTES,
+    SPLIT_BLOCKS,
+    SPLIT_PARTS,
+    UNPACK_BYTES,
+    UNPACK_COPIES,
+    DeviceFacts,
+    EngineProfile,
+    graph_batches,
+)
 from fastqwen.plan.weights import (
     check_num_gpus,
     kv_heads_per_gpu,
     largest_unpacked_bytes,
     num_dense_layers,
     num_tensors,
+    rounding_of_weights,
     weights_bytes,
 )
 
@@ -33,6 +55,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     eager: bool = False
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    block_size: int | None = None
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,27 +115,100 @@ def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: Devic
     check_num_gpus(model, load.num_gpus)
     gpus, element = load.num_gpus, DTYPE_BYTES[load.dtype]
     per_token = kv_bytes_per_token(model, load.dtype, num_gpus=gpus, kv_cache_dtype=load.kv_cache_dtype)
-    blocks = load.concurrency * ceil(load.max_model_len / profile.block_size)
+    block_size = load.block_size or profile.block_size
+    blocks_each = ceil(load.max_model_len / block_size)
     max_num_seqs = max(load.concurrency, load.max_num_seqs or profile.max_num_seqs)
+    same = _Same(model)
+    common = {
+        "weights": _weights(same, load.dtype, gpus, profile.keeps_file_layout),
+        "kv_cache": load.concurrency * blocks_each * block_size * per_token,
+        "runtime": profile.library_bytes
+        + profile.context_bytes_per_multiprocessor * (facts.multiprocessors or UNKNOWN_MULTIPROCESSORS),
+        "collectives": profile.collective_bytes if gpus > 1 else 0,
+        "kv_bytes_per_token": per_token,
+        "num_gpus": gpus,
+    }
+    if profile.is_fastqwen_gpu:
+        # Each sequence has a slot, and there is one for padding, whose block is padding as well.
+        slot = 4 * (load.max_model_len + 2) + 4 * (blocks_each + 1) + 2 * model.head_dim + 32
+        state = (max_num_seqs + 1) * slot + block_size * per_token
+        tokens = load.max_num_batched_tokens or profile.step_tokens or load.max_model_len
+        capability = facts.compute_capability or LIBRARY_ATTENTION_CAPABILITY
+        terms = _fastqwen_terms(same, load.dtype, gpus, tokens, max_num_seqs, capability, load.eager)
+        return Need(**common, state=state, **terms)
     step = step_tokens(load, profile)
     rows = min(max_num_seqs, step) if profile.step_tokens is not None else max_num_seqs
-    graphs = 0 if load.eager else profile.graph_batches * model.num_layers * KERNELS_PER_LAYER
-    blocks_each = ceil(load.max_model_len / profile.block_size)
     return Need(
-        weights=weights_bytes(model, load.dtype, gpus),
-        kv_cache=blocks * profile.block_size * per_token,
+        **common,
         activations=step * activation_bytes_per_token(model, gpus, element),
         sampler=rows * model.vocab_size * profile.sampler_bytes,
-        workspace=_workspace(model, load, profile, element),
+        workspace=largest_unpacked_bytes(model, gpus, element),
         state=4 * max_num_seqs * (load.max_model_len + 1 + blocks_each),
-        graphs=graphs * profile.graph_node_bytes,
-        runtime=profile.library_bytes
-        + profile.context_bytes_per_multiprocessor * (facts.multiprocessors or UNKNOWN_MULTIPROCESSORS),
-        collectives=profile.collective_bytes if gpus > 1 else 0,
+        graphs=0,
         rounding=num_tensors(model) * profile.rounding_bytes,
-        kv_bytes_per_token=per_token,
-        num_gpus=gpus,
     )
+
+
+class _Same:
+    """A model as the key of a cache: it holds a dictionary, so it has no hash of its own, but nobody changes it."""
+
+    __slots__ = ("model",)
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+
+    def __hash__(self) -> int:
+        return id(self.model)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.model is self.model
+
+
+@functools.lru_cache(maxsize=1024)
+def _weights(same: _Same, dtype: str, num_gpus: int, as_in_file: bool) -> int:
+    return weights_bytes(same.model, dtype, num_gpus, as_in_file=as_in_file)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fastqwen_terms(
+    same: _Same,
+    dtype: str,
+    num_gpus: int,
+    tokens: int,
+    max_num_seqs: int,
+    capability: tuple[int, int],
+    eager: bool,
+) -> dict[str, int]:
+    """Steps, graphs, kernels' scratch and what the allocator keeps."""
+    model, element = same.model, DTYPE_BYTES[dtype]
+    by_library = capability >= LIBRARY_ATTENTION_CAPABILITY
+    steps = most_taken(model, num_gpus, element, tokens, max_num_seqs, library_attention=by_library)
+    cublas = CUBLAS_BYTES if capability >= CUBLAS_CAPABILITY else OLD_CUBLAS_BYTES
+    graphs = 0
+    if not eager:
+        batches = graph_batches(max_num_seqs)
+        sizes = Sizes.of(model, num_gpus, element, library_attention=by_library)
+        nodes = len(batches) * model.num_layers * KERNELS_PER_LAYER
+        graphs = nodes * GRAPH_NODE_BYTES + graph_buffers(sizes, batches)
+        graphs += cublas if batches[-1] > FUSED_ROWS else 0
+    kept = steps.reserved - steps.total
+    in_steps = 2 * model.num_layers * FASTQWEN_GPU.rounding_bytes  # of the cache's tensors
+    return {
+        "activations": steps.layers,
+        "sampler": steps.total - steps.layers,
+        "workspace": cublas + _scratch(model, num_gpus),
+        "graphs": graphs,
+        "rounding": kept + rounding_of_weights(model, dtype, num_gpus) + in_steps,
+    }
+
+
+def _scratch(model: ModelConfig, num_gpus: int) -> int:
+    """What kernels set aside once: parts of split products and split contexts; a piece of a packed matrix, unpacked."""
+    split = 4 * (SPLIT_PARTS + SPLIT_BLOCKS)
+    kv_heads = kv_heads_per_gpu(model, num_gpus)
+    group = max(1, model.num_heads // num_gpus // kv_heads)
+    decode = 4 * (DECODE_PARTS * group * (model.head_dim + 2) + DECODE_ROWS * kv_heads)
+    return split + decode + (UNPACK_COPIES * UNPACK_BYTES if model.quantization is not None else 0)
 
 
 def step_tokens(load: Load, profile: EngineProfile) -> int:
@@ -144,14 +240,3 @@ def activation_bytes_per_token(model: ModelConfig, num_gpus: int, element: int) 
         feed_forward = max(feed_forward, 3 * hidden + chosen + shared + router)
     tables = 4 * model.head_dim + 6 * 8  # cosines and sines in float32; ids, positions, rows, slots
     return max(attention, feed_forward) * element + tables
-
-
-def _workspace(model: ModelConfig, load: Load, profile: EngineProfile, element: int) -> int:
-    gpus = load.num_gpus
-    unpacked = largest_unpacked_bytes(model, gpus, element)
-    if not profile.gathers_context:
-        return unpacked
-    heads = model.num_heads // gpus
-    context = 2 * load.max_model_len * kv_heads_per_gpu(model, gpus) * model.head_dim * element  # of one layer
-    sums = 4 * step_tokens(load, profile) * heads  # a softmax sum for each token and head
-    return unpacked + context + sums

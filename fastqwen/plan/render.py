@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from fastqwen.errors import BadConfig
-from fastqwen.plan.advice import Answer, Question, gib, need_of, resolve
+from fastqwen.plan.advice import Answer, gib
 from fastqwen.plan.engine import budget_bytes
 from fastqwen.plan.facts import GIB, KIB, MIB
+from fastqwen.plan.question import Question, need_of, resolve
 from fastqwen.plan.speed import Speed
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ TERMS = (
     ("kv_cache", "KV cache"),
     ("activations", "activations of a step"),
     ("sampler", "logits and sampling"),
-    ("workspace", "attention and unpacking workspace"),
+    ("workspace", "scratch of kernels and libraries"),
     ("state", "token ids, block tables"),
     ("graphs", "CUDA graphs"),
     ("runtime", "runtime: context, kernels, libraries"),
     ("collectives", "buffers between GPUs"),
-    ("rounding", "allocator rounding"),
+    ("rounding", "kept by the allocator"),
 )
 
 
@@ -41,6 +42,8 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "device": answer.device,
         "fits": answer.fits,
         "tight": answer.tight,
+        "served": not answer.not_served_yet,
+        "not_served_yet": list(answer.not_served_yet),
         "command": answer.command,
         "dtype": answer.dtype,
         "kv_cache_dtype": answer.kv_cache_dtype,
@@ -83,14 +86,32 @@ def as_lines(answer: Answer) -> list[str]:
     if answer.speed_concurrent is not None and answer.concurrency > 1:
         lines.append(f"expected: {_speed_text(answer.speed_concurrent)}")
     lines += [f"note: {notice}" for notice in answer.notices]
-    if answer.changes:
-        lines.append(f"{'only with' if answer.tight else 'cheapest change'}: {answer.changes[0].what}")
-        lines += [f"or {change.what}: {change.command}" for change in answer.changes[1:]]
+    return lines + _advice(answer)
+
+
+def _advice(answer: Answer) -> list[str]:
+    """What to type comes last."""
+    lines = []
+    served = [change for change in answer.changes if change.command is not None]
+    if served:
+        why = "only with" if answer.tight else "what runs today" if answer.not_served_yet else "cheapest change"
+        lines.append(f"{why}: {served[0].what}")
+        lines += [f"or {change.what}: {change.command}" for change in served[1:]]
+    lines += [f"not served yet, but would fit: {change.what}" for change in answer.changes if change.command is None]
     if answer.command is not None:
         lines.append(answer.command)
-    elif not answer.fits:
-        lines.append("no change that the planner knows makes it fit: use a smaller model or a larger GPU")
+    elif not answer.fits or answer.not_served_yet:
+        lines.append("no change that the planner knows makes it run: use a smaller model or a larger GPU")
     return lines
+
+
+def _and(words: tuple[str, ...]) -> str:
+    return " and ".join(words)
+
+
+def _is(words: tuple[str, ...]) -> str:
+    """Weights are many."""
+    return "are" if len(words) > 1 or words[0].endswith("weights") else "is"
 
 
 def memory_table(answer: Answer) -> Table:
@@ -107,16 +128,17 @@ def memory_table(answer: Answer) -> Table:
 
 
 def models_table(answers: Iterable[Answer]) -> Table:
-    """Those that run; models of one size, type and length share a line, under the name of the last."""
+    """Those that run today; models of one size, type and length share a line, under the name of the last."""
     from rich.table import Table
 
     table = Table("model", "GiB", "context", "tokens/s", "")
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:4]:
-        column.justify = "right"
+    table.columns[0].overflow = "fold"  # names give way, figures do not
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    table.columns[3].min_width = len("100-1000")
     alike: dict[tuple[object, ...], list[Answer]] = {}
     for answer in answers:
-        if answer.fits:
+        if answer.fits and not answer.not_served_yet:
             alike.setdefault((answer.need, answer.dtype, answer.largest_context), []).append(answer)
     for group in alike.values():
         answer, speed = group[-1], group[-1].speed_single
@@ -171,9 +193,11 @@ def plot(question: Question, path: Path) -> None:
 
 
 def _verdict(answer: Answer) -> str:
-    if answer.fits:
-        return "fits, but tight" if answer.tight else "fits"
-    return "does not fit"
+    verdict = ("fits, but tight" if answer.tight else "fits") if answer.fits else "does not fit"
+    if answer.not_served_yet:
+        missing = answer.not_served_yet
+        return f"{verdict}{' on paper' if answer.fits else ''}; {_and(missing)} {_is(missing)} not served yet"
+    return verdict
 
 
 def _allowed(answer: Answer) -> str:

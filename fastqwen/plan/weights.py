@@ -10,9 +10,12 @@ import msgspec
 
 from fastqwen.errors import BadConfig, Unsupported
 from fastqwen.model_config import Fields, ModelConfig
+from fastqwen.plan.allocator import rounded_up_bytes
 from fastqwen.plan.facts import DTYPE_BYTES
 
 FP8_SCALE_BYTES = 4
+ZERO_BYTES = 2  # the engine holds the zeros of a GPTQ matrix as int16
+ORDER_BYTES = 8  # and the group of each input as int64, if they are out of order
 
 
 class Matrix(msgspec.Struct, frozen=True):
@@ -23,6 +26,7 @@ class Matrix(msgspec.Struct, frozen=True):
     outputs: int
     bias: bool = False
     packed: bool = True  # what a quantized checkpoint stores packed
+    expert: bool = False  # of many; the engine holds those of a layer as one tensor
     read_share: float = 1.0  # share that one token's step reads: experts are read as they are chosen
 
     @property
@@ -81,11 +85,12 @@ def tables(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
         yield Matrix(1, model.hidden_size, rows, packed=head_packed)
 
 
-def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: int) -> int:
-    """One matrix with its scales, zeros, order and bias."""
+def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: int, *, as_in_file: bool = False) -> int:
+    """One matrix with its scales, zeros, order and bias: as the engine holds it, or as a GPTQ or AWQ file does."""
     bias = matrix.outputs * element
+    plain = matrix.entries * element + (bias if matrix.bias else 0)
     if quantization is None or not matrix.packed:
-        return matrix.entries * element + (bias if matrix.bias else 0)
+        return plain
     method = str(quantization.get("quant_method", "")).lower()
     if method == "fp8":
         block = quantization.get("weight_block_size")
@@ -93,24 +98,40 @@ def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: i
         return matrix.entries + scales * FP8_SCALE_BYTES + (bias if matrix.bias else 0)
     if method not in ("gptq", "awq"):
         raise Unsupported(f"the planner knows no quantization method {method!r}; it knows gptq, awq and fp8")
+    if matrix.expert and method == "gptq" and not as_in_file:
+        return plain  # the engine unpacks experts while it loads them
     fields = Fields(quantization, "quantization_config")
     bits = fields.int("bits", default=4, high=16)
     group = fields.int("group_size", default=128, low=-1)
     groups = ceil(matrix.inputs / group) if group > 0 else 1
-    packed = (matrix.entries + groups * matrix.outputs) * bits // 8  # the matrix, and a zero for each group
+    codes = matrix.entries * bits // 8
     scales = groups * matrix.outputs * 2
-    # Every linear of a GPTQ file has the order of its inputs, and a bias even where the model has none.
-    extra = 4 * matrix.inputs + matrix.outputs * 2 if method == "gptq" else (bias if matrix.bias else 0)
-    return packed + scales + extra
+    if method == "awq":
+        return codes + scales + groups * matrix.outputs * bits // 8 + (bias if matrix.bias else 0)
+    # Every linear of a GPTQ file has a bias, even where the model has none, and the order of its inputs.
+    if as_in_file:
+        return codes + scales + groups * matrix.outputs * bits // 8 + 4 * matrix.inputs + matrix.outputs * 2
+    order = ORDER_BYTES * matrix.inputs if fields.flag("desc_act") else 0
+    return codes + scales + groups * matrix.outputs * ZERO_BYTES + order + bias
 
 
-def weights_bytes(model: ModelConfig, dtype: str, num_gpus: int = 1) -> int:
+def weights_bytes(model: ModelConfig, dtype: str, num_gpus: int = 1, *, as_in_file: bool = False) -> int:
     """What one GPU holds."""
     element = DTYPE_BYTES[dtype]
-    linears = sum(m.count * matrix_bytes(m, model.quantization, element) for m in matrices(model, num_gpus))
-    tabled = sum(m.count * matrix_bytes(m, model.quantization, element) for m in tables(model, num_gpus))
+    parts = (*matrices(model, num_gpus), *tables(model, num_gpus))
+    held = sum(m.count * matrix_bytes(m, model.quantization, element, as_in_file=as_in_file) for m in parts)
     norms = model.num_layers * (2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0))
-    return linears + tabled + (norms + model.hidden_size) * element
+    return held + (norms + model.hidden_size) * element
+
+
+def rounding_of_weights(model: ModelConfig, dtype: str, num_gpus: int = 1) -> int:
+    """What the allocator adds: large tensors have memory of their own, in steps of 2 MiB. A layer's experts are one tensor."""
+    element, added = DTYPE_BYTES[dtype], 0
+    for matrix in (*matrices(model, num_gpus), *tables(model, num_gpus)):
+        together = model.moe.num_experts if matrix.expert and model.moe is not None else 1
+        size = together * matrix_bytes(matrix, model.quantization, element)
+        added += matrix.count // together * (rounded_up_bytes(size) - size)
+    return added
 
 
 def read_bytes(model: ModelConfig, dtype: str, num_gpus: int, batch: int) -> float:
@@ -148,6 +169,7 @@ def num_tensors(model: ModelConfig) -> int:
     return model.num_layers * (4 + 2) + 2
 
 
-def _mlp(count: int, hidden: int, size: int, bias: bool, read_share: float = 1.0) -> Iterator[Matrix]:
-    yield Matrix(count, hidden, 2 * size, bias, read_share=read_share)
-    yield Matrix(count, size, hidden, bias, read_share=read_share)
+def _mlp(count: int, hidden: int, size: int, bias: bool, expert_share: float | None = None) -> Iterator[Matrix]:
+    expert, share = expert_share is not None, 1.0 if expert_share is None else expert_share
+    yield Matrix(count, hidden, 2 * size, bias, expert=expert, read_share=share)
+    yield Matrix(count, size, hidden, bias, expert=expert, read_share=share)

@@ -10,6 +10,7 @@ from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig
 from fastqwen.kernels import Ops
 from fastqwen.plan import DeviceFacts
+from fastqwen.plan.facts import CONTEXT_BYTES_PER_MULTIPROCESSOR
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,12 +26,15 @@ def choose_device(config: EngineConfig) -> torch.device:
 def device_facts(device: torch.device) -> DeviceFacts:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        own = multiprocessors * CONTEXT_BYTES_PER_MULTIPROCESSOR + torch.cuda.memory_reserved(device)
         return DeviceFacts(
             kind="cuda",
             name=torch.cuda.get_device_name(device),
             total_bytes=total,
-            free_bytes=free,
+            free_bytes=min(total, free + own),  # what other processes leave
             compute_capability=torch.cuda.get_device_capability(device),
+            multiprocessors=multiprocessors,
         )
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")

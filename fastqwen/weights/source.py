@@ -93,19 +93,19 @@ class DummyWeights(Weights):
 
     def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False) -> Tensor:
         dtype = torch.float16 if keep_type else self.dtype
-        if len(shape) == 1 and not name.endswith(".bias"):
-            return torch.ones(shape, dtype=dtype, device=self.device)
-        spread = 2e-4 if name.endswith(".scales") else 0.02  # scales are multiplied by codes of up to 8 bits
         out = torch.empty(shape, dtype=dtype, device=self.device)
         self.num_bytes += out.nbytes
+        if len(shape) == 1 and not name.endswith(".bias"):
+            return out.fill_(1.0)
+        spread = 2e-4 if name.endswith(".scales") else 0.02  # scales are multiplied by codes of up to 8 bits
         return out.normal_(0.0, spread, generator=self._generator)
 
     def words(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        out = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self.num_bytes += out.nbytes
         if name.endswith(".g_idx"):
-            return torch.zeros(shape, dtype=torch.int32, device=self.device)
-        return torch.randint(
-            -(2**31), 2**31 - 1, shape, dtype=torch.int32, device=self.device, generator=self._generator
-        )
+            return out
+        return out.random_(-(2**31), 2**31 - 1, generator=self._generator)
 
     def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.tensor(name, shape)

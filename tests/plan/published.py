@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fastqwen.plan.advice import Answer, Question, Wishes, answer, need_of
+from fastqwen.plan.advice import Answer, answer
 from fastqwen.plan.catalog import find_published
 from fastqwen.plan.facts import EAGER_2023, GIB
 from fastqwen.plan.gpus import find_target
+from fastqwen.plan.question import Question, Wishes, need_of
 
 # Model, sequence length, V100 32 GB GPUs, GiB over all of them. The number of GPUs is not published for every cell; docs/planner.md
 # says how it was inferred.

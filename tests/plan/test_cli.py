@@ -52,12 +52,43 @@ def test_a_model_that_does_not_fit_says_what_would():
     assert found["tokens_per_second"] is None
 
 
-def test_more_gpus_are_the_last_resort():
+def test_more_gpus_are_an_answer_on_paper():
     found = run_json("Qwen3-235B-A22B", "--gpu", "H100 SXM", "--num-gpus", "4", "--max-model-len", "8K")
     assert not found["fits"]
-    whats = [change["what"] for change in found["changes"]]
-    assert whats[-1] == "8 GPUs"
-    assert "Qwen3-235B-A22B-GPTQ-Int4" in found["command"]
+    changes = {change["what"]: change for change in found["changes"]}
+    assert changes["8 GPUs"]["command"] is None
+    assert changes["8 GPUs"]["not_served_yet"] == ["one model on several GPUs"]
+    assert found["command"] == "fastqwen serve Qwen/Qwen3-32B --max-model-len 8192"
+
+
+def test_what_is_not_served_yet_says_so_and_what_works_today():
+    found = run_json("Qwen3-8B", "--gpu", "RTX 3090", "--num-gpus", "2", "--kv-cache-dtype", "fp8")
+    assert found["fits"]
+    assert not found["served"]
+    assert found["not_served_yet"] == ["one model on several GPUs", "an 8-bit KV cache"]
+    assert found["changes"][0]["what"] == "a KV cache in the model's own type, one GPU, a context of 27392 tokens"
+    assert found["command"] == found["changes"][0]["command"]
+    text = run("Qwen3-8B", "--gpu", "RTX 3090", "--num-gpus", "2").stdout
+    assert "fits on paper; one model on several GPUs is not served yet" in text
+    assert "what runs today: one GPU" in text
+
+
+def test_weights_that_are_not_served_are_replaced_by_some_that_are():
+    found = run_json("Qwen2.5-7B-Instruct-AWQ", "--gpu", "RTX 3090", "--max-model-len", "8K")
+    assert found["not_served_yet"] == ["AWQ weights"]
+    assert found["command"] == "fastqwen serve Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4 --max-model-len 8192"
+    assert run_json("Qwen3-8B-AWQ", "--gpu", "RTX 3090", "--max-model-len", "8K")["command"] == (
+        "fastqwen serve Qwen/Qwen3-8B --max-model-len 8192"
+    )
+
+
+def test_more_at_once_than_fit_wait_for_each_other():
+    found = run_json("Qwen3-8B", "--gpu", "RTX 4090", "--max-model-len", "8K", "--concurrency", "64")
+    assert not found["fits"]
+    most = found["most_sequences"]
+    assert 1 <= most < 64
+    assert f"{most} at once, while the others wait" in [change["what"] for change in found["changes"]]
+    assert found["command"] == "fastqwen serve Qwen/Qwen3-8B --max-model-len 8192"
 
 
 def test_nothing_helps():
@@ -116,6 +147,14 @@ def test_a_quantized_version_can_be_asked_for():
     found = run_json("Qwen2.5-7B-Instruct", "--gpu", "12GB", "--quantization", "int4", "--max-model-len", "8K")
     assert found["model"] == "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4"
     assert found["fits"]
+
+
+def test_a_version_that_nobody_has_published_is_planned_on_paper():
+    found = run_json("Qwen3-8B", "--gpu", "12GB", "--quantization", "int4", "--max-model-len", "4K")
+    assert found["fits"]
+    assert found["not_served_yet"] == ["a version that nobody has published"]
+    assert found["command"] == "fastqwen serve Qwen/Qwen3-4B --max-model-len 4096"
+    assert found["changes"][0]["what"] == "the version Qwen/Qwen3-8B, a smaller model, Qwen/Qwen3-4B"
 
 
 def test_a_folder_needs_only_its_config(tmp_path: Path):

@@ -41,8 +41,9 @@ def test_what_was_measured_goes_before_what_was_predicted():
 
 
 def test_a_gpu_that_is_too_small_is_told_what_to_type():
-    with pytest.raises(DoesNotFit, match=r"use fastqwen serve Qwen/Qwen3-8B-AWQ") as error:
-        make_plan(model_of("Qwen3-8B"), EngineConfig(model="Qwen/Qwen3-8B"), find_target("10GB").facts)
+    config = EngineConfig(model="Qwen/Qwen2.5-7B-Instruct")
+    with pytest.raises(DoesNotFit, match=r"use fastqwen serve Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4") as error:
+        make_plan(model_of("Qwen2.5-7B-Instruct"), config, find_target("10GB").facts)
     assert "\n" not in str(error.value)
 
 
@@ -101,3 +102,32 @@ def test_an_unknown_quantization_is_refused():
     model = msgspec.structs.replace(catalog().model(entry), quantization={"quant_method": "magic"})
     with pytest.raises(Unsupported, match="no quantization method 'magic'"):
         make_plan(model, EngineConfig(model="x"), cpu(64))
+
+
+def test_what_other_programs_hold_is_taken_off_the_share():
+    facts = find_target("RTX 4090").facts
+    shared = msgspec.structs.replace(facts, free_bytes=facts.total_bytes - 2 * GIB)
+    config = EngineConfig(model="Qwen/Qwen3-4B", max_model_len=4096)
+    alone, beside = (make_plan(model_of("Qwen3-4B"), config, one) for one in (facts, shared))
+    assert alone.kv_bytes - beside.kv_bytes == pytest.approx(2 * GIB, rel=0.01)
+
+
+def test_a_gpu_of_its_own_facts(monkeypatch: pytest.MonkeyPatch):
+    """The process's own context and tensors are not what others hold."""
+    import torch
+
+    from fastqwen.plan.facts import CONTEXT_BYTES_PER_MULTIPROCESSOR
+    from fastqwen.runner.device import device_facts
+
+    class Properties:
+        multi_processor_count = 100
+
+    own = 100 * CONTEXT_BYTES_PER_MULTIPROCESSOR
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB - own, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
+    facts = device_facts(torch.device("cuda", 0))
+    assert facts.total_bytes - facts.free_bytes == 3 * GIB
+    assert facts.multiprocessors == 100

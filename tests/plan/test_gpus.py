@@ -61,6 +61,18 @@ def test_auto_asks_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert target.installed == 2
 
 
+def test_auto_counts_what_other_programs_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = "NVIDIA GeForce RTX 4090, 24564, 8.9, 100\nNVIDIA GeForce RTX 4090, 24564, 8.9, 3000"
+    fake_nvidia_smi(tmp_path, rows, monkeypatch)
+    facts = find_target("auto").facts
+    assert facts.total_bytes - facts.free_bytes == 3000 * MIB
+
+
+def test_a_number_alone_is_the_card_without_more_words():
+    assert find_target("3090").facts.name == "RTX 3090"
+    assert find_target("4060").facts.name == "RTX 4060"
+
+
 def test_auto_without_a_card_is_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_target("auto").facts.kind == "cpu"

@@ -7,8 +7,8 @@ from statistics import median
 
 import pytest
 
-from fastqwen.plan.advice import Wishes
 from fastqwen.plan.facts import EAGER_2023
+from fastqwen.plan.question import Wishes
 from tests.plan import published
 
 DOCS = Path(__file__).parents[2] / "docs" / "planner.md"

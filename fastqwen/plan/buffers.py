@@ -1,0 +1,214 @@
+"""The buffers of fastqwen's steps on a GPU, in the order in which the engine makes and drops them.
+
+What is written here follows kernels/triton/ops.py, layers/ and runner/cuda_runner.py; bench/plan_check.py measures it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import msgspec
+
+from fastqwen.model_config import ModelConfig
+from fastqwen.plan.allocator import Allocator
+from fastqwen.plan.facts import FUSED_ROWS, SAMPLE_CHUNK
+from fastqwen.plan.weights import kv_heads_per_gpu, num_dense_layers
+
+LEAST_ROWS = 16  # fewer sampled rows are planned like so many: they are little beside the layers
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """What a layer's buffers depend on, for one GPU; ``element`` is the bytes of a number."""
+
+    hidden: int
+    queries: int
+    keys: int  # of all key heads; values are as many
+    head_dim: int
+    inner: int  # of the dense feed-forward part, 0 if no layer has one
+    experts: int
+    chosen: int
+    expert_inner: int
+    shared_inner: int
+    vocab: int
+    element: int
+    packed: bool  # linears are packed, so nothing is fused with them
+    library_attention: bool
+
+    @classmethod
+    def of(cls, model: ModelConfig, num_gpus: int, element: int, *, library_attention: bool) -> Sizes:
+        moe = model.moe
+        return cls(
+            hidden=model.hidden_size,
+            queries=model.q_size // num_gpus,
+            keys=kv_heads_per_gpu(model, num_gpus) * model.head_dim,
+            head_dim=model.head_dim,
+            inner=-(-model.intermediate_size // num_gpus) if num_dense_layers(model) else 0,
+            experts=moe.num_experts if moe is not None else 0,
+            chosen=moe.experts_per_token if moe is not None else 0,
+            expert_inner=-(-moe.expert_size // num_gpus) if moe is not None else 0,
+            shared_inner=-(-moe.shared_size // num_gpus) if moe is not None else 0,
+            vocab=model.vocab_size,
+            element=element,
+            packed=model.quantization is not None,
+            library_attention=library_attention
+            and any(model.window(layer) is None for layer in range(model.num_layers)),
+        )
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """Bytes: ``layers`` live at once in the layers, ``total`` with sampling, ``reserved`` of the GPU for them."""
+
+    layers: int
+    total: int
+    reserved: int
+
+
+def most_taken(
+    model: ModelConfig, num_gpus: int, element: int, tokens: int, rows: int, *, library_attention: bool
+) -> Taken:
+    """For any number of sampled rows up to the next power of two; a share of a model never takes more than a larger one.
+
+    Both hold of what is needed, but for odd cases not of what the allocator happens to keep: so it is said here.
+    """
+    sizes = Sizes.of(model, num_gpus, element, library_attention=library_attention)
+    count = LEAST_ROWS
+    found = largest_steps(sizes, tokens, count)
+    while count < rows:
+        count *= 2
+        larger = largest_steps(sizes, tokens, count)
+        found = Taken(larger.layers, larger.total, max(larger.reserved, found.reserved))
+    if num_gpus > 1 and num_gpus % 2 == 0:
+        fewer = most_taken(model, num_gpus // 2, element, tokens, rows, library_attention=library_attention)
+        return Taken(*(min(getattr(found, name), getattr(fewer, name)) for name in Taken.__struct_fields__))
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def largest_steps(sizes: Sizes, tokens: int, rows: int) -> Taken:
+    """Steps of ``tokens`` prompt tokens, as one whole prompt and as a piece of a longer one, and ``rows`` that sample."""
+    memory = Allocator()
+    for whole in (True, False):
+        _prompt_step(memory, sizes, tokens, rows, whole=whole)
+    layers = memory.most_allocated
+    for _ in range(2):  # with what a sampler of rows with wishes needs; two such steps are in flight
+        _prompt_step(memory, sizes, tokens, rows, whole=False, wishes=True)
+    return Taken(layers=layers, total=memory.most_allocated, reserved=memory.reserved)
+
+
+@functools.lru_cache(maxsize=4096)
+def graph_buffers(sizes: Sizes, batches: tuple[int, ...]) -> int:
+    """Bytes of the pool that the graphs share: the largest one's buffers, and each one's own logits and tokens."""
+    memory = Allocator()
+    for batch in sorted(batches, reverse=True):
+        memory.take("residual", batch * sizes.hidden * sizes.element)
+        memory.take("cos_sin", batch * sizes.head_dim * 4)
+        _layer(memory, sizes, batch, whole=False, fused=batch <= FUSED_ROWS)
+        _logits(memory, sizes, batch, f"logits {batch}")
+        memory.drop("residual", "cos_sin")
+    return memory.reserved
+
+
+def _prompt_step(memory: Allocator, sizes: Sizes, tokens: int, rows: int, *, whole: bool, wishes: bool = False) -> None:
+    memory.take("cos_sin", tokens * sizes.head_dim * 4)
+    memory.take("places", tokens * 32)  # ids, positions, rows, slots
+    memory.take("residual", tokens * sizes.hidden * sizes.element)
+    for _ in range(2):  # the second layer finds what the first one left
+        _layer(memory, sizes, tokens, whole=whole, fused=False)
+    _logits(memory, sizes, rows, "logits")
+    if wishes:
+        _wishes(memory, sizes, rows)
+    memory.drop("logits", "residual", "places", "cos_sin")
+
+
+def _layer(memory: Allocator, sizes: Sizes, tokens: int, *, whole: bool, fused: bool) -> None:
+    _attention(memory, sizes, tokens, whole=whole, fused=fused)
+    if sizes.experts:
+        _experts(memory, sizes, tokens)
+    if sizes.inner:
+        _mlp(memory, sizes, tokens, fused=fused)
+
+
+def _attention(memory: Allocator, sizes: Sizes, tokens: int, *, whole: bool, fused: bool) -> None:
+    number = tokens * sizes.element
+    memory.take("normed", number * sizes.hidden)
+    memory.take("qkv", number * (sizes.queries + 2 * sizes.keys))
+    memory.drop("normed")
+    memory.take("attended", number * sizes.queries)
+    if not fused:  # a decode step rotates and stores within the kernel
+        if whole and sizes.library_attention:
+            memory.take("k", number * sizes.keys)
+            memory.take("q", number * sizes.queries)
+            for name in ("row_k", "row_v", "found"):  # each query head has its own copy of keys and values
+                memory.take(name, number * sizes.queries)
+            memory.drop("k", "row_k", "row_v", "found")
+        else:
+            memory.take("q", number * sizes.queries)
+        memory.drop("q")
+    _added(memory, sizes, number)
+    memory.drop("qkv", "attended")
+
+
+def _mlp(memory: Allocator, sizes: Sizes, tokens: int, *, fused: bool) -> None:
+    number = tokens * sizes.element
+    memory.take("normed", number * sizes.hidden)
+    if fused and not sizes.packed:
+        memory.take("product", number * sizes.inner)
+        memory.drop("normed")
+    else:
+        memory.take("gate_up", number * 2 * sizes.inner)
+        memory.drop("normed")
+        memory.take("product", number * sizes.inner)
+        memory.drop("gate_up")
+    _added(memory, sizes, number)
+    memory.drop("product")
+
+
+def _experts(memory: Allocator, sizes: Sizes, tokens: int) -> None:
+    number = tokens * sizes.element
+    memory.take("normed", number * sizes.hidden)
+    memory.take("router", number * sizes.experts)
+    memory.take("chosen", tokens * sizes.chosen * 4)
+    memory.take("shares", tokens * sizes.chosen * 4)
+    memory.take("members", tokens * sizes.experts * 4)
+    memory.take("product", number * sizes.chosen * sizes.expert_inner)
+    memory.take("parts", number * sizes.chosen * sizes.hidden)
+    memory.drop("parts", "product", "members", "shares", "chosen", "router")
+    if sizes.shared_inner:
+        memory.take("gate_up", number * 2 * sizes.shared_inner)
+        memory.take("product", number * sizes.shared_inner)
+        memory.drop("gate_up")
+        memory.take("down", number * sizes.hidden)
+        memory.drop("product")
+        memory.take("weighted", number * sizes.hidden)
+        memory.drop("down", "weighted")
+    memory.drop("normed")
+
+
+def _added(memory: Allocator, sizes: Sizes, number: int) -> None:
+    """A product that is added to the residual: in place, but for packed weights."""
+    if sizes.packed:
+        memory.take("added", number * sizes.hidden)
+        memory.drop("added")
+
+
+def _logits(memory: Allocator, sizes: Sizes, rows: int, name: str) -> None:
+    """``name`` stays: its dropping is the caller's."""
+    memory.take("last", rows * sizes.hidden * sizes.element)
+    memory.take("normed", rows * sizes.hidden * sizes.element)
+    memory.take(name, rows * sizes.vocab * sizes.element)
+    memory.drop("normed", "last")
+    memory.take("best", rows * -(-sizes.vocab // SAMPLE_CHUNK) * 8)
+    memory.drop("best")
+
+
+def _wishes(memory: Allocator, sizes: Sizes, rows: int) -> None:
+    """Penalties and log-probabilities: the model's own logits are kept until the step's tokens are known."""
+    entries = rows * sizes.vocab
+    memory.take("gathered", entries * sizes.element)
+    memory.take("raw", entries * 4)  # the step before still has its own: its name is taken anew once this one exists
+    memory.drop("gathered")
+    memory.take("adjusted", entries * 4)
+    memory.drop("adjusted")
+    memory.take("logprobs", entries * 4)
+    memory.take("mask", entries)
+    memory.drop("logprobs", "mask")

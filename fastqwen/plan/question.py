@@ -1,0 +1,188 @@
+"""A question to the planner made definite: what it needs, whether that fits, how far it goes, and the line that asks it."""
+
+from __future__ import annotations
+
+import shlex
+from math import ceil
+
+import msgspec
+
+from fastqwen.errors import BadConfig
+from fastqwen.model_config import ModelConfig
+from fastqwen.plan.catalog import Entry, Found
+from fastqwen.plan.engine import budget_bytes, choose_dtype
+from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, DeviceFacts, EngineProfile
+from fastqwen.plan.memory import Load, Need, predict
+from fastqwen.plan.served import not_served_yet
+from fastqwen.plan.weights import check_num_gpus
+
+LENGTH_STEP = 256  # lengths that are advised are multiples of this
+UTILIZATION = 0.9
+MIN_TRITON_CAPABILITY = (8, 0)  # its README: "NVIDIA GPUs (Compute Capability 8.0+)"
+MOST_TOKENS = 2**24
+UNPUBLISHED = "a version that nobody has published"
+
+
+class Wishes(msgspec.Struct, frozen=True, kw_only=True):
+    """How to run: what the flags say."""
+
+    dtype: str = "auto"
+    max_model_len: int | None = None  # None: the length that the model was trained for
+    concurrency: int = 1
+    num_gpus: int = 1
+    kv_cache_dtype: str = "auto"
+    eager: bool = False
+    utilization: float = UTILIZATION
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    profile: EngineProfile | None = None
+
+
+class Question(Wishes, frozen=True, kw_only=True):
+    """What to run, how, and on what."""
+
+    model: ModelConfig
+    name: str
+    facts: DeviceFacts
+    entry: Entry | None = None
+    real: Found | None = None  # what there is, if the model is one that nobody has published
+
+    @classmethod
+    def of(cls, wishes: Wishes, found: Found, facts: DeviceFacts) -> Question:
+        return cls(
+            **msgspec.structs.asdict(wishes),
+            model=found.model,
+            name=found.name,
+            facts=facts,
+            entry=found.entry,
+            real=found.real,
+        )
+
+
+def trained_len(model: ModelConfig) -> int:
+    """The length that a model runs at without extension: Qwen-1's NTK reaches further than what it was trained for."""
+    return model.rope.trained_len if model.rope.kind == "qwen1_ntk" else model.default_max_len
+
+
+def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
+    """Wishes made definite. Raises BadConfig for a length, a number or a type that cannot be."""
+    model = question.model
+    length = question.max_model_len or trained_len(model)
+    if length > model.default_max_len:
+        raise BadConfig(
+            f"--max-model-len is {length}, but {question.name} was made for at most {model.default_max_len} tokens"
+        )
+    if question.concurrency < 1:
+        raise BadConfig(f"--concurrency is {question.concurrency}, but must be at least 1")
+    check_num_gpus(model, question.num_gpus)
+    dtype, notices = _dtype(question)
+    notices += _notices(question)
+    profile = question.profile or (FASTQWEN_CPU if question.facts.kind == "cpu" else FASTQWEN_GPU)
+    load = Load(
+        dtype=dtype,
+        max_model_len=length,
+        concurrency=question.concurrency,
+        num_gpus=question.num_gpus,
+        kv_cache_dtype=question.kv_cache_dtype,
+        eager=question.eager,
+        max_num_seqs=question.max_num_seqs,
+        max_num_batched_tokens=question.max_num_batched_tokens,
+    )
+    return load, profile, notices
+
+
+def _dtype(question: Question) -> tuple[str, list[str]]:
+    """bfloat16 on a device that does not compute in it is planned as float16, and said so."""
+    try:
+        return choose_dtype(question.dtype, question.model, question.facts)
+    except BadConfig:
+        dtype, notices = choose_dtype("auto", question.model, question.facts)
+        return dtype, notices or [f"{question.facts.name} does not compute in bfloat16, so float16 is planned"]
+
+
+def _notices(question: Question) -> list[str]:
+    """What a user should know of this model or this device."""
+    found = []
+    model, capability = question.model, question.facts.compute_capability
+    if question.profile is None and model.moe is not None and (model.quantization or {}).get("quant_method") == "gptq":
+        found.append("experts of GPTQ checkpoints are unpacked while they are loaded, and count so")
+    if question.profile is None and capability is not None and capability < MIN_TRITON_CAPABILITY:
+        major, minor = capability
+        found.append(
+            f"{question.facts.name} has compute capability {major}.{minor}; Triton, which compiles fastqwen's kernels, "
+            "names 8.0 as the least that it supports"
+        )
+    return found
+
+
+def need_of(question: Question) -> Need:
+    load, profile, _ = resolve(question)
+    return predict(question.model, load, profile, question.facts)
+
+
+def is_fitting(question: Question) -> bool:
+    need = need_of(question)
+    return need.total <= budget_bytes(need, question.facts, question.utilization)
+
+
+def largest_context(question: Question) -> int:
+    """Tokens of the longest sequence that fits at the question's concurrency; 0 if not even a block does."""
+    return _largest(question, "max_model_len", question.model.default_max_len)
+
+
+def most_sequences(question: Question) -> int:
+    """Sequences of the question's length that fit at once."""
+    load, profile, _ = resolve(question)
+    block = profile.block_size
+    need = need_of(msgspec.structs.replace(question, concurrency=1))
+    each = ceil(load.max_model_len / block) * block * need.kv_bytes_per_token
+    room = budget_bytes(need, question.facts, question.utilization) - need.fixed
+    # The cache alone bounds it; beyond --max-num-seqs each sequence also needs state and a row of logits.
+    return _largest(question, "concurrency", max(0, room // each))
+
+
+def _largest(question: Question, field: str, most: int) -> int:
+    """The largest value of a field that still fits; more never needs less, so halving finds it."""
+    low, high = 0, min(most, MOST_TOKENS)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if is_fitting(msgspec.structs.replace(question, **{field: middle})):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def rounded(length: int, most: int) -> int:
+    return length if length >= most else length // LENGTH_STEP * LENGTH_STEP
+
+
+def obstacles(question: Question) -> tuple[str, ...]:
+    """What stands in the way of serving this as it was asked."""
+    found = not_served_yet(question.model, num_gpus=question.num_gpus, kv_cache_dtype=question.kv_cache_dtype)
+    return found if question.real is None else (UNPUBLISHED, *found)
+
+
+def command(question: Question) -> str | None:
+    """The exact line, None if serving does not take it yet. A length is named where serving would ask for another."""
+    if obstacles(question):
+        return None
+    words = ["fastqwen", "serve", question.name]
+    load, profile, _ = resolve(question)
+    if load.max_model_len != question.model.default_max_len:
+        words += ["--max-model-len", str(load.max_model_len)]
+    if load.num_gpus > 1:
+        words += ["--tensor-parallel-size", str(load.num_gpus)]
+    if question.dtype != "auto":
+        words += ["--dtype", load.dtype]
+    if load.kv_cache_dtype != "auto":
+        words += ["--kv-cache-dtype", load.kv_cache_dtype]
+    if question.utilization != UTILIZATION:
+        words += ["--gpu-memory-utilization", f"{question.utilization:g}"]
+    if question.max_num_seqs is not None or load.concurrency > profile.max_num_seqs:
+        words += ["--max-num-seqs", str(max(question.max_num_seqs or 0, load.concurrency))]
+    if question.max_num_batched_tokens is not None:
+        words += ["--max-num-batched-tokens", str(question.max_num_batched_tokens)]
+    if question.eager:
+        words.append("--enforce-eager")
+    return shlex.join(words)
