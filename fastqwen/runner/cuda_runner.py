@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastqwen.engine.executor import StepHandle
 from fastqwen.kernels import AttentionBatch
 from fastqwen.kernels.triton import step
 from fastqwen.layers.decoder import Decoder
@@ -17,8 +18,9 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.records import Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner import sampler
-from fastqwen.runner.model_runner import NOT_FINITE, ModelRunner
+from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.packing import pack
+from fastqwen.runner.pooling import NOT_FINITE, PooledStep, last_vectors
 from fastqwen.runner.structured import StructuredOutput
 
 RESULTS_IN_FLIGHT = 4  # host copies of results; more than steps that may be in flight
@@ -134,14 +136,18 @@ class CudaRunner(ModelRunner):
                 self._run(ScheduledBatch(step_id=0, admissions=[], rows=[row]))
 
     @torch.inference_mode()
-    def submit(self, batch: ScheduledBatch) -> PendingStep:  # type: ignore[override]
+    def submit(self, batch: ScheduledBatch) -> StepHandle:
         if self._structured is not None:
             self._take_last_step(self._structured)
             self._structured.admit(batch.admissions)
         self.slots.admit(batch.admissions)
         self.slots.extend(batch.rows)
         rows = batch.rows
-        if self._graphs and len(rows) <= self._inputs.shape[1] and all(row.num_tokens == 1 for row in rows):
+        if (
+            self._graphs
+            and len(rows) <= self._inputs.shape[1]
+            and all(row.num_tokens == 1 and row.samples for row in rows)
+        ):
             hidden, logits, tokens = None, *self._replay(rows)
         else:
             hidden, logits, tokens = self._run(batch)
@@ -149,7 +155,9 @@ class CudaRunner(ModelRunner):
         failed: dict[int, str] = {}
         if any(self._is_special(row) for row in rows):
             tokens, extras, failed = self._special(rows, hidden, logits, tokens)
-        return self._pending(batch, tokens, extras, failed)
+        vectors = last_vectors(self._decoder, rows, hidden)
+        pending = self._pending(batch, tokens, extras, failed)
+        return pending if vectors is None else PooledStep(pending, rows, vectors)
 
     def _take_last_step(self, structured: StructuredOutput) -> None:
         """A grammar must see a row's last token before it allows the next one: such rows cannot run ahead."""

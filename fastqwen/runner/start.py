@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import llguidance
+import msgspec
 import torch
 
 from fastqwen import quant
@@ -81,7 +82,8 @@ def start_engine(
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
     measured = Measured(weights_bytes=weights_bytes, peak_bytes=_used_bytes(device), num_blocks=plan.num_blocks)
-    return Engine(EngineCore(scheduler, executor), compiler, plan, checkpoint.model, compare(paper, measured))
+    model = msgspec.structs.replace(checkpoint.model, has_head=decoder.has_head)
+    return Engine(EngineCore(scheduler, executor), compiler, plan, model, compare(paper, measured))
 
 
 def _used_bytes(device: torch.device) -> int | None:

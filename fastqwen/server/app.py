@@ -16,6 +16,7 @@ from fastqwen.server import docs_page, errors, status
 from fastqwen.server.body import read_body
 from fastqwen.server.chat import Chat
 from fastqwen.server.completions import Completion
+from fastqwen.server.embeddings import Embeddings
 from fastqwen.server.guard import Guard
 from fastqwen.server.messages import CountRequest, Messages, MessagesRequest, count_tokens
 from fastqwen.server.responses import Responses, ResponsesRequest
@@ -24,6 +25,7 @@ from fastqwen.server.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
     parse,
 )
@@ -50,11 +52,13 @@ def create_app(state: ServerState) -> ASGIApp:
     return Guard(app, state)
 
 
-class Work(Protocol):
+class Whole(Protocol):
     async def prepare(self) -> None: ...
 
     async def response(self) -> dict[str, Any]: ...
 
+
+class Work(Whole, Protocol):
     def events(self) -> AsyncGenerator[bytes, None]: ...
 
 
@@ -98,6 +102,13 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         body = parse(CompletionRequest, await read_body(request, state.config))
         return await answer(request, Completion(state, body), body.stream)
 
+    @app.post("/v1/embeddings", openapi_extra=documented(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        body = parse(EmbeddingRequest, await read_body(request, state.config))
+        work = Embeddings(state, body)
+        await work.prepare()
+        return await unless_gone(request, work)
+
     @app.post("/v1/responses", openapi_extra=documented(ResponsesRequest))
     async def responses(request: Request) -> Response:
         body = parse(ResponsesRequest, await read_body(request, state.config))
@@ -126,7 +137,7 @@ def explains_cache(request: Request) -> bool:
     return asked.lower() in ("1", "true", "yes")
 
 
-async def unless_gone(request: Request, work: Work) -> Response:
+async def unless_gone(request: Request, work: Whole) -> Response:
     """The whole answer, or nothing if the client leaves first: then the work is aborted."""
 
     async def gone() -> None:

@@ -95,6 +95,8 @@ class ServerState:
             max_model_len=ready.plan.max_model_len,
             vocab_size=ready.model.vocab_size,
             stop_token_ids=self.text.stop_token_ids,
+            hidden_size=ready.model.hidden_size,
+            has_head=ready.model.has_head,
         )
 
     @property

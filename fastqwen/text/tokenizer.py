@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from fastqwen.errors import BadRequest
@@ -16,6 +16,7 @@ from fastqwen.errors import BadRequest
 if TYPE_CHECKING:
     import tokenizers
 
+PROBE = "a"
 CHARS_PER_TOKEN = 32  # no real text comes near this average; longer input cannot fit and is not worth tokenising
 
 
@@ -79,6 +80,18 @@ class Tokenizer(ABC):
             raise BadRequest(
                 "the tokenizer cannot process this text: is it one very long run of spaces?", "prompt"
             ) from None
+
+    @cached_property
+    def closing_ids(self) -> list[int]:
+        """What the tokenizer's own post-processor puts behind a text, such as Qwen3-Embedding's <|endoftext|>."""
+        plain, whole = self._encode(PROBE, False), self._encode(PROBE, True)
+        starts = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
+        return whole[starts[0] + len(plain) :] if plain and starts else []
+
+    def closed_once(self, token_ids: list[int]) -> list[int]:
+        """Ids of a text that spelled out its end itself, so that the post-processor closed it a second time."""
+        end = self.closing_ids
+        return token_ids[: -len(end)] if end and token_ids[-2 * len(end) :] == end + end else token_ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         hidden = set(self.control_tokens.values()) if skip_special_tokens else set()
