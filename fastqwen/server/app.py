@@ -100,7 +100,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     @app.post("/v1/completions", openapi_extra=documented(CompletionRequest))
     async def completions(request: Request) -> Response:
         body = parse(CompletionRequest, await read_body(request, state.config))
-        return await answer(request, Completion(state, body), body.stream)
+        return await answer(request, Completion(state, body, explain_cache=explains_cache(request)), body.stream)
 
     @app.post("/v1/embeddings", openapi_extra=documented(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
@@ -112,7 +112,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     @app.post("/v1/responses", openapi_extra=documented(ResponsesRequest))
     async def responses(request: Request) -> Response:
         body = parse(ResponsesRequest, await read_body(request, state.config))
-        work = Responses(state, body)
+        work = Responses(state, body, explain_cache=explains_cache(request))
         await work.prepare()
         if body.stream:
             return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
@@ -121,7 +121,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     @app.post("/v1/messages", openapi_extra=documented(MessagesRequest))
     async def messages(request: Request) -> Response:
         body = parse(MessagesRequest, await read_body(request, state.config))
-        work = Messages(state, body)
+        work = Messages(state, body, explain_cache=explains_cache(request))
         await work.prepare()
         if body.stream:
             return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
@@ -164,6 +164,9 @@ def _add_tokenizer(app: FastAPI, state: ServerState) -> None:
         state.model_name(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise BadRequest("give either prompt or messages", "prompt")
+        for name in ("tools", "chat_template_kwargs"):
+            if body.prompt is not None and getattr(body, name):
+                raise BadRequest(f"{name} belongs to messages and has no effect on a prompt", name)
         if body.messages is not None:
             options = dict(body.chat_template_kwargs or {})
             if body.tools:
