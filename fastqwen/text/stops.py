@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fastqwen.errors import FastqwenError
+from fastqwen.text.belonging import CONVERSATION, PROBE
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.template import ChatTemplate
 from fastqwen.text.tokenizer import Tokenizer
@@ -54,14 +55,12 @@ def derive_stops(
 
 def _end_of_turn(tokenizer: Tokenizer, template: ChatTemplate | PiecewiseChatMl) -> int | None:
     """The first control token that the template writes after an assistant's answer."""
-    probe = "zyxprobe"
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": probe}]
     try:
-        ids = template.encode(tokenizer, messages, add_generation_prompt=False)
+        ids = template.encode(tokenizer, CONVERSATION, add_generation_prompt=False)
     except FastqwenError:
         return None  # a template that wants other messages: the other sources must do
     control = set(tokenizer.control_tokens.values())
     for length in range(1, len(ids)):
-        if tokenizer.decode(ids[:length]).rstrip().endswith(probe):
+        if tokenizer.decode(ids[:length]).rstrip().endswith(PROBE):
             return next((token_id for token_id in ids[length:] if token_id in control), None)
     return None

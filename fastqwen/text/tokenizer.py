@@ -7,7 +7,7 @@ answers are then the same by construction.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def vocab_size(self) -> int:
         """One more than the largest id that has a meaning."""
+
+    @property
+    def added_ids(self) -> Set[int]:
+        """Tokens that stand beside the vocabulary of text: control tokens, and others that were added as wholes."""
+        return frozenset(self.control_tokens.values())
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
@@ -139,6 +144,10 @@ class JsonTokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return self._vocab_size
+
+    @property
+    def added_ids(self) -> Set[int]:
+        return self._added.keys()
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
