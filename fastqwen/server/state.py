@@ -48,7 +48,6 @@ class ServerConfig:
     insecure: bool = False
     max_body_bytes: int = 32 * 2**20
     max_concurrent_requests: int = 1024
-    max_n: int = 128
     text_timeout_s: float = 2.0
     text_workers: int = 2
     header_timeout_s: float = 10.0

@@ -57,16 +57,19 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
         found = _Found(NoTokenizer(model.vocab_size), "", None, "", None, {})
     else:
         found = _from_gguf(where) if where.is_file() else _from_folder(where)
+    own = own_generation_config(path)
     file, generation = _chosen_generation_config(path, config)
     template = _template(found, config)
     if not config.skip_tokenizer_init:
         _check_belonging(found, template, model, where, path)
+        check_eos(found.tokenizer, found.file, generation.get("eos_token_id"), str(file))
     stops = derive_stops(
         found.tokenizer,
         template=template,
         config_eos=model.eos_token_ids,
         config_origin=f"{path.name if path.is_file() else 'config.json'}: eos_token_id",
-        generation_config=own_generation_config(path),
+        generation_config=own,
+        chosen={str(file): generation} if generation != own else {},
         tokenizer_eos=found.tokenizer_eos,
     )
     return TextTools(

@@ -27,9 +27,13 @@ def derive_stops(
     config_eos: Iterable[int] = (),
     config_origin: str = "config.json: eos_token_id",
     generation_config: dict[str, Any] | None = None,
+    chosen: dict[str, dict[str, Any]] | None = None,
     tokenizer_eos: str | int | None = None,
 ) -> list[StopToken]:
-    """Every id once, with the first origin that names it. Ids outside the vocabulary are left out."""
+    """Every id once, with the first origin that names it. Ids outside the vocabulary are left out.
+
+    ``chosen``: a generation_config.json of the operator's, by its path; what it adds holds for every request.
+    """
     found: dict[int, str] = {}
 
     def add(value: Any, origin: str) -> None:
@@ -38,6 +42,8 @@ def derive_stops(
             if isinstance(token_id, int) and 0 <= token_id < tokenizer.vocab_size:
                 found.setdefault(token_id, origin)
 
+    for file, values in (chosen or {}).items():
+        add(values.get("eos_token_id"), f"{file}: eos_token_id")
     generation = generation_config or {}
     add(generation.get("eos_token_id"), "generation_config.json: eos_token_id")
     add(list(config_eos), config_origin)

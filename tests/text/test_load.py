@@ -76,6 +76,15 @@ def test_another_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     write(other, temperature=0.2)
     text = load(folder, generation_config=str(other))
     assert text.default_sampling == {"temperature": 0.2} and END in text.stop_token_ids
+    write(other, eos_token_id=[START])
+    added = load(folder, generation_config=str(other))
+    assert [(stop.token_id, stop.origin) for stop in added.stops][:2] == [
+        (START, f"{other / 'generation_config.json'}: eos_token_id"),
+        (END, "generation_config.json: eos_token_id"),
+    ]
+    write(other, eos_token_id=[3])
+    with pytest.raises(BadCheckpoint, match="token 3 ends an answer"):
+        load(folder, generation_config=str(other))
     with pytest.raises(BadConfig, match="--generation-config"):
         load(folder, generation_config=str(other / "nowhere"))
 
