@@ -16,6 +16,7 @@ from fastqwen import LLM, SamplingParams
 from fastqwen.errors import BadCheckpoint, BadRequest, FastqwenError
 from tests.models.embedding import END, make_embedder, reference, write_tokenizer
 from tests.models.tiny import prompt
+from tests.server.live import run
 
 TEXTS = ["What is the capital of China?", "Gravity", "Explain gravity. " * 9, "鍵"]
 
@@ -136,6 +137,8 @@ def test_a_checkpoint_saved_without_its_head(tmp_path: Path, tied: bool):
     else:
         with pytest.raises(BadRequest, match="no output head"):
             llm.generate("Gravity")
+        checked = run("check", str(tmp_path))
+        assert (checked.returncode, "vectors of 64 numbers" in checked.stdout) == (0, True), checked.stderr
 
 
 def test_a_missing_head_of_a_whole_checkpoint_is_damage(tmp_path: Path):
@@ -196,6 +199,7 @@ def test_a_reward_model_is_still_refused(made: tuple[Path, Any], tmp_path: Path)
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 33}])
 def test_a_gpu_gives_the_same_vectors(made: tuple[Path, Any], options: dict[str, Any]):
     """Also for a row of one token, whose step would else be a recorded decode step without hidden states."""
