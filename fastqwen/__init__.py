@@ -13,10 +13,20 @@ from fastqwen.version import __version__
 if TYPE_CHECKING:
     from fastqwen.chat_model import ChatModel
     from fastqwen.llm import LLM
-    from fastqwen.outputs import CompletionOutput, Logprob, RequestOutput
+    from fastqwen.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, Logprob, RequestOutput
     from fastqwen.records import SamplingParams
 
-__all__ = ["LLM", "ChatModel", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "ChatModel",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 _HOME = {
     "LLM": "fastqwen.llm",
@@ -24,6 +34,8 @@ _HOME = {
     "SamplingParams": "fastqwen.records",
     "RequestOutput": "fastqwen.outputs",
     "CompletionOutput": "fastqwen.outputs",
+    "EmbeddingOutput": "fastqwen.outputs",
+    "EmbeddingRequestOutput": "fastqwen.outputs",
     "Logprob": "fastqwen.outputs",
 }
 

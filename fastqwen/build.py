@@ -40,14 +40,17 @@ class _Builder:
         self.config = config
         self.weights = weights
         self.ops = ops
-        self.names: Names = models.find(config.model_type).NAMES
+        names: Names = models.find(config.model_type).NAMES
+        bare = not weights.has(f"{names.embed}.weight") and weights.has(f"{names.without_prefix().embed}.weight")
+        self.names = names.without_prefix() if bare else names
+        self.has_head = not bare or config.tie_word_embeddings or weights.has(f"{names.head}.weight")
         self.method = quant.find(config.quantization, source)
 
     def decoder(self, layers: list[Layer]) -> Decoder:
         config, names = self.config, self.names
         shape = (config.vocab_size, config.hidden_size)
         embed = self.weights.tensor(f"{names.embed}.weight", shape)
-        tied = config.tie_word_embeddings
+        tied = config.tie_word_embeddings or not self.has_head
         head = embed if tied else self.weights.tensor(f"{names.head}.weight", shape)
         return Decoder(
             ops=self.ops,
@@ -55,6 +58,7 @@ class _Builder:
             layers=layers,
             norm=self.norm(names.final_norm),
             head=DenseLinear(self.ops, head, None),
+            has_head=self.has_head,
         )
 
     def layer(self, index: int) -> Layer:

@@ -53,7 +53,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     reasoning_parser: Annotated[str, option("qwen3 or none. auto: <think> blocks if the template knows them.")] = "auto"
     generation_config: Annotated[
-        str, option("Where default sampling parameters come from: auto (the model), none, or a folder.")
+        str,
+        option(
+            "Where default sampling parameters come from: auto (the model), none, or a folder with a "
+            "generation_config.json, whose eos_token_id end answers as well."
+        ),
     ] = "auto"
     rope_per_request: Annotated[
         bool,

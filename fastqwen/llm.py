@@ -11,15 +11,16 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from fastqwen.client.assemble import Assembler
-from fastqwen.client.prepare import ModelLimits, prepare
+from fastqwen.client.prepare import ModelLimits, check_dimensions, prepare, prepare_embedding
+from fastqwen.client.vectors import vector_of
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineCore, EngineStats
-from fastqwen.errors import BadConfig, BadRequest
+from fastqwen.errors import BadConfig, BadRequest, FastqwenError
 from fastqwen.hub import resolve
 from fastqwen.model_config import ModelConfig
-from fastqwen.outputs import Logprob, RequestOutput
+from fastqwen.outputs import EmbeddingOutput, EmbeddingRequestOutput, Logprob, RequestOutput
 from fastqwen.plan import EnginePlan
-from fastqwen.records import Grammar, RequestDelta, SamplingParams
+from fastqwen.records import EngineRequest, Grammar, RequestDelta, SamplingParams
 from fastqwen.runner.start import start_engine
 from fastqwen.text.grammar import check_grammar, grammar_tokenizer, to_grammar
 from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text
@@ -66,6 +67,8 @@ class LLM:
             max_model_len=self._engine.plan.max_model_len,
             vocab_size=self._engine.model.vocab_size,
             stop_token_ids=self.text.stop_token_ids if self.text else eos_without_tokenizer(path, facts),
+            hidden_size=self._engine.model.hidden_size,
+            has_head=self._engine.model.has_head,
         )
         self._ids = itertools.count()
         self._seeds = random.Random(self.config.seed)  # noqa: S311 not a secret
@@ -127,6 +130,59 @@ class LLM:
             self.chat_token_ids(cast(list[Message], conversation), **options) for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        use_tqdm: bool = True,
+        priority: int = 0,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector of length 1 per prompt: the last token's hidden state, cut to ``dimensions`` if given.
+
+        Token ids are used as they are; a text is closed as the tokenizer's post-processor says. Raises BadRequest.
+        """
+        check_dimensions(dimensions, self.limits)
+        requests: list[EngineRequest] = []
+        for index, prompt in enumerate(_as_list(prompts)):
+            text, ids = self._ids_of(prompt)
+            if text is not None and self.text is not None:
+                ids = self.text.tokenizer.closed_once(ids)
+            name = str(next(self._ids))
+            requests.append(prepare_embedding(name, ids, self.limits, field=f"prompts[{index}]", priority=priority))
+        found = self._run_embeddings(requests, use_tqdm)
+        return [
+            EmbeddingRequestOutput(
+                request_id=one.request_id,
+                outputs=EmbeddingOutput(vector_of(found[one.request_id], dimensions).tolist()),
+                prompt_token_ids=one.prompt_token_ids,
+                num_cached_tokens=found[one.request_id].num_cached_tokens,
+            )
+            for one in requests
+        ]
+
+    def _run_embeddings(self, requests: list[EngineRequest], bar: bool) -> dict[str, RequestDelta]:
+        core, found = self._engine.core, dict[str, RequestDelta]()
+        off = not bar or len(requests) < BAR_FROM_PROMPTS
+        try:
+            for request in requests:
+                core.add(request)
+            with tqdm(total=len(requests), unit="prompt", disable=off, dynamic_ncols=True) as progress:
+                while core.has_work:
+                    for delta in core.step():
+                        if delta.error is not None:
+                            raise FastqwenError(f"prompt {delta.request_id}: {delta.error}")
+                        found[delta.request_id] = delta
+                        progress.update(1)
+            core.step()  # idle: audits that no block was left behind
+        except BaseException:
+            for request in requests:
+                core.abort(request.request_id)
+            while core.has_work:
+                core.step()
+            raise
+        return found
 
     def chat_token_ids(self, messages: list[Message], **options: Any) -> list[int]:
         """The prompt that the chat template makes. Raises BadRequest."""

@@ -66,6 +66,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    has_head: bool = True  # False: the checkpoint holds no output head, so it makes embeddings but no text
 
     @property
     def default_max_len(self) -> int:

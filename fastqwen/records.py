@@ -16,6 +16,7 @@ import msgspec
 from fastqwen.errors import BadRequest
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+Pooling = Literal["last"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -161,6 +162,7 @@ class EngineRequest(msgspec.Struct, kw_only=True, frozen=True):
     priority: int = 0  # smaller runs first
     cache_salt: str = ""
     grammar: Grammar | None = None
+    pooling: Pooling | None = None  # "last": it ends with one vector, the prompt's last token's, instead of tokens
     arrival_s: float = 0.0
 
 
@@ -188,6 +190,7 @@ class Row(msgspec.Struct, kw_only=True, frozen=True):
     new_blocks: list[int]  # appended to the slot's block table before the step
     samples: bool  # the last token's logits give a new token
     prompt_logprobs: bool = False
+    pools: bool = False  # the last token's hidden state is the request's result; such a row does not sample
 
 
 class ScheduledBatch(msgspec.Struct, kw_only=True, frozen=True):
@@ -215,6 +218,7 @@ class SampledRow(msgspec.Struct, kw_only=True, frozen=True):
     token_id: int | None = None  # None: the row only filled the cache
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored
+    embedding: bytes | None = None  # float32, little-endian, of length 1
     error: str | None = None
 
 
@@ -234,3 +238,4 @@ class RequestDelta(msgspec.Struct, kw_only=True, frozen=True):
     stop_reason: int | str | None = None
     error: str | None = None
     num_cached_tokens: int = 0
+    embedding: bytes | None = None  # as in SampledRow; comes with the finish_reason

@@ -41,6 +41,13 @@ def commands() -> list[str]:
 
 MAKE = [line for line in commands() if line.startswith("make ")]
 CURL = [line for line in commands() if line.startswith("curl ")]
+# What stands behind a curl line in docs/api.md is a part of its answer.
+ANSWERS = {
+    line.split("   # ")[0].strip(): line.split("   # ")[1].strip()
+    for page, text in blocks("sh")
+    for line in text.splitlines()
+    if page == "api.md" and line.startswith("curl ")
+}
 FASTQWEN = [line for line in commands() if "fastqwen " in line and line not in MAKE]
 ENDLESS = ("serve", "bench")  # and models that are not here
 
@@ -59,7 +66,15 @@ def test_make_targets_exist(line: str):
             assert word.partition("=")[2] in done.stdout, f"{word} is not honoured"
 
 
-@pytest.mark.parametrize("line", CURL)
+@pytest.mark.parametrize("line", ANSWERS)
+def test_curl_says_what_stands_behind_it(server: LiveServer, line: str):
+    done = subprocess.run(
+        ["curl", "--silent", *shlex.split(line.replace(LOCAL, server.url))[1:]], capture_output=True, text=True
+    )
+    assert ANSWERS[line] in done.stdout
+
+
+@pytest.mark.parametrize("line", [line for line in CURL if line not in ANSWERS])
 def test_curl(server: LiveServer, line: str):
     words = shlex.split(line.replace(LOCAL, server.url))
     done = subprocess.run([words[0], "--silent", "--fail", *words[1:]], capture_output=True, text=True)

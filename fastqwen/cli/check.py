@@ -80,6 +80,9 @@ def _probe(llm: LLM) -> dict[str, Any]:
     from fastqwen.records import SamplingParams
 
     assert llm.text is not None
+    if not llm.limits.has_head:
+        [found] = llm.embed(PROBE, use_tqdm=False)
+        return {"question": PROBE, "finish_reason": "embedding", "dimensions": found.outputs.hidden_size}
     params = SamplingParams(temperature=0.0, max_tokens=PROBE_TOKENS)
     if llm.text.template is None:
         [output] = llm.generate(PROBE, params, use_tqdm=False)
@@ -113,6 +116,9 @@ def as_text(found: dict[str, Any]) -> str:
     if not found["stop_tokens"]:
         lines.append("  none was found: answers end only at max_tokens, or at stop strings of the request")
     probe = found["probe"]
+    if probe["finish_reason"] == "embedding":
+        vector = f"It holds no output head: it makes vectors of {probe['dimensions']} numbers, and no text."
+        return "\n".join([*lines, "", vector])
     return "\n".join([*lines, "", f"Question  {probe['question']}", f"Answer    {probe['answer']!r}", _ending(probe)])
 
 

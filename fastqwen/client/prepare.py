@@ -18,10 +18,14 @@ class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     vocab_size: int
     stop_token_ids: list[int] = []
+    hidden_size: int = 0
+    has_head: bool = True
 
 
 def check_prompt(token_ids: list[int], limits: ModelLimits) -> None:
     """Raises BadRequest for a prompt that is empty, too long, or has ids outside the vocabulary."""
+    if not limits.has_head:
+        raise BadRequest("this checkpoint holds no output head: it makes embeddings (/v1/embeddings), but no text")
     if not token_ids:
         raise BadRequest("the prompt is empty, at least one token is needed", "prompt")
     if len(token_ids) >= limits.max_model_len:
@@ -83,6 +87,49 @@ def prepare(
         )
         for index in range(sampling.n)
     ]
+
+
+def prepare_embedding(
+    request_id: str,
+    token_ids: list[int],
+    limits: ModelLimits,
+    *,
+    field: str,
+    priority: int = 0,
+    cache_salt: str = "",
+) -> EngineRequest:
+    """The engine request for one text's vector. ``field`` is what an error names. Raises BadRequest."""
+    if not token_ids:
+        raise BadRequest(f"{field} is empty, at least one token is needed", field)
+    if len(token_ids) > limits.max_model_len:
+        raise BadRequest(
+            f"{field} has {len(token_ids)} tokens, but the model's context is {limits.max_model_len} tokens",
+            field,
+            "context_length_exceeded",
+        )
+    if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
+        raise BadRequest(f"{field}: token ids must be at least 0 and less than {limits.vocab_size}", field)
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=token_ids,
+        sampling=SamplingParams(temperature=0.0, max_tokens=1),
+        stop_token_ids=[],
+        max_tokens=1,
+        seed=0,
+        priority=priority,
+        cache_salt=cache_salt,
+        pooling="last",
+        arrival_s=time.monotonic(),
+    )
+
+
+def check_dimensions(dimensions: int | None, limits: ModelLimits) -> None:
+    if dimensions is not None and not 1 <= dimensions <= limits.hidden_size:
+        raise BadRequest(
+            f"dimensions is {dimensions}, but must be at least 1 and at most {limits.hidden_size}, "
+            "the length of this model's vectors",
+            "dimensions",
+        )
 
 
 def engine_sampling(sampling: SamplingParams) -> SamplingParams:

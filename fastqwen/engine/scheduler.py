@@ -222,15 +222,17 @@ class Scheduler:
         sequence.blocks = sequence.blocks + taken
         start = sequence.num_computed
         sequence.num_computed += num_tokens
-        samples = sequence.num_computed == sequence.num_known
-        sequence.num_pending += samples
+        last = sequence.num_computed == sequence.num_known
+        pools = last and sequence.request.pooling is not None
+        sequence.num_pending += last  # a vector is waited for like a token
         return Row(
             slot=sequence.slot,
             request_id=sequence.request_id,
             start=start,
             num_tokens=num_tokens,
             new_blocks=new_blocks + taken,
-            samples=samples,
+            samples=last and not pools,
+            pools=pools,
             prompt_logprobs=sequence.request.sampling.prompt_logprobs is not None and start < sequence.num_prompt - 1,
         )
 
@@ -239,12 +241,21 @@ class Scheduler:
             return self._finish(
                 sequence, RequestDelta(request_id=row.request_id, finish_reason="error", error=sampled.error)
             )
+        sequence.num_pending -= row.samples or row.pools
         if row.samples:
             assert sampled.token_id is not None
-            sequence.num_pending -= 1
             sequence.token_ids.append(sampled.token_id)
         if sequence.slot != NO_SLOT and step_id >= sequence.admitted_in_step:  # else preempted since: other blocks now
             self._register_full_blocks(sequence, row.start + row.num_tokens)
+        if row.pools:
+            assert sampled.embedding is not None
+            delta = RequestDelta(
+                request_id=row.request_id,
+                finish_reason="stop",
+                num_cached_tokens=sequence.num_cached,
+                embedding=sampled.embedding,
+            )
+            return self._finish(sequence, delta)
         if not row.samples:
             if sampled.prompt_logprobs is None:
                 return None

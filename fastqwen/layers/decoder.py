@@ -27,6 +27,7 @@ class Decoder:
     layers: Sequence[Layer]
     norm: Norm
     head: Linear
+    has_head: bool = True  # False: the checkpoint has none, and the embedding stands in its place
 
     def hidden(self, ids: Tensor, batch: AttentionBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Advance the cache by a step's tokens: ids int32 [tokens] -> [tokens, hidden], before the final norm"""
@@ -39,6 +40,10 @@ class Decoder:
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.attention.add_to(residual, batch, cache)
             layer.mlp.add_to(residual)
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] -> the same, after the final norm: what the head reads, and what embeddings are made of"""
+        return self.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the type that the device's sampler reads"""

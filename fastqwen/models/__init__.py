@@ -40,14 +40,19 @@ def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
     except Unsupported as error:
         raise Unsupported(f"{source}: {error}") from None
     architectures = values.get("architectures")
-    if isinstance(architectures, list) and architectures and not any(map(_continues_text, architectures)):
-        raise Unsupported(f"{source}: architecture {str(architectures[0])[:60]!r} is not one that continues texts")
+    if isinstance(architectures, list) and architectures and not any(map(_reads_text, architectures)):
+        raise Unsupported(
+            f"{source}: architecture {str(architectures[0])[:60]!r} is not one that continues or embeds texts"
+        )
     config: ModelConfig = module.parse(Fields(values, source))
     return config
 
 
-def _continues_text(architecture: Any) -> bool:
-    return isinstance(architecture, str) and architecture.endswith(("ForCausalLM", "LMHeadModel"))
+def _reads_text(architecture: Any) -> bool:
+    """Qwen3ForCausalLM, QWenLMHeadModel, and Qwen3Model, the same without a head; not Qwen2ForRewardModel."""
+    if not isinstance(architecture, str):
+        return False
+    return architecture.endswith(("ForCausalLM", "Model")) and not architecture.endswith("RewardModel")
 
 
 def read_config(folder: Path) -> ModelConfig:

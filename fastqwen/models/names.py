@@ -24,3 +24,8 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
     shared_gate_up: tuple[str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
     shared_down: str = "mlp.shared_expert.down_proj"
     shared_gate: str = "mlp.shared_expert_gate"
+
+    def without_prefix(self) -> Names:
+        """As in a checkpoint that was saved without its head, such as Qwen3-Embedding: no ``model.`` in front."""
+        tops = {name: getattr(self, name).partition(".")[2] for name in ("embed", "final_norm", "layer")}
+        return msgspec.structs.replace(self, **tops)

@@ -11,7 +11,7 @@ import msgspec
 
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.allocator import Allocator
-from fastqwen.plan.facts import FUSED_ROWS, SAMPLE_CHUNK
+from fastqwen.plan.facts import FUSED_ROWS, SAMPLE_CHUNK, feed_forward_rows
 from fastqwen.plan.weights import kv_heads_per_gpu, num_dense_layers
 
 LEAST_ROWS = 16  # fewer sampled rows are planned like so many: they are little beside the layers
@@ -96,28 +96,28 @@ def largest_steps(sizes: Sizes, tokens: int, rows: int) -> Taken:
 
 
 @functools.lru_cache(maxsize=4096)
-def graph_buffers(sizes: Sizes, batches: tuple[int, ...]) -> int:
-    """Bytes of the pool that the graphs share: the largest one's buffers, and each one's own logits and tokens."""
+def graph_buffers(sizes: Sizes, batches: tuple[int, ...], prompts: tuple[int, ...], max_num_seqs: int) -> int:
+    """Bytes of the pool that all graphs share; none of them owns what it leaves behind."""
     memory = Allocator()
-    for batch in sorted(batches, reverse=True):
-        memory.take("residual", batch * sizes.hidden * sizes.element)
-        memory.take("cos_sin", batch * sizes.head_dim * 4)
-        _layer(memory, sizes, batch, whole=False, fused=batch <= FUSED_ROWS)
-        _logits(memory, sizes, batch, f"logits {batch}")
-        memory.drop("residual", "cos_sin")
+    steps = [(batch, batch, True) for batch in batches] + [(n, min(n, max_num_seqs), False) for n in prompts]
+    for tokens, rows, decode in sorted(steps, reverse=True):
+        memory.take("residual", tokens * sizes.hidden * sizes.element)
+        memory.take("cos_sin", tokens * sizes.head_dim * 4)
+        _layer(memory, sizes, tokens, whole=False, fused=decode and tokens <= FUSED_ROWS)
+        _logits(memory, sizes, rows, "logits")
+        memory.drop("logits", "residual", "cos_sin")
     return memory.reserved
 
 
 def _prompt_step(memory: Allocator, sizes: Sizes, tokens: int, rows: int, *, whole: bool, wishes: bool = False) -> None:
     memory.take("cos_sin", tokens * sizes.head_dim * 4)
-    memory.take("places", tokens * 32)  # ids, positions, rows, slots
     memory.take("residual", tokens * sizes.hidden * sizes.element)
     for _ in range(2):  # the second layer finds what the first one left
         _layer(memory, sizes, tokens, whole=whole, fused=False)
     _logits(memory, sizes, rows, "logits")
     if wishes:
         _wishes(memory, sizes, rows)
-    memory.drop("logits", "residual", "places", "cos_sin")
+    memory.drop("logits", "residual", "cos_sin")
 
 
 def _layer(memory: Allocator, sizes: Sizes, tokens: int, *, whole: bool, fused: bool) -> None:
@@ -136,11 +136,11 @@ def _attention(memory: Allocator, sizes: Sizes, tokens: int, *, whole: bool, fus
     memory.take("attended", number * sizes.queries)
     if not fused:  # a decode step rotates and stores within the kernel
         if whole and sizes.library_attention:
-            memory.take("k", number * sizes.keys)
             memory.take("q", number * sizes.queries)
-            for name in ("row_k", "row_v", "found"):  # each query head has its own copy of keys and values
-                memory.take(name, number * sizes.queries)
-            memory.drop("k", "row_k", "row_v", "found")
+            memory.take("k", number * sizes.keys)
+            memory.take("v", number * sizes.keys)
+            memory.take("found", number * sizes.queries)
+            memory.drop("k", "v", "found")
         else:
             memory.take("q", number * sizes.queries)
         memory.drop("q")
@@ -149,7 +149,7 @@ def _attention(memory: Allocator, sizes: Sizes, tokens: int, *, whole: bool, fus
 
 
 def _mlp(memory: Allocator, sizes: Sizes, tokens: int, *, fused: bool) -> None:
-    number = tokens * sizes.element
+    number = feed_forward_rows(tokens, 2 * sizes.inner) * sizes.element
     memory.take("normed", number * sizes.hidden)
     if fused and not sizes.packed:
         memory.take("product", number * sizes.inner)

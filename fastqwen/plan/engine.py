@@ -9,10 +9,13 @@ from fastqwen.errors import BadConfig, DoesNotFit
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
+from fastqwen.plan.weights import num_parameters
 
 CPU_KV_BYTES = 4 * GIB
-# Of a step with prompts beside running streams: more would make streams pause (Qwen3-8B on an H200: 2048 take about 50 ms).
-GPU_MIXED_TOKENS = 2048
+STREAM_PAUSE_S = 0.05  # how long running streams may pause for prompts that came later
+USUAL_TFLOPS = 200.0  # of a GPU whose data sheet is not known
+PROMPT_COMPUTE = 0.65  # of the data sheet's rate: what a step of prompts reaches on an H200
+MIN_MIXED_TOKENS, MIXED_STEP = 512, 256
 MIN_BF16_CAPABILITY = (8, 0)
 
 
@@ -98,12 +101,19 @@ def make_plan(
         max_model_len=min(wished_len, room),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_num_mixed_tokens=min(max_num_batched_tokens, GPU_MIXED_TOKENS),
+        max_num_mixed_tokens=None if on_cpu else mixed_tokens(model, facts, max_num_batched_tokens),
         weights_bytes=need.weights,
         kv_bytes_per_token=per_token,
         notices=tuple(notices),
         peak_bytes=need.fixed + num_blocks * block_size * per_token,
     )
+
+
+def mixed_tokens(model: ModelConfig, facts: DeviceFacts, most: int) -> int:
+    """Tokens of a step in which prompts are computed beside running streams, so that it takes STREAM_PAUSE_S."""
+    rate = (facts.matmul_tflops or USUAL_TFLOPS) * 1e12 * PROMPT_COMPUTE
+    tokens = int(STREAM_PAUSE_S * rate / (2 * num_parameters(model, active=True)))
+    return min(most, max(MIN_MIXED_TOKENS, tokens // MIXED_STEP * MIXED_STEP))
 
 
 def budget_bytes(need: Need, facts: DeviceFacts, utilization: float) -> int:

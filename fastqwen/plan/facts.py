@@ -54,6 +54,9 @@ DECODE_PARTS = 16384  # parts of contexts in a decode step; each has an output a
 DECODE_ROWS = 2048  # int32 counters for each key-value head
 UNPACK_BYTES = 8 * MIB  # of a packed matrix, as float32, unpacked at a time
 UNPACK_COPIES = 3  # its codes as bytes and apart, its numbers, and the same in the model's type: less than this
+CHUNK_BYTES = 50 * MIB
+CHUNK_ROWS = 512
+MAX_RECORDED_TOKENS = 2048
 LIBRARY_ATTENTION_CAPABILITY = (9, 0)  # from here on whole prompts go through cuDNN
 # torch's workspace for cuBLAS: 32 MiB from compute capability 9.0 on, else 8 MiB and 128 KiB; one for each stream, and
 # graphs are captured on a stream of their own.
@@ -77,9 +80,28 @@ FASTQWEN_GPU = EngineProfile(
 
 
 def graph_batches(max_num_seqs: int) -> tuple[int, ...]:
-    """Row counts for which fastqwen captures a graph."""
+    """Row counts for which a decode step is recorded; a step takes the next larger one and pads."""
     sizes = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 2049, 32))
     return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+def graph_tokens(most_tokens: int) -> tuple[int, ...]:
+    """Token counts for which a step with prompts is recorded. Larger ones are not: they keep the device busy for longer
+    than the host needs to launch them."""
+    most = min(most_tokens, MAX_RECORDED_TOKENS)
+    sizes = (*range(16, 65, 16), *range(96, 257, 32), *range(320, 513, 64), *range(640, 1025, 128))
+    return (*(size for size in (*sizes, *range(1280, 2049, 256)) if size < most), most)
+
+
+def feed_forward_rows(tokens: int, width: int) -> int:
+    """How many of a step's tokens go through the feed-forward part at once, ``width`` 16-bit numbers each.
+
+    Much wider activations than the second-level cache holds are made in chunks that it keeps until they are read again;
+    cuBLAS is faster on such chunks, too (8192 x 4096 x 24576 on an H200: 633 TFLOP/s at once, 698 by 2048 rows).
+    """
+    if tokens * width * 2 <= 4 * CHUNK_BYTES:
+        return tokens
+    return max(CHUNK_ROWS, CHUNK_BYTES // (2 * width) // CHUNK_ROWS * CHUNK_ROWS)
 
 
 FASTQWEN_CPU = EngineProfile(

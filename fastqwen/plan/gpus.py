@@ -129,7 +129,7 @@ def _this_machine() -> Target:
         facts = _host_facts()
         return _same(facts, f"this machine's CPU with {facts.total_bytes / GIB:.1f} GiB")
     name, mib, capability, used_mib = min(rows, key=lambda row: row[1] - row[3])
-    sheet = _sheet(name, mib)
+    sheet = data_sheet(name, mib)
     facts = DeviceFacts(
         kind="cuda",
         name=name,
@@ -143,7 +143,7 @@ def _this_machine() -> Target:
     return Target(facts=facts, slow=facts, fast=facts, label=name, installed=len(rows))
 
 
-def _sheet(name: str, mib: int) -> Gpu | None:
+def data_sheet(name: str, mib: int) -> Gpu | None:
     """The data sheet that fits a driver's name of a card, whose words are more than ours: 'NVIDIA A100-SXM4-80GB'."""
     words = _words(name)
     fitting = [

@@ -29,6 +29,7 @@ from fastqwen.plan.facts import (
     DeviceFacts,
     EngineProfile,
     graph_batches,
+    graph_tokens,
 )
 from fastqwen.plan.weights import (
     check_num_gpus,
@@ -186,11 +187,11 @@ def _fastqwen_terms(
     cublas = CUBLAS_BYTES if capability >= CUBLAS_CAPABILITY else OLD_CUBLAS_BYTES
     graphs = 0
     if not eager:
-        batches = graph_batches(max_num_seqs)
+        batches, prompts = graph_batches(max_num_seqs), graph_tokens(tokens)
         sizes = Sizes.of(model, num_gpus, element, library_attention=by_library)
-        nodes = len(batches) * model.num_layers * KERNELS_PER_LAYER
-        graphs = nodes * GRAPH_NODE_BYTES + graph_buffers(sizes, batches)
-        graphs += cublas if batches[-1] > FUSED_ROWS else 0
+        nodes = (len(batches) + len(prompts)) * model.num_layers * KERNELS_PER_LAYER
+        graphs = nodes * GRAPH_NODE_BYTES + graph_buffers(sizes, batches, prompts, max_num_seqs)
+        graphs += cublas if max(batches[-1], prompts[-1]) > FUSED_ROWS else 0
     kept = steps.reserved - steps.total
     in_steps = 2 * model.num_layers * FASTQWEN_GPU.rounding_bytes  # of the cache's tensors
     return {

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastqwen.engine.executor import StepHandle
 from fastqwen.kernels import AttentionBatch, PromptTiles
 from fastqwen.kernels.triton import step
 from fastqwen.layers.decoder import Decoder
@@ -15,7 +16,8 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.records import Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner import sampler
-from fastqwen.runner.model_runner import NOT_FINITE, ModelRunner
+from fastqwen.runner.model_runner import ModelRunner
+from fastqwen.runner.pooling import NOT_FINITE, PooledStep, last_vectors
 from fastqwen.runner.recording import Recording, alias, decode_layouts, prompt_layouts
 from fastqwen.runner.step_layout import TILE_TOKENS, Ints, StepInputs, StepLayout, count_decode_rows, cut_tiles
 from fastqwen.runner.structured import StructuredOutput
@@ -100,8 +102,7 @@ class CudaRunner(ModelRunner):
 
     def _layouts(self) -> tuple[list[StepLayout], list[StepLayout]]:
         plan = self._plan
-        most = plan.max_num_mixed_tokens or plan.max_num_batched_tokens
-        return decode_layouts(plan.max_num_seqs), prompt_layouts(most, plan.max_num_seqs)
+        return decode_layouts(plan.max_num_seqs), prompt_layouts(plan.max_num_batched_tokens, plan.max_num_seqs)
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -144,7 +145,7 @@ class CudaRunner(ModelRunner):
                 self._launch([row])
 
     @torch.inference_mode()
-    def submit(self, batch: ScheduledBatch) -> PendingStep:  # type: ignore[override]
+    def submit(self, batch: ScheduledBatch) -> StepHandle:
         if self._structured is not None:
             self._take_last_step(self._structured)
             self._structured.admit(batch.admissions)
@@ -156,7 +157,9 @@ class CudaRunner(ModelRunner):
         failed: dict[int, str] = {}
         if any(self._is_special(row) for row in rows):
             tokens, extras, failed = self._special(rows, hidden, logits, tokens)
-        return self._pending(batch, tokens, extras, failed)
+        vectors = last_vectors(self._decoder, rows, hidden)
+        pending = self._pending(batch, tokens, extras, failed)
+        return pending if vectors is None else PooledStep(pending, rows, vectors)
 
     def _take_last_step(self, structured: StructuredOutput) -> None:
         """A grammar must see a row's last token before it allows the next one: such rows cannot run ahead."""

@@ -10,7 +10,8 @@ from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig
 from fastqwen.kernels import Ops
 from fastqwen.plan import DeviceFacts
-from fastqwen.plan.facts import CONTEXT_BYTES_PER_MULTIPROCESSOR
+from fastqwen.plan.facts import CONTEXT_BYTES_PER_MULTIPROCESSOR, MIB
+from fastqwen.plan.gpus import data_sheet
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,13 +29,17 @@ def device_facts(device: torch.device) -> DeviceFacts:
         free, total = torch.cuda.mem_get_info(device)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         own = multiprocessors * CONTEXT_BYTES_PER_MULTIPROCESSOR + torch.cuda.memory_reserved(device)
+        name = torch.cuda.get_device_name(device)
+        sheet = data_sheet(name, total // MIB)
         return DeviceFacts(
             kind="cuda",
-            name=torch.cuda.get_device_name(device),
+            name=name,
             total_bytes=total,
             free_bytes=min(total, free + own),  # what other processes leave
             compute_capability=torch.cuda.get_device_capability(device),
             multiprocessors=multiprocessors,
+            bandwidth_gb_s=sheet.bandwidth_gb_s if sheet else None,
+            matmul_tflops=sheet.matmul_tflops if sheet else None,
         )
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")

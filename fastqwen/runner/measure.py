@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from fastqwen.config import EngineConfig
@@ -15,10 +17,18 @@ from fastqwen.runner.step_layout import TILE_TOKENS, cut_tiles
 GRAPH_RESERVE_BYTES = 512 * 2**20  # graphs are captured after the cache was made; the planner's estimate, rounded up
 
 
+@dataclass(frozen=True)
+class Room:
+    """``kv_bytes`` are left for the cache; ``step_bytes`` of the rest are free between steps only."""
+
+    kv_bytes: int
+    step_bytes: int
+
+
 @torch.inference_mode()
-def available_kv_bytes(
+def measure_room(
     model: ModelConfig, config: EngineConfig, plan: EnginePlan, decoder: Decoder, device: torch.device
-) -> int:
+) -> Room:
     """Bytes within ``gpu_memory_utilization`` that neither weights, nor other programs, nor the largest step need."""
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
@@ -31,7 +41,7 @@ def available_kv_bytes(
     used = total - free_before
     graphs = 0 if config.enforce_eager else GRAPH_RESERVE_BYTES
     torch.cuda.empty_cache()
-    return int(total * config.gpu_memory_utilization) - used - step_bytes - graphs
+    return Room(int(total * config.gpu_memory_utilization) - used - step_bytes - graphs, step_bytes)
 
 
 def _largest_step(model: ModelConfig, plan: EnginePlan, decoder: Decoder, device: torch.device) -> None:

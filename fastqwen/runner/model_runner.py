@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastqwen.engine.executor import StepHandle
 from fastqwen.kernels import LayerCache
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
@@ -13,11 +14,11 @@ from fastqwen.records import Row, SampledRow, ScheduledBatch, StepOutput, TokenL
 from fastqwen.runner import sampler
 from fastqwen.runner.device import TORCH_DTYPES
 from fastqwen.runner.packing import pack
+from fastqwen.runner.pooling import NOT_FINITE, PooledStep, last_vectors
 from fastqwen.runner.slots import Slots
 from fastqwen.runner.structured import StructuredOutput
 
 LOGITS_AT_ONCE = 256  # rows of logits that prompt log-probabilities keep in memory
-NOT_FINITE = "the model computed values that are not finite numbers"
 
 
 class FinishedStep:
@@ -61,7 +62,7 @@ class ModelRunner:
         ]
 
     @torch.inference_mode()
-    def submit(self, batch: ScheduledBatch) -> FinishedStep:
+    def submit(self, batch: ScheduledBatch) -> StepHandle:
         self.slots.admit(batch.admissions)
         self.slots.extend(batch.rows)
         if self._structured is not None:
@@ -74,15 +75,16 @@ class ModelRunner:
         tokens, logprobs, errors = self._sample([batch.rows[i] for i in sampling], hidden[ends[sampling]])
         results = dict(zip(sampling, zip(tokens, logprobs, errors, strict=True), strict=True))
         starts = where.rows.starts.tolist()
-        return FinishedStep(
-            StepOutput(
-                step_id=batch.step_id,
-                rows=[
-                    self._result(row, results.get(index), hidden[starts[index] : starts[index + 1]])
-                    for index, row in enumerate(batch.rows)
-                ],
-            )
+        vectors = last_vectors(self._decoder, batch.rows, hidden)
+        output = StepOutput(
+            step_id=batch.step_id,
+            rows=[
+                self._result(row, results.get(index), hidden[starts[index] : starts[index + 1]])
+                for index, row in enumerate(batch.rows)
+            ],
         )
+        step = FinishedStep(output)
+        return step if vectors is None else PooledStep(step, batch.rows, vectors)
 
     def _result(
         self, row: Row, sampled: tuple[int, TokenLogprobs | None, str | None] | None, hidden: Tensor

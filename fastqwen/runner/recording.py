@@ -8,35 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastqwen.plan.facts import graph_batches, graph_tokens
 from fastqwen.runner.step_layout import TILE_TOKENS, StepLayout
 
 MAX_PROMPT_ROWS = 64  # of a recorded step: each may add one tile that is not full
-_PROMPT_TOKENS = [
-    *range(16, 65, 16),
-    *range(96, 257, 32),
-    *range(320, 513, 64),
-    *range(640, 1025, 128),
-    *range(1280, 2049, 256),
-]
-
-
-def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Row counts for which a decode step is recorded; a step takes the next larger one and pads."""
-    sizes = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 2049, 32)]
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 def decode_layouts(max_num_seqs: int) -> list[StepLayout]:
-    return [StepLayout(tokens=size, tiles=0, samples=size) for size in decode_sizes(max_num_seqs)]
+    return [StepLayout(tokens=size, tiles=0, samples=size) for size in graph_batches(max_num_seqs)]
 
 
 def prompt_layouts(most_tokens: int, max_num_seqs: int) -> list[StepLayout]:
-    """Steps that have prompts, or parts of them, beside decode rows. Larger ones, which have prompts only, are not
-    recorded: they keep the device busy for longer than the host needs to launch them."""
-    sizes = [size for size in _PROMPT_TOKENS if size < most_tokens] + [most_tokens]
+    """Steps that have prompts, or parts of them, beside decode rows."""
     return [
         StepLayout(tokens=tokens, tiles=tokens // TILE_TOKENS + MAX_PROMPT_ROWS, samples=min(tokens, max_num_seqs))
-        for tokens in sizes
+        for tokens in graph_tokens(most_tokens)
     ]
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import llguidance
+import msgspec
 import torch
 
 from fastqwen import quant
@@ -68,9 +69,9 @@ def start_engine(
     compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
     structured = None if compiler is None else StructuredOutput(compiler)
     if device.type == "cuda":
-        plan, executor = _on_gpu(config, checkpoint.model, decoder, plan, device, structured, on_capture)
+        plan, executor, step_bytes = _on_gpu(config, checkpoint.model, decoder, plan, device, structured, on_capture)
     else:
-        executor = ModelRunner(checkpoint.model, decoder, plan, device, structured)
+        executor, step_bytes = ModelRunner(checkpoint.model, decoder, plan, device, structured), 0
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, plan.block_size),
         max_num_seqs=plan.max_num_seqs,
@@ -81,16 +82,21 @@ def start_engine(
     )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
-    measured = Measured(weights_bytes=weights_bytes, peak_bytes=_used_bytes(device), num_blocks=plan.num_blocks)
-    return Engine(EngineCore(scheduler, executor), compiler, plan, checkpoint.model, compare(paper, measured))
+    measured = Measured(
+        weights_bytes=weights_bytes, peak_bytes=_peak_bytes(device, step_bytes), num_blocks=plan.num_blocks
+    )
+    model = msgspec.structs.replace(checkpoint.model, has_head=decoder.has_head)
+    return Engine(EngineCore(scheduler, executor), compiler, plan, model, compare(paper, measured))
 
 
-def _used_bytes(device: torch.device) -> int | None:
-    """What the GPU holds now: weights, cache, graphs, the largest step's buffers and the process's own share."""
+def _peak_bytes(device: torch.device, step_bytes: int) -> int | None:
+    """What a GPU holds in the largest step: what it holds now, weights, cache, graphs and the process's own share, and
+    what that step takes."""
     if device.type != "cuda":
         return None
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return total - free
+    return total - free + step_bytes
 
 
 def _on_gpu(
@@ -101,17 +107,17 @@ def _on_gpu(
     device: torch.device,
     structured: StructuredOutput | None,
     on_capture: Progress,
-) -> tuple[EnginePlan, ModelRunner]:
+) -> tuple[EnginePlan, ModelRunner, int]:
     """The cache gets what the largest step leaves free; then the decode steps are recorded."""
     from fastqwen.runner.cuda_runner import CudaRunner
-    from fastqwen.runner.measure import available_kv_bytes
+    from fastqwen.runner.measure import measure_room
 
-    measured = available_kv_bytes(model, config, plan, decoder, device)
-    plan = make_plan(model, config, device_facts(device), available_kv_bytes=max(1, measured))
+    room = measure_room(model, config, plan, decoder, device)
+    plan = make_plan(model, config, device_facts(device), available_kv_bytes=max(1, room.kv_bytes))
     runner = CudaRunner(model, decoder, plan, device, structured)
     if not config.enforce_eager:
         runner.capture(on_capture)
-    return plan, runner
+    return plan, runner, room.step_bytes
 
 
 def _load(

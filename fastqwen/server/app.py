@@ -16,6 +16,7 @@ from fastqwen.server import docs_page, errors, status
 from fastqwen.server.body import read_body
 from fastqwen.server.chat import Chat
 from fastqwen.server.completions import Completion
+from fastqwen.server.embeddings import Embeddings
 from fastqwen.server.guard import Guard
 from fastqwen.server.messages import CountRequest, Messages, MessagesRequest, count_tokens
 from fastqwen.server.responses import Responses, ResponsesRequest
@@ -24,6 +25,7 @@ from fastqwen.server.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
     parse,
 )
@@ -50,11 +52,13 @@ def create_app(state: ServerState) -> ASGIApp:
     return Guard(app, state)
 
 
-class Work(Protocol):
+class Whole(Protocol):
     async def prepare(self) -> None: ...
 
     async def response(self) -> dict[str, Any]: ...
 
+
+class Work(Whole, Protocol):
     def events(self) -> AsyncGenerator[bytes, None]: ...
 
 
@@ -96,12 +100,19 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     @app.post("/v1/completions", openapi_extra=documented(CompletionRequest))
     async def completions(request: Request) -> Response:
         body = parse(CompletionRequest, await read_body(request, state.config))
-        return await answer(request, Completion(state, body), body.stream)
+        return await answer(request, Completion(state, body, explain_cache=explains_cache(request)), body.stream)
+
+    @app.post("/v1/embeddings", openapi_extra=documented(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        body = parse(EmbeddingRequest, await read_body(request, state.config))
+        work = Embeddings(state, body)
+        await work.prepare()
+        return await unless_gone(request, work)
 
     @app.post("/v1/responses", openapi_extra=documented(ResponsesRequest))
     async def responses(request: Request) -> Response:
         body = parse(ResponsesRequest, await read_body(request, state.config))
-        work = Responses(state, body)
+        work = Responses(state, body, explain_cache=explains_cache(request))
         await work.prepare()
         if body.stream:
             return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
@@ -110,7 +121,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     @app.post("/v1/messages", openapi_extra=documented(MessagesRequest))
     async def messages(request: Request) -> Response:
         body = parse(MessagesRequest, await read_body(request, state.config))
-        work = Messages(state, body)
+        work = Messages(state, body, explain_cache=explains_cache(request))
         await work.prepare()
         if body.stream:
             return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
@@ -126,7 +137,7 @@ def explains_cache(request: Request) -> bool:
     return asked.lower() in ("1", "true", "yes")
 
 
-async def unless_gone(request: Request, work: Work) -> Response:
+async def unless_gone(request: Request, work: Whole) -> Response:
     """The whole answer, or nothing if the client leaves first: then the work is aborted."""
 
     async def gone() -> None:
@@ -153,6 +164,9 @@ def _add_tokenizer(app: FastAPI, state: ServerState) -> None:
         state.model_name(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise BadRequest("give either prompt or messages", "prompt")
+        for name in ("tools", "chat_template_kwargs"):
+            if body.prompt is not None and getattr(body, name):
+                raise BadRequest(f"{name} belongs to messages and has no effect on a prompt", name)
         if body.messages is not None:
             options = dict(body.chat_template_kwargs or {})
             if body.tools:

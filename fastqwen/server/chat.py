@@ -81,8 +81,7 @@ class Chat:
             thinking=self._thinking,
         )
         self._generation = Generation(state, self._id, token_ids, sampling, wishes)
-        state.cache_stories.block_size = state.block_size
-        self._story = state.cache_stories.begin(body.messages, body.tools, token_ids, body.cache_salt)
+        self._story = state.begin_story(body.messages, body.tools, token_ids, body.cache_salt)
 
     def _open_thinking(self, token_ids: list[int], *, constrained: bool) -> tuple[list[int], bool]:
         """The prompt, and whether the answer begins inside a thinking block.
@@ -116,7 +115,7 @@ class Chat:
             **self._head("chat.completion"),
             "choices": [self._choice(choice) for choice in generation.choices],
             "usage": usage_of([generation]),
-            **self._notes(),
+            **self.notes(),
         }
         if self._body.prompt_logprobs is not None:
             response["prompt_logprobs"] = prompt_logprobs_json(generation.prompt_logprobs)
@@ -151,7 +150,8 @@ class Chat:
     def warnings(self) -> list[str]:
         return [*self._body.warnings(), *self._thinking.warnings, *self.generation.warnings]
 
-    def _notes(self) -> dict[str, Any]:
+    def notes(self) -> dict[str, Any]:
+        """Once the answer is there: what had no effect, and why the cache did not help more if that was asked."""
         notes: dict[str, Any] = {}
         warnings = self.warnings()
         if warnings:
@@ -198,7 +198,7 @@ class Chat:
         if piece.finish_reason is not None:
             chunks[-1]["choices"][0].update(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
             if last:
-                chunks[-1].update(self._notes())
+                chunks[-1].update(self.notes())
         return chunks
 
     def _deltas(self, index: int, parts: Parts) -> list[dict[str, Any]]:

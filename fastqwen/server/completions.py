@@ -10,6 +10,7 @@ from typing import Any
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
+from fastqwen.server.cache_story import CacheStory
 from fastqwen.server.generation import Generation, GenerationFailed, Wishes
 from fastqwen.server.grammars import answer_grammar
 from fastqwen.server.merge import gather, merge
@@ -26,7 +27,9 @@ FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 class Completion:
     """One request: its prompts, each with n answers. ``events`` streams it, ``response`` waits for the whole."""
 
-    def __init__(self, state: ServerState, body: CompletionRequest) -> None:
+    def __init__(self, state: ServerState, body: CompletionRequest, *, explain_cache: bool = False) -> None:
+        self._explain_cache = explain_cache
+        self._story: CacheStory | None = None
         self._state = state
         self._body = body
         self._id = new_id("cmpl")
@@ -54,6 +57,10 @@ class Completion:
             )
         for index, token_ids in enumerate(prompts):
             self._generations.append(Generation(self._state, f"{self._id}-{index}", token_ids, sampling, wishes))
+        if self._explain_cache and len(prompts) > 1:
+            raise BadRequest("explain_cache explains one prompt: send the prompts one by one", "explain_cache")
+        if len(prompts) == 1:
+            self._story = self._state.begin_story([], None, prompts[0], body.cache_salt)
 
     def _check(self) -> None:
         body = self._body
@@ -149,7 +156,11 @@ class Completion:
 
     def _notes(self) -> dict[str, Any]:
         warnings = self._body.warnings()
-        return {"warnings": warnings} if warnings else {}
+        notes: dict[str, Any] = {"warnings": warnings} if warnings else {}
+        if self._story is not None:
+            story = self._state.cache_stories.end(self._story, self._generations[0])
+            notes.update({"cache": story} if self._explain_cache else {})
+        return notes
 
     def _choice(self, index: int, generation: Generation, output: CompletionOutput) -> dict[str, Any]:
         text, logprobs = output.text, output.logprobs

@@ -104,6 +104,15 @@ class Generation:
     def num_generated_tokens(self) -> int:
         return sum(len(output.token_ids) for output in self.outputs)
 
+    @property
+    def parses_thinking(self) -> bool:
+        """Whether thinking is told apart from the answer; then its tokens are counted."""
+        return any(choice.parser is not None for choice in self.choices)
+
+    @property
+    def num_thinking_tokens(self) -> int:
+        return sum(choice.num_thinking_tokens for choice in self.choices)
+
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """(index of the answer, what it gained) until each answer has its finish_reason."""
         clock = RequestClock(self._state.metrics, len(self.prompt_token_ids), len(self.choices))

@@ -18,7 +18,9 @@ from fastqwen.server.state import ServerState
 
 OPEN_PATHS = frozenset({"/", "/admin", "/health", "/health/ready", "/favicon.ico"})
 OPEN_FOLDER = "/static/"
-COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+COUNTED_PATHS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"}
+)
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 MAX_HEADERS = 128
 SECURITY_HEADERS = [

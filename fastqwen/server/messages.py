@@ -114,8 +114,8 @@ class MessagesRequest(CountRequest):
 class Messages:
     """One request. ``events`` streams it, ``response`` waits for the whole."""
 
-    def __init__(self, state: ServerState, body: MessagesRequest) -> None:
-        self._chat = Chat(state, body.as_chat())
+    def __init__(self, state: ServerState, body: MessagesRequest, *, explain_cache: bool = False) -> None:
+        self._chat = Chat(state, body.as_chat(), explain_cache=explain_cache)
         self._model = state.model_name(body.model)
         self._id = f"msg_{uuid.uuid4().hex}"
 
@@ -132,7 +132,7 @@ class Messages:
             **self._head(_blocks(parts)),
             **_ending(choice),
             "usage": _usage(generation),
-            **({"warnings": self._chat.warnings()} if self._chat.warnings() else {}),
+            **self._chat.notes(),
         }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -147,10 +147,8 @@ class Messages:
                 data = writer.write(piece.parts if piece.parts is not None else Parts(content=piece.text))
                 if data:
                     yield data
-        yield writer.close() + named_event(
-            "message_delta",
-            {"type": "message_delta", "delta": _ending(generation.choices[0]), "usage": _usage(generation)},
-        )
+        end = {"type": "message_delta", "delta": _ending(generation.choices[0]), "usage": _usage(generation)}
+        yield writer.close() + named_event("message_delta", {**end, **self._chat.notes()})
         yield named_event("message_stop", {"type": "message_stop"})
 
     def _head(self, content: list[dict[str, Any]]) -> dict[str, Any]:

@@ -111,6 +111,15 @@ class ResponsesRequest(Body):
             prompt_cache_key=self.prompt_cache_key,
         )  # fmt: skip
 
+    def warnings(self) -> list[str]:
+        """What is accepted because clients send it always, though the answer holds it anyhow."""
+        found = []
+        if self.reasoning is not None and self.reasoning.summary is not None:
+            found.append("reasoning.summary has no effect: the reasoning itself is given")
+        if self.include:
+            found.append(f"include {self.include[0]} has no effect: the reasoning is given in plain text")
+        return found
+
     def _messages(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         if self.instructions:
@@ -148,9 +157,9 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
 class Responses:
     """One request. ``events`` streams it, ``response`` waits for the whole."""
 
-    def __init__(self, state: ServerState, body: ResponsesRequest) -> None:
+    def __init__(self, state: ServerState, body: ResponsesRequest, *, explain_cache: bool = False) -> None:
         self._body = body
-        self._chat = Chat(state, body.as_chat())
+        self._chat = Chat(state, body.as_chat(), explain_cache=explain_cache)
         self._model = state.model_name(body.model)
         self._id = new_id("resp")
         self._created = int(time.time())
@@ -202,10 +211,10 @@ class Responses:
         }
         details = {"reason": "max_output_tokens"} if cut else None
         whole = self._head("incomplete" if cut else "completed", items)
-        warnings = self._chat.warnings()
-        if self._body.reasoning is not None and self._body.reasoning.summary is not None:
-            warnings = [*warnings, "reasoning.summary has no effect: the reasoning itself is given"]
-        return {**whole, "usage": usage, "incomplete_details": details, **({"warnings": warnings} if warnings else {})}
+        notes = self._chat.notes()
+        warnings = [*notes.pop("warnings", []), *self._body.warnings()]
+        notes.update({"warnings": warnings} if warnings else {})
+        return {**whole, "usage": usage, "incomplete_details": details, **notes}
 
     def _head(self, status: str, items: list[dict[str, Any]]) -> dict[str, Any]:
         body = self._body

@@ -33,6 +33,7 @@ from fastqwen.server.state import ServerConfig, ServerState
 from fastqwen.text.formats import Formats, derive_formats
 from fastqwen.text.load import TextTools, load_text
 from fastqwen.text.pool import TextPool
+from fastqwen.text.stops import StopToken
 from fastqwen.weights.checkpoint import open_checkpoint
 
 log = logging.getLogger("fastqwen.server")
@@ -115,6 +116,8 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
             address,
             address,
         )
+        for told in _told_about_stops(text.stops, parts.engine_config):
+            log.warning("%s", told)
         for line in ready.comparison:
             log.log(logging.WARNING if line.warn else logging.INFO, "memory: %s", line.text)
 
@@ -157,6 +160,16 @@ def _state(parts: _Parts, engine: EngineClient) -> ServerState:
         seeds=random.Random(engine_config.seed),  # noqa: S311 not a secret
         cache_stories=CacheStories(enabled=engine_config.enable_prefix_caching),
     )
+
+
+def _told_about_stops(stops: list[StopToken], config: EngineConfig) -> list[str]:
+    """An answer that nothing ends runs on to max_tokens, and users of such a model see only that."""
+    if stops or config.skip_tokenizer_init:
+        return []
+    return [
+        "no token is known that ends an answer, so answers run to their longest: add eos_token_id to the model's "
+        "generation_config.json, or name a folder with such a file with --generation-config; /v1/stops shows what was found"
+    ]
 
 
 async def _stop_on_failure(engine: EngineClient, server: _Server) -> None:

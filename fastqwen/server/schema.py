@@ -124,8 +124,12 @@ class SamplingFields(Body):
         return next(iter(wishes.values()), None)
 
     def warnings(self) -> list[str]:
-        given = sorted(name for name in WITHOUT_EFFECT if getattr(self, name, None) is not None)
-        return [f"{name} has no effect on this server" for name in given]
+        return warnings_of(self)
+
+
+def warnings_of(body: Body) -> list[str]:
+    given = sorted(name for name in WITHOUT_EFFECT if getattr(body, name, None) is not None)
+    return [f"{name} has no effect on this server" for name in given]
 
 
 class ChatMessage(BaseModel):
@@ -195,6 +199,22 @@ class CompletionRequest(SamplingFields):
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_special_tokens: bool = True
+
+
+class EmbeddingRequest(Body):
+    """Token ids are used as they are; texts are closed as the tokenizer's post-processor says."""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    add_special_tokens: bool = True
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    cache_salt: Annotated[str, Field(max_length=256)] = ""
+    user: str | None = None
+
+    def warnings(self) -> list[str]:
+        return warnings_of(self)
 
 
 class TokenizeRequest(Body):

@@ -6,6 +6,7 @@ import random
 import time
 import uuid
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +20,8 @@ from fastqwen.text.load import TextTools
 from fastqwen.text.worker import Compile, Encode, Job, Render
 
 if TYPE_CHECKING:
-    from fastqwen.server.cache_story import CacheStories
+    from fastqwen.server.cache_story import CacheStories, CacheStory
+    from fastqwen.server.schema import ChatMessage, Tool
 
 MAX_CHECKED_GRAMMARS = 1024
 MAX_RECENT_ERRORS = 50
@@ -46,7 +48,6 @@ class ServerConfig:
     insecure: bool = False
     max_body_bytes: int = 32 * 2**20
     max_concurrent_requests: int = 1024
-    max_n: int = 128
     text_timeout_s: float = 2.0
     text_workers: int = 2
     header_timeout_s: float = 10.0
@@ -95,11 +96,20 @@ class ServerState:
             max_model_len=ready.plan.max_model_len,
             vocab_size=ready.model.vocab_size,
             stop_token_ids=self.text.stop_token_ids,
+            hidden_size=ready.model.hidden_size,
+            has_head=ready.model.has_head,
         )
 
     @property
     def block_size(self) -> int:
         return self.engine.ready.plan.block_size if self.engine.ready is not None else 1
+
+    def begin_story(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, token_ids: list[int], salt: str
+    ) -> CacheStory:
+        """For a prompt about to run: what a later answer needs to say why the prefix cache did not help more."""
+        self.cache_stories.block_size = self.block_size
+        return self.cache_stories.begin(messages, tools, token_ids, salt)
 
     def admit(self) -> None:
         """Raises Overloaded or EngineGone where a new request cannot be taken."""

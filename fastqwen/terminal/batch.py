@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fastqwen.errors import BadConfig, FastqwenError
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 RETRY_STATUSES = (408, 429, 503)
 MAX_TRIES = 8
 READY_TIMEOUT_S = 1800.0
@@ -125,6 +125,12 @@ def _write(file: IO[str], answer: dict[str, Any]) -> None:
     os.fsync(file.fileno())
 
 
+def whole(request: dict[str, Any]) -> dict[str, Any]:
+    """The body of a request, whose answer is to come in one piece."""
+    body: dict[str, Any] = request["body"]
+    return {**body, "stream": False} if body.get("stream") else body
+
+
 async def _answer(client: httpx.AsyncClient, request: dict[str, Any]) -> dict[str, Any]:
     """One line of output. A server that is busy or restarting is asked again; any other answer counts."""
     result: dict[str, Any] = {
@@ -135,7 +141,7 @@ async def _answer(client: httpx.AsyncClient, request: dict[str, Any]) -> dict[st
     }
     for attempt in range(MAX_TRIES):
         try:
-            response = await client.post(request["url"], json={**request["body"], "stream": False})
+            response = await client.post(request["url"], json=whole(request))
         except httpx.HTTPError as error:
             result["error"] = {"code": "connection_error", "message": str(error) or type(error).__name__}
         else:

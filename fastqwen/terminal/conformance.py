@@ -258,6 +258,15 @@ def errors_in_shape(server: Server) -> str:
     return "400 with a message"
 
 
+def no_silent_fields(server: Server) -> str:
+    """A field that means nothing must be refused or answered with a warning, or a typing error is never noticed."""
+    response = server.post(messages=PROMPT, max_tokens=2, max_tokenz=5)
+    if response.status_code == 200 and not response.json().get("warnings"):
+        raise Missing("an unknown field is ignored without a word")
+    _demand(response.status_code < 500, f"an unknown field was answered with {response.status_code}")
+    return str(response.status_code)
+
+
 def logprobs(server: Server) -> str:
     found = server.chat(logprobs=True, top_logprobs=2, max_tokens=4).get("logprobs") or {}
     _demand(bool(found and found.get("content")), "logprobs were asked for and are not there")
@@ -282,6 +291,7 @@ CHECKS: list[tuple[str, Callable[[Server], str]]] = [
     ("thinking off", thinking_off),
     ("effort aliases", effort_aliases),
     ("errors", errors_in_shape),
+    ("no silent fields", no_silent_fields),
 ]
 
 

@@ -49,6 +49,7 @@ class TextFacts(msgspec.Struct, frozen=True, kw_only=True):
     eot_token_id: int | None  # ends a turn, where eos ends a text
     pad_token_id: int | None
     add_bos: bool
+    add_eos: bool = False  # embedding models close a text with it
 
 
 def text_facts(metadata: dict[str, Any], source: str = "the GGUF file") -> TextFacts:
@@ -65,6 +66,7 @@ def text_facts(metadata: dict[str, Any], source: str = "the GGUF file") -> TextF
         eot_token_id=_token_id(metadata, "eot_token_id", source),
         pad_token_id=_token_id(metadata, "padding_token_id", source),
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", default) is True,
+        add_eos=metadata.get("tokenizer.ggml.add_eos_token") is True,
     )
 
 
@@ -91,7 +93,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     _cut_words(tokenizer, kind)
     _add_tokens(tokenizer, metadata, tokens, source)
-    _add_bos(tokenizer, text_facts(metadata, source), tokens, source)
+    _add_ends(tokenizer, text_facts(metadata, source), tokens, source)
     return tokenizer
 
 
@@ -165,19 +167,25 @@ def _add_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str
     tokenizer.add_tokens(added)
 
 
-def _add_bos(tokenizer: Tokenizer, facts: TextFacts, tokens: list[str], source: str) -> None:
+def _add_ends(tokenizer: Tokenizer, facts: TextFacts, tokens: list[str], source: str) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    if not facts.add_bos:
-        return
-    number = facts.bos_token_id
-    if number is None:
-        raise BadCheckpoint(
-            f"{source}: texts are to start with a BOS token, but tokenizer.ggml.bos_token_id is missing"
-        )
-    # Under a name of our own, for the template has a syntax that a token's text could collide with.
-    bos = {"id": "bos", "ids": [number], "tokens": [tokens[number]]}
-    tokenizer.post_processor = TemplateProcessing(single="bos $A", special_tokens=[bos])
+    ends = []
+    for name, wanted, number in (
+        ("bos", facts.add_bos, facts.bos_token_id),
+        ("eos", facts.add_eos, facts.eos_token_id),
+    ):
+        if wanted and number is None:
+            where = "start" if name == "bos" else "end"
+            raise BadCheckpoint(
+                f"{source}: texts are to {where} with a {name.upper()} token, but tokenizer.ggml.{name}_token_id is missing"
+            )
+        if wanted:
+            # Under a name of our own, for the template has a syntax that a token's text could collide with.
+            ends.append({"id": name, "ids": [number], "tokens": [tokens[number or 0]]})
+    if ends:
+        template = f"{'bos ' if facts.add_bos else ''}$A{' eos' if facts.add_eos else ''}"
+        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ends)
 
 
 def _token_id(metadata: dict[str, Any], name: str, source: str) -> int | None:

@@ -12,6 +12,7 @@ from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
 from fastqwen.hub import resolve
 from fastqwen.model_config import ModelConfig, read_json
 from fastqwen.records import SamplingParams
+from fastqwen.text.belonging import check_eos, check_eos_token, check_template, check_vocabulary
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.stops import StopToken, derive_stops
 from fastqwen.text.template import CHATML, ChatTemplate
@@ -42,6 +43,7 @@ class TextTools:
 @dataclass(frozen=True)
 class _Found:
     tokenizer: Tokenizer
+    file: str  # where it was read from, as errors name it
     template: str | None
     template_origin: str
     tokenizer_eos: str | int | None
@@ -52,18 +54,22 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
     """Raises BadCheckpoint, naming the files, where tokenizer and weights do not belong together."""
     where = resolve(config.tokenizer, weights=False) if config.tokenizer else path
     if config.skip_tokenizer_init:
-        found = _Found(NoTokenizer(model.vocab_size), None, "", None, {})
+        found = _Found(NoTokenizer(model.vocab_size), "", None, "", None, {})
     else:
         found = _from_gguf(where) if where.is_file() else _from_folder(where)
-    _check_vocabulary(found.tokenizer, model, where, path)
+    own = own_generation_config(path)
     file, generation = _chosen_generation_config(path, config)
     template = _template(found, config)
+    if not config.skip_tokenizer_init:
+        _check_belonging(found, template, model, where, path)
+        check_eos(found.tokenizer, found.file, generation.get("eos_token_id"), str(file))
     stops = derive_stops(
         found.tokenizer,
         template=template,
         config_eos=model.eos_token_ids,
         config_origin=f"{path.name if path.is_file() else 'config.json'}: eos_token_id",
-        generation_config=own_generation_config(path),
+        generation_config=own,
+        chosen={str(file): generation} if generation != own else {},
         tokenizer_eos=found.tokenizer_eos,
     )
     return TextTools(
@@ -79,24 +85,25 @@ def _from_folder(folder: Path) -> _Found:
     tokenizer_config = (
         read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     )
-    tokenizer, piecewise = _folder_tokenizer(folder)
+    tokenizer, file, piecewise = _folder_tokenizer(folder)
     template, origin = _folder_template(folder, tokenizer_config)
     if piecewise and template is None:
         origin = PiecewiseChatMl.origin
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     variables = {name: _token_text(tokenizer_config.get(name)) for name in names}
     eos = variables["eos_token"] or None
-    return _Found(tokenizer, template, origin, eos, variables)
+    return _Found(tokenizer, str(file), template, origin, eos, variables)
 
 
-def _folder_tokenizer(folder: Path) -> tuple[Tokenizer, bool]:
+def _folder_tokenizer(folder: Path) -> tuple[Tokenizer, Path, bool]:
     from fastqwen.text import qwen_tiktoken
 
     path = folder / "tokenizer.json"
     if path.exists():
-        return _json_tokenizer(path), False
-    if (folder / qwen_tiktoken.FILE_NAME).exists():
-        return qwen_tiktoken.QwenTiktoken(folder / qwen_tiktoken.FILE_NAME), True
+        return _json_tokenizer(path), path, False
+    old = folder / qwen_tiktoken.FILE_NAME
+    if old.exists():
+        return qwen_tiktoken.QwenTiktoken(old), old, True
     raise BadCheckpoint(
         f"{folder} holds no tokenizer.json (nor {qwen_tiktoken.FILE_NAME}): add it, name another folder with --tokenizer, "
         "or use --skip-tokenizer-init to work with token ids only"
@@ -153,15 +160,21 @@ def _from_gguf(path: Path) -> _Found:
         return "" if token_id is None else tokenizer.token_text(token_id)
 
     variables = {"bos_token": text(facts.bos_token_id), "eos_token": text(facts.eos_token_id)}
-    return _Found(tokenizer, facts.chat_template, f"{path.name}: chat_template", facts.eos_token_id, variables)
+    origin = f"{path.name}: chat_template"
+    return _Found(tokenizer, str(path), facts.chat_template, origin, facts.eos_token_id, variables)
 
 
-def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, where: Path, path: Path) -> None:
-    if tokenizer.vocab_size > model.vocab_size:
-        raise BadCheckpoint(
-            f"the tokenizer of {where} has {tokenizer.vocab_size} tokens, but the embedding of {path} has only "
-            f"{model.vocab_size} rows: they do not belong together"
-        )
+def _check_belonging(
+    found: _Found, template: ChatTemplate | PiecewiseChatMl | None, model: ModelConfig, where: Path, path: Path
+) -> None:
+    """Raises BadCheckpoint that names the two files which contradict each other."""
+    tokenizer, file = found.tokenizer, found.file
+    config_file = str(path if path.is_file() else path / "config.json")
+    check_vocabulary(tokenizer, file, model.vocab_size, config_file)
+    check_eos(tokenizer, file, model.eos_token_ids, config_file)
+    check_eos(tokenizer, file, own_generation_config(path).get("eos_token_id"), str(path / GENERATION_CONFIG))
+    check_eos_token(tokenizer, file, found.tokenizer_eos, str(where / "tokenizer_config.json"))
+    check_template(tokenizer, file, template)
 
 
 def eos_without_tokenizer(path: Path, model: ModelConfig) -> list[int]:

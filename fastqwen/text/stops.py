@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fastqwen.errors import FastqwenError
+from fastqwen.text.belonging import CONVERSATION, PROBE
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.template import ChatTemplate
 from fastqwen.text.tokenizer import Tokenizer
@@ -26,9 +27,13 @@ def derive_stops(
     config_eos: Iterable[int] = (),
     config_origin: str = "config.json: eos_token_id",
     generation_config: dict[str, Any] | None = None,
+    chosen: dict[str, dict[str, Any]] | None = None,
     tokenizer_eos: str | int | None = None,
 ) -> list[StopToken]:
-    """Every id once, with the first origin that names it. Ids outside the vocabulary are left out."""
+    """Every id once, with the first origin that names it. Ids outside the vocabulary are left out.
+
+    ``chosen``: a generation_config.json of the operator's, by its path; what it adds holds for every request.
+    """
     found: dict[int, str] = {}
 
     def add(value: Any, origin: str) -> None:
@@ -37,6 +42,8 @@ def derive_stops(
             if isinstance(token_id, int) and 0 <= token_id < tokenizer.vocab_size:
                 found.setdefault(token_id, origin)
 
+    for file, values in (chosen or {}).items():
+        add(values.get("eos_token_id"), f"{file}: eos_token_id")
     generation = generation_config or {}
     add(generation.get("eos_token_id"), "generation_config.json: eos_token_id")
     add(list(config_eos), config_origin)
@@ -54,14 +61,12 @@ def derive_stops(
 
 def _end_of_turn(tokenizer: Tokenizer, template: ChatTemplate | PiecewiseChatMl) -> int | None:
     """The first control token that the template writes after an assistant's answer."""
-    probe = "zyxprobe"
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": probe}]
     try:
-        ids = template.encode(tokenizer, messages, add_generation_prompt=False)
+        ids = template.encode(tokenizer, CONVERSATION, add_generation_prompt=False)
     except FastqwenError:
         return None  # a template that wants other messages: the other sources must do
     control = set(tokenizer.control_tokens.values())
     for length in range(1, len(ids)):
-        if tokenizer.decode(ids[:length]).rstrip().endswith(probe):
+        if tokenizer.decode(ids[:length]).rstrip().endswith(PROBE):
             return next((token_id for token_id in ids[length:] if token_id in control), None)
     return None

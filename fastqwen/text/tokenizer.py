@@ -7,8 +7,8 @@ answers are then the same by construction.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Set
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from fastqwen.errors import BadRequest
@@ -16,6 +16,7 @@ from fastqwen.errors import BadRequest
 if TYPE_CHECKING:
     import tokenizers
 
+PROBE = "a"
 CHARS_PER_TOKEN = 32  # no real text comes near this average; longer input cannot fit and is not worth tokenising
 
 
@@ -29,6 +30,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def vocab_size(self) -> int:
         """One more than the largest id that has a meaning."""
+
+    @property
+    def added_ids(self) -> Set[int]:
+        """Tokens that stand beside the vocabulary of text: control tokens, and others that were added as wholes."""
+        return frozenset(self.control_tokens.values())
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
@@ -80,6 +86,18 @@ class Tokenizer(ABC):
                 "the tokenizer cannot process this text: is it one very long run of spaces?", "prompt"
             ) from None
 
+    @cached_property
+    def closing_ids(self) -> list[int]:
+        """What the tokenizer's own post-processor puts behind a text, such as Qwen3-Embedding's <|endoftext|>."""
+        plain, whole = self._encode(PROBE, False), self._encode(PROBE, True)
+        starts = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
+        return whole[starts[0] + len(plain) :] if plain and starts else []
+
+    def closed_once(self, token_ids: list[int]) -> list[int]:
+        """Ids of a text that spelled out its end itself, so that the post-processor closed it a second time."""
+        end = self.closing_ids
+        return token_ids[: -len(end)] if end and token_ids[-2 * len(end) :] == end + end else token_ids
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         hidden = set(self.control_tokens.values()) if skip_special_tokens else set()
         data = b"".join(self.token_bytes(token_id) for token_id in token_ids if token_id not in hidden)
@@ -126,6 +144,10 @@ class JsonTokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return self._vocab_size
+
+    @property
+    def added_ids(self) -> Set[int]:
+        return self._added.keys()
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
 from fastqwen.engine.scheduler import Scheduler
@@ -12,6 +14,11 @@ VOCAB = 997
 
 def token_at(seed: int, position: int) -> int:
     return (seed * 7919 + position * 104729) % VOCAB
+
+
+def vector_at(tokens: list[int]) -> bytes:
+    """Another one for each text."""
+    return hashlib.blake2b(repr(tokens).encode(), digest_size=16).digest()
 
 
 class FakeHandle:
@@ -58,6 +65,9 @@ class FakeExecutor:
             assert self._contents[place] == tuple(tokens[: position + 1]), "a block holds another sequence's tokens"
         if row.request_id in self.fail:
             return SampledRow(request_id=row.request_id, token_id=0 if row.samples else None, error="not finite")
+        if row.pools:
+            assert end == len(tokens) and not row.samples
+            return SampledRow(request_id=row.request_id, embedding=vector_at(tokens))
         if not row.samples:
             return SampledRow(request_id=row.request_id)
         assert end == len(tokens)

@@ -49,6 +49,40 @@ def test_thinking_that_the_template_strips():
     assert causes(first, second, said=said)[1] == ("thinking_stripped", 2)
 
 
+def test_every_way_to_ask_explains_itself():
+    """A conversation begun over one route is compared with what came over another; a stream tells it at its end."""
+    chat = turns("hi", "Hello", "and now something much longer than a block")
+    first, rest = chat["messages"][0]["content"], chat["messages"][1:]
+
+    async def run() -> list:
+        state = make_state(lambda prompt, seed: "Hello")
+        found = []
+        async with client_of(state) as client:
+            for path, body in (
+                ("/v1/chat/completions", turns("hi", max_tokens=40)),
+                ("/v1/messages", {"system": first, "messages": rest, "max_tokens": 40}),
+                ("/v1/responses", {"instructions": first, "input": rest}),
+                ("/v1/completions", {"prompt": "x" * 40, "max_tokens": 9}),
+                ("/v1/completions", {"prompt": "x" * 40, "max_tokens": 9}),
+            ):
+                answer = await client.post(path, json=body, headers={"x-explain-cache": "1"})
+                found.append(answer.json()["cache"]["cause"])
+            for path, body in (
+                ("/v1/messages", {"system": first, "messages": rest, "max_tokens": 40}),
+                ("/v1/responses", {"instructions": first, "input": rest}),
+                ("/v1/completions", {"prompt": "x" * 40, "max_tokens": 9}),
+            ):
+                stream = await client.post(f"{path}?explain_cache=1", json={**body, "stream": True})
+                assert stream.text.count('"cause":"hit"') == 1
+            silent = await client.post("/v1/messages", json={"messages": rest, "max_tokens": 9})
+            assert "cache" not in silent.json()
+            many = await client.post("/v1/completions?explain_cache=1", json={"prompt": ["a", "b"]})
+            assert (many.status_code, many.json()["error"]["param"]) == (400, "explain_cache")
+        return found
+
+    assert asyncio.run(run()) == ["first_request", "new_text", "hit", "first_request", "hit"]
+
+
 def test_changed_tools_and_changed_system_message():
     assert causes(turns("hi", tools=[TOOL]), turns("hi"))[1] == ("tools_changed", None)
     assert causes(turns("hi"), turns("hi", system="Today is Tuesday. " + LONG))[1] == ("system_changed", 0)

@@ -193,6 +193,7 @@ def test_a_thinking_budget_ends_the_thinking_and_the_answer_follows():
     assert found["content"] == "Answer"
     assert "Considering the limited time" in found["reasoning_content"]
     assert "budget of 40 tokens" in response["warnings"][0]
+    assert response["usage"]["completion_tokens_details"] == {"reasoning_tokens": 40}
     stream = assembled(ask(make_state(script), PATH, {**body, "stream": True}))[0]
     assert (stream["content"], stream["reasoning_content"]) == ("Answer", found["reasoning_content"])
 

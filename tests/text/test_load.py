@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import tokenizers
 
 from fastqwen import LLM, SamplingParams
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadCheckpoint, BadConfig, FastqwenError, Unsupported
+from fastqwen.errors import BadCheckpoint, BadConfig, Unsupported
 from fastqwen.hub import WANTED_FILES
 from fastqwen.models import read_config
 from fastqwen.plan import DeviceFacts, choose_dtype
@@ -75,6 +76,15 @@ def test_another_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     write(other, temperature=0.2)
     text = load(folder, generation_config=str(other))
     assert text.default_sampling == {"temperature": 0.2} and END in text.stop_token_ids
+    write(other, eos_token_id=[START])
+    added = load(folder, generation_config=str(other))
+    assert [(stop.token_id, stop.origin) for stop in added.stops][:2] == [
+        (START, f"{other / 'generation_config.json'}: eos_token_id"),
+        (END, "generation_config.json: eos_token_id"),
+    ]
+    write(other, eos_token_id=[3])
+    with pytest.raises(BadCheckpoint, match="token 3 ends an answer"):
+        load(folder, generation_config=str(other))
     with pytest.raises(BadConfig, match="--generation-config"):
         load(folder, generation_config=str(other / "nowhere"))
 
@@ -187,8 +197,110 @@ def test_pickled_weights_are_refused_with_the_reason(folder: Path, name: str):
     assert name in str(caught.value)
 
 
-def test_a_tokenizer_that_does_not_belong_to_the_model(folder: Path):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
-    with pytest.raises(FastqwenError, match=r"256 tokens.*200 rows"):
-        LLM(str(folder))
+def configure(folder: Path, name: str, **changes: Any) -> None:
+    path = folder / name
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**values, **changes}))
+
+
+CHATML_OF = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}MARK\n{% endfor %}"
+WRONG: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    # What was done to the folder; the files and words that the refusal must hold.
+    "more tokens than rows": (
+        lambda folder: configure(folder, "config.json", vocab_size=200),
+        ["tokenizer.json has 256 tokens", "config.json has only 200 rows", "--tokenizer"],
+    ),
+    "config.json ends with an ordinary token": (
+        lambda folder: configure(folder, "config.json", eos_token_id=7),
+        ["config.json says that token 7 ends", "tokenizer.json that token is the text", "--tokenizer"],
+    ),
+    "config.json ends with a token of a larger vocabulary": (
+        lambda folder: configure(folder, "config.json", vocab_size=300, eos_token_id=290),
+        ["config.json says that token 290 ends", "tokenizer.json that token does not exist", "--tokenizer"],
+    ),
+    "generation_config.json ends with ordinary tokens": (
+        lambda folder: write(folder, eos_token_id=[7, 8]),
+        ["generation_config.json says that token 7", "tokenizer.json that token is the text", "--tokenizer"],
+    ),
+    "the end of a text is no token": (
+        lambda folder: configure(folder, "tokenizer_config.json", eos_token="<|eot_id|>"),
+        ["tokenizer_config.json says that '<|eot_id|>'", "tokenizer.json has no such token", "--tokenizer"],
+    ),
+    "the template's end of turn is no token": (
+        lambda folder: configure(
+            folder, "tokenizer_config.json", chat_template=CHATML_OF.replace("MARK", "<|im_fin|>")
+        ),
+        ["tokenizer_config.json ends an answer with <|im_fin|>", "tokenizer.json has no such token", "--chat-template"],
+    ),
+    "a ChatML template over a tokenizer without <|im_end|>": (
+        lambda folder: (
+            (folder / "chat_template.jinja").write_text(CHATML_OF.replace("MARK", "<|im_end|>")),
+            (folder / "tokenizer.json").write_text(
+                (folder / "tokenizer.json").read_text().replace("<|im_end|>", "<|eot_id|>")
+            ),
+        ),
+        ["chat_template.jinja ends an answer with <|im_end|>", "tokenizer.json has no such token", "--tokenizer"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_tokenizer_that_does_not_belong_to_the_model(folder: Path, case: str):
+    spoil, words = WRONG[case]
+    load(folder)
+    spoil(folder)
+    with pytest.raises(BadCheckpoint) as caught:
+        load(folder)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert load(folder, skip_tokenizer_init=True).tokenizer.token_bytes(3) == b"", "ids need no tokenizer"
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_and_nothing_starts_with_it(folder: Path, command: str):
+    write(folder, eos_token_id=7)
+    more = ["--port", "0"] if command == "serve" else ["ab"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastqwen.cli.main", command, str(folder), *more],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode not in (0, -6, -9) and "Traceback" not in done.stderr
+    assert f"{folder / 'generation_config.json'} says that token 7" in done.stderr
+    assert str(folder / "tokenizer.json") in done.stderr
+
+
+FITS: dict[str, Callable[[Path], None]] = {
+    "a padded embedding": lambda folder: configure(folder, "config.json", vocab_size=384),
+    "one end of several": lambda folder: write(folder, eos_token_id=[7, END, 10**6]),
+    "ends that differ": lambda folder: (
+        write(folder, eos_token_id=[END]),
+        configure(folder, "config.json", eos_token_id=EOT),
+        configure(folder, "tokenizer_config.json", eos_token="<|im_start|>"),
+    ),
+    "markers spelled out as text": lambda folder: configure(
+        folder,
+        "tokenizer_config.json",
+        eos_token="<|endoftext|>",
+        chat_template="{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|endoftext|>\n{% endfor %}",
+    ),
+    "a template that wants other messages": lambda folder: configure(
+        folder, "tokenizer_config.json", chat_template="{{ raise_exception('no') }}<|im_fin|>"
+    ),
+    "no end at all": lambda folder: configure(folder, "config.json", eos_token_id=None),
+}
+
+
+@pytest.mark.parametrize("case", FITS)
+def test_what_looks_odd_and_belongs_together(folder: Path, case: str):
+    FITS[case](folder)
+    assert load(folder).tokenizer.vocab_size == 256
+
+
+def test_the_tokenizer_of_another_folder_is_named(folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    write(folder, eos_token_id=END)
+    assert load(folder, tokenizer=str(other)).stop_token_ids[0] == END
+    configure(folder, "config.json", vocab_size=200)
+    with pytest.raises(BadCheckpoint) as caught:
+        load(folder, tokenizer=str(other))
+    assert str(other / "tokenizer.json") in str(caught.value) and str(folder / "config.json") in str(caught.value)

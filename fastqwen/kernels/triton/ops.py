@@ -13,10 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.kernels.triton import attention, experts, linear, pointwise
+from fastqwen.plan.facts import feed_forward_rows
 
 MAX_DECODE_PARTS = 16384
-CHUNK_BYTES = 50 * 2**20
-CHUNK_ROWS = 512
 LIBRARY_STEP = 512
 
 
@@ -145,11 +144,7 @@ class TritonOps(ReferenceOps):
         experts.add_experts(residual, x, logits, gate_up, down, counts, top_k=top_k, normalize=normalize)
 
     def feed_forward_rows(self, tokens: int, width: int) -> int:
-        """Much wider activations than the second-level cache holds are made in chunks that it keeps until they are read
-        again; cuBLAS is faster on such chunks, too (8192x4096x24576 on an H200: 633 TFLOP/s at once, 698 by 2048 rows)."""
-        if tokens * width * 2 <= 4 * CHUNK_BYTES:
-            return tokens
-        return max(CHUNK_ROWS, CHUNK_BYTES // (2 * width) // CHUNK_ROWS * CHUNK_ROWS)
+        return feed_forward_rows(tokens, width)
 
     def _expert_counts(self, num_experts: int) -> Tensor:
         if num_experts not in self._counts:

@@ -1,0 +1,58 @@
+"""Rows that end in a vector: the last token's hidden state after the final norm, brought to length 1."""
+
+from __future__ import annotations
+
+import itertools
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastqwen.engine.executor import StepHandle
+from fastqwen.layers.decoder import Decoder
+from fastqwen.records import Row, SampledRow, StepOutput
+
+NOT_FINITE = "the model computed values that are not finite numbers"
+
+
+def last_vectors(decoder: Decoder, rows: list[Row], hidden: Tensor | None) -> Tensor | None:
+    """float32 [rows that pool, hidden size] on the host, on its way there without waiting; None if no row pools.
+
+    ``hidden`` [tokens, hidden size] are all of the step's tokens, row after row, before the final norm.
+    """
+    ends = itertools.accumulate(row.num_tokens for row in rows)
+    places = [end - 1 for end, row in zip(ends, rows, strict=True) if row.pools]
+    if not places:
+        return None
+    assert hidden is not None, "a step with such a row keeps its hidden states"
+    picked = hidden[torch.tensor(places, device=hidden.device)]
+    return decoder.final(picked).float().to("cpu", non_blocking=True)
+
+
+class PooledStep:
+    """A step some of whose rows pool. Once the step's own result is there, so are the vectors launched before it."""
+
+    def __init__(self, step: StepHandle, rows: list[Row], vectors: Tensor) -> None:
+        self._step = step
+        self._rows = rows
+        self._vectors = vectors
+
+    def result(self) -> StepOutput:
+        output = self._step.result()
+        vectors = iter(self._vectors.numpy())
+        rows = [
+            _with_vector(found, next(vectors)) if row.pools else found
+            for row, found in zip(self._rows, output.rows, strict=True)
+        ]
+        return StepOutput(step_id=output.step_id, rows=rows)
+
+
+def _with_vector(row: SampledRow, vector: np.ndarray) -> SampledRow:
+    if row.error is not None:
+        return row
+    # One vector at a time, so that its bits depend on nothing else in the batch.
+    length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+    if not np.isfinite(length):
+        return msgspec.structs.replace(row, error=NOT_FINITE)
+    return msgspec.structs.replace(row, embedding=(vector / max(length, 1e-12)).astype("<f4").tobytes())

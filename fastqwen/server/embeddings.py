@@ -1,0 +1,113 @@
+"""POST /v1/embeddings"""
+
+from __future__ import annotations
+
+import base64
+from contextlib import aclosing
+from typing import Any
+
+from fastqwen.client.prepare import check_dimensions, prepare_embedding
+from fastqwen.client.vectors import vector_of
+from fastqwen.errors import BadRequest
+from fastqwen.records import EngineRequest, RequestDelta
+from fastqwen.server.generation import GenerationFailed
+from fastqwen.server.metrics import RequestClock
+from fastqwen.server.schema import EmbeddingRequest
+from fastqwen.server.state import ServerState, new_id
+
+MAX_INPUTS = 2048  # as OpenAI's
+
+
+class Embeddings:
+    """One request: each input's vector, in order."""
+
+    def __init__(self, state: ServerState, body: EmbeddingRequest) -> None:
+        self._state = state
+        self._body = body
+        self._id = new_id("embd")
+        self._model = state.model_name(body.model)
+        self._requests: list[EngineRequest] = []
+
+    async def prepare(self) -> None:
+        """Tokenise and check everything before anything runs. Raises BadRequest."""
+        body, limits = self._body, self._state.limits()
+        check_dimensions(body.dimensions, limits)
+        inputs = _as_list(body.input)
+        for index, one in enumerate(inputs):
+            field = "input" if len(inputs) == 1 else f"input.{index}"
+            self._requests.append(
+                prepare_embedding(
+                    f"{self._id}-{index}",
+                    await self._ids(one, field) if isinstance(one, str) else one,
+                    limits,
+                    field=field,
+                    priority=body.priority,
+                    cache_salt=body.cache_salt,
+                )
+            )
+
+    async def _ids(self, text: str, field: str) -> list[int]:
+        special = self._body.add_special_tokens
+        try:
+            ids = await self._state.tokenize(text, add_special_tokens=special)
+        except BadRequest as error:
+            raise BadRequest(
+                f"{field}: {error}", field if error.param == "prompt" else error.param, error.code
+            ) from None
+        return self._state.text.tokenizer.closed_once(ids) if special else ids
+
+    async def response(self) -> dict[str, Any]:
+        found = await self._run()
+        data = [
+            {"object": "embedding", "index": index, "embedding": self._written(found[one.request_id])}
+            for index, one in enumerate(self._requests)
+        ]
+        prompt = sum(len(one.prompt_token_ids) for one in self._requests)
+        cached = sum(delta.num_cached_tokens for delta in found.values())
+        warnings = self._body.warnings()
+        return {
+            "object": "list",
+            "data": data,
+            "model": self._model,
+            "usage": {
+                "prompt_tokens": prompt,
+                "total_tokens": prompt,
+                "prompt_tokens_details": {"cached_tokens": cached},
+            },
+            **({"warnings": warnings} if warnings else {}),
+        }
+
+    async def _run(self) -> dict[str, RequestDelta]:
+        """Raises GenerationFailed if the engine cannot finish one of them; the others are aborted then."""
+        metrics = self._state.metrics
+        clocks = {one.request_id: RequestClock(metrics, len(one.prompt_token_ids), 1) for one in self._requests}
+        found: dict[str, RequestDelta] = {}
+        stream = self._state.engine.stream(self._requests)
+        async with aclosing(stream):  # type: ignore[type-var]
+            async for deltas in stream:
+                for delta in deltas:
+                    assert delta.finish_reason is not None
+                    clocks[delta.request_id].finished(0, delta.finish_reason, 0)
+                    if delta.embedding is None:
+                        raise GenerationFailed(delta.error or "the request was aborted")
+                    found[delta.request_id] = delta
+        return found
+
+    def _written(self, delta: RequestDelta) -> list[float] | str:
+        vector = vector_of(delta, self._body.dimensions)
+        if self._body.encoding_format == "base64":
+            return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        floats: list[float] = vector.tolist()
+        return floats
+
+
+def _as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise BadRequest("input is empty, at least one text is needed", "input")
+    if isinstance(given[0], int):
+        return [[one for one in given if isinstance(one, int)]]
+    if len(given) > MAX_INPUTS:
+        raise BadRequest(f"input has {len(given)} texts, at most {MAX_INPUTS} are allowed in one request", "input")
+    return [one for one in given if not isinstance(one, int)]
