@@ -89,6 +89,24 @@ def test_slow_and_oversized_headers_are_cut_off(model: Path):
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost localhost\r\n\r\n",
+    ],
+    ids=["no-path", "tls", "version", "no-colon"],
+)
+def test_what_is_not_http_is_told_so_in_the_shape_of_every_error(mock_server: Server, data: bytes):
+    with socket.create_connection(("127.0.0.1", mock_server.port), timeout=5) as connection:
+        connection.sendall(data)
+        head, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(model: Path):
     with serving(model, body_timeout_s=0.5) as server:
         connection = socket.create_connection(("127.0.0.1", server.port))
