@@ -130,7 +130,7 @@ class Chat:
         for choice in generation.choices:
             yield event(self._chunk(head, choice.index, {"role": "assistant", "content": ""}))
         num_left = len(generation.choices)
-        async with aclosing(generation.pieces()) as pieces:  # type: ignore[type-var]
+        async with aclosing(generation.pieces()) as pieces:
             async for index, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
                     raise GenerationFailed(piece.error or "the request was aborted")

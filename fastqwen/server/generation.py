@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,9 +45,10 @@ class Choice:
     num_continued: int = 0
     num_thinking_tokens: int = 0
 
-    @property
-    def index(self) -> int:
-        return self.assembler.output.index
+    index: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index = self.assembler.output.index
 
 
 class Generation:
@@ -104,28 +106,30 @@ class Generation:
     def num_generated_tokens(self) -> int:
         return sum(len(output.token_ids) for output in self.outputs)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(index of the answer, what it gained) until each answer has its finish_reason."""
+    async def pieces(self, first_index: int = 0) -> AsyncGenerator[tuple[int, Piece], None]:
+        """(index of the answer, what it gained) until each answer has its finish_reason. Indices count from the given."""
         clock = RequestClock(self._state.metrics, len(self.prompt_token_ids), len(self.choices))
         stream = self._state.engine.stream([choice.request for choice in self.choices])
         async with aclosing(stream):  # type: ignore[type-var]
             async for deltas in stream:
+                now_s = time.perf_counter()
                 for delta in deltas:
                     choice = self._running.get(delta.request_id)
                     if choice is None:
                         continue  # it was ended here, and its last words came too late
                     piece = self._take(choice, delta)
-                    clock.saw(choice.index, len(piece.token_ids))
+                    if piece.token_ids:
+                        clock.saw(choice.index, len(piece.token_ids), now_s)
                     if piece.finish_reason is not None:
                         del self._running[delta.request_id]
                         clock.finished(choice.index, piece.finish_reason, len(choice.assembler.output.token_ids))
                         if piece.abort:
                             self._state.engine.abort([delta.request_id])
-                    yield choice.index, piece
+                    yield first_index + choice.index, piece
 
     async def finish(self) -> None:
         """Run to the end without streaming. Raises GenerationFailed if the engine reports an error."""
-        async with aclosing(self.pieces()) as pieces:  # type: ignore[type-var]
+        async with aclosing(self.pieces()) as pieces:
             async for _, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
                     raise GenerationFailed(piece.error or "the request was aborted")
@@ -141,6 +145,8 @@ class Generation:
         )
 
     def _take(self, choice: Choice, delta: RequestDelta) -> Piece:
+        if choice.parser is None and self.prompt_logprobs is None:
+            return choice.assembler.feed(delta)
         thinking = choice.parser is not None and choice.parser.thinking
         choice.num_thinking_tokens += len(delta.token_ids) if thinking else 0
         guarded = choice.guard is not None and thinking

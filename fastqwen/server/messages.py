@@ -140,7 +140,7 @@ class Messages:
         start = {**self._head([]), "stop_reason": None, "stop_sequence": None, "usage": _usage(generation)}
         yield named_event("message_start", {"type": "message_start", "message": start})
         writer = _BlockWriter()
-        async with aclosing(generation.pieces()) as pieces:  # type: ignore[type-var]
+        async with aclosing(generation.pieces()) as pieces:
             async for _, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
                     raise GenerationFailed(piece.error or "the request was aborted")

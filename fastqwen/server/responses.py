@@ -178,7 +178,7 @@ class Responses:
 
         yield encoded("response.created", response=self._head("in_progress", []))
         yield encoded("response.in_progress", response=self._head("in_progress", []))
-        async with aclosing(self._chat.generation.pieces()) as pieces:  # type: ignore[type-var]
+        async with aclosing(self._chat.generation.pieces()) as pieces:
             async for _, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
                     raise GenerationFailed(piece.error or "the request was aborted")

@@ -15,6 +15,8 @@ from fastqwen.errors import BadCheckpoint, BadRequest
 from fastqwen.text.tokenizer import Tokenizer, break_control_tokens
 
 Message = dict[str, Any]
+# What Jinja's parser, its constant folding, and Python's compiler behind it raise beside Jinja's own errors.
+UNREADABLE = (SyntaxError, RecursionError, MemoryError, ValueError, TypeError, ArithmeticError)
 MAX_POWER, MAX_BASE, MAX_REPEATED = 64, 2**32, 2**20
 
 CHATML = (
@@ -40,7 +42,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, *UNREADABLE) as error:
             raise BadCheckpoint(f"{origin}: the chat template does not parse: {error}") from None
 
     def render(

@@ -1,7 +1,7 @@
 """``python -m tests.fuzz NAME [SECONDS] [CORPUS]``: one target under atheris. ``all`` runs each in a process of its own.
 
-A crash, an input that takes longer than a second, or memory beyond the limit ends it with a status that is not 0, and the
-input is kept in a file whose name is printed.
+A crash, an input that takes longer than a second, or memory beyond the limit ends it with a status that is not 0; the input
+is printed and kept in .fuzz/.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 MAX_INPUT_BYTES = 4096
 MAX_SECONDS_PER_INPUT = 1
+KEPT = Path(".fuzz")
 EXTRA_RSS_MB = 512  # beside what the interpreter, torch and the libraries take before the first input
 
 
@@ -33,9 +34,18 @@ def run_one(name: str, seconds: int, corpus: Path) -> None:
     rss_mb = psutil.Process().memory_info().rss // 2**20
     arguments = [
         f"-max_total_time={seconds}", f"-max_len={MAX_INPUT_BYTES}", f"-timeout={MAX_SECONDS_PER_INPUT}",
-        f"-rss_limit_mb={rss_mb + EXTRA_RSS_MB}", "-print_final_stats=1", "-verbosity=0", f"-artifact_prefix={name}-",
+        f"-rss_limit_mb={rss_mb + EXTRA_RSS_MB}", "-print_final_stats=1", "-verbosity=0", f"-artifact_prefix={KEPT}/{name}-",
     ]  # fmt: skip
-    atheris.Setup([sys.argv[0], *arguments, str(corpus)], target)
+
+    def told(data: bytes) -> None:
+        try:
+            target(data)
+        except Exception:
+            print(f"{name} failed on {data!r}", file=sys.stderr)
+            raise
+
+    KEPT.mkdir(exist_ok=True)
+    atheris.Setup([sys.argv[0], *arguments, str(corpus)], told)
     atheris.Fuzz()
 
 

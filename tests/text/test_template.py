@@ -127,7 +127,19 @@ def test_hostile_templates_are_refused(source: str):
     assert messages == [{"role": "user", "content": "hi"}]
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% for x in messages %}", "{{ messages | nofilter }}"])
+UNREADABLE = {
+    "no-condition": "{% if %}",
+    "open": "{{ x",
+    "no-end": "{% for x in messages %}",
+    "no-such-filter": "{{ messages | nofilter }}",
+    "deep-expression": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "deep-dict": "{{ " + "{1:" * 3000 + "1" + "}" * 3000 + " }}",
+    "more-loops-than-python-nests": "{% for a in messages %}" * 30 + "x" + "{% endfor %}" * 30,
+    "deep-conditions": "{% if messages %}" * 200 + "x" + "{% endif %}" * 200,
+}
+
+
+@pytest.mark.parametrize("source", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_template_that_does_not_parse_names_its_file(source: str):
     with pytest.raises(BadCheckpoint, match=r"chat_template\.jinja"):
         ChatTemplate(source, origin="chat_template.jinja")
