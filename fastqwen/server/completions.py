@@ -10,7 +10,7 @@ from typing import Any
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.server.generation import Generation, GenerationFailed, Wishes
+from fastqwen.server.generation import Generation, Wishes, failure_of
 from fastqwen.server.grammars import answer_grammar
 from fastqwen.server.merge import gather, merge
 from fastqwen.server.schema import CompletionRequest
@@ -83,7 +83,7 @@ class Completion:
         async with aclosing(merge(sources)) as merged:
             async for index, piece in merged:
                 if piece.finish_reason in ("error", "abort"):
-                    raise GenerationFailed(piece.error or "the request was aborted")
+                    raise failure_of(piece)
                 if plain and piece.finish_reason is None and index not in echo_left:
                     if piece.text:
                         yield b'%b%d,"text":%b,"logprobs":null,"finish_reason":null}]}\n\n' % (

@@ -14,7 +14,7 @@ from fastqwen.client.assemble import Assembler, Piece
 from fastqwen.client.prepare import prepare
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.records import EngineRequest, Grammar, RequestDelta, SamplingParams
+from fastqwen.records import GRAMMAR_FAILED, EngineRequest, Grammar, RequestDelta, SamplingParams
 from fastqwen.server.metrics import RequestClock
 from fastqwen.server.state import ServerState
 from fastqwen.server.thinking import EARLY_STOP, ThinkingGuard, ThinkingWishes
@@ -62,6 +62,7 @@ class Generation:
         sampling: SamplingParams,
         wishes: Wishes | None = None,
     ) -> None:
+        state.config.limits.check(sampling)
         limits = state.limits()
         wishes = wishes or Wishes()
         self._state = state
@@ -128,11 +129,11 @@ class Generation:
                     yield first_index + choice.index, piece
 
     async def finish(self) -> None:
-        """Run to the end without streaming. Raises GenerationFailed if the engine reports an error."""
+        """Run to the end without streaming. Raises what ``failure_of`` makes of an error that the engine reports."""
         async with aclosing(self.pieces()) as pieces:
             async for _, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
-                    raise GenerationFailed(piece.error or "the request was aborted")
+                    raise failure_of(piece)
 
     def _choice(self, request: EngineRequest, index: int, stop_token_ids: list[int]) -> Choice:
         parser = self._wishes.make_parser()
@@ -231,3 +232,11 @@ class Generation:
 
 class GenerationFailed(Exception):
     """The engine accepted the request, but could not finish it."""
+
+
+def failure_of(piece: Piece) -> Exception:
+    """BadRequest where it was the request's own grammar, so that nobody sends it again."""
+    error = piece.error or "the request was aborted"
+    if error.startswith(GRAMMAR_FAILED):
+        return BadRequest(error, "structured_outputs")
+    return GenerationFailed(error)

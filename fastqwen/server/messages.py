@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.chat import Chat
-from fastqwen.server.generation import Choice, Generation, GenerationFailed
+from fastqwen.server.generation import Choice, Generation, failure_of
 from fastqwen.server.schema import Body, ChatRequest, Count, Probability, as_chat
 from fastqwen.server.sse import named_event
 from fastqwen.server.state import ServerState
@@ -143,7 +143,7 @@ class Messages:
         async with aclosing(generation.pieces()) as pieces:
             async for _, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
-                    raise GenerationFailed(piece.error or "the request was aborted")
+                    raise failure_of(piece)
                 data = writer.write(piece.parts if piece.parts is not None else Parts(content=piece.text))
                 if data:
                     yield data

@@ -16,7 +16,8 @@ from fastqwen.text.worker import LENGTH_BYTES, Begin, Compile, Ids, Job, Refused
 
 log = logging.getLogger("fastqwen.server")
 
-FIRST_GRAMMAR_S = 10.0  # the first grammar has to wait for its tokenizer
+FIRST_GRAMMAR_S = 10.0  # a worker's first grammar has to wait for its tokenizer
+ANY_GRAMMAR = Compile('start: "a"')  # so that it is not a user's grammar that gets this time
 MAX_WAITING = 4096
 
 
@@ -83,11 +84,11 @@ class TextPool:
         try:
             if process is None or process.ended:
                 process = await self._new()
-            patience_s = self._timeout_s
             if isinstance(job, Compile) and not process.has_compiled:
-                patience_s += FIRST_GRAMMAR_S
+                async with asyncio.timeout(FIRST_GRAMMAR_S):
+                    await process.ask(worker.encode(ANY_GRAMMAR))
                 process.has_compiled = True
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(self._timeout_s):
                 answer = await process.ask(worker.encode(job))
         except TimeoutError:
             await self._end(process)

@@ -15,6 +15,7 @@ from fastqwen.server import guard, logs
 from fastqwen.server.app import create_app
 from fastqwen.server.exposure import check_exposure, read_keys
 from fastqwen.server.guard import OPEN_PATHS
+from fastqwen.server.request_limits import RequestLimits
 from fastqwen.server.state import ServerConfig
 from tests.server.harness import ask, chat, client_of, get, make_state
 
@@ -169,6 +170,31 @@ def test_bounds_are_exact(field: str, good, bad):
     response = ask(make_state(), COMPLETION, {**base, field: bad})
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith(field) or field == "prompt"
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "object", "properties": {"abc": {}}}}}
+STRICTER = [
+    ("max_n", 2, {"n": 2}, {"n": 3}, "n"),
+    ("max_n", 2, {"best_of": 2}, {"best_of": 3}, "n"),
+    ("max_logprobs", 1, {"logprobs": 1}, {"logprobs": 2}, "logprobs"),
+    ("max_logprobs", 1, {"prompt_logprobs": 1}, {"prompt_logprobs": 2}, "prompt_logprobs"),
+    ("max_logit_bias", 1, {"logit_bias": {"1": 1.0}}, {"logit_bias": {"1": 1.0, "2": 1.0}}, "logit_bias"),
+    ("max_stop_strings", 1, {"stop": ["a"]}, {"stop": ["a", "b"]}, "stop"),
+    ("max_stop_chars", 3, {"stop": "abc"}, {"stop": ["a", "abcd"]}, "stop"),
+    ("max_grammar_chars", 100, {"guided_regex": "a+"}, {"response_format": SCHEMA}, "structured_outputs"),
+]
+
+
+@pytest.mark.parametrize(("limit", "value", "good", "bad", "param"), STRICTER)
+def test_a_server_may_be_stricter_and_names_the_flag(limit: str, value: int, good: dict, bad: dict, param: str):
+    state = make_state(limits=RequestLimits(**{limit: value}))
+    base = {"prompt": [1], "max_tokens": 1}
+    assert ask(state, COMPLETION, {**base, **good}).status_code == 200
+    num_requests = len(state.engine.speaker.requests)
+    error = ask(state, COMPLETION, {**base, **bad}).json()["error"]
+    assert error["param"] == param
+    assert f"{value} (--{limit.replace('_', '-')})" in error["message"]
+    assert len(state.engine.speaker.requests) == num_requests, "it never reached the engine"
 
 
 def test_a_body_that_is_too_large_is_refused_unread():
