@@ -37,11 +37,13 @@ class TextPool:
         num_workers: int = 2,
         timeout_s: float = 2.0,
         start_timeout_s: float = 60.0,
+        log_format: str = "text",
     ) -> None:
         self._begin = worker.encode(Begin(config, str(path), model))
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._source = str(path)
+        self._log_format = log_format
         self._idle: asyncio.LifoQueue[_Process | None] = asyncio.LifoQueue()
         self._num_waiting = 0
         self._all: set[_Process] = set()
@@ -116,6 +118,7 @@ class TextPool:
             "-P",  # nothing in the working folder is imported
             "-m",
             "fastqwen.text.worker",
+            self._log_format,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the server to act upon

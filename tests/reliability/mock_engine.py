@@ -2,7 +2,7 @@
 
 Grammars hold: where one forbids the letter, another allowed token takes its place.
 
-Run as ``python -m tests.reliability.mock_engine ADDRESS``. MOCK_STEP_S paces its steps.
+Run as ``python -m tests.reliability.mock_engine ADDRESS LOG_FORMAT``. MOCK_STEP_S paces its steps.
 """
 
 from __future__ import annotations
@@ -109,4 +109,4 @@ def start(message: wire.Start, progress: Callable[[int, int], None]) -> Engine:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], start))
+    sys.exit(main(sys.argv[1], sys.argv[2], start))

@@ -160,17 +160,21 @@ def test_64_requests_in_a_quarter_of_the_memory_give_the_same_tokens(model: Path
 
 
 def test_health_answers_while_prompts_of_megabytes_come_in(model: Path):
-    async def run(server: Server) -> list[float]:
+    async def run(server: Server) -> tuple[list[float], list[float]]:
         waits_s: list[float] = []
+        refused_s: list[float] = []
         async with httpx.AsyncClient(timeout=30) as client:
-            bodies = [{"prompt": text * 7_000_000, "max_tokens": 1} for text in (" ", "a", "^", "\t")]
+            texts = [char * 10_000_000 for char in (" ", "a", "^", "\t", "\u3000")] + ["word " * 2_000_000]
+            bodies = [("/v1/completions", {"prompt": text}) for text in texts]
+            bodies += [("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}) for text in texts]
 
             async def push() -> None:
-                for body in bodies:
+                for path, body in bodies:
+                    data = json.dumps(body, ensure_ascii=False).encode()
                     start_s = time.monotonic()
-                    response = await client.post(f"{server.url}/v1/completions", json=body)
+                    response = await client.post(f"{server.url}{path}", content=data)
                     assert response.status_code in (400, 413)
-                    assert time.monotonic() - start_s < 3.0
+                    refused_s.append(time.monotonic() - start_s)
 
             pushing = asyncio.create_task(push())
             while not pushing.done():
@@ -179,10 +183,15 @@ def test_health_answers_while_prompts_of_megabytes_come_in(model: Path):
                 waits_s.append(time.monotonic() - start_s)
                 await asyncio.sleep(0.01)
             await pushing
-        return waits_s
+        return waits_s, refused_s
 
     with serving(model) as server:
-        assert max(asyncio.run(run(server))) < 1.0
+        waits_s, refused_s = asyncio.run(run(server))
+        print(json.dumps({"health_max_s": round(max(waits_s), 3), "refused_max_s": round(max(refused_s), 3)}))
+        assert (
+            max(waits_s) < 1.0
+        )  # 0.25 s on a machine of its own; the client that makes these bodies is in the way, too
+        assert max(refused_s) < 3.0  # with 10 MB, or 30, through a socket
 
 
 @pytest.mark.slow

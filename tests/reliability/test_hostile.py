@@ -35,18 +35,20 @@ def obeys(wish: Wish, text: str) -> bool:
 def test_two_hundred_bad_grammars(model: Path):
     statuses: Counter[int] = Counter()
     slowest_s = 0.0
-    with serving(model, step_s=0.0, text_timeout_s=1.0, engine={"max_model_len": 256}) as server:
-        with httpx.Client(base_url=server.url, timeout=30) as client:
-            for wish in wishes():
-                start_s = time.monotonic()
-                response = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 40, **wish})
-                took_s = time.monotonic() - start_s
-                slowest_s = max(slowest_s, took_s)
-                statuses[response.status_code] += 1
-                assert took_s < MAX_SECONDS + 2.0, wish  # a worker that was killed starts again, on a shared machine
-                _check(response, wish)
-            answer = client.post("/v1/completions", json=GOOD).json()["choices"][0]
-            assert re.fullmatch("[0-9]{3}", answer["text"])
+    with (
+        serving(model, step_s=0.0, text_timeout_s=1.0, engine={"max_model_len": 256}) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+    ):
+        for wish in wishes():
+            start_s = time.monotonic()
+            response = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 40, **wish})
+            took_s = time.monotonic() - start_s
+            slowest_s = max(slowest_s, took_s)
+            statuses[response.status_code] += 1
+            assert took_s < MAX_SECONDS + 2.0, wish  # a worker that was killed starts again, on a shared machine
+            _check(response, wish)
+        answer = client.post("/v1/completions", json=GOOD).json()["choices"][0]
+        assert re.fullmatch("[0-9]{3}", answer["text"])
     print(json.dumps({"statuses": statuses, "slowest_s": round(slowest_s, 2)}))
     assert set(statuses) == {200, 400}
     assert statuses[400] >= 200
@@ -62,7 +64,10 @@ def _check(response: httpx.Response, wish: Wish) -> None:
     if choice["finish_reason"] == "stop":
         assert obeys(wish, choice["text"]), (wish, choice)
     elif "guided_json" in wish or "response_format" in wish:
-        assert choice["text"][0] in ' \n{["-0123456789tfn', (wish, choice)  # where JSON begins; the mock would write letters
+        assert choice["text"][0] in ' \n{["-0123456789tfn', (
+            wish,
+            choice,
+        )  # where JSON begins; the mock would write letters
 
 
 def memory_bytes(server: Server) -> int:
@@ -78,7 +83,10 @@ def test_ten_thousand_schemas_fill_no_memory(model: Path):
         names = {f"field_{number}_{i}": {"type": "string", "maxLength": 10 + number % 50} for i in range(5)}
         return {"type": "object", "properties": names, "required": list(names)}
 
-    with serving(model, step_s=0.0, access_log=False) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+    with (
+        serving(model, step_s=0.0, access_log=False) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+    ):
         seen = []
         for number in range(10_000):
             body = {"prompt": "a", "max_tokens": 2, "guided_json": schema(number)}
