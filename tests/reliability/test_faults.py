@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from tests.reliability.load import load
 from tests.reliability.server import ROOT, Server, serving
 from tests.server.live import LiveServer
 
-REPEATS = [pytest.param(2, id="x2"), pytest.param(100, id="x100", marks=pytest.mark.slow)]
+MANY = int(os.environ.get("REPEATS", "100"))
+REPEATS = [pytest.param(2, id="x2"), pytest.param(MANY, id=f"x{MANY}", marks=pytest.mark.slow)]
 
 
 async def read_streams(server: Server, count: int, tokens: int) -> list[tuple[str, float]]:
