@@ -44,7 +44,7 @@ class EventStream(Response):
     which aborts the work in the engine. Backpressure is the socket's: nothing is asked for while a write waits.
 
     The events between the first and the last go straight to the connection: what stands between (``DIRECT_SEND``) only
-    wants to know when a response begins and ends, and its wrappers would cost a tenth of each token's time.
+    wants to know when a response begins and ends, and would wrap every token's event again.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._hidden = frozenset(tokenizer.control_tokens.values()) if skip_special_tokens else frozenset()
-        self._begun = b""  # the first bytes of a character whose others are still to come
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # decoded, but possibly the beginning of a stop string
         self._tokens_until_stop = min_tokens
         self.stopped_by: str | None = None
@@ -32,24 +32,17 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The text that this token makes final. After ``stopped_by`` is set nothing more may be pushed."""
         assert self.stopped_by is None
+        data = b"" if token_id in self._hidden else self._tokenizer.token_bytes(token_id)
         self._tokens_until_stop -= 1
-        text = "" if token_id in self._hidden else self._decoded(self._tokenizer.token_bytes(token_id))
-        return self._release(text) if self._stop else text
+        return self._release(self._decoder.decode(data))
 
     def finish(self) -> str:
         """What is left at the end: held text, and U+FFFD if the last character is incomplete."""
         if self.stopped_by is not None:
             return ""
-        text = self._release(self._decoded(b"", final=True))
+        text = self._release(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
         return text + ("" if self.stopped_by is not None else rest)
-
-    def _decoded(self, data: bytes, *, final: bool = False) -> str:
-        """The whole characters. codecs' incremental decoder does the same at four times the cost."""
-        data = self._begun + data
-        text, used = codecs.utf_8_decode(data, "replace", final)
-        self._begun = data[used:]
-        return text
 
     def _release(self, text: str) -> str:
         if not self._stop or not text:
