@@ -44,7 +44,8 @@ def send_request(port: int, body: dict, *, receive_buffer: int | None = None) ->
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_clients_that_leave_are_aborted_and_leave_nothing_behind(model: Path, stream: bool):
-    with serving(model, step_s=0.01, engine={"max_num_seqs": 8}) as server:
+    # One text worker, which is there from the start: a second one would come with the load, and bring its pipes.
+    with serving(model, step_s=0.01, text_workers=1, engine={"max_num_seqs": 8}) as server:
         file_count = psutil.Process(server.process.pid).num_fds()
         body = {"prompt": "p" * 500, "max_tokens": 3000, "stream": stream, "ignore_eos": True}
         connections = [send_request(server.port, body) for _ in range(40)]  # 8 run, the rest waits
