@@ -4,12 +4,13 @@ PYTHON ?= python3
 MODEL ?= demo
 PORT ?= 8000
 ARGS ?=
+SECONDS ?= 60
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test test-slow test-page stress test-clients lint clean help
+.PHONY: serve test test-slow test-page stress fuzz test-clients lint clean help
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -38,6 +39,10 @@ test-slow: $(DEV_STAMP)  ## Run the tests that take long
 
 stress: $(DEV_STAMP)  ## Run the long reliability tests: load, soak, a hundred kills and a hundred drains
 	$(BIN)/python -m pytest tests/reliability -m slow -s --timeout 2400
+
+fuzz: $(DEV_STAMP)  ## Fuzz every parser for SECONDS (default: 60) in all
+	$(PIP) -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz all $(SECONDS)
 
 test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use, each installed in a room of its own
 	PYTHON=$(BIN)/python scripts/test_clients

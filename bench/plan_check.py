@@ -59,7 +59,7 @@ def watch_start(log: Log) -> None:
 
     log.after(start, "choose_ops", "kernels' scratch")
     log.after(start, "_load", "weights")
-    log.after(measure, "available_kv_bytes", "largest step on trial")
+    log.after(measure, "measure_room", "largest step on trial")
     log.after(CudaRunner, "__init__", "cache")
     log.after(CudaRunner, "_warm_up", "kernels compiled")
     log.after(CudaRunner, "capture", "graphs")

@@ -23,6 +23,7 @@ MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_N = 128
+MAX_GRAMMAR_CHARS = 200_000
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -140,6 +141,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
                 _within("logit_bias", bias, -100.0, 100.0)
 
 
+# An error that begins like this is about the grammar, which passed its check and turned out too large when it was used.
+GRAMMAR_FAILED = "the grammar for structured output cannot be used:"
 GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less than this would only overflow
 
 

@@ -11,10 +11,27 @@ import urllib.parse
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from fastqwen.errors import FastqwenError
 
 EVENT = b"data: "
 DONE = b"data: [DONE]"
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+
+
+class _Closing(msgspec.Struct):
+    """The events that say more than a token's text."""
+
+    choices: list[Any] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_read_closing = msgspec.json.Decoder(_Closing).decode
 
 
 @dataclass
@@ -85,19 +102,23 @@ class Target:
                 continue
             if line.startswith(DONE):
                 return
-            self._event(line, found)
+            self.event(line, found)
             if found.error is not None:
                 return
         found.error = "the stream broke off"
 
     @staticmethod
-    def _event(line: bytes, found: Stream) -> None:
+    def event(line: bytes, found: Stream) -> None:
         if b'"usage":{' in line or b'"error":{' in line:
-            value = json.loads(line[len(EVENT) :])
-            if "error" in value:
-                found.error = str(value["error"].get("message"))
-            elif not value["choices"]:
-                found.num_tokens = value["usage"]["completion_tokens"]
+            try:
+                value = _read_closing(line[len(EVENT) :])
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
+                found.error = f"an event that is no completion chunk: {error}"
+                return
+            if value.error is not None:
+                found.error = str(value.error.get("message") if isinstance(value.error, dict) else value.error)
+            elif not value.choices and value.usage is not None:
+                found.num_tokens = value.usage.completion_tokens
                 return
         now_s = time.perf_counter()
         if found.first_s is None:

@@ -8,6 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from fastqwen.cli.options import whole_number, with_engine_options
+from fastqwen.records import (
+    MAX_GRAMMAR_CHARS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+)
 
 MODEL_HELP = "demo, a folder, a .gguf file, or a hub name like Qwen/Qwen3-0.6B."
 
@@ -36,6 +44,22 @@ def serve(
     max_concurrent_requests: Annotated[
         int, typer.Option(min=1, help="Requests that may run or wait; more are answered with 429.")
     ] = 1024,
+    max_n: Annotated[int, typer.Option(min=1, max=MAX_N, help="Most answers to one prompt.")] = MAX_N,
+    max_logprobs: Annotated[
+        int, typer.Option(min=0, max=MAX_LOGPROBS, help="Most alternatives for each token.")
+    ] = MAX_LOGPROBS,
+    max_logit_bias: Annotated[
+        int, typer.Option(min=0, max=MAX_LOGIT_BIAS, help="Most entries of logit_bias.")
+    ] = MAX_LOGIT_BIAS,
+    max_stop_strings: Annotated[
+        int, typer.Option(min=0, max=MAX_STOP_STRINGS, help="Most stop strings.")
+    ] = MAX_STOP_STRINGS,
+    max_stop_chars: Annotated[
+        int, typer.Option(min=1, max=MAX_STOP_CHARS, help="Longest stop string.")
+    ] = MAX_STOP_CHARS,
+    max_grammar_chars: Annotated[
+        int, typer.Option(min=1, max=MAX_GRAMMAR_CHARS, help="Longest schema, regex or grammar of a request.")
+    ] = MAX_GRAMMAR_CHARS,
     text_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds for rendering and tokenising a prompt, or compiling a grammar.")
     ] = 2.0,
@@ -59,6 +83,7 @@ def serve(
     from fastqwen.config import EngineConfig
     from fastqwen.errors import BadConfig
     from fastqwen.server.exposure import read_keys
+    from fastqwen.server.request_limits import RequestLimits
     from fastqwen.server.run import serve as run
     from fastqwen.server.state import ServerConfig
 
@@ -73,6 +98,14 @@ def serve(
         insecure=insecure,
         max_body_bytes=max_body_bytes,
         max_concurrent_requests=max_concurrent_requests,
+        limits=RequestLimits(
+            max_n=max_n,
+            max_logprobs=max_logprobs,
+            max_logit_bias=max_logit_bias,
+            max_stop_strings=max_stop_strings,
+            max_stop_chars=max_stop_chars,
+            max_grammar_chars=max_grammar_chars,
+        ),
         text_timeout_s=text_timeout,
         header_timeout_s=header_timeout,
         body_timeout_s=body_timeout,

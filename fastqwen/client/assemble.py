@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.records import FinishReason, RequestDelta, SamplingParams, TokenLogprobs
@@ -11,12 +11,11 @@ from fastqwen.text.detokenizer import Detokenizer
 from fastqwen.text.tokenizer import Tokenizer
 
 
-@dataclass
-class Piece:
+class Piece(msgspec.Struct):  # one is made for each token: a dataclass takes 0.65 us, this 0.15
     """What one delta added for the reader. ``abort`` asks the caller to end the sequence in the engine."""
 
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     logprobs: list[dict[int, Logprob]] | None = None
     prompt_logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
@@ -49,6 +48,12 @@ class Assembler:
 
     def feed(self, delta: RequestDelta) -> Piece:
         assert self.output.finish_reason is None, "a delta came after the end"
+        if (
+            len(delta.token_ids) == 1
+            and delta.finish_reason is None
+            and delta.logprobs is delta.prompt_logprobs is None
+        ):
+            return self._feed_token(delta)
         piece = Piece(
             prompt_logprobs=None if delta.prompt_logprobs is None else self._named(delta.prompt_logprobs),
             error=delta.error,
@@ -64,6 +69,19 @@ class Assembler:
             if self._detokenizer is not None and self._detokenizer.stopped_by is not None:
                 break
         self._close(piece, delta)
+        self._append(piece, delta)
+        return piece
+
+    def _feed_token(self, delta: RequestDelta) -> Piece:
+        """What ``feed`` does, for the delta that nearly all are: one token and nothing else."""
+        [token_id] = delta.token_ids
+        self.num_cached_tokens = delta.num_cached_tokens
+        detokenizer = self._detokenizer
+        piece = Piece(token_ids=[token_id], error=delta.error)
+        if detokenizer is not None:
+            piece.text = detokenizer.push(token_id)
+            if detokenizer.stopped_by is not None:
+                self._close(piece, delta)
         self._append(piece, delta)
         return piece
 
@@ -86,7 +104,10 @@ class Assembler:
 
     def _append(self, piece: Piece, delta: RequestDelta) -> None:
         output = self.output
-        output.text += piece.text
+        # Through a name of its own a text grows in place; an attribute's would be copied for each token.
+        text, output.text = output.text, ""
+        text += piece.text
+        output.text = text
         output.token_ids += piece.token_ids
         output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
         if piece.logprobs is not None:

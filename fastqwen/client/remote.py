@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator
 from typing import Any
+
+import msgspec
 
 from fastqwen.errors import BadRequest, FastqwenError
 
@@ -44,7 +45,7 @@ class RemoteServer:
                     response.read()
                     raise _error_of(response)
                 for line in response.iter_lines():
-                    yield from _text_of(line)
+                    yield from text_of_line(line)
         except httpx.HTTPError as error:
             raise self._silent(error) from None
 
@@ -75,16 +76,38 @@ class RemoteServer:
         return FastqwenError(f"the server at {self.url} does not answer: {error or type(error).__name__}")
 
 
-def _text_of(line: str) -> Iterator[str]:
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """The part of a chunk that is read here; other servers leave out or add what they like."""
+
+    choices: list[_Choice] | None = None
+    error: Any = None
+
+
+_read_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+def text_of_line(line: str) -> Iterator[str]:
+    """The answer's text in one line of a stream. Raises FastqwenError for an error event, and for what is no chunk."""
     if not line.startswith("data: ") or line == "data: [DONE]":
         return
-    value = json.loads(line[6:])
-    if "error" in value:
-        raise FastqwenError(value["error"]["message"])
-    for choice in value.get("choices", []):
-        text = choice.get("delta", {}).get("content")
-        if text:
-            yield text
+    try:
+        chunk = _read_chunk(line[6:])
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise FastqwenError(f"the server sent an event that is no chat chunk: {error}") from None
+    if chunk.error is not None:
+        told = chunk.error.get("message") if isinstance(chunk.error, dict) else chunk.error
+        raise FastqwenError(str(told))
+    for choice in chunk.choices or ():
+        if choice.delta is not None and choice.delta.content:
+            yield choice.delta.content
 
 
 def _error_of(response: Any) -> FastqwenError:

@@ -94,6 +94,7 @@ class EngineClient:
         on_loading: Callable[[int, int], None] = lambda done, total: None,
         on_ready: Callable[[wire.Ready], None] = lambda ready: None,
         command: Sequence[str] = ENGINE_COMMAND,
+        log_format: str = "text",
     ) -> None:
         self.state: State = "loading"
         self.failure = ""
@@ -101,7 +102,7 @@ class EngineClient:
         self.loading = (0, 0)
         self.ready: wire.Ready | None = None
         self.num_restarts = 0
-        self._config, self._path, self._command = config, path, command
+        self._config, self._path, self._command, self._log_format = config, path, command, log_format
         self._on_loading, self._on_ready = on_loading, on_ready
         self._queues: dict[str, DeltaQueue] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="fastqwen-")  # made with mode 0700
@@ -199,7 +200,7 @@ class EngineClient:
             self._socket.bind(address)
             # -P: a user's own random.py in the working directory must not become the engine's.
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, address, stdin=asyncio.subprocess.DEVNULL
+                *self._command, address, self._log_format, stdin=asyncio.subprocess.DEVNULL
             )
             listening = asyncio.create_task(self._listen(self._socket))
             was_ready = await self._wait_for_end(listening)

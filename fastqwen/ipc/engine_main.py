@@ -1,4 +1,4 @@
-"""The engine process: ``python -m fastqwen.ipc.engine_main ADDRESS``. It ends when its parent does."""
+"""The engine process: ``python -m fastqwen.ipc.engine_main ADDRESS LOG_FORMAT``. It ends when its parent does."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fastqwen.engine.core import EngineCore
 from fastqwen.errors import FastqwenError
 from fastqwen.ipc import wire
 from fastqwen.ipc.arrivals import Arrivals
+from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
 
 log = logging.getLogger("fastqwen.engine")
@@ -32,9 +33,9 @@ Starter = Callable[[wire.Start, Callable[[int, int], None]], "Engine"]
 IDLE_WAIT_MS = 500  # also how often an idle engine shows that it lives
 
 
-def main(address: str, start_engine: Starter | None = None) -> int:
+def main(address: str, log_format: str = "text", start_engine: Starter | None = None) -> int:
     """``start_engine`` is the real one unless a test brings another."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     [engine] %(message)s", stream=sys.stderr)
+    configure_logging(log_format, "engine")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
@@ -123,4 +124,4 @@ def _take_messages(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arriva
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], sys.argv[2]))

@@ -13,7 +13,7 @@ import llguidance
 import torch
 from torch import Tensor
 
-from fastqwen.records import Admission, Grammar
+from fastqwen.records import GRAMMAR_FAILED, Admission, Grammar
 from fastqwen.runner.sampler import FORBIDDEN
 
 MAX_CACHED_GRAMMARS = 64
@@ -114,7 +114,7 @@ class StructuredOutput:
                 continue
             bits = constraint.mask()
             if constraint.error is not None:
-                failed[row] = f"structured output failed: {constraint.error[:300]}"
+                failed[row] = f"{GRAMMAR_FAILED} {constraint.error.partition(chr(10))[0][:300]}"
                 continue
             allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
             flags = torch.zeros(logits.shape[1], dtype=torch.bool)

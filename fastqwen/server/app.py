@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp
 
 from fastqwen.errors import BadRequest
-from fastqwen.server import docs_page, errors, status
+from fastqwen.server import docs_page, errors, openapi, status
 from fastqwen.server.body import read_body
 from fastqwen.server.chat import Chat
 from fastqwen.server.completions import Completion
@@ -49,6 +49,7 @@ def create_app(state: ServerState) -> ASGIApp:
     _add_tokenizer(app, state)
     status.add_routes(app, state)
     docs_page.add_route(app)
+    openapi.install(app)
     return Guard(app, state)
 
 

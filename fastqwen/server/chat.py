@@ -13,7 +13,7 @@ from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
 from fastqwen.server.cache_story import CacheStory
 from fastqwen.server.completions import finite, prompt_logprobs_json
-from fastqwen.server.generation import Choice, Generation, GenerationFailed, Wishes
+from fastqwen.server.generation import Choice, Generation, Wishes, failure_of
 from fastqwen.server.grammars import answer_grammar
 from fastqwen.server.schema import ChatRequest
 from fastqwen.server.sse import encode, event
@@ -129,10 +129,10 @@ class Chat:
         for choice in generation.choices:
             yield event(self._chunk(head, choice.index, {"role": "assistant", "content": ""}))
         num_left = len(generation.choices)
-        async with aclosing(generation.pieces()) as pieces:  # type: ignore[type-var]
+        async with aclosing(generation.pieces()) as pieces:
             async for index, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
-                    raise GenerationFailed(piece.error or "the request was aborted")
+                    raise failure_of(piece)
                 if piece.parts is None and piece.logprobs is None and piece.finish_reason is None and not always_usage:
                     if piece.text:  # nearly all tokens of nearly all streams come through here
                         yield b'%b%d,"delta":{"content":%b},"finish_reason":null}]}\n\n' % (

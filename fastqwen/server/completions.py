@@ -11,7 +11,7 @@ from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.server.cache_story import CacheStory
-from fastqwen.server.generation import Generation, GenerationFailed, Wishes
+from fastqwen.server.generation import Generation, Wishes, failure_of
 from fastqwen.server.grammars import answer_grammar
 from fastqwen.server.merge import gather, merge
 from fastqwen.server.schema import CompletionRequest
@@ -86,11 +86,11 @@ class Completion:
         plain_head = b"data: " + encode(self._head())[:-1] + b',"choices":[{"index":'
         echo_left = set(range(len(self._generations) * self._n)) if self._body.echo else set()
         num_left = len(self._generations) * self._n
-        async with aclosing(merge([one.pieces() for one in self._generations])) as merged:  # type: ignore[type-var]
-            async for prompt_index, (output_index, piece) in merged:
+        sources = [one.pieces(number * self._n) for number, one in enumerate(self._generations)]
+        async with aclosing(merge(sources)) as merged:
+            async for index, piece in merged:
                 if piece.finish_reason in ("error", "abort"):
-                    raise GenerationFailed(piece.error or "the request was aborted")
-                index = prompt_index * self._n + output_index
+                    raise failure_of(piece)
                 if plain and piece.finish_reason is None and index not in echo_left:
                     if piece.text:
                         yield b'%b%d,"text":%b,"logprobs":null,"finish_reason":null}]}\n\n' % (
@@ -99,7 +99,7 @@ class Completion:
                     continue
                 if not piece.token_ids and piece.finish_reason is None:
                     continue  # a chunk of the prompt's log-probabilities: they come with the first token
-                generation = self._generations[prompt_index]
+                generation = self._generations[index // self._n]
                 chunk = self._chunk(index, generation, piece, echo=index in echo_left)
                 echo_left.discard(index)
                 num_left -= piece.finish_reason is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from fastqwen.client.assemble import Assembler, Piece
 from fastqwen.client.prepare import prepare
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.records import EngineRequest, Grammar, RequestDelta, SamplingParams
+from fastqwen.records import GRAMMAR_FAILED, EngineRequest, Grammar, RequestDelta, SamplingParams
 from fastqwen.server.metrics import RequestClock
 from fastqwen.server.state import ServerState
 from fastqwen.server.thinking import EARLY_STOP, ThinkingGuard, ThinkingWishes
@@ -44,9 +45,10 @@ class Choice:
     num_continued: int = 0
     num_thinking_tokens: int = 0
 
-    @property
-    def index(self) -> int:
-        return self.assembler.output.index
+    index: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index = self.assembler.output.index
 
 
 class Generation:
@@ -60,6 +62,7 @@ class Generation:
         sampling: SamplingParams,
         wishes: Wishes | None = None,
     ) -> None:
+        state.config.limits.check(sampling)
         limits = state.limits()
         wishes = wishes or Wishes()
         self._state = state
@@ -113,31 +116,33 @@ class Generation:
     def num_thinking_tokens(self) -> int:
         return sum(choice.num_thinking_tokens for choice in self.choices)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """(index of the answer, what it gained) until each answer has its finish_reason."""
+    async def pieces(self, first_index: int = 0) -> AsyncGenerator[tuple[int, Piece], None]:
+        """(index of the answer, what it gained) until each answer has its finish_reason. Indices count from the given."""
         clock = RequestClock(self._state.metrics, len(self.prompt_token_ids), len(self.choices))
         stream = self._state.engine.stream([choice.request for choice in self.choices])
         async with aclosing(stream):  # type: ignore[type-var]
             async for deltas in stream:
+                now_s = time.perf_counter()
                 for delta in deltas:
                     choice = self._running.get(delta.request_id)
                     if choice is None:
                         continue  # it was ended here, and its last words came too late
                     piece = self._take(choice, delta)
-                    clock.saw(choice.index, len(piece.token_ids))
+                    if piece.token_ids:
+                        clock.saw(choice.index, len(piece.token_ids), now_s)
                     if piece.finish_reason is not None:
                         del self._running[delta.request_id]
                         clock.finished(choice.index, piece.finish_reason, len(choice.assembler.output.token_ids))
                         if piece.abort:
                             self._state.engine.abort([delta.request_id])
-                    yield choice.index, piece
+                    yield first_index + choice.index, piece
 
     async def finish(self) -> None:
-        """Run to the end without streaming. Raises GenerationFailed if the engine reports an error."""
-        async with aclosing(self.pieces()) as pieces:  # type: ignore[type-var]
+        """Run to the end without streaming. Raises what ``failure_of`` makes of an error that the engine reports."""
+        async with aclosing(self.pieces()) as pieces:
             async for _, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
-                    raise GenerationFailed(piece.error or "the request was aborted")
+                    raise failure_of(piece)
 
     def _choice(self, request: EngineRequest, index: int, stop_token_ids: list[int]) -> Choice:
         parser = self._wishes.make_parser()
@@ -150,6 +155,8 @@ class Generation:
         )
 
     def _take(self, choice: Choice, delta: RequestDelta) -> Piece:
+        if choice.parser is None and self.prompt_logprobs is None:
+            return choice.assembler.feed(delta)
         thinking = choice.parser is not None and choice.parser.thinking
         choice.num_thinking_tokens += len(delta.token_ids) if thinking else 0
         guarded = choice.guard is not None and thinking
@@ -234,3 +241,11 @@ class Generation:
 
 class GenerationFailed(Exception):
     """The engine accepted the request, but could not finish it."""
+
+
+def failure_of(piece: Piece) -> Exception:
+    """BadRequest where it was the request's own grammar, so that nobody sends it again."""
+    error = piece.error or "the request was aborted"
+    if error.startswith(GRAMMAR_FAILED):
+        return BadRequest(error, "structured_outputs")
+    return GenerationFailed(error)

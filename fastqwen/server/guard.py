@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastqwen.errors import FastqwenError
 from fastqwen.server.errors import describe, error_body
-from fastqwen.server.sse import encode
+from fastqwen.server.sse import DIRECT_SEND, encode
 from fastqwen.server.state import ServerState
 
 OPEN_PATHS = frozenset({"/", "/admin", "/health", "/health/ready", "/favicon.ico"})
@@ -57,6 +57,7 @@ class Guard:
             if origin in self._state.config.allowed_origins or "*" in self._state.config.allowed_origins
             else None
         )
+        scope[DIRECT_SEND] = send
         send = _with_headers(send, path, allowed_origin)
         refusal = self._refusal(scope, headers, path)
         if refusal is not None:

@@ -1,4 +1,4 @@
-"""Clients that send their headers slowly, endlessly, or not at all: uvicorn's protocol with a size and a clock."""
+"""Clients that send their headers slowly, endlessly, wrongly, or not at all: uvicorn's protocol with a size and a clock."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEADER_BYTES = 64 * 2**10
-TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: application/json\r\n\r\n"
-    b'{"error":{"message":"the headers are larger than 64 KiB","type":"invalid_request_error","param":null,"code":null}}'
-)
+
+
+def _raw_answer(status: str, message: str) -> bytes:
+    """For what never becomes a request."""
+    body = b'{"error":{"message":"%s","type":"invalid_request_error","param":null,"code":null}}' % message.encode()
+    head = f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+TOO_LARGE = _raw_answer("431 Request Header Fields Too Large", "the headers are larger than 64 KiB")
+NOT_HTTP = _raw_answer("400 Bad Request", "this is not a valid HTTP request")
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -33,6 +40,10 @@ class BoundedHttp(HttpToolsProtocol):
                 self.transport.close()
                 return
         super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(NOT_HTTP)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

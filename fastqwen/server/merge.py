@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,25 +19,24 @@ async def gather(works: Sequence[Coroutine[Any, Any, Any]]) -> None:
         await _cancel(tasks)
 
 
-async def merge(sources: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
-    """(index of the source, item) in the order in which items come."""
-    if len(sources) == 1:
-        async with contextlib.aclosing(sources[0]) as source:  # type: ignore[type-var]
-            async for item in source:
-                yield 0, item
-        return
-    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Their items in the order in which these come. One source is given back as it is: a layer less for each token."""
+    return sources[0] if len(sources) == 1 else _merge(sources)
 
-    async def pump(index: int, source: AsyncIterator[T]) -> None:
+
+async def _merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()
+
+    async def pump(source: AsyncGenerator[T, None]) -> None:
         try:
-            async with contextlib.aclosing(source) as open_source:  # type: ignore[type-var]
+            async with contextlib.aclosing(source) as open_source:
                 async for item in open_source:
-                    queue.put_nowait((index, item))
+                    queue.put_nowait((item,))
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
 
-    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
     try:
         remaining = len(tasks)
         while remaining:
@@ -47,7 +46,7 @@ async def merge(sources: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int,
             elif isinstance(found, Exception):
                 raise found
             else:
-                yield found
+                yield found[0]
     finally:
         await _cancel(tasks)
 

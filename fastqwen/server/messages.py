@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.chat import Chat
-from fastqwen.server.generation import Choice, Generation, GenerationFailed
+from fastqwen.server.generation import Choice, Generation, failure_of
 from fastqwen.server.schema import Body, ChatRequest, Count, Probability, as_chat
 from fastqwen.server.sse import named_event
 from fastqwen.server.state import ServerState
@@ -140,10 +140,10 @@ class Messages:
         start = {**self._head([]), "stop_reason": None, "stop_sequence": None, "usage": _usage(generation)}
         yield named_event("message_start", {"type": "message_start", "message": start})
         writer = _BlockWriter()
-        async with aclosing(generation.pieces()) as pieces:  # type: ignore[type-var]
+        async with aclosing(generation.pieces()) as pieces:
             async for _, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
-                    raise GenerationFailed(piece.error or "the request was aborted")
+                    raise failure_of(piece)
                 data = writer.write(piece.parts if piece.parts is not None else Parts(content=piece.text))
                 if data:
                     yield data

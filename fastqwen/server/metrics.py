@@ -141,10 +141,8 @@ class RequestClock:
         metrics.request_prompt_tokens.observe(num_prompt_tokens)
         metrics.request_n.observe(num_choices)
 
-    def saw(self, index: int, num_tokens: int) -> None:
-        if not num_tokens:
-            return
-        now_s = time.perf_counter()
+    def saw(self, index: int, num_tokens: int, now_s: float) -> None:
+        """``num_tokens`` were read at ``now_s`` of the clock that began with the request."""
         if self._first_s[index]:
             self._metrics.itl_s.observe(now_s - self._last_s[index])
         else:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.chat import Chat
-from fastqwen.server.generation import GenerationFailed
+from fastqwen.server.generation import failure_of
 from fastqwen.server.schema import Body, ChatRequest, Count, Function, Probability, as_chat
 from fastqwen.server.sse import named_event
 from fastqwen.server.state import ServerState, new_id
@@ -187,10 +187,10 @@ class Responses:
 
         yield encoded("response.created", response=self._head("in_progress", []))
         yield encoded("response.in_progress", response=self._head("in_progress", []))
-        async with aclosing(self._chat.generation.pieces()) as pieces:  # type: ignore[type-var]
+        async with aclosing(self._chat.generation.pieces()) as pieces:
             async for _, piece in pieces:
                 if piece.finish_reason in ("error", "abort"):
-                    raise GenerationFailed(piece.error or "the request was aborted")
+                    raise failure_of(piece)
                 parts = piece.parts if piece.parts is not None else Parts(content=piece.text)
                 data = b"".join(encoded(kind, **values) for kind, values in writer.write(parts))
                 if data:

@@ -22,12 +22,12 @@ from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.hub import resolve
 from fastqwen.ipc.engine_client import ENGINE_COMMAND, EngineClient
 from fastqwen.ipc.wire import Ready
+from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
 from fastqwen.server.app import create_app
 from fastqwen.server.cache_story import CacheStories
 from fastqwen.server.exposure import check_exposure
 from fastqwen.server.http_limits import bounded_http
-from fastqwen.server.logs import configure_logging
 from fastqwen.server.metrics import Metrics
 from fastqwen.server.state import ServerConfig, ServerState
 from fastqwen.text.formats import Formats, derive_formats
@@ -122,7 +122,12 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
             log.log(logging.WARNING if line.warn else logging.INFO, "memory: %s", line.text)
 
     engine = EngineClient(
-        parts.engine_config, parts.path, on_loading=bar.update, on_ready=on_ready, command=parts.engine_command
+        parts.engine_config,
+        parts.path,
+        on_loading=bar.update,
+        on_ready=on_ready,
+        command=parts.engine_command,
+        log_format=config.log_format,
     )
     state = _state(parts, engine)
     workers = state.workers
@@ -153,7 +158,12 @@ def _state(parts: _Parts, engine: EngineClient) -> ServerState:
         text=parts.text,
         formats=parts.formats,
         workers=TextPool(
-            engine_config, parts.path, parts.model, num_workers=config.text_workers, timeout_s=config.text_timeout_s
+            engine_config,
+            parts.path,
+            parts.model,
+            num_workers=config.text_workers,
+            timeout_s=config.text_timeout_s,
+            log_format=config.log_format,
         ),
         config=config,
         metrics=Metrics(engine_config.served_names[0]),

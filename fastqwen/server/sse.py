@@ -19,6 +19,7 @@ log = logging.getLogger("fastqwen.server")
 encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
+DIRECT_SEND = "fastqwen.direct_send"  # in the scope: the connection's own send
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -41,6 +42,9 @@ class EventStream(Response):
     A failure after the first event becomes an error event, and then there is no [DONE]: a client can tell a broken
     answer from a whole one. When the client is gone, or has not read for ``stall_timeout_s``, the iterator is closed,
     which aborts the work in the engine. Backpressure is the socket's: nothing is asked for while a write waits.
+
+    The events between the first and the last go straight to the connection: what stands between (``DIRECT_SEND``) only
+    wants to know when a response begins and ends, and would wrap every token's event again.
     """
 
     def __init__(
@@ -76,22 +80,26 @@ class EventStream(Response):
                         log.warning("a client has not read for %.0f s; its request is aborted", self._stall_timeout_s)
                         group.cancel_scope.cancel()
 
+            async def write() -> None:
+                try:
+                    await self._send_all(send, scope.get(DIRECT_SEND, send))
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await self._events.aclose()
+                group.cancel_scope.cancel()
+
             group.start_soon(watch_disconnect)
             group.start_soon(watch_stall)
-            try:
-                await self._send_all(send)
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await self._events.aclose()
-            group.cancel_scope.cancel()
+            # A task of its own: a token then wakes what is here, and not every layer between here and the connection.
+            group.start_soon(write)
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, send_event: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         last = self._done
         try:
             async for body in self._events:
                 self._sending_since_s = time.monotonic()
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await send_event({"type": "http.response.body", "body": body, "more_body": True})
                 self._sending_since_s = 0.0
         except Exception as error:
             body_of_error = describe(error)[1]

@@ -15,6 +15,7 @@ from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded
 from fastqwen.ipc.engine_client import EngineClient
 from fastqwen.server.metrics import Metrics
+from fastqwen.server.request_limits import RequestLimits
 from fastqwen.text.formats import Formats
 from fastqwen.text.load import TextTools
 from fastqwen.text.worker import Compile, Encode, Job, Render
@@ -48,6 +49,7 @@ class ServerConfig:
     insecure: bool = False
     max_body_bytes: int = 32 * 2**20
     max_concurrent_requests: int = 1024
+    limits: RequestLimits = field(default_factory=RequestLimits)
     text_timeout_s: float = 2.0
     text_workers: int = 2
     header_timeout_s: float = 10.0
@@ -154,6 +156,7 @@ class ServerState:
 
     async def check_grammar(self, grammar: str) -> None:
         """Compile it once, outside. Raises BadRequest with the compiler's reason."""
+        self.config.limits.check_grammar(grammar)
         if grammar in self._checked_grammars:
             self._checked_grammars.move_to_end(grammar)
             return

@@ -10,11 +10,10 @@ import llguidance
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from fastqwen.errors import BadRequest
-from fastqwen.records import StructuredOutputs
+from fastqwen.records import MAX_GRAMMAR_CHARS, StructuredOutputs
 from fastqwen.text.strict_json import StrictJsonError, loads
 from fastqwen.text.tokenizer import Tokenizer
 
-MAX_GRAMMAR_CHARS = 200_000
 MAX_CHOICES = 1024
 # Free white space between a JSON's parts, but not so much that a model could write nothing else.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n]{0,64}"}

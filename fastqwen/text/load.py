@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def _json_tokenizer(path: Path) -> JsonTokenizer:
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise BadCheckpoint(f"{path} is damaged: {error}") from None
+        raise BadCheckpoint(f"{path} is damaged: {str(error)[:300]}") from None
     return JsonTokenizer(inner, byte_level='"ByteLevel"' in str(inner.decoder) or "ByteLevel" in str(inner.decoder))
 
 
@@ -219,7 +220,7 @@ def _default_sampling(generation: dict[str, Any], file: Path) -> dict[str, Any]:
 def _template(found: _Found, config: EngineConfig) -> ChatTemplate | PiecewiseChatMl | None:
     if config.chat_template is not None:
         file = Path(config.chat_template)
-        if file.is_file():
+        if os.path.isfile(file):  # Path.is_file raises for a text that is too long to be a name
             source, origin = _read_template(file), str(file)
         elif "{" in config.chat_template:
             source, origin = config.chat_template, "--chat-template"

@@ -16,7 +16,8 @@ from fastqwen.text.worker import LENGTH_BYTES, Begin, Compile, Ids, Job, Refused
 
 log = logging.getLogger("fastqwen.server")
 
-FIRST_GRAMMAR_S = 10.0  # the first grammar has to wait for its tokenizer
+FIRST_GRAMMAR_S = 10.0  # a worker's first grammar has to wait for its tokenizer
+ANY_GRAMMAR = Compile('start: "a"')  # so that it is not a user's grammar that gets this time
 MAX_WAITING = 4096
 
 
@@ -36,11 +37,13 @@ class TextPool:
         num_workers: int = 2,
         timeout_s: float = 2.0,
         start_timeout_s: float = 60.0,
+        log_format: str = "text",
     ) -> None:
         self._begin = worker.encode(Begin(config, str(path), model))
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._source = str(path)
+        self._log_format = log_format
         self._idle: asyncio.LifoQueue[_Process | None] = asyncio.LifoQueue()
         self._num_waiting = 0
         self._all: set[_Process] = set()
@@ -83,11 +86,11 @@ class TextPool:
         try:
             if process is None or process.ended:
                 process = await self._new()
-            patience_s = self._timeout_s
             if isinstance(job, Compile) and not process.has_compiled:
-                patience_s += FIRST_GRAMMAR_S
+                async with asyncio.timeout(FIRST_GRAMMAR_S):
+                    await process.ask(worker.encode(ANY_GRAMMAR))
                 process.has_compiled = True
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(self._timeout_s):
                 answer = await process.ask(worker.encode(job))
         except TimeoutError:
             await self._end(process)
@@ -115,6 +118,7 @@ class TextPool:
             "-P",  # nothing in the working folder is imported
             "-m",
             "fastqwen.text.worker",
+            self._log_format,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the server to act upon

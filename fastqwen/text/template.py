@@ -15,6 +15,10 @@ from fastqwen.errors import BadCheckpoint, BadRequest
 from fastqwen.text.tokenizer import Tokenizer, break_control_tokens
 
 Message = dict[str, Any]
+# What comes beside Jinja's own errors from its parser, its constant folding, Python's compiler, and a template at work.
+UNREADABLE = (
+    SyntaxError, RecursionError, MemoryError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError,
+)  # fmt: skip
 MAX_POWER, MAX_BASE, MAX_REPEATED = 64, 2**32, 2**20
 
 CHATML = (
@@ -40,8 +44,9 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise BadCheckpoint(f"{origin}: the chat template does not parse: {error}") from None
+        except (jinja2.TemplateError, *UNREADABLE) as error:
+            told = " ".join(str(error).split())[:300] or type(error).__name__
+            raise BadCheckpoint(f"{origin}: the chat template does not parse: {told}") from None
 
     def render(
         self,
@@ -60,8 +65,9 @@ class ChatTemplate:
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
-            raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
+        except (jinja2.TemplateError, *UNREADABLE) as error:
+            told = " ".join(str(error).split())[:300] or type(error).__name__
+            raise BadRequest(f"the chat template refuses these messages: {told}", "messages") from None
 
     def encode(self, tokenizer: Tokenizer, messages: list[Message], **options: Any) -> list[int]:
         """Ids of the rendered conversation. Control tokens that a message spells out stay plain text."""

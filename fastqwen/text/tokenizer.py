@@ -140,6 +140,7 @@ class JsonTokenizer(Tokenizer):
         self._added = {token_id: token for token_id, token in inner.get_added_tokens_decoder().items()}
         self.control_tokens = {token.content: token_id for token_id, token in self._added.items() if token.special}
         self._vocab_size = max(inner.get_vocab_size(with_added_tokens=True), 1 + max(self._added, default=-1))
+        self._bytes: dict[int, bytes] = {}  # as they are asked for; no larger than the vocabulary
 
     @property
     def vocab_size(self) -> int:
@@ -150,11 +151,18 @@ class JsonTokenizer(Tokenizer):
         return self._added.keys()
 
     def token_bytes(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id].content.encode()
+        known = self._bytes.get(token_id)
+        if known is not None:
+            return known
         piece = self._inner.id_to_token(token_id)
         if piece is None:
             return b""
+        self._bytes[token_id] = found = self._spelled(token_id, piece)
+        return found
+
+    def _spelled(self, token_id: int, piece: str) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].content.encode()
         if self._byte_level:
             alphabet = byte_alphabet()
             return b"".join(alphabet.get(char, char.encode()) for char in piece)

@@ -1,4 +1,4 @@
-"""Text work in a process of its own: ``python -m fastqwen.text.worker``, fed by ``fastqwen.text.pool``.
+"""Text work in a process of its own: ``python -m fastqwen.text.worker LOG_FORMAT``, fed by ``fastqwen.text.pool``.
 
 Templates, tokenizers and grammars are given input by anybody. Here they can neither stall the server nor end it: the pool
 kills a worker that takes too long, and a limit on memory ends one that takes too much.
@@ -7,6 +7,7 @@ kills a worker that takes too long, and a limit on memory ends one that takes to
 from __future__ import annotations
 
 import functools
+import logging
 import resource
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import msgspec
 
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, FastqwenError
+from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
 from fastqwen.text.load import TextTools, load_text
 
@@ -68,6 +70,8 @@ encode = msgspec.msgpack.Encoder().encode
 def main() -> int:
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing but answers may reach the pool
+    configure_logging(sys.argv[1], "text")
+    logging.getLogger().setLevel(logging.ERROR)  # what is to be said about these files the server has said
     first = _read(source)
     if first is None:
         return 0

@@ -90,4 +90,4 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path} is damaged: {error}") from None
+        raise BadCheckpoint(f"{path} is damaged: {str(error)[:300]}") from None

@@ -1,5 +1,6 @@
-"""``python -m tests.reliability.load URL STREAMS TOKENS``: streams at once, read without a client library.
+"""``python -m tests.reliability.load URL STREAMS TOKENS [ROUTE]``: streams at once, read without a client library.
 
+ROUTE is completions or chat.
 Prints one line of JSON: errors, time to first token, gaps between tokens, tokens per second.
 """
 
@@ -12,12 +13,16 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
-async def one_stream(host: str, port: int, body: dict[str, Any], gaps_s: list[float], firsts_s: list[float]) -> int:
+
+async def one_stream(
+    host: str, port: int, path: str, body: dict[str, Any], gaps_s: list[float], firsts_s: list[float]
+) -> int:
     """The number of events with text. Raises AssertionError for a stream that is not whole."""
     data = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection(host, port)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n".encode()
     start_s = last_s = time.perf_counter()
     writer.write(head + data)
     count = 0
@@ -26,7 +31,7 @@ async def one_stream(host: str, port: int, body: dict[str, Any], gaps_s: list[fl
         if line.startswith(b"data: [DONE]"):
             whole = True
             break
-        if line.startswith(b"data: {"):
+        if line.startswith(b"data: {") and b'"role":"assistant"' not in line:  # chat's first event has no text
             now_s = time.perf_counter()
             (gaps_s if count else firsts_s).append(now_s - (last_s if count else start_s))
             last_s = now_s
@@ -37,15 +42,19 @@ async def one_stream(host: str, port: int, body: dict[str, Any], gaps_s: list[fl
     return count
 
 
-async def load(url: str, streams: int, tokens: int) -> dict[str, Any]:
+async def load(url: str, streams: int, tokens: int, route: str = "completions") -> dict[str, Any]:
     parts = urlsplit(url)
     gaps_s: list[float] = []
     firsts_s: list[float] = []
     start_s = time.perf_counter()
 
     async def one(index: int) -> int:
-        body = {"prompt": f"stream {index}", "max_tokens": tokens, "stream": True, "seed": index, "ignore_eos": True}
-        return await one_stream(str(parts.hostname), int(parts.port or 80), body, gaps_s, firsts_s)
+        body = {"max_tokens": tokens, "stream": True, "seed": index, "ignore_eos": True}
+        if route == "chat":
+            body["messages"] = [{"role": "user", "content": f"stream {index}"}]
+        else:
+            body["prompt"] = f"stream {index}"
+        return await one_stream(str(parts.hostname), int(parts.port or 80), PATHS[route], body, gaps_s, firsts_s)
 
     found = await asyncio.gather(*(one(index) for index in range(streams)), return_exceptions=True)
     wall_s = time.perf_counter() - start_s
@@ -68,4 +77,4 @@ def percentile_ms(values_s: list[float], share: float) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(load(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))))
+    print(json.dumps(asyncio.run(load(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:5]))))

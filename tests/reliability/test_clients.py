@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -43,7 +44,8 @@ def send_request(port: int, body: dict, *, receive_buffer: int | None = None) ->
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_clients_that_leave_are_aborted_and_leave_nothing_behind(model: Path, stream: bool):
-    with serving(model, step_s=0.01, engine={"max_num_seqs": 8}) as server:
+    # One text worker, which is there from the start: a second one would come with the load, and bring its pipes.
+    with serving(model, step_s=0.01, text_workers=1, engine={"max_num_seqs": 8}) as server:
         file_count = psutil.Process(server.process.pid).num_fds()
         body = {"prompt": "p" * 500, "max_tokens": 3000, "stream": stream, "ignore_eos": True}
         connections = [send_request(server.port, body) for _ in range(40)]  # 8 run, the rest waits
@@ -87,6 +89,24 @@ def test_slow_and_oversized_headers_are_cut_off(model: Path):
             assert b"200 OK" not in answer
         assert many.status_code == 431
         assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost localhost\r\n\r\n",
+    ],
+    ids=["no-path", "tls", "version", "no-colon"],
+)
+def test_what_is_not_http_is_told_so_in_the_shape_of_every_error(mock_server: Server, data: bytes):
+    with socket.create_connection(("127.0.0.1", mock_server.port), timeout=5) as connection:
+        connection.sendall(data)
+        head, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(model: Path):
@@ -142,17 +162,21 @@ def test_64_requests_in_a_quarter_of_the_memory_give_the_same_tokens(model: Path
 
 
 def test_health_answers_while_prompts_of_megabytes_come_in(model: Path):
-    async def run(server: Server) -> list[float]:
+    async def run(server: Server) -> tuple[list[float], list[float]]:
         waits_s: list[float] = []
+        refused_s: list[float] = []
         async with httpx.AsyncClient(timeout=30) as client:
-            bodies = [{"prompt": text * 7_000_000, "max_tokens": 1} for text in (" ", "a", "^", "\t")]
+            texts = [char * 10_000_000 for char in (" ", "a", "^", "\t", "\u3000")] + ["word " * 2_000_000]
+            bodies = [("/v1/completions", {"prompt": text}) for text in texts]
+            bodies += [("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}) for text in texts]
 
             async def push() -> None:
-                for body in bodies:
+                for path, body in bodies:
+                    data = json.dumps(body, ensure_ascii=False).encode()
                     start_s = time.monotonic()
-                    response = await client.post(f"{server.url}/v1/completions", json=body)
+                    response = await client.post(f"{server.url}{path}", content=data)
                     assert response.status_code in (400, 413)
-                    assert time.monotonic() - start_s < 3.0
+                    refused_s.append(time.monotonic() - start_s)
 
             pushing = asyncio.create_task(push())
             while not pushing.done():
@@ -161,10 +185,15 @@ def test_health_answers_while_prompts_of_megabytes_come_in(model: Path):
                 waits_s.append(time.monotonic() - start_s)
                 await asyncio.sleep(0.01)
             await pushing
-        return waits_s
+        return waits_s, refused_s
 
     with serving(model) as server:
-        assert max(asyncio.run(run(server))) < 1.0
+        waits_s, refused_s = asyncio.run(run(server))
+        print(json.dumps({"health_max_s": round(max(waits_s), 3), "refused_max_s": round(max(refused_s), 3)}))
+        assert (
+            max(waits_s) < 1.0
+        )  # 0.25 s on a machine of its own; the client that makes these bodies is in the way, too
+        assert max(refused_s) < 3.0  # with 10 MB, or 30, through a socket
 
 
 @pytest.mark.slow
@@ -179,9 +208,12 @@ def test_500_streams_of_10_tokens_a_second_for_a_minute(model: Path):
         assert found["gap_p99_ms"] <= 130
 
 
+SOAK_S = float(os.environ.get("SOAK_S", "1800"))
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_half_an_hour_of_mixed_clients_leaks_nothing(model: Path):
+@pytest.mark.timeout(SOAK_S + 600)
+def test_soak_of_mixed_clients_leaks_nothing(model: Path):
     async def client_life(server: Server, index: int, end_s: float) -> None:
         async with httpx.AsyncClient(timeout=30) as client:
             turn = 0
@@ -206,10 +238,17 @@ def test_half_an_hour_of_mixed_clients_leaks_nothing(model: Path):
 
     with serving(model, step_s=0.005, access_log=False) as server:
         process = psutil.Process(server.process.pid)
-        asyncio.run(run(server, 60))
+        warm_s = min(60.0, SOAK_S / 4)
+        asyncio.run(run(server, warm_s))
         wait_idle(server, 5)
-        before, files = process.memory_info().rss, process.num_fds()
-        asyncio.run(run(server, 1740))
+        before, files, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
+        asyncio.run(run(server, SOAK_S - warm_s))
         wait_idle(server, 5)
-        assert process.memory_info().rss - before < 29 * 1e6
+        grown_mb = (process.memory_info().rss - before) / 1e6
+        minutes = (SOAK_S - warm_s) / 60
+        print(
+            json.dumps({"minutes": round(minutes, 1), "grown_mb": round(grown_mb, 2), "fds": process.num_fds() - files})
+        )
+        assert grown_mb < max(1.0, minutes)  # 1 MB a minute
         assert process.num_fds() <= files + 2
+        assert process.num_threads() <= threads + 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import psutil
 import pytest
 
 from tests.reliability.load import load
-from tests.reliability.server import ROOT, Server, free_port, serving
+from tests.reliability.server import ROOT, Server, serving
+from tests.server.live import LiveServer
 
-REPEATS = [pytest.param(2, id="x2"), pytest.param(100, id="x100", marks=pytest.mark.slow)]
+MANY = int(os.environ.get("REPEATS", "100"))
+REPEATS = [pytest.param(2, id="x2"), pytest.param(MANY, id=f"x{MANY}", marks=pytest.mark.slow)]
 
 
 async def read_streams(server: Server, count: int, tokens: int) -> list[tuple[str, float]]:
@@ -132,13 +135,43 @@ def test_a_full_disk_under_the_log_costs_no_request(model: Path):
             assert response.status_code == 200
 
 
-def test_the_key_is_neither_logged_nor_needed_in_the_command(model: Path):
-    key = "a-secret-that-nobody-sees"
-    with serving(model, port=free_port()) as server:
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_neither_keys_nor_prompts_are_logged_whatever_happens(model: Path, log_format: str):
+    key, prompt = "a-secret-that-nobody-sees", "the prompt itself"
+    with serving(model, step_s=0.02, log_format=log_format, stall_timeout_s=1.0) as server:
         httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"})
         httpx.get(f"{server.url}/v1/models", headers={"x-api-key": key})
-        httpx.post(f"{server.url}/v1/completions", json={"prompt": "the prompt itself", "max_tokens": 1})
-        log = server.log.read_text()
-        assert key not in log
-        assert "the prompt itself" not in log
+        post = f"{server.url}/v1/completions"
+        httpx.post(post, json={"prompt": prompt, "max_tokens": 1})
+        httpx.post(post, json={"prompt": prompt, "temperature": prompt})  # refused
+        httpx.post(post, content=f'{{"prompt": "{prompt}')
+        thread, found = in_background(read_streams(server, 4, 4000))
+        wait_until(lambda: server.figures()["running"] == 4)
+        server.engine.kill()  # an engine's death under a request
+        thread.join(10)
+        assert all("error" in last for last, _ in found[0])
+        server.wait_ready(10.0)
+        lines = server.log.read_text().splitlines()
+    log = "\n".join(lines)
+    assert key not in log and prompt not in log and "p0" not in log
+    if log_format == "text":
         assert '"POST /v1/completions HTTP/1.1" 200 OK' in log
+        assert '"POST /v1/completions HTTP/1.1" 400 Bad Request' in log
+        return
+    ours = [json.loads(line) for line in lines]  # the other processes' lines, too
+    assert {"time", "level", "logger", "message"} <= set.intersection(*(set(one) for one in ours))
+    access = [one for one in ours if one["logger"] == "uvicorn.access"]
+    assert {(one["method"], one["path"], one["status"]) for one in access} >= {
+        ("POST", "/v1/completions", 200), ("POST", "/v1/completions", 400), ("GET", "/v1/models", 200),
+    }  # fmt: skip
+
+
+def test_a_key_from_the_environment_is_in_no_command_line():
+    key = "a-secret-that-nobody-sees"
+    with LiveServer("demo", "--max-model-len", "512", FASTQWEN_API_KEY=key) as server:
+        assert server.http.get("/v1/models").status_code == 401
+        assert server.http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+        family = [server.process.pid, *(one.pid for one in psutil.Process(server.process.pid).children(recursive=True))]
+        assert len(family) >= 2
+        assert not any(key.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in family)
+        assert key not in server.log

@@ -80,7 +80,7 @@ def test_a_row_whose_grammar_fails_is_reported_and_not_let_free(compiler: Gramma
     output = StructuredOutput(compiler)
     output.admit([admission("ab")])
     output.take([0], list(b"z"))
-    assert "structured output failed" in output.mask(torch.zeros((1, VOCAB)), [0])[0]
+    assert "cannot be used" in output.mask(torch.zeros((1, VOCAB)), [0])[0]
 
 
 def test_compiled_grammars_are_bounded(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):

@@ -86,7 +86,7 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode())
 
 
-Script = Callable[[str, int], str]
+Script = Callable[[str, int], str | bytes]
 
 
 class Speaker:
@@ -141,7 +141,8 @@ class Speaker:
             errors="replace"
         )
         said = tokens[admission.num_prompt_tokens :]
-        wanted = self.script(prompt, admission.seed).encode()
+        said_by_script = self.script(prompt, admission.seed)
+        wanted = said_by_script if isinstance(said_by_script, bytes) else said_by_script.encode()
         logits = torch.zeros((1, VOCAB))
         logits[0, [ord("\n"), ord(" ")]] = -1.0  # where a grammar leaves a choice, it does not dawdle
         logits[0, [END, ord("}")]] = 1.0

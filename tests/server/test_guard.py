@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import time
 
 import httpx
 import pytest
 
+from fastqwen import logs
 from fastqwen.errors import BadConfig
-from fastqwen.server import guard, logs
+from fastqwen.server import guard
 from fastqwen.server.app import create_app
 from fastqwen.server.exposure import check_exposure, read_keys
 from fastqwen.server.guard import OPEN_PATHS
+from fastqwen.server.request_limits import RequestLimits
 from fastqwen.server.state import ServerConfig
 from tests.server.harness import ask, chat, client_of, get, make_state
 
@@ -59,6 +62,50 @@ def test_every_route_but_the_open_ones_needs_the_key(headers: dict):
                         assert (found.status_code != 401) == is_open, (verb, variant, found.status_code)
 
     asyncio.run(walk())
+
+
+def test_a_root_path_opens_nothing():
+    """A proxy's prefix must not make a closed path look like an open one."""
+
+    async def run() -> None:
+        app = create_app(make_state(api_keys=(KEY,)))
+        for root in ("/health", "/static", "/v1", "/health/ready"):
+            transport = httpx.ASGITransport(app, root_path=root)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                for path in ("/health", "/v1/models", "/health/v1/models", "/static/v1/models", "/static/../v1/models"):
+                    assert (await client.get(path)).status_code == 401, (root, path)
+
+    asyncio.run(run())
+
+
+def test_no_request_makes_the_server_open_a_connection(monkeypatch: pytest.MonkeyPatch):
+    connected: list[object] = []
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, lambda *args: connected.append(args))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: connected.append(args) or [])
+    for url in (
+        "http://169.254.169.254/latest/meta-data",
+        "file:///etc/passwd",
+        "https://example.org/x",
+        "//example.org/x",
+    ):
+        image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+        bodies = [
+            (CHAT, {"messages": image}),
+            (CHAT, {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_url": url}}]}]}),
+            (CHAT, chat("x", guided_json={"$ref": url})),
+            (CHAT, chat("x", model=url)),
+            (CHAT, chat("x", chat_template=url)),
+            (
+                COMPLETION,
+                {"prompt": url, "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": url}}}},
+            ),
+            ("/v1/messages", {"model": "m", "max_tokens": 1, "messages": image}),
+            ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]}),
+        ]
+        for path, body in bodies:
+            assert ask(make_state(), path, body).status_code in (200, 400)
+    assert connected == []
 
 
 def test_the_right_key_lets_in_and_there_may_be_several():
@@ -129,6 +176,45 @@ BAD_BODIES = [
 ]  # fmt: skip
 
 
+POSTS = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+]
+ANYWHERE = [
+    b"", b"{", b"[]", b"null", b'"x"', b"1", b"\xff\xfe{}", b"{} {}", b"{'a': 1}", b'{"a": 1,}', b"\x00", b'{"a": "\x00"}',
+    b"[" * 150_000,
+    b'{"model": "\\ud800"}', b'{"model": "\xc3"}', b'{"model": 1}', b'{"model": NaN}', b'{"model": 1e999}',
+    b'{"model": ' + b"9" * 5000 + b"}",
+    b'{"model": ' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}", b'{"no_such_field": 1}',
+    b'{"model": "a", "model": 5}', b"\xef\xbb\xbf5",
+    b'{"messages": "x", "prompt": {}, "tokens": "x", "input": 5}',
+    b'{"messages": [[]], "prompt": [[[1]]], "tokens": [[1]], "input": [[1]]}',
+]  # fmt: skip
+
+
+def test_every_route_answers_any_body_with_one_clear_error():
+    async def run() -> int:
+        count = 0
+        async with client_of(make_state()) as client:
+            for path in POSTS:
+                for body in ANYWHERE:
+                    response = await client.post(path, content=body)
+                    assert response.status_code == 400, (path, body[:80], response.text)
+                    error = response.json()["error"]
+                    assert set(error) == {"message", "type", "param", "code"}
+                    assert len(error["message"].splitlines()) == 1 and len(error["message"]) < 1000
+                    count += 1
+            assert (await client.post(COMPLETION, json={"prompt": "a"})).status_code == 200
+        return count
+
+    assert asyncio.run(run()) + 6 * len(BAD_BODIES) >= 300
+
+
 def test_malformed_bodies_are_answered_and_the_next_request_works():
     async def run() -> None:
         state = make_state()
@@ -166,9 +252,36 @@ def test_bounds_are_exact(field: str, good, bad):
     if field == "max_tokens":
         base["stop"] = ["H"]
     assert ask(make_state(), COMPLETION, {**base, field: good}).status_code == 200
+    start_s = time.process_time()
     response = ask(make_state(), COMPLETION, {**base, field: bad})
+    assert time.process_time() - start_s < (0.1 if field != "logit_bias" else 1.0)  # making the server included
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith(field) or field == "prompt"
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "object", "properties": {"abc": {}}}}}
+STRICTER = [
+    ("max_n", 2, {"n": 2}, {"n": 3}, "n"),
+    ("max_n", 2, {"best_of": 2}, {"best_of": 3}, "n"),
+    ("max_logprobs", 1, {"logprobs": 1}, {"logprobs": 2}, "logprobs"),
+    ("max_logprobs", 1, {"prompt_logprobs": 1}, {"prompt_logprobs": 2}, "prompt_logprobs"),
+    ("max_logit_bias", 1, {"logit_bias": {"1": 1.0}}, {"logit_bias": {"1": 1.0, "2": 1.0}}, "logit_bias"),
+    ("max_stop_strings", 1, {"stop": ["a"]}, {"stop": ["a", "b"]}, "stop"),
+    ("max_stop_chars", 3, {"stop": "abc"}, {"stop": ["a", "abcd"]}, "stop"),
+    ("max_grammar_chars", 100, {"guided_regex": "a+"}, {"response_format": SCHEMA}, "structured_outputs"),
+]
+
+
+@pytest.mark.parametrize(("limit", "value", "good", "bad", "param"), STRICTER)
+def test_a_server_may_be_stricter_and_names_the_flag(limit: str, value: int, good: dict, bad: dict, param: str):
+    state = make_state(limits=RequestLimits(**{limit: value}))
+    base = {"prompt": [1], "max_tokens": 1}
+    assert ask(state, COMPLETION, {**base, **good}).status_code == 200
+    num_requests = len(state.engine.speaker.requests)
+    error = ask(state, COMPLETION, {**base, **bad}).json()["error"]
+    assert error["param"] == param
+    assert f"{value} (--{limit.replace('_', '-')})" in error["message"]
+    assert len(state.engine.speaker.requests) == num_requests, "it never reached the engine"
 
 
 def test_a_body_that_is_too_large_is_refused_unread():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fastqwen.text.pool import TextPool
 from fastqwen.text.worker import Compile, Encode, Job, Render
 from fastqwen.weights.checkpoint import open_checkpoint
 from tests.reliability.mock_model import make_model
+from tests.text.hostile_templates import MARKER, TEMPLATES
 
 HELLO = Encode("hello", False, 1000)
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -52,27 +54,24 @@ def test_text_becomes_ids(tmp_path: Path):
     assert run(tmp_path, HELLO, Render(MESSAGES, {"add_generation_prompt": True}, 1000))[0] == list(b"hello")
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
-        "{% set n = namespace(x=['a']) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
-        "{{ 'a' * 99999999999 }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.__init__.__globals__ }}",
-        "{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{% for i in range(99999999) %}x{% endfor %}",
-        "{{ raise_exception('no') }}",
-        "{{ 2 ** 9999999999 }}",
-    ],
-)
-def test_a_hostile_template_is_given_up_and_the_next_prompt_works(tmp_path: Path, template: str):
-    attack = "{% if messages[0].content == 'attack' %}" + template + "{% endif %}"
-    messages = [{"role": "user", "content": "attack"}]
-    [refused, ids] = run(tmp_path, Render(messages, {}, 100_000), HELLO, template=attack)
-    assert isinstance(refused, str) or bytes(refused) == b""
-    assert ids == list(b"hello")
+def test_hostile_templates_are_given_up_and_the_next_prompt_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of them in one template, each upon its own word; a worker that was killed is replaced."""
+    monkeypatch.chdir(tmp_path)
+    template = "".join(
+        f"{{% if messages[0].content == 'attack {number}' %}}{source}{{% endif %}}"
+        for number, source in enumerate(TEMPLATES)
+        if "extends" not in source  # that may only stand at the beginning
+    )
+    jobs: list[Job] = []
+    for number in range(len(TEMPLATES)):
+        jobs += [Render([{"role": "user", "content": f"attack {number}"}], {}, 100_000), HELLO]
+    found = run(tmp_path, *jobs, template=template)
+    for number, (answer, after) in enumerate(zip(found[::2], found[1::2], strict=True)):
+        shown = answer if isinstance(answer, str) else bytes(answer).decode()
+        assert isinstance(answer, str) or set(re.findall(r"\w+", shown)) <= {"Undefined"}, (number, shown[:200])
+        assert after == list(b"hello")
+    assert len(found) // 2 >= 50
+    assert not (tmp_path / MARKER).exists()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from fastqwen.errors import BadCheckpoint, BadRequest
 from fastqwen.text.load import TextTools, load_text
 from fastqwen.text.template import ChatTemplate
 from fastqwen.weights.checkpoint import open_checkpoint
+from tests.text.hostile_templates import REACH
 
 
 @pytest.fixture(scope="module")
@@ -93,29 +94,7 @@ def test_roles_and_tools_cannot_smuggle_control_tokens(demo: TextTools):
     assert sum(one in control for one in found) == sum(one in control for one in plain)
 
 
-HOSTILE = [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__class__ }}",
-    "{{ self.__init__.__globals__ }}",
-    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-    "{{ lipsum.__globals__['os'].system('id') }}",
-    "{{ ''|attr('__class__') }}",
-    "{{ messages|map(attribute='__class__')|list }}",
-    "{{ raise_exception.__globals__ }}",
-    "{{ strftime_now.__globals__['datetime'] }}",
-    "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
-    "{{ '%c' % 999999999999 }}",
-    "{% for x in range(99999999) %}{% endfor %}",
-    "{{ 'a' * 300000000 }}",
-    "{{ 9 ** 99999999 }}",
-    "{% set _ = messages.append(1) %}",
-    "{% set _ = messages.clear() %}",
-    "{% include '/etc/passwd' %}",
-    "{% import 'os' as os %}",
-]
-
-
-@pytest.mark.parametrize("source", HOSTILE)
+@pytest.mark.parametrize("source", REACH)
 def test_hostile_templates_are_refused(source: str):
     messages = [{"role": "user", "content": "hi"}]
     try:
@@ -127,7 +106,19 @@ def test_hostile_templates_are_refused(source: str):
     assert messages == [{"role": "user", "content": "hi"}]
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% for x in messages %}", "{{ messages | nofilter }}"])
+UNREADABLE = {
+    "no-condition": "{% if %}",
+    "open": "{{ x",
+    "no-end": "{% for x in messages %}",
+    "no-such-filter": "{{ messages | nofilter }}",
+    "deep-expression": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "deep-dict": "{{ " + "{1:" * 3000 + "1" + "}" * 3000 + " }}",
+    "more-loops-than-python-nests": "{% for a in messages %}" * 30 + "x" + "{% endfor %}" * 30,
+    "deep-conditions": "{% if messages %}" * 200 + "x" + "{% endif %}" * 200,
+}
+
+
+@pytest.mark.parametrize("source", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_template_that_does_not_parse_names_its_file(source: str):
     with pytest.raises(BadCheckpoint, match=r"chat_template\.jinja"):
         ChatTemplate(source, origin="chat_template.jinja")

@@ -1,4 +1,7 @@
-"""Log lines: uvicorn's familiar form, or one JSON object each. Control characters never reach a terminal or a file raw."""
+"""Log lines of all processes: uvicorn's familiar form, or one JSON object each.
+
+Control characters never reach a terminal or a file raw.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class TextFormatter(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("%(levelname)s:%(padding)s %(message)s")
+    def __init__(self, process: str = "") -> None:
+        super().__init__(f"%(levelname)s:%(padding)s {f'[{process}] ' if process else ''}%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         record.padding = " " * (8 - len(record.levelname))
@@ -34,6 +37,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
+    def __init__(self, process: str = "") -> None:
+        super().__init__()
+        self._process = process
+
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
@@ -41,6 +48,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if self._process:
+            entry["process"] = self._process
         if record.name == "uvicorn.access" and isinstance(record.args, tuple) and len(record.args) == 5:
             client, method, path, _, status = record.args
             entry |= {"client": client, "method": method, "path": path, "status": status}
@@ -56,9 +65,10 @@ class _QuietStream(logging.StreamHandler[Any]):
         pass
 
 
-def configure_logging(log_format: str) -> None:
+def configure_logging(log_format: str, process: str = "") -> None:
+    """``process`` names one that is not the server's own."""
     handler = _QuietStream(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter(process) if log_format == "json" else TextFormatter(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
