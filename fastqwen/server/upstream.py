@@ -21,6 +21,7 @@ ANSWER_WITHIN_S = 600.0  # a long prompt in a long queue
 LIST_WITHIN_S = 10.0
 MAX_ANSWER_BYTES = 32 * 2**20
 NO_KEY = "none"
+REFUSALS = (401, 403, 429, 503)  # an API's word that it is one, but not now or not for this key
 Answer = TypeVar("Answer")
 VERSION = re.compile(r"/v\d+\w*$")
 
@@ -114,17 +115,16 @@ class Upstream:
     async def models(self, key: str | None) -> tuple[int, list[dict[str, Any]], bytes]:
         """Status, the models, and the body where it is a refusal."""
         status, _, body = await self.ask("GET", "/v1/models", key=key)
+        if status in REFUSALS:
+            return status, [], body
         try:
-            found = msgspec.json.decode(body)
-            models = [{**one, "id": str(one["id"])} for one in found["data"]] if status == 200 else []
+            listed: Any = msgspec.json.decode(body)["data"] if status == 200 else None
+            return status, [{**one, "id": str(one["id"])} for one in listed], body
         except (msgspec.DecodeError, KeyError, TypeError):
-            if status in (401, 403, 429, 503):
-                return status, [], body
             raise UpstreamGone(
                 f"{self.url} is no OpenAI-compatible API: it answers {self._api}/models with status {status} and no list "
                 "of models; --api takes the address up to and including /v1"
             ) from None
-        return status, models, body
 
     async def close(self) -> None:
         await self._client.aclose()
