@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from fastqwen.errors import BadRequest, FastqwenError
@@ -33,7 +33,24 @@ class RemoteServer:
             raise FastqwenError(f"the server at {self.url} lists no model: is it an OpenAI-compatible one?") from None
         self.max_model_len: int | None = model.get("max_model_len")
 
-    def chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Generator[str, None, None]:
+    def loading_share(self) -> float | None:
+        """How much of the model is loaded while it cannot answer; None once it can, or where the server does not tell."""
+        import httpx
+
+        try:
+            response = self._client.get("/health/ready")
+            body = response.json() if response.status_code == 503 else {}
+        except (httpx.HTTPError, ValueError):
+            return None
+        return float(body.get("progress") or 0) if body.get("status") in ("loading", "restarting") else None
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        options: dict[str, Any],
+        *,
+        on_thought: Callable[[str], None] | None = None,
+    ) -> Generator[str, None, None]:
         """Pieces of the answer's text. Closing the iterator stops the server's work."""
         import httpx
 
@@ -44,7 +61,12 @@ class RemoteServer:
                     response.read()
                     raise _error_of(response)
                 for line in response.iter_lines():
-                    yield from _text_of(line)
+                    for delta in _deltas_of(line):
+                        thought = delta.get("reasoning_content") or delta.get("reasoning")
+                        if thought and on_thought is not None:
+                            on_thought(str(thought))
+                        if delta.get("content"):
+                            yield str(delta["content"])
         except httpx.HTTPError as error:
             raise self._silent(error) from None
 
@@ -75,16 +97,14 @@ class RemoteServer:
         return FastqwenError(f"the server at {self.url} does not answer: {error or type(error).__name__}")
 
 
-def _text_of(line: str) -> Iterator[str]:
+def _deltas_of(line: str) -> Iterator[dict[str, Any]]:
     if not line.startswith("data: ") or line == "data: [DONE]":
         return
     value = json.loads(line[6:])
     if "error" in value:
         raise FastqwenError(value["error"]["message"])
     for choice in value.get("choices", []):
-        text = choice.get("delta", {}).get("content")
-        if text:
-            yield text
+        yield choice.get("delta") or {}
 
 
 def _error_of(response: Any) -> FastqwenError:
