@@ -125,7 +125,7 @@ class Conversation:
             return False
         known = {
             "/help": lambda rest: print(HELP),
-            "/new": lambda rest: self._turns.clear(),
+            "/new": self._new,
             "/system": self._set_system,
             "/set": self._set,
             "/regen": self._regenerate,
@@ -141,6 +141,10 @@ class Conversation:
         except (FastqwenError, OSError) as error:
             print(f"fastqwen: {error}", file=sys.stderr)
         return True
+
+    def _new(self, rest: str) -> None:
+        self._turns.clear()
+        print("The conversation is forgotten; the system prompt and the settings stay.")
 
     def _set_system(self, text: str) -> None:
         if text:
