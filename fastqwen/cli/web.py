@@ -66,4 +66,4 @@ def web(
         log_format=log_format,
     )
     keys = read_keys(api_key or [], api_key_file, min_chars=1)
-    raise typer.Exit(serve_page(config, Upstreams(api, keys)))
+    raise typer.Exit(serve_page(config, Upstreams(api, keys, page_has_keys=bool(config.api_keys))))

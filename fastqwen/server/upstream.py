@@ -29,7 +29,7 @@ VERSION = re.compile(r"/v\d+\w*$")
 class Upstream:
     """One server. Its address may end in /v1, as OpenAI's clients want it, or not. Raises BadConfig, then UpstreamGone."""
 
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, *, visitors_keys: bool = False) -> None:
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         try:
             parsed = httpx.URL(self.url)
@@ -41,6 +41,7 @@ class Upstream:
             raise BadConfig("--api holds a password: give it with --api-key instead")
         self.place = parsed.netloc.decode("ascii")
         self.has_key = key is not None
+        self._visitors_keys = visitors_keys and key is None
         self._root = VERSION.sub("", self.url)
         self._api = self.url if VERSION.search(self.url) else f"{self.url}/v1"
         headers = {"accept-encoding": "identity", "user-agent": f"fastqwen/{__version__}"}
@@ -58,7 +59,7 @@ class Upstream:
         """The answer with its body still to come: the caller closes it. ``key`` is a visitor's own."""
         address = self._api + path.removeprefix("/v1") if path.startswith("/v1/") else self._root + path
         headers = {"content-type": "application/json"} if body is not None else {}
-        if key is not None and not self.has_key:
+        if key is not None and self._visitors_keys:
             headers["authorization"] = key
         request = self._client.build_request(method, address, content=body, headers=headers)
         try:
@@ -134,6 +135,8 @@ class Upstream:
             return f"{self.url} sends on to {response.headers.get('location', '?')[:200]}: give that address to --api"
         if response.status_code == 401 and self.has_key:
             return f"{self.url} refused the key that this page was started with: check --api-key or FASTQWEN_API_KEY"
+        if response.status_code == 401 and not self._visitors_keys:
+            return f"{self.url} wants an API key: who runs this page gives it with --api-key or FASTQWEN_API_KEY"
         return None
 
     def _silent(self, error: Exception) -> UpstreamGone:
@@ -157,9 +160,12 @@ class Relay(EventStream):
 
 
 class Upstreams:
-    """Several servers as one: their lists of models joined, each request sent to the one that has its model."""
+    """Several servers as one: their lists of models joined, each request sent to the one that has its model.
 
-    def __init__(self, urls: Sequence[str], keys: Sequence[str]) -> None:
+    What a visitor typed as a key is for the one server that asked for it, never for one of several, and no page key.
+    """
+
+    def __init__(self, urls: Sequence[str], keys: Sequence[str], *, page_has_keys: bool = False) -> None:
         if len(set(urls)) < len(urls):
             raise BadConfig("--api names the same address twice")
         if keys and len(keys) != len(urls):
@@ -168,7 +174,8 @@ class Upstreams:
                 f"({NO_KEY} for a server without), so that no server gets another one's"
             )
         wanted = [None if key == NO_KEY else key for key in keys] or [None] * len(urls)
-        self.all = [Upstream(url, key) for url, key in zip(urls, wanted, strict=True)]
+        visitors_keys = len(urls) == 1 and not page_has_keys
+        self.all = [Upstream(url, key, visitors_keys=visitors_keys) for url, key in zip(urls, wanted, strict=True)]
         self._place_of: dict[str, tuple[Upstream, str]] = {}  # the name that the page sees -> whose, and its name there
 
     @property

@@ -58,6 +58,7 @@ class WebState:
 def serve_page(config: ServerConfig, upstreams: Upstreams) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
     configure_logging(config.log_format)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request that is passed on
     check_exposure(config, variable=PAGE_KEY_VARIABLE, flag=PAGE_KEY_FLAG)
     bound = bind(config.host, config.port)
     state = WebState(config, upstreams)
@@ -107,7 +108,7 @@ def _add_chat(app: FastAPI, state: WebState) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         _refuse_other_sites(state, request)
-        key = _visitors_key(state, request)
+        key = request.headers.get("authorization")
         upstream, body = await upstreams.choose(await read_body(request, state.config), key)
         response = await unless_gone(request, upstream.open("POST", request.url.path, body=body, key=key))
         if response is None:
@@ -125,7 +126,7 @@ def _add_chat(app: FastAPI, state: WebState) -> None:
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         _refuse_other_sites(state, request)
-        key = _visitors_key(state, request)
+        key = request.headers.get("authorization")
         upstream, body = await upstreams.choose(await read_body(request, state.config), key)
         return _passed_on(*await upstream.ask("POST", "/tokenize", body=body, key=key))
 
@@ -140,17 +141,17 @@ def _add_questions(app: FastAPI, state: WebState) -> None:
 
     @app.get("/health/ready")
     async def ready(request: Request) -> Response:
-        return _passed_on(*await upstreams.ready(_visitors_key(state, request)))
+        return _passed_on(*await upstreams.ready(request.headers.get("authorization")))
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        status, found, refusal = await upstreams.models(_visitors_key(state, request))
+        status, found, refusal = await upstreams.models(request.headers.get("authorization"))
         body = msgspec.json.encode({"object": "list", "data": found}) if status == 200 else refusal
         return _passed_on(status, JSON, body)
 
     async def figures(request: Request) -> Response:
         """Of the first server: figures of several do not add up."""
-        key = _visitors_key(state, request)
+        key = request.headers.get("authorization")
         return _passed_on(*await upstreams.first.ask("GET", request.url.path, key=key))
 
     for path in OPERATORS_PATHS:
@@ -161,13 +162,6 @@ def _passed_on(status: int, kind: str, body: bytes, retry_after: str | None = No
     """What is shown of another server's answer: nothing that a browser would keep, follow or run."""
     plain = kind if kind.startswith((JSON, "text/plain")) else "text/plain; charset=utf-8"
     return Response(body, status, {"retry-after": retry_after} if retry_after else None, media_type=plain)
-
-
-def _visitors_key(state: WebState, request: Request) -> str | None:
-    """What a visitor typed is for the one server that asked for it, never for one of several, and no page key."""
-    if state.config.api_keys or len(state.upstreams.all) > 1:
-        return None
-    return request.headers.get("authorization")
 
 
 def _refuse_other_sites(state: WebState, request: Request) -> None:

@@ -305,6 +305,14 @@ def test_other_machines_need_a_page_key():
     assert "FASTQWEN_PAGE_KEY" in line and "--insecure" in line
 
 
+@pytest.mark.parametrize("other", [strict], indirect=True)
+def test_a_page_key_is_never_tried_on_the_server_behind(other: Other):
+    with web(other.url, FASTQWEN_PAGE_KEY="a-key-for-visitors") as page:
+        found = page.http.get("/v1/models", headers={"authorization": "Bearer a-key-for-visitors"})
+        assert found.status_code == 502 and "who runs this page" in found.json()["error"]["message"]
+        assert not any("authorization" in headers for _, headers, _ in other.asked)
+
+
 def test_a_page_key_is_asked_for_and_not_passed_on(server: LiveServer):
     with web(server.url, FASTQWEN_PAGE_KEY="a-key-for-visitors") as page:
         assert page.http.get("/").status_code == 200
