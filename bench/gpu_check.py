@@ -154,12 +154,24 @@ def profile(engine: Engine, model: str, batch: int, context: int) -> None:
         torch.cuda.synchronize()
     while core.has_work:
         core.step()
-    rows = sorted(found.key_averages(), key=lambda event: -event.device_time_total)[:14]
+    _note_kernels(f"{model} profile b{batch}", found, 10)
+
+
+def profile_prefill(engine: Engine, model: str) -> None:
+    """Device time by kernel of two steps of 8192 prompt tokens."""
+    add(engine.core, 4, [4096] * 4, [1] * 4, engine.model.vocab_size, "profile")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        run(engine.core)
+    _note_kernels(f"{model} profile prefill", found, 2)
+
+
+def _note_kernels(name: str, found: torch.profiler.profile, steps: int) -> None:
+    """Microseconds and calls a step of each kernel, the largest first."""
+    rows = sorted(found.key_averages(), key=lambda event: -event.device_time_total)[:18]
     for event in rows:
-        note(
-            f"{model} profile b{batch}",
-            **{event.key[:48]: round(event.device_time_total / 10, 1), "calls": event.count // 10},
-        )
+        print(f"   {event.device_time_total / steps:10.1f} us {event.count / steps:7.1f} calls  {event.key[:90]}")
+    RESULTS[name] = {event.key[:90]: [round(event.device_time_total / steps, 1), event.count / steps] for event in rows}
+    print(name, "total us", round(sum(event.device_time_total for event in found.key_averages()) / steps), flush=True)
 
 
 def benchmarks(words: list[str]) -> None:
@@ -176,6 +188,8 @@ def benchmarks(words: list[str]) -> None:
                 host_share(engine, model, 1)
             if "prefill" in words:
                 prefill(engine, model)
+                if "profile" in words:
+                    profile_prefill(engine, model)
             if "offline" in words:
                 offline(engine, model)
         finally:
