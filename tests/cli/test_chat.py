@@ -65,6 +65,7 @@ def test_a_conversation_with_a_server(server: LiveServer):
         chat.wait_for("System prompt: Answer in one word.")
         chat.type("/nonsense\n")
         chat.wait_for("/help")
+        chat.wait_for("\n> ")  # before the prompt is there, the terminal itself would swallow Ctrl-D
         chat.type("\x04")
         assert chat.process.wait(10) == 0
 

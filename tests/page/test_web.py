@@ -22,9 +22,11 @@ pytestmark = pytest.mark.slow
 def web(*urls: str, more: str = "", **env: str) -> Iterator[str]:
     server = Server(f"{FASTQWEN} web {' '.join(f'--api {url}' for url in urls)} --port {{port}} {more}", free_port())
     server.launch(**env)
-    soon(lambda: is_there(server.url), 30, "a page")
-    yield server.url
-    server.kill()
+    try:
+        soon(lambda: is_there(server.url), 30, "a page")
+        yield server.url
+    finally:
+        server.kill()
 
 
 def is_there(url: str) -> bool:
