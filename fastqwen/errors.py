@@ -4,6 +4,7 @@
     ├── BadRequest           a field of a request; ``param`` names it
     ├── Overloaded           too much work at once; try again later
     ├── EngineGone           the engine process ended while a request was running
+    ├── UpstreamGone         the server that `fastqwen web` shows a page for does not answer as it should
     ├── ModelNotFound        nothing is at the place that the model name points to
     ├── BadCheckpoint        a file of the checkpoint is damaged or contradicts another one
     │   └── Unsupported      the checkpoint is well-formed, but asks for something that fastqwen does not do
@@ -35,6 +36,10 @@ class Overloaded(FastqwenError):
 
 class EngineGone(FastqwenError):
     """The engine process ended while the request was running."""
+
+
+class UpstreamGone(FastqwenError):
+    """The server behind this one does not answer, or not as an OpenAI-compatible one does."""
 
 
 class ModelNotFound(FastqwenError):

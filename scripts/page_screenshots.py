@@ -5,6 +5,7 @@ The fake server answers, so that the pictures come out alike on every machine.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,12 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.page.conftest import BROWSER_FLAGS, FAKE, Server, free_port  # noqa: E402
-from tests.page.steps import ask, button, finished, visit  # noqa: E402
+from tests.page.steps import ask, button, finished, say, visit  # noqa: E402
 
 IMAGES = ROOT / "docs/images"
 MAX_BYTES = 200_000
 DESK = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US"}
-PHONE = {"viewport": {"width": 390, "height": 780}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
 
 
 def save(page: Any, name: str, *, full: bool = False) -> None:
@@ -34,8 +35,33 @@ def save(page: Any, name: str, *, full: bool = False) -> None:
     print(f"{path.relative_to(ROOT)}: {size} bytes")
 
 
+def empty(page: Any, url: str) -> None:
+    visit(page, url, short=False)
+    save(page, "page-empty")
+
+
+def tool(page: Any, url: str) -> None:
+    visit(page, url, short=False)
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+    page.keyboard.press("Control+,")
+    page.get_by_text("Tools (JSON)").click()
+    page.get_by_role("textbox", name="Tools (JSON)").fill(json.dumps(tools))
+    page.keyboard.press("Control+,")
+    ask_for_tool(page)
+    save(page, "page-tool")
+
+
+def ask_for_tool(page: Any) -> None:
+    say(page, "Which tool tells the weather in Hangzhou? Use that tool.")
+    finished(page)
+    page.locator(".tool textarea").fill("31 degrees, sunny")
+    button(page, "Send the result").click()
+    page.wait_for_selector(".message.tool")
+    finished(page)
+
+
 def light(page: Any, url: str) -> None:
-    visit(page, url)
+    visit(page, url, short=False)
     ask(page, "Please think: what is six times seven?")
     ask(page, "Write a Python function that checks whether brackets are balanced.")
     page.wait_for_selector(".hljs-keyword")
@@ -45,21 +71,21 @@ def light(page: Any, url: str) -> None:
 
 
 def dark(page: Any, url: str) -> None:
-    visit(page, url)
+    visit(page, url, short=False)
     ask(page, "Show me some math.")
     page.wait_for_selector(".math.drawn")
     save(page, "page-dark")
 
 
 def chinese(page: Any, url: str) -> None:
-    visit(page, url)
+    visit(page, url, short=False)
     ask(page, "用简单的话解释：前缀缓存为什么能让对话更快？")
     page.wait_for_selector(".math.drawn")
     save(page, "page-chinese")
 
 
 def phone(page: Any, url: str) -> None:
-    visit(page, url)
+    visit(page, url, short=False)
     page.fill("#composer", "Write some code for me, please.")
     button(page, "Send").tap()
     finished(page)
@@ -67,7 +93,7 @@ def phone(page: Any, url: str) -> None:
 
 
 def compare(page: Any, url: str) -> None:
-    visit(page, url)
+    visit(page, url, short=False)
     button(page, "Side by side").click()
     page.locator(".sides-head select").nth(1).select_option("Qwen-7B-Chat")
     ask(page, "Show me some math.")
@@ -96,7 +122,9 @@ def main() -> None:
     server = Server(FAKE, free_port())
     server.start()
     views = [
+        (empty, DESK),
         (light, DESK),
+        (tool, DESK),
         (dark, {**DESK, "color_scheme": "dark"}),
         (chinese, {**DESK, "locale": "zh-CN"}),
         (phone, {**PHONE, "locale": "en-US"}),

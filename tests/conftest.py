@@ -19,6 +19,7 @@ from tests.server.live import LiveServer, eventually
 
 # As the command line does: tests share the cores with the servers that they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["FASTQWEN_STATE"] = tempfile.mkdtemp(prefix="fastqwen-state-")  # not the user's own history of messages
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -49,7 +49,7 @@ ANSWERS = {
     if page == "api.md" and line.startswith("curl ")
 }
 FASTQWEN = [line for line in commands() if "fastqwen " in line and line not in MAKE]
-ENDLESS = ("serve", "bench")  # and models that are not here
+ENDLESS = ("serve", "web", "bench")  # and models that are not here
 
 
 def test_nothing_is_left_out():
@@ -104,7 +104,8 @@ def _read_only(words: list[str]) -> None:
     names = words[: 2 if words[0] == "bench" else 1]
     for name in names:
         command = command.commands[name]
-    assert command.make_context(" ".join(names), words[len(names) :]).params["model"]
+    params = command.make_context(" ".join(names), words[len(names) :]).params
+    assert params["api" if names == ["web"] else "model"]
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("python"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import msgspec
@@ -34,7 +34,24 @@ class RemoteServer:
             raise FastqwenError(f"the server at {self.url} lists no model: is it an OpenAI-compatible one?") from None
         self.max_model_len: int | None = model.get("max_model_len")
 
-    def chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Generator[str, None, None]:
+    def loading_share(self) -> float | None:
+        """How much of the model is loaded while it cannot answer; None once it can, or where the server does not tell."""
+        import httpx
+
+        try:
+            response = self._client.get("/health/ready")
+            body = response.json() if response.status_code == 503 else {}
+        except (httpx.HTTPError, ValueError):
+            return None
+        return float(body.get("progress") or 0) if body.get("status") in ("loading", "restarting") else None
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        options: dict[str, Any],
+        *,
+        on_thought: Callable[[str], None] | None = None,
+    ) -> Generator[str, None, None]:
         """Pieces of the answer's text. Closing the iterator stops the server's work."""
         import httpx
 
@@ -45,7 +62,12 @@ class RemoteServer:
                     response.read()
                     raise _error_of(response)
                 for line in response.iter_lines():
-                    yield from text_of_line(line)
+                    for delta in deltas_of_line(line):
+                        thought = delta.reasoning_content or delta.reasoning
+                        if thought and on_thought is not None:
+                            on_thought(thought)
+                        if delta.content:
+                            yield delta.content
         except httpx.HTTPError as error:
             raise self._silent(error) from None
 
@@ -76,12 +98,14 @@ class RemoteServer:
         return FastqwenError(f"the server at {self.url} does not answer: {error or type(error).__name__}")
 
 
-class _Delta(msgspec.Struct):
+class Delta(msgspec.Struct):
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class _Choice(msgspec.Struct):
-    delta: _Delta | None = None
+    delta: Delta | None = None
 
 
 class _Chunk(msgspec.Struct):
@@ -94,8 +118,8 @@ class _Chunk(msgspec.Struct):
 _read_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
-def text_of_line(line: str) -> Iterator[str]:
-    """The answer's text in one line of a stream. Raises FastqwenError for an error event, and for what is no chunk."""
+def deltas_of_line(line: str) -> Iterator[Delta]:
+    """What one line of a stream adds to the answer. Raises FastqwenError for an error event, and for what is no chunk."""
     if not line.startswith("data: ") or line == "data: [DONE]":
         return
     try:
@@ -106,8 +130,8 @@ def text_of_line(line: str) -> Iterator[str]:
         told = chunk.error.get("message") if isinstance(chunk.error, dict) else chunk.error
         raise FastqwenError(str(told))
     for choice in chunk.choices or ():
-        if choice.delta is not None and choice.delta.content:
-            yield choice.delta.content
+        if choice.delta is not None:
+            yield choice.delta
 
 
 def _error_of(response: Any) -> FastqwenError:

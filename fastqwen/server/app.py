@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ from starlette.types import ASGIApp
 
 from fastqwen.errors import BadRequest
 from fastqwen.server import docs_page, errors, openapi, status
-from fastqwen.server.body import read_body
+from fastqwen.server.body import read_body, unless_gone
 from fastqwen.server.chat import Chat
 from fastqwen.server.completions import Completion
 from fastqwen.server.embeddings import Embeddings
@@ -91,7 +90,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         await work.prepare()
         if stream:
             return EventStream(work.events(), stall_timeout_s=stall_s)
-        return await unless_gone(request, work)
+        return await whole(request, work)
 
     @app.post("/v1/chat/completions", openapi_extra=documented(ChatRequest))
     async def chat_completions(request: Request) -> Response:
@@ -108,7 +107,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         body = parse(EmbeddingRequest, await read_body(request, state.config))
         work = Embeddings(state, body)
         await work.prepare()
-        return await unless_gone(request, work)
+        return await whole(request, work)
 
     @app.post("/v1/responses", openapi_extra=documented(ResponsesRequest))
     async def responses(request: Request) -> Response:
@@ -117,7 +116,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         await work.prepare()
         if body.stream:
             return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
-        return await unless_gone(request, work)
+        return await whole(request, work)
 
     @app.post("/v1/messages", openapi_extra=documented(MessagesRequest))
     async def messages(request: Request) -> Response:
@@ -126,7 +125,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
         await work.prepare()
         if body.stream:
             return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
-        return await unless_gone(request, work)
+        return await whole(request, work)
 
     @app.post("/v1/messages/count_tokens", openapi_extra=documented(CountRequest))
     async def counted(request: Request) -> dict[str, int]:
@@ -138,24 +137,11 @@ def explains_cache(request: Request) -> bool:
     return asked.lower() in ("1", "true", "yes")
 
 
-async def unless_gone(request: Request, work: Whole) -> Response:
-    """The whole answer, or nothing if the client leaves first: then the work is aborted."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answering = asyncio.create_task(work.response())
-    leaving = asyncio.create_task(gone())
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if answering.done():
-            return Response(msgspec.json.encode(answering.result()), media_type="application/json")
+async def whole(request: Request, work: Whole) -> Response:
+    answer = await unless_gone(request, work.response())
+    if answer is None:
         return Response(status_code=499)
-    finally:
-        for task in (answering, leaving):
-            task.cancel()
-        await asyncio.gather(answering, leaving, return_exceptions=True)
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 def _add_tokenizer(app: FastAPI, state: ServerState) -> None:

@@ -9,9 +9,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded
+from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded, UpstreamGone
 from fastqwen.server.generation import GenerationFailed
-from fastqwen.server.state import ServerState, UnknownModelName
+from fastqwen.server.state import Door, UnknownModelName
 
 STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408}
 
@@ -33,6 +33,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         return 429, error_body(str(error), "rate_limit_error", None, "overloaded")
     if isinstance(error, EngineGone):
         return 503, error_body(str(error), "service_unavailable", None, "engine_unavailable")
+    if isinstance(error, UpstreamGone):
+        return 502, error_body(str(error), "bad_gateway", None, "upstream_gone")
     if isinstance(error, GenerationFailed):
         return 500, error_body(str(error), "server_error", None, "engine_error")
     if isinstance(error, FastqwenError):
@@ -43,7 +45,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     )
 
 
-def install(app: FastAPI, state: ServerState) -> None:
+def install(app: FastAPI, state: Door) -> None:
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         status, body = describe(error)
         if status >= 500:

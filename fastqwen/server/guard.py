@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastqwen.errors import FastqwenError
 from fastqwen.server.errors import describe, error_body
 from fastqwen.server.sse import DIRECT_SEND, encode
-from fastqwen.server.state import ServerState
+from fastqwen.server.state import Door
 
 OPEN_PATHS = frozenset({"/", "/admin", "/health", "/health/ready", "/favicon.ico"})
 OPEN_FOLDER = "/static/"
@@ -28,13 +28,13 @@ SECURITY_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 CONTENT_SECURITY_POLICY = (
-    b"default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    b"font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+    b"default-src 'self'; script-src 'self'; style-src 'self'; style-src-attr 'unsafe-inline'; img-src 'self' data:; "
+    b"font-src 'self'; connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+    def __init__(self, app: ASGIApp, state: Door) -> None:
         self._app = app
         self._state = state
         # Digests have one length, so that comparing them takes one time, whatever was sent.

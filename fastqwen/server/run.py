@@ -1,24 +1,20 @@
-"""``fastqwen serve``: bind first, then load, then serve; drain on the first signal, abort on the second."""
+"""``fastqwen serve``: bind first, then load, then serve."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-import signal
 import socket
-import sys
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from tqdm import tqdm
 
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadConfig, FastqwenError
+from fastqwen.errors import FastqwenError
 from fastqwen.hub import resolve
 from fastqwen.ipc.engine_client import ENGINE_COMMAND, EngineClient
 from fastqwen.ipc.wire import Ready
@@ -27,7 +23,7 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.server.app import create_app
 from fastqwen.server.cache_story import CacheStories
 from fastqwen.server.exposure import check_exposure
-from fastqwen.server.http_limits import bounded_http
+from fastqwen.server.listen import DrainingServer, bind, run_loop
 from fastqwen.server.metrics import Metrics
 from fastqwen.server.state import ServerConfig, ServerState
 from fastqwen.text.formats import Formats, derive_formats
@@ -37,23 +33,6 @@ from fastqwen.text.stops import StopToken
 from fastqwen.weights.checkpoint import open_checkpoint
 
 log = logging.getLogger("fastqwen.server")
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything is loaded. Raises BadConfig that names address and port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-        bound.listen(2048)
-    except OSError as error:
-        bound.close()
-        raise BadConfig(
-            f"cannot listen on {host} port {port}: {error.strerror}; use --port to choose another"
-        ) from None
-    bound.setblocking(False)
-    return bound
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
@@ -74,18 +53,9 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: 
             tool_call_parser=engine_config.tool_call_parser,
             reasoning_parser=engine_config.reasoning_parser,
         )
-        return _run_loop(_serve(_Parts(engine_config, config, path, model, text, formats, engine_command), bound))
+        return run_loop(_serve(_Parts(engine_config, config, path, model, text, formats, engine_command), bound))
     finally:
         bound.close()
-
-
-def _run_loop(main: Coroutine[Any, Any, int]) -> int:
-    """On uvloop where there is one: a token costs the API process half as much."""
-    if sys.platform == "win32":
-        return asyncio.run(main)
-    import uvloop
-
-    return uvloop.run(main)
 
 
 @dataclass(frozen=True)
@@ -132,7 +102,7 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
     state = _state(parts, engine)
     workers = state.workers
     assert isinstance(workers, TextPool)
-    server = _Server(state)
+    server = DrainingServer(create_app(state), state)
     engine.start()
     starting = asyncio.create_task(_start_workers(workers, engine, server))
     failing = asyncio.create_task(_stop_on_failure(engine, server))
@@ -182,7 +152,7 @@ def _told_about_stops(stops: list[StopToken], config: EngineConfig) -> list[str]
     ]
 
 
-async def _stop_on_failure(engine: EngineClient, server: _Server) -> None:
+async def _stop_on_failure(engine: EngineClient, server: DrainingServer) -> None:
     try:
         await engine.wait_ready()
         while engine.state != "failed":
@@ -192,63 +162,12 @@ async def _stop_on_failure(engine: EngineClient, server: _Server) -> None:
     server.should_exit = True
 
 
-async def _start_workers(workers: TextPool, engine: EngineClient, server: _Server) -> None:
+async def _start_workers(workers: TextPool, engine: EngineClient, server: DrainingServer) -> None:
     try:
         await workers.start()
     except FastqwenError as error:
         engine.failure = str(error)
         server.should_exit = True
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, but the first signal lets running requests finish while new ones are told to go elsewhere."""
-
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
-        super().__init__(
-            uvicorn.Config(
-                create_app(state),
-                log_level="info",
-                access_log=state.config.access_log,
-                log_config=None,
-                http=bounded_http(state.config.header_timeout_s),
-                ws="none",
-                lifespan="off",
-                limit_concurrency=None,
-                timeout_graceful_shutdown=2,
-                timeout_keep_alive=30,
-                server_header=False,
-            )
-        )
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-
-    def _on_signal(self) -> None:
-        if self._state.draining:
-            log.info("second signal: running requests are aborted")
-            self.should_exit = self.force_exit = True
-            return
-        self._state.draining = True
-        if self._state.num_active:
-            log.info("finishing %d running requests; a second signal aborts them", self._state.num_active)
-        self._drain_task = asyncio.get_running_loop().create_task(self._drain())
-
-    async def _drain(self) -> None:
-        deadline_s = asyncio.get_running_loop().time() + self._state.config.drain_timeout_s
-        while self._state.num_active and asyncio.get_running_loop().time() < deadline_s:
-            await asyncio.sleep(0.05)
-        if self._state.num_active:
-            log.warning("%d requests did not finish in time and are aborted", self._state.num_active)
-        self.should_exit = True
 
 
 class _LoadingBar:

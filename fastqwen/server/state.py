@@ -62,6 +62,19 @@ class ServerConfig:
     log_format: str = "text"
 
 
+class Door(Protocol):
+    """What stands in front of the routes needs to know only this much."""
+
+    config: ServerConfig
+    num_active: int
+    draining: bool
+
+    def admit(self) -> None:
+        """Raises Overloaded or EngineGone where a new request cannot be taken."""
+
+    def note_error(self, message: str) -> None: ...
+
+
 @dataclass
 class ServerState:
     engine: EngineClient

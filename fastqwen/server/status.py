@@ -23,8 +23,7 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
     _add_models(app, state)
     _add_health(app, state)
     _add_figures(app, state)
-    if STATIC.is_dir():
-        _add_pages(app)
+    add_pages(app)
 
 
 def _add_models(app: FastAPI, state: ServerState) -> None:
@@ -116,16 +115,14 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
         }
 
 
-def _add_pages(app: FastAPI) -> None:
+def add_pages(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def index() -> FileResponse:
         return FileResponse(STATIC / "index.html")
 
-    if (STATIC / "admin.html").is_file():
-
-        @app.get("/admin", include_in_schema=False)
-        async def admin() -> FileResponse:
-            return FileResponse(STATIC / "admin.html")
+    @app.get("/admin", include_in_schema=False)
+    async def admin() -> FileResponse:
+        return FileResponse(STATIC / "admin.html")
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
 

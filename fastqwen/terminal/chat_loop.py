@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastqwen.errors import FastqwenError
+from fastqwen.errors import BadRequest, FastqwenError
+from fastqwen.terminal.line_editor import LineEditor, quiet_keyboard
 from fastqwen.terminal.session import Messages, Partner
 
 HELP = '''\
@@ -22,8 +23,14 @@ HELP = '''\
 /save FILE             keep the conversation as JSON
 /load FILE             go on with a kept one
 /exit                  end (so does Ctrl-D)
-"""                    begins and ends a message of several lines; so does a backslash at the end of a line
+Alt-Enter              a new line in the message; pasted lines stay together, too
+"""                    begins and ends a message of several lines; a backslash at the end of a line joins the next one
+arrow up               earlier messages, also those of earlier conversations
 Ctrl-C                 stop the answer'''
+QUOTES = '"""'
+PROMPT = "> "
+PROMPT_INSIDE = ". "  # of a message of several lines
+CONTEXT_HELP = "/new forgets the conversation, /set max_tokens 200 leaves more room for it"
 
 SETTINGS: dict[str, type] = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
 MAX_SAVED_BYTES = 64 * 2**20
@@ -37,7 +44,9 @@ def run(partner: Partner, *, prompt: str | None, system: str | None, options: di
         question = "\n\n".join(part for part in (prompt, piped.strip()) if part)
         return conversation.ask(question)
     print(f"{partner.name} is ready. /help lists the commands.", file=sys.stderr)
-    for message in messages_from(_lines()):
+    editor = LineEditor()
+    for message in messages_from(input):
+        editor.remember(message)
         if message.startswith("/"):
             if not conversation.command(message):
                 return 0
@@ -46,22 +55,31 @@ def run(partner: Partner, *, prompt: str | None, system: str | None, options: di
     return 0
 
 
-def messages_from(lines: Iterator[str]) -> Iterator[str]:
-    """One message a line, or several lines between two lines of three quotes, or joined by backslashes."""
-    for line in lines:
-        if line.strip() == '"""':
-            block = []
-            for inner in lines:
-                if inner.strip() == '"""':
-                    break
-                block.append(inner)
-            yield "\n".join(block)
-            continue
-        parts = [line]
-        while parts[-1].endswith("\\"):
-            parts[-1] = parts[-1][:-1]
-            parts.append(next(lines, ""))
-        yield "\n".join(parts)
+def messages_from(read: Callable[[str], str]) -> Iterator[str]:
+    """Messages until the end of the input. Ctrl-C drops what was typed so far."""
+    while True:
+        try:
+            yield _message(read)
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /exit ends)")
+
+
+def _message(read: Callable[[str], str]) -> str:
+    """One line, or several between two lines of three quotes, or joined by backslashes."""
+    line = read(PROMPT)
+    if line.strip() == QUOTES:
+        block = []
+        while (inner := read(PROMPT_INSIDE)).strip() != QUOTES:
+            block.append(inner)
+        return "\n".join(block)
+    parts = [line]
+    while parts[-1].endswith("\\"):
+        parts[-1] = parts[-1][:-1]
+        parts.append(read(PROMPT_INSIDE))
+    return "\n".join(parts)
 
 
 class Conversation:
@@ -81,7 +99,8 @@ class Conversation:
         self._turns.append({"role": "user", "content": question})
         text = ""
         try:
-            with contextlib.closing(self._partner.answer(self.messages, self._options)) as pieces:
+            answering = contextlib.closing(self._partner.answer(self.messages, self._options))
+            with quiet_keyboard(), answering as pieces:
                 for piece in pieces:
                     text += piece
                     print(piece, end="", flush=True)
@@ -89,7 +108,11 @@ class Conversation:
             print(" [stopped]", end="")
         except FastqwenError as error:
             self._turns.pop()
+            if text:
+                print()
             print(f"fastqwen: {error}", file=sys.stderr)
+            if isinstance(error, BadRequest) and error.code == "context_length_exceeded" and self._turns:
+                print(CONTEXT_HELP, file=sys.stderr)
             return 1
         print()
         self._turns.append({"role": "assistant", "content": text})
@@ -102,7 +125,7 @@ class Conversation:
             return False
         known = {
             "/help": lambda rest: print(HELP),
-            "/new": lambda rest: self._turns.clear(),
+            "/new": self._new,
             "/system": self._set_system,
             "/set": self._set,
             "/regen": self._regenerate,
@@ -118,6 +141,10 @@ class Conversation:
         except (FastqwenError, OSError) as error:
             print(f"fastqwen: {error}", file=sys.stderr)
         return True
+
+    def _new(self, rest: str) -> None:
+        self._turns.clear()
+        print("The conversation is forgotten; the system prompt and the settings stay.")
 
     def _set_system(self, text: str) -> None:
         if text:
@@ -175,16 +202,3 @@ class Conversation:
         self._system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
         self._turns = [one for one in messages if one["role"] != "system"]
         print(f"Loaded {len(self._turns)} messages from {name}")
-
-
-def _lines() -> Iterator[str]:
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 line editing and history for input()
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D or /exit ends)")

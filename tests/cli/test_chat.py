@@ -23,11 +23,11 @@ QUESTION = "What is the capital of France?"
 class Terminal:
     """A program that believes it talks to a person."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **env: str) -> None:
         self._screen, theirs = pty.openpty()
         self.seen = ""
         self.process = subprocess.Popen(
-            command(*arguments), stdin=theirs, stdout=theirs, stderr=theirs, env=environment(TERM="dumb"), cwd=ROOT,
+            command(*arguments), stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**{"TERM": "dumb", **env}), cwd=ROOT,
             start_new_session=True,
         )  # fmt: skip
         os.close(theirs)
@@ -45,8 +45,8 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str) -> Iterator[Terminal]:
-    found = Terminal(*arguments)
+def terminal(*arguments: str, **env: str) -> Iterator[Terminal]:
+    found = Terminal(*arguments, **env)
     try:
         yield found
     finally:
@@ -64,7 +64,7 @@ def test_a_conversation_with_a_server(server: LiveServer):
         chat.type("/system Answer in one word.\n")
         chat.wait_for("System prompt: Answer in one word.")
         chat.type("/nonsense\n")
-        chat.wait_for("/help")
+        chat.wait_for("/help lists them.\r\n> ")  # before the prompt is there, the terminal itself would swallow Ctrl-D
         chat.type("\x04")
         assert chat.process.wait(10) == 0
 
@@ -82,6 +82,39 @@ def test_ctrl_c_stops_the_answer_but_not_the_conversation(server: LiveServer):
         chat.wait_for("Paris")
         chat.type("/exit\n")
         assert chat.process.wait(10) == 0
+
+
+def test_pasted_lines_are_one_message_and_arrow_up_brings_it_back_next_time(server: LiveServer, tmp_path: Path):
+    where = {"TERM": "xterm", "FASTQWEN_STATE": str(tmp_path)}
+    words = ("chat", server.url, "--temperature", "0", "--max-tokens", "30")
+    with terminal(*words, **where) as chat:
+        chat.wait_for("> ")
+        chat.type(f"\x1b[200~{QUESTION}\nAnswer\nin one sentence.\x1b[201~")
+        chat.wait_for("in one sentence.")
+        chat.type("\r")
+        chat.wait_for("Paris")
+        chat.wait_for("> ")
+        chat.type("/exit\r")
+        assert chat.process.wait(10) == 0
+    with terminal(*words, **where) as chat:
+        chat.wait_for("> ")
+        chat.type("\x1b[A\x1b[A")
+        chat.wait_for("in one sentence.")
+        chat.type("\r")
+        chat.wait_for("Paris")
+
+
+def test_what_is_typed_while_an_answer_comes_waits_for_the_prompt(server: LiveServer):
+    with terminal("chat", server.url, "--temperature", "0") as chat:
+        chat.wait_for("> ")
+        chat.type("Tell me a very long story about a lighthouse.\n")
+        eventually(lambda: server.metric("num_requests_running") == 1, 10, "a running answer")
+        chat.type("XYZZY")
+        time.sleep(0.5)
+        os.kill(chat.process.pid, signal.SIGINT)
+        chat.wait_for("[stopped]")
+        assert "XYZZY" not in chat.seen.split("[stopped]")[0]
+        chat.wait_for("XYZZY")
 
 
 def test_pipes(server: LiveServer):

@@ -10,7 +10,18 @@ import pytest
 
 from tests.server.live import run
 
-COMMANDS = ["serve", "chat", "generate", "batch", "plan", "check", "bench latency", "bench throughput", "bench serve"]
+COMMANDS = [
+    "serve",
+    "web",
+    "chat",
+    "generate",
+    "batch",
+    "plan",
+    "check",
+    "bench latency",
+    "bench throughput",
+    "bench serve",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

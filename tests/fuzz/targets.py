@@ -17,7 +17,7 @@ import msgspec
 
 from fastqwen.benchmark.http_load import Stream, Target
 from fastqwen.client.assemble import Assembler
-from fastqwen.client.remote import text_of_line
+from fastqwen.client.remote import deltas_of_line
 from fastqwen.errors import BadRequest, FastqwenError
 from fastqwen.ipc import wire
 from fastqwen.models import read_config
@@ -219,8 +219,8 @@ def server_events(data: bytes) -> None:
     """What our own clients make of a server that says anything."""
     for line in data.decode("utf-8", "replace").splitlines():
         try:
-            for text in text_of_line(line):
-                assert isinstance(text, str)
+            for delta in deltas_of_line(line):
+                assert isinstance(delta.content or "", str)
         except FastqwenError:
             pass
     for raw in data.split(b"\n"):

@@ -1,7 +1,8 @@
 """A server to talk to and a browser to look with.
 
-By default the server is tests/page/fake_api.py. ``FASTQWEN_PAGE_COMMAND="fastqwen serve demo --port {port}"`` makes the
-tests start a real one instead, ``FASTQWEN_PAGE_URL=http://host:port`` uses one that runs already.
+The server is ``fastqwen serve demo``. ``FASTQWEN_PAGE_COMMAND="… --port {port}"`` makes the tests start another one,
+``FASTQWEN_PAGE_URL=http://host:port`` uses one that runs already. Only what needs a server that misbehaves in a certain
+moment, or a model that the tests cannot have, talks to tests/page/fake_api.py.
 """
 
 from __future__ import annotations
@@ -55,8 +56,12 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        self.process = subprocess.Popen(shlex.split(self.command))
+    def launch(self, **env: str) -> None:
+        self.process = subprocess.Popen(shlex.split(self.command), env={**os.environ, **env})
+
+    def start(self, **env: str) -> None:
+        self.launch(**env)
+        assert self.process is not None
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"ended at once: {self.command}"
@@ -81,6 +86,8 @@ class Server:
 
 
 FAKE = f"{shlex.quote(sys.executable)} -m tests.page.fake_api --port {{port}}"
+FASTQWEN = f"{shlex.quote(sys.executable)} -m fastqwen.cli.main"
+REAL = os.environ.get("FASTQWEN_PAGE_COMMAND", f"{FASTQWEN} serve demo --port {{port}} --no-access-log")
 
 
 @pytest.fixture
@@ -98,7 +105,7 @@ def base_url() -> Iterator[str]:
     if url := os.environ.get("FASTQWEN_PAGE_URL"):
         yield url.rstrip("/")
         return
-    server = Server(os.environ.get("FASTQWEN_PAGE_COMMAND", FAKE), free_port())
+    server = Server(REAL, free_port())
     server.start()
     yield server.url
     server.kill()
@@ -107,8 +114,17 @@ def base_url() -> Iterator[str]:
 @pytest.fixture
 def mortal() -> Iterator[Server]:
     """A server of the asked kind that a test may kill."""
-    server = Server(os.environ.get("FASTQWEN_PAGE_COMMAND", FAKE), free_port())
+    server = Server(REAL, free_port())
     server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def narrow() -> Iterator[Server]:
+    """A server whose context is soon full, behind a key."""
+    server = Server(f"{REAL} --max-model-len 256", free_port())
+    server.start(FASTQWEN_API_KEY="a-secret-key")
     yield server
     server.kill()
 

@@ -22,13 +22,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
+from fastqwen.server.guard import CONTENT_SECURITY_POLICY
+
 STATIC = Path(__file__).resolve().parents[2] / "fastqwen/server/static"
-CSP = (
-    "default-src 'self'; script-src 'self'; style-src 'self'; style-src-attr 'unsafe-inline'; img-src 'self' data:; "
-    "font-src 'self'; connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 HEADERS = {
-    "Content-Security-Policy": CSP,
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY.decode(),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -95,6 +93,7 @@ class Fake:
         self.state = "ready"
         self.progress = 0.0
         self.key = ""
+        self.bare = False  # has no route but OpenAI's
         self.busy = False  # pretends to have other users, for the operators' page
         self.requests: list[dict[str, Any]] = []
         self.aborted = 0
@@ -158,6 +157,8 @@ def make_app(fake: Fake) -> FastAPI:
     @app.middleware("http")
     async def guard(request: Request, call_next):  # type: ignore[no-untyped-def]
         path = request.url.path
+        if fake.bare and path in {"/tokenize", "/health/ready", "/admin/data", "/metrics"}:
+            return problem(404, "Not Found")
         closed = path.startswith("/v1") or path in {"/tokenize", "/admin/data", "/metrics"}
         if closed and fake.key and request.headers.get("authorization") != f"Bearer {fake.key}":
             return problem(401, "no valid API key was given", "invalid_api_key")
@@ -254,19 +255,16 @@ def admin_figures(fake: Fake) -> dict[str, Any]:
         "model": "Qwen3-4B",
         "plan": {
             "weights_bytes": 8_044_936_192,
-            "kv_bytes": 38_654_705_664,
-            "activations_bytes": 1_073_741_824,
-            "total_bytes": 47_773_383_680,
+            "peak_bytes": 19_327_352_832,
+            "kv_bytes_per_token": 147_456,
+            "block_size": 16,
+            "num_blocks": 4096,
             "max_model_len": 32768,
             "max_num_seqs": 256,
             "dtype": "bfloat16",
+            "notices": [],
         },
-        "measured": {
-            "weights_bytes": 8_046_000_128,
-            "kv_bytes": 38_654_705_664,
-            "activations_bytes": 961_216_512,
-            "total_bytes": 47_661_922_304,
-        },
+        "measured": {"weights_bytes": 8_046_000_128, "peak_bytes": 18_894_225_408, "num_blocks": 4096},
         "recent_errors": [
             {"time": time.time() - 640, "message": "BadRequest: max_tokens is 0, but must be at least 1"},
             {"time": time.time() - 65, "message": "Overloaded: 64 requests are waiting already"},

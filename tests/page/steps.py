@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -63,6 +64,17 @@ def last_answer(page: Any) -> str:
 
 def questions(page: Any) -> list[str]:
     return [str(text) for text in page.locator(".message.user .bubble").all_text_contents()]
+
+
+def let_the_model_say(page: Any, text: str) -> None:
+    """A grammar leaves the model no other words: the real server streams exactly this text."""
+
+    def add_grammar(route: Any) -> None:
+        body = {**route.request.post_data_json, "structured_outputs": {"choice": [text]}, "max_tokens": 4000}
+        route.continue_(post_data=json.dumps(body))
+
+    page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", add_grammar)
 
 
 def shows(page: Any, wanted: list[str]) -> None:

@@ -1,15 +1,16 @@
-"""What anybody does on the page, in Chromium, against the fake or a real server."""
+"""What anybody does on the page, in Chromium, against `fastqwen serve demo`."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
+import urllib.request
 from typing import Any
 
 import pytest
 
-from tests.page.conftest import Server, call
+from tests.page.conftest import Server
 from tests.page.steps import MOD, ask, button, eventually, finished, last_answer, say, shows, until, visit
 
 pytestmark = pytest.mark.slow
@@ -18,7 +19,11 @@ STORY = "Tell me a slow and very long story about every river of the world."
 
 
 def running_requests(url: str) -> int:
-    return int(call(url + "/admin/data")["running"])
+    with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return sum(
+        int(float(count)) for count in re.findall(r"^vllm:num_requests_(?:running|waiting)\S* (\S+)$", text, re.M)
+    )
 
 
 def wait_until_idle(url: str, *, within_s: float = 5) -> None:
@@ -51,6 +56,7 @@ def test_stop_keeps_the_words_and_aborts_on_the_server(page: Any, base_url: str)
     visit(page, base_url, short=False)
     say(page, STORY)
     page.wait_for_selector(".message.running .markdown")
+    assert running_requests(base_url) == 1
     page.keyboard.press("Escape")
     finished(page)
     assert "You stopped this answer" in page.locator(".message.assistant").inner_text()

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.page.conftest import Faults, Server
+from tests.page.conftest import Server
 from tests.page.steps import ask, button, finished, last_answer, say, shows, until, visit
 
 pytestmark = pytest.mark.slow
 
 WEATHER = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
-
-
-def test_html_in_an_answer_stays_text(page: Any, fake: Server) -> None:
-    visit(page, fake.url)
-    ask(page, "html")
-    page.wait_for_timeout(300)
-    assert page.evaluate("window.pwned") is None
-    answer = page.locator(".message.assistant .markdown")
-    assert "<script>window.pwned=2</script>" in answer.inner_text()
-    assert answer.locator("img, script, b").count() == 0
-    links = answer.locator("a").evaluate_all("(all) => all.map((a) => [a.getAttribute('href'), a.rel])")
-    assert links == [["https://example.com/x.png", "noopener noreferrer nofollow"]]
-
-
-def test_code_has_colours_and_a_copy_button(page: Any, context: Any, fake: Server) -> None:
-    context.grant_permissions(["clipboard-read", "clipboard-write"])
-    visit(page, fake.url)
-    ask(page, "code")
-    page.wait_for_selector(".hljs-keyword")
-    page.locator("button.copy").click()
-    until(page, "document.querySelector('.toast').textContent === 'Copied'")
-    assert page.evaluate("navigator.clipboard.readText()").startswith("def balanced(")
 
 
 def test_formulas_are_drawn_and_money_is_not(page: Any, fake: Server) -> None:
@@ -89,14 +66,6 @@ def test_the_model_picker_and_regenerating_with_another_model(page: Any, fake: S
     button(page, "Answer again").click()
     finished(page)
     assert "Qwen3-4B" in last_answer(page)
-
-
-def test_cached_tokens_are_shown(page: Any, fake: Server) -> None:
-    visit(page, fake.url)
-    ask(page, "Hello, this is a first message with a few words in it, so that there is something to cache")
-    ask(page, "Hello again")
-    assert "cached" in page.locator(".figures").last.inner_text()
-    assert "cached" in page.locator(".meter-text").inner_text()
 
 
 @pytest.mark.parametrize(
@@ -173,33 +142,6 @@ def test_an_engine_restart_is_named(page: Any, fake: Server) -> None:
     page.wait_for_selector(".message.assistant .markdown")
 
 
-def test_a_key_is_asked_for_kept_and_sent(page: Any, fake: Server) -> None:
-    fake.set(key="secret")
-    page.goto(fake.url)
-    page.wait_for_selector("#api-key")
-    page.fill("#api-key", "wrong")
-    page.keyboard.press("Enter")
-    until(page, "document.querySelector('dialog')?.textContent.includes('did not accept')")
-    page.fill("#api-key", "secret")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("dialog", state="detached")
-    assert ask(page, "Hello").startswith("You said")
-    page.goto(fake.url + "/admin")
-    page.wait_for_selector(".card")
-    page.reload()
-    page.wait_for_selector(".card")
-
-
-def test_other_servers_without_our_routes(page: Any, fake: Server) -> None:
-    for path in ("/health/ready", "/tokenize"):
-        page.route(f"**{path}", lambda route: route.fulfill(status=404, json={"detail": "Not Found"}))
-    visit(page, fake.url)
-    assert ask(page, "Hello").startswith("You said")
-    page.fill("#composer", "a draft that the page has to guess the size of")
-    page.wait_for_timeout(900)
-    assert " of " in page.locator(".meter-text").inner_text()
-
-
 def test_metrics_stand_in_for_the_operators_data(page: Any, fake: Server) -> None:
     page.route("**/admin/data", lambda route: route.fulfill(status=404, json={}))
     text = 'vllm:num_requests_running{model_name="other"} 3.0\nvllm:generation_tokens_total{model_name="other"} 77\n'
@@ -208,92 +150,6 @@ def test_metrics_stand_in_for_the_operators_data(page: Any, fake: Server) -> Non
     page.wait_for_selector(".card")
     assert page.locator(".card strong").first.inner_text() == "3"
     assert "77" in page.locator(".cards").inner_text()
-
-
-def test_a_page_closed_while_writing_says_so_afterwards(page: Any, fake: Server) -> None:
-    visit(page, fake.url)
-    say(page, "slow")
-    page.wait_for_selector(".message.running .markdown")
-    page.wait_for_timeout(1500)
-    page.reload()
-    page.wait_for_selector(".message.assistant")
-    assert "closed or reloaded" in page.locator(".message.assistant").inner_text()
-    shows(page, ["slow"])
-
-
-def test_answering_goes_on_in_the_background(page: Any, fake: Server) -> None:
-    visit(page, fake.url)
-    say(page, "think about it")
-    page.wait_for_selector(".message.running")
-    button(page, "New chat", nth=0).click()
-    page.wait_for_selector(".message", state="detached")
-    page.wait_for_timeout(2500)
-    page.locator(".entry").click()
-    finished(page)
-    assert last_answer(page) == "Forty-two."
-
-
-LONG_TASKS = """() => {
-  window.longest = 0;
-  new PerformanceObserver((list) => {
-    for (const entry of list.getEntries()) window.longest = Math.max(window.longest, entry.duration);
-  }).observe({entryTypes: ['longtask']});
-}"""
-SCROLL = """async () => {
-  const box = document.querySelector('.messages');
-  box.scrollTop = 0;
-  const frames = [];
-  let last = performance.now();
-  while (box.scrollTop + box.clientHeight < box.scrollHeight - 5 && frames.length < 400) {
-    box.scrollTop += 400;
-    await new Promise(requestAnimationFrame);
-    frames.push(performance.now() - last);
-    last = performance.now();
-  }
-  frames.sort((a, b) => a - b);
-  return {count: frames.length, p95: frames[Math.floor(frames.length * 0.95)], height: box.scrollHeight};
-}"""
-
-
-def least(measure: Callable[[], float], *, below: float) -> float:
-    """The best of three readings: other work on the machine can only make them worse."""
-    best = measure()
-    for _ in range(2):
-        if best >= below:
-            best = min(best, measure())
-    return best
-
-
-def test_twenty_thousand_tokens_stream_and_scroll_smoothly(page: Any, fake: Server) -> None:
-    visit(page, fake.url, short=False)
-    page.evaluate(LONG_TASKS)
-
-    def freeze_while(action: Callable[[], Any]) -> float:
-        page.evaluate("window.longest = 0")
-        action()
-        return float(page.evaluate("window.longest"))
-
-    for _ in range(2):
-        ask(page, "long 6000")
-    assert least(lambda: freeze_while(lambda: ask(page, "long 8000")), below=300) < 300
-    assert page.evaluate(SCROLL)["count"] > 50
-    assert least(lambda: page.evaluate(SCROLL)["p95"], below=50) < 50
-    typing = page.locator("#composer")
-    assert least(lambda: freeze_while(lambda: typing.press_sequentially("still quick", delay=5)), below=150) < 150
-
-
-def test_the_policy_that_the_server_sends_is_never_broken(page: Any, fake: Server, faults: Faults) -> None:
-    """The browser writes violations of the Content-Security-Policy to its console, which `faults` collects."""
-    outside: list[str] = []
-    page.on("request", lambda request: None if request.url.startswith(fake.url) else outside.append(request.url))
-    visit(page, fake.url)
-    for word in ("code", "math", "html", "think"):
-        ask(page, word)
-    for action in ("Settings", "Keyboard shortcuts"):
-        button(page, action).click()
-    page.wait_for_timeout(300)
-    assert [url for url in outside if not url.startswith(("blob:", "data:"))] == []
-    assert faults == []
 
 
 def test_a_crooked_import_cannot_break_the_page(page: Any, fake: Server, tmp_path: Any) -> None:

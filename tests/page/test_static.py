@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fastqwen.server.guard import CONTENT_SECURITY_POLICY
 from tests.page.fake_api import STATIC
 
 OWN = sorted(p for p in STATIC.rglob("*") if p.suffix in {".js", ".css", ".html"} and "vendor" not in p.parts)
@@ -67,3 +68,9 @@ def test_every_library_has_its_licence() -> None:
         if folder.is_dir():
             assert (folder / "LICENSE").is_file(), folder.name
             assert folder.name in listed
+
+
+def test_the_documented_policy_is_the_one_that_is_sent() -> None:
+    page = read(Path(__file__).resolve().parents[2] / "docs/page.md")
+    shown = re.search(r"default-src.*?frame-ancestors 'none'", page, re.S)
+    assert shown and re.sub(r"\s+", " ", shown[0]) == CONTENT_SECURITY_POLICY.decode()

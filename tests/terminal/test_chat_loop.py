@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fastqwen.errors import FastqwenError
+from fastqwen.errors import BadRequest, FastqwenError
 from fastqwen.terminal.chat_loop import Conversation, messages_from
+from fastqwen.terminal.line_editor import LineEditor
 
 
 class FakePartner:
@@ -109,4 +110,45 @@ def test_an_error_is_one_line_and_the_question_is_forgotten(partner: FakePartner
 
 def test_messages_of_several_lines():
     lines = ["one", '"""', "two", "  three", '"""', "four \\", "five", "/help"]
-    assert list(messages_from(iter(lines))) == ["one", "two\n  three", "four \nfive", "/help"]
+    prompts = []
+
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    assert list(messages_from(read)) == ["one", "two\n  three", "four \nfive", "/help"]
+    assert prompts == ["> ", "> ", ". ", ". ", ". ", "> ", ". ", "> ", "> "]
+
+
+def test_ctrl_c_drops_a_half_message(capsys):
+    typed: list[str | type[BaseException]] = ['"""', "half", KeyboardInterrupt, "whole", EOFError]
+
+    def read(prompt: str) -> str:
+        found = typed.pop(0)
+        if isinstance(found, str):
+            return found
+        raise found
+
+    assert list(messages_from(read)) == ["whole"]
+    assert "Ctrl-D or /exit ends" in capsys.readouterr().out
+
+
+def test_what_was_typed_is_remembered_for_the_next_time(tmp_path: Path):
+    kept = tmp_path / "history"
+    editor = LineEditor(kept)
+    for message in ("one", "two\nlines", "two\nlines", " ", "你好"):
+        editor.remember(message)
+    assert LineEditor(kept)._kept() == ["one", "two\nlines", "你好"]
+    assert kept.stat().st_mode & 0o777 == 0o600
+    kept.write_text("not JSON")
+    assert LineEditor(kept)._kept() == []
+
+
+def test_a_full_context_says_what_to_do(partner: FakePartner, talk: Conversation, capsys):
+    talk.ask("one")
+    partner.fail = BadRequest("the prompt is longer than the context", "messages", "context_length_exceeded")
+    assert talk.ask("two") == 1
+    assert "/new forgets the conversation" in capsys.readouterr().err
+    assert [message["content"] for message in talk.messages] == ["one", "answer 1"]

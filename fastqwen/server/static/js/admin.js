@@ -36,7 +36,7 @@ async function ask() {
 function sample(data) {
   const now = performance.now();
   if (view.last) {
-    const seconds = (now - view.last.at) / 1000;
+    const seconds = data.uptime_s - view.last.data.uptime_s || (now - view.last.at) / 1000; // the server's clock knows no slow network
     const rate = (name) => Math.max(0, (data[name] - view.last.data[name]) / seconds) || 0; // a restart sets counters to zero
     view.samples.push({ generated: rate("generation_tokens_total"), read: rate("prompt_tokens_total"), running: data.running ?? 0, waiting: data.waiting ?? 0 });
     if (view.samples.length > SLOTS) view.samples.shift();
@@ -50,7 +50,7 @@ async function poll() {
     if (!document.hidden) sample(await ask());
     if (server.kind !== "ready") await check();
   } catch (error) {
-    view.last = null;
+    Object.assign(view, { last: null, absent: error.status === 404 });
     noteError(error);
   }
   emit("admin");
@@ -72,19 +72,24 @@ const Card = ({ title, value, note, share }) => html`
 
 function amount(name, value) {
   if (value === null || value === undefined) return "–";
-  if (typeof value !== "number") return typeof value === "object" ? JSON.stringify(value) : String(value);
+  if (typeof value !== "number") return String(value);
   if (!name.endsWith("_bytes")) return value.toLocaleString();
   return value >= 2 ** 30 ? `${(value / 2 ** 30).toFixed(2)} GiB` : `${(value / 2 ** 20).toFixed(1)} MiB`;
 }
 
+const PLANNED = ["weights", "kv", "peak"].map((name) => name + "_bytes").concat("num_blocks", "max_model_len", "max_num_seqs", "dtype");
+
 function PlanTable({ plan, measured }) {
-  const names = [...new Set([...Object.keys(plan ?? {}), ...Object.keys(measured ?? {})])];
-  if (names.length === 0) return html`<p class="hint">${t("noPlan")}</p>`;
-  const off = (name) => (typeof plan?.[name] === "number" && typeof measured?.[name] === "number" && plan[name] > 0 ? `${((measured[name] / plan[name] - 1) * 100).toFixed(1)} %` : "");
+  if (!plan) return html`<p class="hint">${t("noPlan")}</p>`;
+  const whole = (side) => ({ kv_bytes: side.num_blocks && side.num_blocks * plan.block_size * plan.kv_bytes_per_token, ...side });
+  [plan, measured] = [whole(plan), whole(measured ?? {})];
+  const names = PLANNED.filter((name) => plan[name] != null || measured[name] != null);
+  const off = (name) => (typeof plan[name] === "number" && typeof measured[name] === "number" && plan[name] > 0 ? `${((measured[name] / plan[name] - 1) * 100).toFixed(1)} %` : "");
   return html`
-    <table><thead><tr><th scope="col">${t("kind")}</th><th scope="col">${t("planned")}</th><th scope="col">${t("measured")}</th><th scope="col">±</th></tr></thead>
-      <tbody>${names.map((name) => html`<tr key=${name}><th scope="row">${name.replace(/_bytes$/, "").replaceAll("_", " ")}</th>
-        <td>${amount(name, plan?.[name])}</td><td>${amount(name, measured?.[name])}</td><td>${off(name)}</td></tr>`)}</tbody></table>`;
+    <div class="scroll" tabindex="0"><table><thead><tr><th scope="col">${t("kind")}</th><th scope="col">${t("planned")}</th><th scope="col">${t("measured")}</th><th scope="col">±</th></tr></thead>
+      <tbody>${names.map((name) => html`<tr key=${name}><th scope="row">${t("plan_" + name)}</th>
+        <td>${amount(name, plan[name])}</td><td>${amount(name, measured[name])}</td><td>${off(name)}</td></tr>`)}</tbody></table></div>
+    ${plan.notices?.map((text) => html`<p class="hint">${text}</p>`)}`;
 }
 
 function Errors({ list }) {
@@ -97,7 +102,6 @@ function Figures({ data }) {
   const column = (name) => view.samples.map((s) => s[name]);
   const hits = data.prefix_queries_tokens ? data.prefix_hits_tokens / data.prefix_queries_tokens : null;
   const slots = view.samples.length > 60 ? SLOTS : 60;
-  const note = t("lastMinutes", { n: slots / 60 });
   const main = "var(--accent)";
   const second = "var(--series-2)";
   return html`
@@ -109,8 +113,8 @@ function Figures({ data }) {
       <${Card} title=${t("read")} value=${number(data.prompt_tokens_total)} note=${t("tokens")} />
       <${Card} title=${t("uptime")} value=${duration(data.uptime_s)} note=${`${t("preemptions")}: ${number(data.num_preemptions)}`} />
     </div>
-    <${Plot} title=${t("throughput")} note=${note} slots=${slots} series=${[{ name: t("generated"), color: main, values: column("generated") }, { name: t("read"), color: second, values: column("read") }]} />
-    <${Plot} title=${t("load")} note=${note} slots=${slots} series=${[{ name: t("running"), color: main, values: column("running") }, { name: t("waiting"), color: second, values: column("waiting") }]} />
+    <${Plot} title=${t("throughput")} slots=${slots} series=${[{ name: t("generated"), color: main, values: column("generated") }, { name: t("read"), color: second, values: column("read") }]} />
+    <${Plot} title=${t("load")} slots=${slots} series=${[{ name: t("running"), color: main, values: column("running") }, { name: t("waiting"), color: second, values: column("waiting") }]} />
     <section class="panel"><h2>${t("plan")}</h2><${PlanTable} plan=${data.plan} measured=${data.measured} /></section>
     <section class="panel"><h2>${t("errors")}</h2><${Errors} list=${data.recent_errors} /></section>`;
 }
@@ -124,7 +128,7 @@ function Admin() {
       <header><img src="static/icon.svg" alt="" width="28" height="28" /><h1>${t("operators")}</h1><span>${view.data?.model}</span>
         ${view.last && html`<span class="state">${t("live")}</span>`}<span class="grow"></span>
         <a href="./">${t("toChat")}</a><${ThemeButton} /><${LanguageButton} /></header>
-      <main>${view.data && html`<${Figures} data=${view.data} />`}</main>
+      <main>${view.data ? html`<${Figures} data=${view.data} />` : view.absent && html`<p class="panel hint">${t("noFigures")}</p>`}</main>
     </div>
     <${Dialogs} />`;
 }

@@ -23,6 +23,7 @@ export function classify(status, body, aboutHealth = false) {
   const code = `${error.code ?? ""} ${error.type ?? ""} ${body?.status ?? ""}`;
   const kind = () => {
     if (status === 401) return "key";
+    if (status === 502 || status === 504 || /upstream/i.test(code)) return "upstream";
     if (status === 403) return "forbidden";
     if (/loading/i.test(code) || (status === 503 && /loading/i.test(detail))) return "loading";
     if (/restart|engine_gone/i.test(code) || /restart|engine process/i.test(detail)) return "restarting";
@@ -30,7 +31,6 @@ export function classify(status, body, aboutHealth = false) {
     if (/context_length/i.test(code) || ((status === 400 || status === 413 || !status) && CONTEXT.test(detail))) return "context";
     if (status === 429 || /overload|rate_limit/i.test(code) || /overload|too many requests/i.test(detail)) return "overloaded";
     if (status === 404) return "model";
-    if (status === 502 || status === 504) return "upstream";
     if (status === 503) return "overloaded";
     return status >= 400 && status < 500 ? "refused" : "broken";
   };

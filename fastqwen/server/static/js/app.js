@@ -44,18 +44,12 @@ function useShortcuts(toggle) {
   });
 }
 
-function useDrop() {
-  const [over, setOver] = useState(false);
-  useEffect(() => {
-    const carries = (e) => e.dataTransfer?.types.includes("Files");
-    const enter = (e) => { if (carries(e)) { e.preventDefault(); setOver(true); } };
-    const leave = (e) => { if (!e.relatedTarget) setOver(false); };
-    const drop = (e) => { if (carries(e)) { e.preventDefault(); setOver(false); emit("add-files", [...e.dataTransfer.files]); } };
-    const all = { dragenter: enter, dragover: enter, dragleave: leave, drop };
-    for (const [name, listener] of Object.entries(all)) addEventListener(name, listener);
-    return () => { for (const [name, listener] of Object.entries(all)) removeEventListener(name, listener); };
-  }, []);
-  return over;
+/** Properties of the element that files may be dropped on. */
+function dropping(setOver) {
+  const enter = (e) => { if (e.dataTransfer?.types.includes("Files")) { e.preventDefault(); setOver(true); } };
+  const onDragLeave = (e) => { if (!e.currentTarget.contains(e.relatedTarget)) setOver(false); };
+  const onDrop = (e) => { e.preventDefault(); setOver(false); emit("add-files", [...e.dataTransfer.files]); };
+  return { onDragEnter: enter, onDragOver: enter, onDragLeave, onDrop };
 }
 
 function App() {
@@ -64,12 +58,12 @@ function App() {
   const [settings, setSettings] = useState(false);
   const showSidebar = (shown) => { setSidebar(shown); if (!narrow.matches) stored.set("sidebar", shown); };
   useShortcuts({ sidebar: (shown) => showSidebar(shown ?? !sidebar), settings: () => setSettings(!settings) });
-  const over = useDrop();
+  const [over, setOver] = useState(false);
   const conversation = state.current;
   const compare = conversation.sides.length > 1;
   useEffect(() => { document.title = conversation.title ? `${conversation.title} – fastqwen` : "fastqwen"; });
   return html`
-    <div class=${`app ${sidebar ? "with-sidebar" : ""} ${settings ? "with-settings" : ""}`}>
+    <div class=${`app ${sidebar ? "with-sidebar" : ""} ${settings ? "with-settings" : ""}`} ...${dropping(setOver)}>
       <a class="skip" href="#composer">${t("skip")}</a>
       ${sidebar && html`<${Sidebar} onClose=${() => { if (narrow.matches) setSidebar(false); }} /><div class="shade" onClick=${() => showSidebar(false)}></div>`}
       <main>

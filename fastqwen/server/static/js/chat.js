@@ -64,10 +64,10 @@ export function forgetOldest(conversation, side, node) {
 
 export const canForget = (side, node) => ancestry(side, node.parent).filter((n) => n.role === "user" && !n.forgotten).length > 1;
 
-function withFiles(node) {
+export function withFiles(node) {
   const parts = (node.files ?? []).map(({ name, text }) => {
     const fence = "`".repeat(Math.max(3, ...(text.match(/`+/g) ?? []).map((run) => run.length + 1)));
-    return `${name}:\n${fence}\n${text}\n${fence}`;
+    return `${name}:\n${fence}\n${text.replace(/\n$/, "")}\n${fence}`;
   });
   return [...parts, node.content].filter(Boolean).join("\n\n");
 }
@@ -186,7 +186,7 @@ function finish(node, clock) {
     rate: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null,
     prompt: usage?.prompt_tokens ?? null, cached: usage?.prompt_tokens_details?.cached_tokens ?? null,
   };
-  if (node.finish === "stopped") announce(t("stopped"));
+  if (node.finish === "stopped") announce(t("finish_stopped"));
   else if (!node.error) announce(`${t("answerDone")} ${node.content.slice(0, 600)}`);
 }
 

@@ -41,7 +41,7 @@ export function Compare({ conversation, empty }) {
   const busy = isRunning(conversation);
   const order = conversation.swapped ? [1, 0] : [0, 1]; // where each side is shown
   const hidden = conversation.blind && Object.keys(conversation.votes).length === 0 && !empty;
-  const label = (i) => (hidden ? `${t("model")} ${"AB"[order.indexOf(i)]}` : conversation.sides[i].model);
+  const label = (i, node) => (hidden ? `${t("model")} ${"AB"[order.indexOf(i)]}` : `${"AB"[order.indexOf(i)]} · ${node.model}`);
   return html`
     <div class="sides-head">
       ${order.map((i) => html`
@@ -61,7 +61,7 @@ export function Compare({ conversation, empty }) {
           <${Message} node=${question.node} siblings=${question.siblings} side=${conversation.sides[0]} isLast=${last} v=${question.node.v} count=${question.siblings.length} ...${common} />
           <div class="sides">
             ${order.map((i) => html`<div key=${i}>${replies[i].map(({ node, siblings }) => html`
-              <${Message} key=${node.id} node=${node} siblings=${siblings} side=${conversation.sides[i]} isLast=${last} name=${label(i) ?? node.model} v=${node.v} count=${siblings.length} ...${common} />`)}</div>`)}
+              <${Message} key=${node.id} node=${node} siblings=${siblings} side=${conversation.sides[i]} isLast=${last} name=${label(i, node)} v=${node.v} count=${siblings.length} ...${common} />`)}</div>`)}
           </div>
           ${last && !busy && replies.every((r) => r.length > 0) && html`<${VoteBar} conversation=${conversation} question=${question.node} />`}
         </section>`;

@@ -1,6 +1,6 @@
 // The box to write in: files, IME-safe Enter, send or stop, and how full the context is.
 import { countTokens, guessTokens } from "./api.js";
-import { buildMessages, contextUse, isRunning, send, stop } from "./chat.js";
+import { buildMessages, contextUse, isRunning, send, stop, withFiles } from "./chat.js";
 import { t } from "./i18n.js";
 import { server } from "./status.js";
 import { state } from "./store.js";
@@ -30,7 +30,7 @@ function useDraftTokens(side, text, files) {
     if (!size || server.kind !== "ready") { setDraft(null); return undefined; }
     const controller = new AbortController();
     const timer = setTimeout(async () => {
-      const content = [...files.map((f) => `${f.name}:\n\`\`\`\n${f.text}\n\`\`\``), text].join("\n\n");
+      const content = withFiles({ files, content: text });
       const messages = [...buildMessages(side, leafOf(side)?.id), { role: "user", content }];
       const count = await countTokens(side.model ?? server.models[0]?.id, messages, controller.signal);
       if (!controller.signal.aborted) setDraft(count ?? (contextUse(side).used ?? 0) + guessTokens(content));
@@ -53,11 +53,6 @@ function ContextMeter({ side, draft }) {
         <i class="draft" style=${{ width: share(total) }}></i><i class="used" style=${{ width: share(used ?? 0) }}></i><i class="cached" style=${{ width: share(cached ?? 0) }}></i>
       </span>`}
     <span class="meter-text">${label}</span>`;
-}
-
-function editLast(conversation) {
-  const last = shownPath(conversation.sides[0]).findLast(({ node }) => node.role === "user");
-  if (last) emit("edit:" + last.node.id);
 }
 
 export function Composer({ conversation }) {
@@ -100,7 +95,7 @@ export function Composer({ conversation }) {
   function keys(e) {
     if (e.isComposing || e.keyCode === 229) return; // Enter that picks a candidate of an input method
     if (e.key === "Enter" && !e.shiftKey && (e.ctrlKey || e.metaKey || !touch.matches)) { e.preventDefault(); submit(); }
-    if (e.key === "ArrowUp" && !text && !busy) { e.preventDefault(); editLast(conversation); }
+    if (e.key === "ArrowUp" && !text && !busy) { e.preventDefault(); emit("edit:" + shownPath(side).findLast(({ node }) => node.role === "user")?.node.id); }
   }
 
   return html`

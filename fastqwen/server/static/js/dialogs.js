@@ -10,7 +10,7 @@ const apple = /Mac|iPhone|iPad/.test(navigator.platform);
 const MOD = apple ? "⌘" : "Ctrl";
 export const SHORTCUTS = [
   [["Enter"], "send"], [["Shift", "Enter"], "keyNewline"], [["Esc"], "stop"], [["↑"], "keyEditLast"], [[MOD, "Shift", "Enter"], "regenerate"],
-  [[MOD, "Shift", "O"], "newChat"], [[MOD, "K"], "keySearch"], [[MOD, "B"], "keySidebar"], [[MOD, ","], "settings"], [["/"], "keyFocus"], [["?"], "help"],
+  [[MOD, "Shift", "O"], "newChat"], [[MOD, "K"], "search"], [[MOD, "B"], "keySidebar"], [[MOD, ","], "settings"], [["/"], "skip"], [["?"], "help"],
 ];
 
 function Dialog({ title, onClose, children }) {
@@ -85,7 +85,6 @@ const KINDS = { help: Help, data: Data, key: KeyDialog };
 export function Dialogs() {
   const [kind, setKind] = useState(null);
   useLayoutEffect(() => on("open-dialog", setKind), []);
-  useLayoutEffect(() => on("ask-key", () => setKind("key")), []);
   useLayoutEffect(() => {
     const ask = () => { if (server.kind === "key") setKind("key"); };
     ask();

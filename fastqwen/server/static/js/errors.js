@@ -7,7 +7,7 @@ export function explain(error, model) {
   const limit = modelInfo(model)?.maxLen;
   const facts = { model, limit: limit ? ` (${limit.toLocaleString()})` : "" };
   const [cause, hint = ""] = t("err_" + error.kind, facts).split("\n");
-  const title = error.kind === "gone" && error.started ? t("errGoneMid") : cause;
+  const title = error.started && (error.kind === "gone" || error.kind === "upstream") ? t("errGoneMid") : cause;
   const said = [error.param && `${error.param}:`, error.detail].filter(Boolean).join(" ");
   return { title, hint, said: error.kind === "gone" || error.kind === "cut" ? "" : said };
 }
@@ -23,9 +23,9 @@ export function Banner() {
   return html`
     <div class=${`banner ${kind === "loading" ? "calm" : "bad"}`} role="status">
       ${kind !== "key" && html`<span class="spinner" aria-hidden="true"></span>`}
-      <div><strong>${title}</strong> ${kind === "loading" ? detail : hint} ${kind === "unready" && detail}
+      <div><strong>${title}</strong> ${kind === "loading" ? detail : hint} ${(kind === "unready" || kind === "upstream") && detail}
         ${known && html`<progress max="1" value=${progress} aria-label=${title}></progress><span>${Math.round(progress * 100)} %</span>`}
-        ${kind === "key" && html` <button type="button" class="button" onClick=${() => emit("ask-key")}>${t("enterKey")}</button>`}
+        ${kind === "key" && html` <button type="button" class="button" onClick=${() => emit("open-dialog", "key")}>${t("enterKey")}</button>`}
       </div>
     </div>`;
 }

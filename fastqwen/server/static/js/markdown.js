@@ -63,13 +63,14 @@ export class GrowingMarkdown {
 
   reset() {
     this.done = "";
+    this.coloured = Boolean(highlighter);
     this.blocks = []; // HTML of finished blocks
     this.env = {};
   }
 
   /** Returns the HTML of every block. The last two stay open: the next characters may still change what they are. */
   update(text) {
-    if (!text.startsWith(this.done)) this.reset();
+    if (!text.startsWith(this.done) || this.coloured !== Boolean(highlighter)) this.reset();
     const tail = text.slice(this.done.length);
     const tokens = md.parse(tail, this.env);
     const starts = blockStarts(tokens);

@@ -64,7 +64,6 @@ export function addMath(md) {
 }
 
 let loading = null;
-const ready = () => globalThis.katex;
 
 function loadKatex() {
   const style = document.createElement("link");
@@ -77,7 +76,7 @@ function loadKatex() {
 export function drawMath(element) {
   const places = element.querySelectorAll(".math:not(.pending):not(.drawn)");
   if (places.length === 0) return;
-  if (!ready()) { loading ??= loadKatex(); return; }
+  if (!globalThis.katex) { loading ??= loadKatex(); return; }
   for (const place of places) {
     const source = place.textContent;
     try {

@@ -98,7 +98,7 @@ function ErrorNote({ node, side, conversation }) {
         ${node.error.kind === "context" && html`
           ${canForget(side, node) && html`<button type="button" class="button" onClick=${() => forgetOldest(conversation, side, node)}>${t("forgetOldest")}</button>`}
           <button type="button" class="button" onClick=${() => startNew()}>${t("newChat")}</button>`}
-        ${node.error.kind === "key" && html`<button type="button" class="button" onClick=${() => emit("ask-key")}>${t("enterKey")}</button>`}
+        ${node.error.kind === "key" && html`<button type="button" class="button" onClick=${() => emit("open-dialog", "key")}>${t("enterKey")}</button>`}
       </div>
     </div>`;
 }

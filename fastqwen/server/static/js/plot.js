@@ -1,5 +1,6 @@
-// A small line plot over time, as SVG.
-import { html } from "./ui.js";
+// A small line plot over time, as SVG. Pointing at it reads the values of that moment.
+import { t } from "./i18n.js";
+import { html, useState } from "./ui.js";
 
 const WIDTH = 600;
 const HEIGHT = 160;
@@ -10,23 +11,34 @@ function niceTop(value) {
   return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= value);
 }
 
-const shown = ({ values }) => (values.at(-1) ?? 0).toLocaleString(undefined, { maximumFractionDigits: 1 });
+const shown = (value) => (value ?? 0).toLocaleString(undefined, { maximumFractionDigits: value < 100 ? 1 : 0 });
+const ago = (seconds) => (seconds < 1 ? t("now") : seconds < 100 ? t("secondsAgo", { n: seconds }) : t("minutesAgo", { n: Math.round(seconds / 60) }));
 
-/** series: [{name, color, values}], all of one length; the newest value is at the right edge of `slots` places. */
-export function Plot({ title, note, series, slots }) {
+/** series: [{name, color, values}], one value a second, all of one length; the newest is at the right edge of `slots` places. */
+export function Plot({ title, series, slots }) {
+  const [pointed, point] = useState(null); // seconds before now
+  const length = series[0].values.length;
   const top = niceTop(Math.max(...series.flatMap((s) => s.values), 1));
-  const x = (i, length) => ((slots - length + i) / (slots - 1)) * WIDTH;
+  const x = (i) => ((slots - length + i) / (slots - 1)) * WIDTH;
   const y = (value) => HEIGHT - (value / top) * (HEIGHT - 4) - 2;
-  const line = (values) => values.map((v, i) => `${i ? "L" : "M"}${x(i, values.length).toFixed(1)} ${y(v).toFixed(1)}`).join("");
-  const area = (values) => `${line(values)}L${WIDTH} ${HEIGHT}L${x(0, values.length).toFixed(1)} ${HEIGHT}Z`;
-  const words = series.map((s) => `${s.name}: ${shown(s)}`).join(", ");
+  const line = (values) => values.map((v, i) => `${i ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`).join("");
+  const area = (values) => `${line(values)}L${WIDTH} ${HEIGHT}L${x(0).toFixed(1)} ${HEIGHT}Z`;
+  const back = Math.min(pointed ?? 0, Math.max(0, length - 1));
+  const at = (s) => shown(s.values.at(-1 - back));
+  const follow = (e) => { const box = e.currentTarget.getBoundingClientRect(); point(Math.round((1 - (e.clientX - box.left) / box.width) * (slots - 1))); };
   return html`
     <section class="panel">
-      <div class="row"><h2>${title}</h2><span class="legend">${series.map((s) => html`<span><i style=${{ background: s.color }}></i>${s.name} ${shown(s)}</span>`)}</span></div>
-      <svg class="plot" viewBox=${`0 0 ${WIDTH} ${HEIGHT}`} preserveAspectRatio="none" role="img" aria-label=${`${title}. ${words}`}>
-        ${[0, 0.5, 1].map((part) => html`<line x1="0" x2=${WIDTH} y1=${y(top * part)} y2=${y(top * part)} />`)}
-        ${series.map((s) => s.values.length > 1 && html`<path class="area" d=${area(s.values)} style=${{ fill: s.color }} /><path d=${line(s.values)} style=${{ stroke: s.color }} />`)}
-      </svg>
-      <div class="axis"><span>${note}</span><span>0 – ${top.toLocaleString()}</span></div>
+      <div class="row"><h2>${title}</h2><span class="legend">${back > 0 && html`<span class="hint">${ago(back)}</span>`}
+        ${series.map((s) => html`<span><i style=${{ background: s.color }}></i>${s.name} <b>${at(s)}</b></span>`)}</span></div>
+      <div class="plot-row">
+        <svg class="plot" viewBox=${`0 0 ${WIDTH} ${HEIGHT}`} preserveAspectRatio="none" role="img" aria-label=${`${title}. ${series.map((s) => `${s.name}: ${at(s)}`).join(", ")}`}
+          onPointerMove=${follow} onPointerLeave=${() => point(null)}>
+          ${[0, 0.5, 1].map((part) => html`<line x1="0" x2=${WIDTH} y1=${y(top * part)} y2=${y(top * part)} />`)}
+          ${series.map((s) => s.values.length > 1 && html`<path class="area" d=${area(s.values)} style=${{ fill: s.color }} /><path d=${line(s.values)} style=${{ stroke: s.color }} />`)}
+          ${back > 0 && html`<line class="pointer" x1=${x(length - 1 - back)} x2=${x(length - 1 - back)} y1="0" y2=${HEIGHT} />`}
+        </svg>
+        <div class="scale">${[1, 0.5, 0].map((part) => html`<span>${shown(top * part)}</span>`)}</div>
+      </div>
+      <div class="axis">${[1, 0.5, 0].map((part) => html`<span>${ago(Math.round(slots * part))}</span>`)}</div>
     </section>`;
 }

@@ -37,12 +37,10 @@ function Entry({ entry, open, onOpen }) {
     </li>`;
 }
 
-const NEXT_THEME = { auto: "light", light: "dark", dark: "auto" };
-
 export function ThemeButton() {
   const [theme, setTheme] = useState(stored.get("theme", "auto"));
   const turn = () => {
-    const next = NEXT_THEME[theme] ?? "auto";
+    const next = { auto: "light", light: "dark" }[theme] ?? "auto";
     stored.set("theme", next);
     setTheme(next);
     dispatchEvent(new Event("fastqwen-theme"));

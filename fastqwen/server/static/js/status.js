@@ -6,7 +6,6 @@ export const server = { kind: "unknown", progress: null, detail: "", models: [],
 
 let timer = null;
 let wait_ms = 1000;
-let readyRoute = true;
 let checking = false;
 
 function become(kind, { progress = null, detail = "" } = {}) {
@@ -17,24 +16,14 @@ function become(kind, { progress = null, detail = "" } = {}) {
   if (kind === "ready" && was !== "ready") emit("server-ready");
 }
 
-async function askReady() {
-  if (!readyRoute) return;
-  try {
-    await request("health/ready", { cache: "no-store" });
-  } catch (error) {
-    if (error.status !== 404 && error.status !== 405) throw error;
-    readyRoute = false; // another server than ours: its list of models is the sign of life
-  }
-}
-
 /** Asks once and plans the next question: soon and then rarer while the server is away, every half minute while it is there. */
 export async function check() {
   if (checking) return;
   checking = true;
   clearTimeout(timer);
   try {
-    await askReady();
-    if (server.kind !== "ready" || !readyRoute) server.models = await listModels();
+    await request("health/ready", { cache: "no-store" });
+    server.models = await listModels();
     if (server.kind === "ready" && server.recovered) server.recovered = false;
     become("ready");
     wait_ms = 1000;

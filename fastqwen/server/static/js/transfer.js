@@ -44,7 +44,6 @@ export function toMarkdown(conversation) {
 export const exportMarkdown = (conversation) => download(`${fileName(conversation.title)}.md`, toMarkdown(conversation), "text/markdown");
 
 const text = (value) => (typeof value === "string" ? value : "");
-
 const number = (value) => (typeof value === "number" ? value : null);
 
 /** Takes from a file only what is known, in the type that it must have. */

@@ -1,10 +1,10 @@
 // What every component needs: templates, a bus that tells components to draw again, small browser helpers.
-import { h, render, Component, Fragment } from "../vendor/preact/preact.js";
+import { h, render, Component } from "../vendor/preact/preact.js";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "../vendor/preact/hooks.js";
 import htm from "../vendor/htm/htm.js";
 
 export const html = htm.bind(h);
-export { render, Fragment, useEffect, useLayoutEffect, useMemo, useRef, useState };
+export { render, useEffect, useLayoutEffect, useMemo, useRef, useState };
 
 const listeners = new Map(); // topic -> set of functions
 
@@ -91,10 +91,7 @@ export function showToast(text) {
 }
 
 /** Speaks to screen readers without moving the focus. */
-export function announce(text) {
-  const place = document.getElementById("announcer");
-  if (place) place.textContent = text;
-}
+export const announce = (text) => document.getElementById("announcer")?.replaceChildren(text);
 
 const PATHS = {
   plus: "M12 5v14M5 12h14", menu: "M4 7h16M4 12h16M4 17h16", send: "M12 19V5M6 11l6-6 6 6", stop: "M7 7h10v10H7z",

@@ -1,0 +1,98 @@
+"""A port, an event loop and uvicorn: drain on the first signal, abort on the second."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from fastqwen.errors import BadConfig
+from fastqwen.server.http_limits import bounded_http
+from fastqwen.server.state import Door
+
+log = logging.getLogger("fastqwen.server")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything is loaded. Raises BadConfig that names address and port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen(2048)
+    except OSError as error:
+        bound.close()
+        raise BadConfig(
+            f"cannot listen on {host} port {port}: {error.strerror}; use --port to choose another"
+        ) from None
+    bound.setblocking(False)
+    return bound
+
+
+def run_loop(main: Coroutine[Any, Any, int]) -> int:
+    """On uvloop where there is one: a token costs the API process half as much."""
+    if sys.platform == "win32":
+        return asyncio.run(main)
+    import uvloop
+
+    return uvloop.run(main)
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, but the first signal lets running requests finish while new ones are told to go elsewhere."""
+
+    def __init__(self, app: ASGIApp, state: Door) -> None:
+        self._state = state
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="info",
+                access_log=state.config.access_log,
+                log_config=None,
+                http=bounded_http(state.config.header_timeout_s),
+                ws="none",
+                lifespan="off",
+                limit_concurrency=None,
+                timeout_graceful_shutdown=2,
+                timeout_keep_alive=30,
+                server_header=False,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if self._state.draining:
+            log.info("second signal: running requests are aborted")
+            self.should_exit = self.force_exit = True
+            return
+        self._state.draining = True
+        if self._state.num_active:
+            log.info("finishing %d running requests; a second signal aborts them", self._state.num_active)
+        self._drain_task = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        deadline_s = asyncio.get_running_loop().time() + self._state.config.drain_timeout_s
+        while self._state.num_active and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(0.05)
+        if self._state.num_active:
+            log.warning("%d requests did not finish in time and are aborted", self._state.num_active)
+        self.should_exit = True
