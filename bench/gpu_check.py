@@ -1,6 +1,6 @@
 """One call on a GPU machine: are the kernels right, how fast is each, how fast is the engine.
 
-python bench/gpu_check.py OUT.json [kernels] [tune] [decode] [offline] [prefill] [golden] ...
+python bench/gpu_check.py OUT.json [kernels] [random] [MODEL ... decode|prefill|offline|profile [b1 b8 ...]]
 
 Prints a short table last and writes everything to OUT.json. Dummy weights, greedy, the work defined in
 docs/performance.md.
@@ -47,7 +47,7 @@ def note(name: str, **values: Any) -> None:
 def start(model: str, **wishes: Any) -> Engine:
     began_s = time.perf_counter()
     config = EngineConfig(
-        model=model, load_format="dummy", enable_prefix_caching=False, **{"max_num_batched_tokens": 8192, **wishes}
+        model=model, load_format="dummy", enable_prefix_caching=False, **{"max_num_mixed_tokens": 8192, **wishes}
     )
     engine = start_engine(config, CONFIGS / model)
     note(f"{model} start", seconds=time.perf_counter() - began_s, kv_blocks=engine.plan.num_blocks)
@@ -142,6 +142,46 @@ def host_share(engine: Engine, model: str, batch: int) -> None:
     note(f"{model} host b{batch}", ms=statistics.median(spent) * 1e3)
 
 
+def random_requests(model: str, count: int = 1000) -> None:
+    """Requests of any length, many with a common beginning, in a cache far too small for them, some of them aborted:
+    each must end exactly once, and then nothing may be left behind."""
+    config = EngineConfig(
+        model=model, load_format="dummy", kv_cache_memory_bytes=2**30, max_model_len=2048, max_num_seqs=64
+    )
+    engine = start_engine(config, CONFIGS / model)
+    core, generator, vocab = engine.core, random.Random(1), engine.model.vocab_size
+    beginnings = [[generator.randrange(vocab) for _ in range(700)] for _ in range(4)]
+    ended: dict[str, int] = {}
+    waiting = [str(index) for index in range(count)]
+    while waiting or core.has_work:
+        for _ in range(min(len(waiting), generator.randrange(4))):
+            own = [generator.randrange(vocab) for _ in range(generator.randrange(1, 600))]
+            core.add(
+                EngineRequest(
+                    request_id=waiting.pop(),
+                    prompt_token_ids=generator.choice(beginnings)[: generator.randrange(701)] + own,
+                    sampling=SamplingParams(temperature=generator.choice((0.0, 1.0)), top_p=0.9),
+                    stop_token_ids=[],
+                    max_tokens=generator.randrange(1, 300),
+                    seed=generator.randrange(2**31),
+                )
+            )
+        if generator.random() < 0.2:
+            core.abort(str(generator.randrange(count)))
+        for delta in core.step():
+            if delta.finish_reason:
+                ended[delta.request_id] = ended.get(delta.request_id, 0) + 1
+    core.step()  # an idle step audits
+    core.scheduler.audit()
+    assert len(ended) == count and set(ended.values()) == {1}
+    note(
+        f"{model} random requests",
+        ended=len(ended),
+        preemptions=core.scheduler.num_preemptions,
+        prefix_hits_tokens=core.scheduler.num_prefix_hits,
+    )
+
+
 def profile(engine: Engine, model: str, batch: int, context: int) -> None:
     """Device time by kernel of ten decode steps."""
     core = engine.core
@@ -217,6 +257,8 @@ def main() -> None:
     try:
         if "kernels" in words:
             kernels()
+        if "random" in words:
+            random_requests("qwen3-0.6b")
         benchmarks(words)
     finally:
         out.write_text(json.dumps({"command": sys.argv, **RESULTS}, indent=1))

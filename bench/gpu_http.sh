@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Through HTTP on a GPU machine: start a server with dummy weights, load it, end it.
-# bash bench/gpu_http.sh CONFIG_DIR TOKENIZER_DIR OUT.json "LEVELS"
+# bash bench/gpu_http.sh CONFIG_DIR TOKENIZER_DIR OUT.txt "LEVELS"
 set -u
 config=$1 tokenizer=$2 out=$3 levels=$4
 python3 -m fastqwen.cli.main serve "$config" --load-format dummy --tokenizer "$tokenizer" --generation-config none \
-  --no-enable-prefix-caching --no-access-log --port 8124 --max-num-batched-tokens "${BUDGET:-2048}" >/tmp/serve.log 2>&1 &
+  --no-enable-prefix-caching --no-access-log --port 8124 >/tmp/serve.log 2>&1 &
 server=$!
 start=$SECONDS
 for _ in $(seq 300); do
   curl -sf localhost:8124/health/ready >/dev/null && break
-  sleep 0.2
+  kill -0 $server 2>/dev/null || break
+  sleep 0.1
 done
 echo "ready after $((SECONDS - start)) s"
 for level in $levels; do
   requests=$((level == 1 ? 8 : level == 16 ? 64 : level == 64 ? 192 : 512))
   python3 -m fastqwen.cli.main bench serve http://localhost:8124 --concurrency "$level" --num-requests "$requests" \
-    --input-len 512 --output-len 128 | tee -a "$out" | tail -1
+    --input-len 512 --output-len 128 | tee -a "$out" | sed -n 3p
 done
 kill -TERM $server
 wait $server

@@ -7,7 +7,7 @@ import msgspec
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
+from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, MAX_RECORDED_TOKENS, DeviceFacts
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 from fastqwen.plan.weights import num_parameters
 
@@ -101,7 +101,7 @@ def make_plan(
         max_model_len=min(wished_len, room),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_num_mixed_tokens=None if on_cpu else mixed_tokens(model, facts, max_num_batched_tokens),
+        max_num_mixed_tokens=config.max_num_mixed_tokens or (None if on_cpu else mixed_tokens(model, facts)),
         weights_bytes=need.weights,
         kv_bytes_per_token=per_token,
         notices=tuple(notices),
@@ -109,11 +109,11 @@ def make_plan(
     )
 
 
-def mixed_tokens(model: ModelConfig, facts: DeviceFacts, most: int) -> int:
-    """Tokens of a step in which prompts are computed beside running streams, so that it takes STREAM_PAUSE_S."""
+def mixed_tokens(model: ModelConfig, facts: DeviceFacts) -> int:
+    """Tokens of a step in which prompts are computed beside running streams: what takes STREAM_PAUSE_S, and is recorded."""
     rate = (facts.matmul_tflops or USUAL_TFLOPS) * 1e12 * PROMPT_COMPUTE
     tokens = int(STREAM_PAUSE_S * rate / (2 * num_parameters(model, active=True)))
-    return min(most, max(MIN_MIXED_TOKENS, tokens // MIXED_STEP * MIXED_STEP))
+    return min(MAX_RECORDED_TOKENS, max(MIN_MIXED_TOKENS, tokens // MIXED_STEP * MIXED_STEP))
 
 
 def budget_bytes(need: Need, facts: DeviceFacts, utilization: float) -> int:

@@ -100,10 +100,10 @@ def recording(runner: CudaRunner, layout: StepLayout) -> Any:
 def test_the_same_tokens_as_on_the_cpu(tmp_path: Path, kind: str, recorded: bool):
     """Prompts that come in chunks beside running streams, more of them than there are slots."""
     if kind == "qwen1":
-        make_qwen1(tmp_path)
+        make_qwen1(tmp_path, num_attention_heads=2, kv_channels=32)
     else:
         changes = {**MOE, "norm_topk_prob": True} if kind == "qwen3-moe" else {}
-        make(tmp_path, "Qwen3MoeConfig" if changes else "Qwen3Config", head_dim=16, num_hidden_layers=1, **changes)
+        make(tmp_path, "Qwen3MoeConfig" if changes else "Qwen3Config", head_dim=32, num_hidden_layers=1, **changes)
     prompts = [prompt(length) for length in (1, 23, 40, 5)]
     expected = greedy(start(tmp_path, max_num_batched_tokens=32, **WISHES), prompts, max_tokens=3)
     core, runner = gpu_core(tmp_path, recorded=recorded, max_num_batched_tokens=32)

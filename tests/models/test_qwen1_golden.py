@@ -15,9 +15,8 @@ from fastqwen.layers.rotary import inverse_frequencies, logn_scale
 from fastqwen.layers.rotary_key import ntk_alpha, rope_key
 from fastqwen.models import read_config
 from fastqwen.records import Admission, Row
-from fastqwen.runner.packing import pack
 from tests.conftest import load_module
-from tests.models.tiny import greedy, start
+from tests.models.tiny import greedy, hidden_of, start
 
 LENGTHS = (100, 129, 300)
 
@@ -99,8 +98,7 @@ def _prompt_logits(runner: Any, ids: list[int], num_prompt: int | None = None) -
     with torch.inference_mode():
         runner.slots.admit([admission])
         runner.slots.extend([row])
-        flat, where = pack([row], runner.slots, block_size=size, logn_len=runner._model.logn_len)
-        return runner._decoder.logits(runner._decoder.hidden(flat, where, runner.caches)).numpy()
+        return runner._decoder.logits(hidden_of(runner, row)).cpu().numpy()
 
 
 @pytest.mark.parametrize("length", LENGTHS)

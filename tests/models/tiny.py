@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineCore
 from fastqwen.records import Admission, EngineRequest, Row, SamplingParams
+from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.packing import pack
 from fastqwen.runner.start import start_engine
 
@@ -101,8 +102,15 @@ def logits(folder: Path, ids: list[int], **wishes: Any) -> torch.Tensor:
     with torch.inference_mode():
         runner.slots.admit([admission])
         runner.slots.extend([row])
-        flat, where = pack([row], runner.slots, block_size=size, logn_len=runner._model.logn_len)
-        return runner._decoder.logits(runner._decoder.hidden(flat, where, runner.caches)).float()
+        return runner._decoder.logits(hidden_of(runner, row)).float().cpu()
+
+
+def hidden_of(runner: Any, row: Row) -> torch.Tensor:
+    """[tokens, hidden] of a step with this one row, on whichever device."""
+    if isinstance(runner, ModelRunner) and type(runner) is not ModelRunner:  # the GPU's lays its steps out by itself
+        return runner._launch([row])[0][: row.num_tokens]
+    flat, where = pack([row], runner.slots, block_size=runner._plan.block_size, logn_len=runner._model.logn_len)
+    return runner._decoder.hidden(flat, where, runner.caches)
 
 
 def greedy(core: EngineCore, prompts: list[list[int]], max_tokens: int = 64) -> list[list[int]]:

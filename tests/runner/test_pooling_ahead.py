@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 from fastqwen import LLM, SamplingParams
 from fastqwen.client.prepare import prepare, prepare_embedding
 from fastqwen.client.vectors import vector_of
+from fastqwen.kernels.triton.ops import TritonOps
 from fastqwen.runner import cuda_runner, start
 from tests.models.embedding import make_embedder, reference
 from tests.models.tiny import prompt
@@ -38,6 +39,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", NoEvent)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(start, "ModelRunner", cuda_runner.CudaRunner)
+    monkeypatch.setattr(start, "choose_ops", TritonOps)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled for the GPU here")
