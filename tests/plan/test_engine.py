@@ -131,3 +131,18 @@ def test_a_gpu_of_its_own_facts(monkeypatch: pytest.MonkeyPatch):
     facts = device_facts(torch.device("cuda", 0))
     assert facts.total_bytes - facts.free_bytes == 3 * GIB
     assert facts.multiprocessors == 100
+
+
+def test_prompts_beside_streams_take_as_many_tokens_as_last_a_twentieth_of_a_second():
+    def mixed(name: str, gpu: str, **wishes: int) -> int | None:
+        config = EngineConfig(model=name, max_model_len=4096, **wishes)
+        return make_plan(model_of(name), config, find_target(gpu).facts).max_num_mixed_tokens
+
+    assert mixed("Qwen3-8B", "H200") == 2048
+    assert mixed("Qwen3-0.6B", "H200") == 2048, "more would not be recorded"
+    assert mixed("Qwen3-8B", "RTX 4090") == 512, "a slower card, so fewer"
+    assert mixed("Qwen3-8B", "H200", max_num_mixed_tokens=700) == 700
+    assert (
+        make_plan(model_of("Qwen3-0.6B"), EngineConfig(model="x", max_model_len=4096), cpu(16)).max_num_mixed_tokens
+        is None
+    )
