@@ -91,7 +91,7 @@ def test_api_killed_takes_everything_with_it(model: Path):
 def test_sigterm_lets_50_streams_finish(model: Path, repeats: int):
     for _ in range(repeats):
         with serving(model, step_s=0.01) as server:
-            thread, found = in_background(load(server.url, 50, 100))
+            thread, found = in_background(load(server.url, 50, 250))  # long enough that all of them run at once
             wait_until(lambda: server.figures()["running"] == 50)
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
@@ -99,7 +99,7 @@ def test_sigterm_lets_50_streams_finish(model: Path, repeats: int):
             assert refused.status_code == 503
             thread.join(30)
             assert found[0]["errors"] == 0
-            assert found[0]["tokens"] == 5000
+            assert found[0]["tokens"] == 50 * 250
             assert server.process.wait(10) == 0
 
 

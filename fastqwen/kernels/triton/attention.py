@@ -72,6 +72,39 @@ def _combine(partial_ptr, stats_ptr, out_ptr, slab, parts, GROUP: tl.constexpr, 
     tl.store(out_ptr + home, found.to(out_ptr.dtype.element_ty), mask=(group < GROUP)[:, None])
 
 
+@triton.jit
+def _query(qkv, kv_head, cos, sin, stretch_ptr, row, norm_ptr, eps, HALF: tl.constexpr, GROUP: tl.constexpr,
+           NORM: tl.constexpr, LOGN: tl.constexpr):  # fmt: skip
+    """A row's query heads for one key head, normalised, rotated and, with logN, stretched: two halves [16, HALF]."""
+    at = tl.arange(0, HALF)
+    group = tl.arange(0, 16)
+    live = (group < GROUP)[:, None]
+    place = (kv_head * GROUP + group)[:, None] * 2 * HALF + at[None, :]
+    low = tl.load(qkv + place, mask=live, other=0.0).to(tl.float32)
+    high = tl.load(qkv + place + HALF, mask=live, other=0.0).to(tl.float32)
+    low, high = normed_and_rotated(low, high, norm_ptr, cos, sin, eps, HALF, NORM)
+    if LOGN:
+        stretch = tl.load(stretch_ptr + row)
+        low *= stretch
+        high *= stretch
+    return low.to(qkv.dtype.element_ty), high.to(qkv.dtype.element_ty)
+
+
+@triton.jit
+def _store_new_token(k, v, k_home, v_home, cos, sin, norm_ptr, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+    """The new token's key, normalised and rotated, and its value go to the cache; returned as they are there."""
+    at = tl.arange(0, HALF)
+    place = tl.arange(0, 1)[:, None] + at[None, :]
+    low, high = tl.load(k + place).to(tl.float32), tl.load(k + place + HALF).to(tl.float32)
+    low, high = normed_and_rotated(low, high, norm_ptr, cos, sin, eps, HALF, NORM)
+    low, high = low.to(k_home.dtype.element_ty), high.to(k_home.dtype.element_ty)
+    value = tl.load(v + tl.arange(0, 2 * HALF)).to(v_home.dtype.element_ty)
+    tl.store(k_home + place, low)
+    tl.store(k_home + place + HALF, high)
+    tl.store(v_home + tl.arange(0, 2 * HALF), value)
+    return low, high, value
+
+
 @triton.jit(do_not_specialize=["splits"])
 def _decode(
     qkv_ptr,  # [rows, (HEADS + 2 * KV_HEADS) * 2 * HALF]
@@ -157,35 +190,19 @@ def _decode(
     cos = tl.load(cos_sin_ptr + row * DIM + at)[None, :]
     sin = tl.load(cos_sin_ptr + row * DIM + HALF + at)[None, :]
     qkv = qkv_ptr + row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM
-    group = tl.arange(0, 16)
-    live = (group < GROUP)[:, None]
-    place = (kv_head * GROUP + group)[:, None] * DIM + at[None, :]
-    q_low = tl.load(qkv + place, mask=live, other=0.0).to(tl.float32)
-    q_high = tl.load(qkv + place + HALF, mask=live, other=0.0).to(tl.float32)
-    q_low, q_high = normed_and_rotated(q_low, q_high, q_norm_ptr, cos, sin, eps, HALF, NORM)
-    if LOGN:
-        stretch = tl.load(q_scale_ptr + row)
-        q_low *= stretch
-        q_high *= stretch
-    q_low = q_low.to(qkv_ptr.dtype.element_ty).to(k_cache_ptr.dtype.element_ty)
-    q_high = q_high.to(qkv_ptr.dtype.element_ty).to(k_cache_ptr.dtype.element_ty)
+    q_low, q_high = _query(qkv, kv_head, cos, sin, q_scale_ptr, row, q_norm_ptr, eps, HALF, GROUP, NORM, LOGN)
+    q_low, q_high = q_low.to(k_cache_ptr.dtype.element_ty), q_high.to(k_cache_ptr.dtype.element_ty)
 
     top = tl.full((16,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((16,), dtype=tl.float32)
     acc = tl.zeros((16, DIM), dtype=tl.float32)
     if split == parts - 1:
-        source = qkv + (HEADS + kv_head) * DIM + tl.arange(0, 1)[:, None] + at[None, :]
-        k_low = tl.load(source).to(tl.float32)
-        k_high = tl.load(source + HALF).to(tl.float32)
-        k_low, k_high = normed_and_rotated(k_low, k_high, k_norm_ptr, cos, sin, eps, HALF, NORM)
-        k_low, k_high = k_low.to(k_cache_ptr.dtype.element_ty), k_high.to(k_cache_ptr.dtype.element_ty)
-        v_new = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + wide).to(v_cache_ptr.dtype.element_ty)
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         home = (block * KV_HEADS + kv_head) * head_stride + (position % BLOCK_SIZE) * DIM
-        spot = k_cache_ptr + home + tl.arange(0, 1)[:, None] + at[None, :]
-        tl.store(spot, k_low)
-        tl.store(spot + HALF, k_high)
-        tl.store(v_cache_ptr + home + wide, v_new)
+        k, v = qkv + (HEADS + kv_head) * DIM, qkv + (HEADS + KV_HEADS + kv_head) * DIM
+        k_low, k_high, v_new = _store_new_token(
+            k, v, k_cache_ptr + home, v_cache_ptr + home, cos, sin, k_norm_ptr, eps, HALF, NORM
+        )
         products = q_low.to(tl.float32) * k_low.to(tl.float32) + q_high.to(tl.float32) * k_high.to(tl.float32)
         top = tl.sum(products, axis=1) * scale
         total += 1.0
@@ -207,6 +224,8 @@ def _decode(
             seen = seen & (tile * BLOCK_SIZE + keys > position - WINDOW)
         top, total, acc = _add_tile(q_low, q_high, k_low_t, k_high_t, v, seen, scale, top, total, acc, PRECISION)
 
+    group = tl.arange(0, 16)
+    live = (group < GROUP)[:, None]
     out_row = out_ptr + (row.to(tl.int64) * HEADS + kv_head * GROUP) * DIM
     part_place = group[:, None] * DIM + wide[None, :]
     if parts == 1:
