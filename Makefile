@@ -44,7 +44,7 @@ fuzz: $(DEV_STAMP)  ## Fuzz every parser for SECONDS (default: 60) in all
 	$(PIP) -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz all $(SECONDS)
 
-test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use, each installed in a room of its own
+test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use, each installed in a room of its own; LOAD=1 adds guidellm
 	PYTHON=$(BIN)/python scripts/test_clients
 
 test-page: $(DEV_STAMP)  ## Test the chat page in headless Chromium (needs Debian's chromium on the PATH)

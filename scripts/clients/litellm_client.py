@@ -1,6 +1,9 @@
 """litellm: whole and streamed."""
 
+import os
 import sys
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or its import asks for a price list in the net
 
 import litellm
 
