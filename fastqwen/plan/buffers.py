@@ -97,9 +97,10 @@ def largest_steps(sizes: Sizes, tokens: int, rows: int) -> Taken:
 
 @functools.lru_cache(maxsize=4096)
 def graph_buffers(sizes: Sizes, batches: tuple[int, ...], prompts: tuple[int, ...], max_num_seqs: int) -> int:
-    """Bytes of the pool that all graphs share; none of them owns what it leaves behind."""
+    """Bytes of the pool that all graphs share; none of them owns what it leaves behind, so the largest decide."""
     memory = Allocator()
-    steps = [(batch, batch, True) for batch in batches] + [(n, min(n, max_num_seqs), False) for n in prompts]
+    steps = [(max(prompts), min(max(prompts), max_num_seqs), False)] if prompts else []
+    steps.append((max(batches), max(batches), True))
     for tokens, rows, decode in sorted(steps, reverse=True):
         memory.take("residual", tokens * sizes.hidden * sizes.element)
         memory.take("cos_sin", tokens * sizes.head_dim * 4)
