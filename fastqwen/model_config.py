@@ -108,16 +108,16 @@ class Fields:
             or value != int(value)
         ):
             raise BadCheckpoint(
-                f"{self.source}: {keys[0]} is {_short(value)}, expected a whole number from {low} to {high}"
+                f"{self.source}: {keys[0]} is {short(value)}, expected a whole number from {low} to {high}"
             )
         return int(value)
 
     def float(self, *keys: str, default: float | None = None, positive: bool = False) -> float:
         value = self._first(keys, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
-            raise BadCheckpoint(f"{self.source}: {keys[0]} is {_short(value)}, expected a number")
+            raise BadCheckpoint(f"{self.source}: {keys[0]} is {short(value)}, expected a number")
         if positive and value <= 0:
-            raise BadCheckpoint(f"{self.source}: {keys[0]} is {_short(value)}, expected a number above 0")
+            raise BadCheckpoint(f"{self.source}: {keys[0]} is {short(value)}, expected a number above 0")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -134,7 +134,7 @@ class Fields:
         """Refuse a checkpoint whose ``key`` has a value that this architecture's code does not compute."""
         value = self.values.get(key)
         if value is not None and value not in allowed:
-            raise Unsupported(f"{self.source}: {key} is {_short(value)}; supported: {', '.join(map(str, allowed))}")
+            raise Unsupported(f"{self.source}: {key} is {short(value)}; supported: {', '.join(map(str, allowed))}")
 
     def _first(self, keys: tuple[str, ...], default: Any) -> Any:
         value = self.get(*keys)
@@ -145,7 +145,7 @@ class Fields:
         return value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -192,7 +192,7 @@ def routed_experts(fields: Fields, num_layers: int) -> dict[str, Any]:
     step = fields.int("decoder_sparse_step", default=1)
     dense = fields.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
-        raise BadCheckpoint(f"{fields.source}: mlp_only_layers is {_short(dense)}, expected a list of layers")
+        raise BadCheckpoint(f"{fields.source}: mlp_only_layers is {short(dense)}, expected a list of layers")
     return {
         "num_experts": num_experts,
         "experts_per_token": fields.int("num_experts_per_tok", high=num_experts),
@@ -207,11 +207,11 @@ def checkpoint_facts(fields: Fields) -> dict[str, Any]:
     eos = fields.get("eos_token_id")
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in eos_ids):
-        raise BadCheckpoint(f"{fields.source}: eos_token_id is {_short(eos)}, expected a token id or a list of them")
+        raise BadCheckpoint(f"{fields.source}: eos_token_id is {short(eos)}, expected a token id or a list of them")
     bos = fields.int("bos_token_id", low=0) if fields.has("bos_token_id") else None
     quantization = fields.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
-        raise BadCheckpoint(f"{fields.source}: quantization_config is {_short(quantization)}, expected an object")
+        raise BadCheckpoint(f"{fields.source}: quantization_config is {short(quantization)}, expected an object")
     dtype = str(fields.get("dtype", "torch_dtype") or "bfloat16").removeprefix("torch.")
     return {
         "quantization": quantization,
@@ -225,12 +225,12 @@ def rope_config(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     """Both spellings: rope_theta + rope_scaling (transformers 4) and rope_parameters (transformers 5)."""
     scaling = fields.get("rope_parameters", "rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise BadCheckpoint(f"{fields.source}: rope_scaling is {_short(scaling)}, expected an object")
+        raise BadCheckpoint(f"{fields.source}: rope_scaling is {short(scaling)}, expected an object")
     inner = Fields(scaling, f"{fields.source}: rope_scaling")
     theta = (inner if inner.has("rope_theta") else fields).float("rope_theta", default=10000.0, positive=True)
     kind = str(inner.get("rope_type", "type") or "default")
     if kind not in ("default", "linear", "yarn", "llama3"):
-        raise Unsupported(f"{fields.source}: rope_scaling type {kind!r}; supported: default, linear, yarn, llama3")
+        raise Unsupported(f"{fields.source}: rope_scaling type {short(kind)}; supported: default, linear, yarn, llama3")
     trained_len = inner.int("original_max_position_embeddings", default=max_position_embeddings)
     optional = {key: inner.float(key) for key in ("attention_factor", "mscale", "mscale_all_dim") if inner.has(key)}
     return RopeConfig(
@@ -259,7 +259,7 @@ def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
         windows = tuple(width if layer >= first else None for layer in range(num_layers))
     else:
         if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
-            raise BadCheckpoint(f"{fields.source}: layer_types is {_short(layer_types)}, expected a list of words")
+            raise BadCheckpoint(f"{fields.source}: layer_types is {short(layer_types)}, expected a list of words")
         if len(layer_types) != num_layers:
             raise BadCheckpoint(f"{fields.source}: layer_types has {len(layer_types)} entries for {num_layers} layers")
         unknown = set(layer_types) - {"full_attention", "sliding_attention"}

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from fastqwen.errors import BadCheckpoint, Unsupported
-from fastqwen.model_config import Fields, ModelConfig, read_json
+from fastqwen.model_config import Fields, ModelConfig, read_json, short
 
 QUANTIZE_CONFIG = "quantize_config.json"
 
@@ -26,7 +26,7 @@ def find(model_type: str) -> ModuleType:
     """The file for a config.json's ``model_type``. Raises Unsupported."""
     name = model_type.replace("-", "_").lower()
     if name not in supported():
-        raise Unsupported(f"model_type {model_type!r} is not supported; supported: {', '.join(supported())}")
+        raise Unsupported(f"model_type {short(model_type)} is not supported; supported: {', '.join(supported())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
@@ -41,9 +41,7 @@ def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
         raise Unsupported(f"{source}: {error}") from None
     architectures = values.get("architectures")
     if isinstance(architectures, list) and architectures and not any(map(_reads_text, architectures)):
-        raise Unsupported(
-            f"{source}: architecture {str(architectures[0])[:60]!r} is not one that continues or embeds texts"
-        )
+        raise Unsupported(f"{source}: architecture {short(architectures[0])} is not one that continues or embeds texts")
     config: ModelConfig = module.parse(Fields(values, source))
     return config
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastqwen.errors import Unsupported
 from fastqwen.kernels import Ops
 from fastqwen.layers.linear import Linear
+from fastqwen.model_config import short
 from fastqwen.weights.source import Weights
 
 
@@ -36,7 +37,7 @@ def find(quantization: dict[str, Any] | None, source: str) -> QuantMethod:
     word = "dense" if quantization is None else str(quantization.get("quant_method", "")).lower().replace("-", "_")
     if word not in supported():
         raise Unsupported(
-            f"{source}: quantization method {word!r} is not supported; supported: {', '.join(supported())}"
+            f"{source}: quantization method {short(word)} is not supported; supported: {', '.join(supported())}"
         )
     method: QuantMethod = importlib.import_module(f"{__name__}.{word}").from_config(quantization or {}, source)
     return method

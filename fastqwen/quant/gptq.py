@@ -17,7 +17,7 @@ from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.kernels import GptqWeight, Ops
 from fastqwen.kernels.reference import gptq_unpack
 from fastqwen.layers.linear import DenseLinear, JoinedLinear, Linear
-from fastqwen.model_config import Fields
+from fastqwen.model_config import Fields, short
 from fastqwen.quant.dense import join
 from fastqwen.weights.source import Weights
 
@@ -145,9 +145,9 @@ def from_config(config: dict[str, Any], source: str) -> Gptq:
         raise Unsupported(f"{fields.source}: GPTQ with {bits} bits is not supported; supported: 4, 8")
     layout = str(fields.get("checkpoint_format", "format") or "gptq")
     if layout not in ZERO_OFFSETS or fields.flag("is_marlin_format"):
+        word = short("marlin" if fields.flag("is_marlin_format") else layout)
         raise Unsupported(
-            f"{fields.source}: checkpoint_format {'marlin' if fields.flag('is_marlin_format') else layout!r} is not "
-            f"supported; supported: {', '.join(ZERO_OFFSETS)}"
+            f"{fields.source}: checkpoint_format {word} is not supported; supported: {', '.join(ZERO_OFFSETS)}"
         )
     fields.require("pack_dtype", ("int32",))
     fields.require("lm_head", (False,))

@@ -312,3 +312,22 @@ def test_through_the_command_line(command: str, name: str, tmp_path: Path):
     assert "Traceback" not in done.stderr, done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("fastqwen: ")]
     check_line(line, tmp_path, words)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "x" * 5000},
+        {"model_type": "qwen3", "architectures": ["x" * 5000]},
+        {"rope_parameters": {"rope_type": "x" * 5000, "factor": 2.0}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_long_word_is_shown_short(values: dict, tmp_path: Path):
+    small(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(BadCheckpoint) as caught:
+        LLM(str(tmp_path))
+    assert "xxx..." in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 200
