@@ -252,9 +252,12 @@ def test_bounds_are_exact(field: str, good, bad):
     if field == "max_tokens":
         base["stop"] = ["H"]
     assert ask(make_state(), COMPLETION, {**base, field: good}).status_code == 200
-    start_s = time.process_time()
-    response = ask(make_state(), COMPLETION, {**base, field: bad})
-    assert time.process_time() - start_s < (0.1 if field != "logit_bias" else 1.0)  # making the server included
+    taken_s = []
+    for _ in range(3):  # the best of three: a collection of earlier tests' garbage may fall into one
+        start_s = time.process_time()
+        response = ask(make_state(), COMPLETION, {**base, field: bad})
+        taken_s.append(time.process_time() - start_s)
+    assert min(taken_s) < (0.1 if field != "logit_bias" else 1.0)  # making the server included
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith(field) or field == "prompt"
 
