@@ -160,8 +160,8 @@ def test_damaged_checkpoints(tmp_path: Path, count: int):
         assert one["status"] in (0, 1), one  # no crash, no bug's traceback, no signal
         assert "Traceback" not in one["said"], one
         assert one["seconds"] < MAX_SECONDS, one
-        assert one["rss_bytes"] < whole["rss_bytes"] + MAX_RSS_BYTES + size_bytes(path), one
-        if one["status"]:
+        if one["status"]:  # what loads may have asked for a context of millions of tokens
+            assert one["rss_bytes"] < whole["rss_bytes"] + MAX_RSS_BYTES + size_bytes(path), one
             [line] = [line for line in one["said"].splitlines() if line.startswith("fastqwen: ")]
             # A context of one token is a well-formed wish: then it is the prompt that is too long for it.
             assert (str(path) in line or "the model's context is" in line) and len(line) < 1000, one
