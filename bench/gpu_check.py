@@ -1,6 +1,6 @@
 """One call on a GPU machine: are the kernels right, how fast is each, how fast is the engine.
 
-python bench/gpu_check.py OUT.json [kernels] [random] [MODEL ... decode|prefill|offline|profile [b1 b8 ...]]
+python bench/gpu_check.py OUT.json [kernels] [random] [MODEL ... decode|steps|prefill|offline|profile [b1 b8 ...]]
 
 Prints a short table last and writes everything to OUT.json. Dummy weights, greedy, the work defined in
 docs/performance.md.
@@ -205,6 +205,61 @@ def profile_prefill(engine: Engine, model: str) -> None:
     _note_kernels(f"{model} profile prefill", found, 2)
 
 
+# (running streams with 600 tokens each, prompts, tokens of each)
+STEPS = ((0, 1, 128), (0, 1, 512), (16, 1, 512), (64, 3, 512), (0, 4, 512), (256, 3, 512), (256, 16, 512), (0, 8, 1024),
+         (8, 8, 1024), (0, 2, 4096))  # fmt: skip
+
+
+def steps(engine: Engine, model: str, profiled: bool) -> None:
+    """Single steps, launched again and again: what the device and what the host needs for each."""
+    core, vocab, runner = engine.core, engine.model.vocab_size, engine.core._executor
+    for running, count, length in STEPS:
+        name = f"{model} step {running} + {count}x{length}"
+        add(core, running, [600] * running, [1000] * running, vocab, "running")
+        while running and (core.scheduler.num_waiting or not core.num_steps or _has_prompts(core)):
+            core.step()
+        while core._in_flight:
+            batch, handle = core._in_flight.popleft()
+            core.scheduler.commit(batch, handle.result())
+        add(core, count, [length] * count, [1000] * count, vocab, "prompt")
+        batch = core.scheduler.schedule()
+        output = runner.submit(batch).result()
+        _time_step(runner, batch, name, sum(row.num_tokens for row in batch.rows))
+        if profiled:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                for _ in range(3):
+                    runner._launch(batch.rows)
+                torch.cuda.synchronize()
+            _note_kernels(f"{name} profile", found, 3)
+        core.scheduler.commit(batch, output)
+        for tag, number in (("running", running), ("prompt", count)):
+            for index in range(number):
+                core.abort(f"{tag}-{index}")
+        while core.has_work:
+            core.step()
+
+
+def _has_prompts(core: EngineCore) -> bool:
+    return any(one.num_known - one.num_computed > 1 for one in core.scheduler._running)
+
+
+@torch.inference_mode()
+def _time_step(runner: Any, batch: Any, name: str, tokens: int) -> None:
+    for _ in range(2):
+        runner._launch(batch.rows)
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    number, began_s = 10, time.perf_counter()
+    begin.record()
+    for _ in range(number):
+        runner._launch(batch.rows)
+    end.record()
+    host_s = time.perf_counter() - began_s
+    torch.cuda.synchronize()
+    ms = begin.elapsed_time(end) / number
+    note(name, tokens=tokens, ms=ms, host_ms=host_s / number * 1e3, tok_s=tokens / ms * 1e3)
+
+
 def _note_kernels(name: str, found: torch.profiler.profile, steps: int) -> None:
     """Microseconds and calls a step of each kernel, the largest first."""
     rows = sorted(found.key_averages(), key=lambda event: -event.device_time_total)[:18]
@@ -226,6 +281,8 @@ def benchmarks(words: list[str]) -> None:
                     if "profile" in words:
                         profile(engine, model, batch, 128 if batch == 1 else 1024)
                 host_share(engine, model, 1)
+            if "steps" in words:
+                steps(engine, model, "profile" in words)
             if "prefill" in words:
                 prefill(engine, model)
                 if "profile" in words:

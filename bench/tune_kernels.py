@@ -1,6 +1,6 @@
 """Time the small-batch kernels under several tilings, in CUDA graphs over many different weights (nothing stays in L2).
 
-python bench/tune_kernels.py OUT.json skinny|gemv|attention|experts|one-expert [0.6b 8b 7b 30b] [m8 m16 ...]
+python bench/tune_kernels.py OUT.json skinny|streamed|gemv|attention|prompts|experts|one-expert [0.6b 8b 7b 30b] [m8 m16 ...]
 
 All variants are compiled first, in as many processes as there are cores. The best of each shape is printed last:
 microseconds a call, and TB/s of weights or of keys and values.
@@ -8,6 +8,7 @@ microseconds a call, and TB/s of weights or of keys and values.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -20,8 +21,10 @@ from typing import Any
 
 import torch
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
-from fastqwen.kernels.triton import attention, experts, linear, pointwise
+from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache, PromptTiles
+from fastqwen.kernels.triton import attention, experts, linear, ops, pointwise, prefill, streamed
+from fastqwen.kernels.triton.workspace import Workspace
+from fastqwen.runner.step_layout import cut_tiles
 
 SHAPES = {  # name: (n, k, kind)
     "0.6b-qkv": (4096, 1024, "plain"),
@@ -92,8 +95,80 @@ def linear_variants(models: list[str], rows: list[int], tilings: Callable[..., I
             yield f"{name} m{m}", key, lambda layers, name=name, m=m, call=call: linear_call(name, m, call, layers)
 
 
+def streamed_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
+    """What linear.py chooses, and the kernel whose weights are on their way early."""
+    space, gated = Workspace(torch.device("cuda")), kind == "gated"
+    found: list[streamed.StreamTiling | None] = [None]
+    sizes = product((64, 128) if m > 16 and not gated else (64,), (64, 128), (3, 4, 6), (1, 2, 3, 4, 6, 8))
+    for block_n, block_k, stages, split in sizes:
+        size = (block_n * (2 if gated else 1) + max(8, m)) * block_k * 2 * stages
+        programs = n // block_n * split
+        full = 40_000 < size < 115_000 and k // block_k >= split * 2 and n % block_n == 0
+        parts = split == 1 or split * n * m * (2 if gated else 1) <= 2**21
+        if full and parts and (96 <= programs <= 800 or split == 1):
+            found.append(streamed.StreamTiling(block_k, split, stages, block_n))
+    for t in found:
+
+        def call(x: Any, weight: Any, norm: Any, out: Any, gated: bool, t: Any = t) -> None:
+            if t is None and m == 1:
+                linear.gemv(x, weight, norm=norm, eps=1e-6, add_to=out, gated=gated)
+                return
+            if norm is not None:
+                x = pointwise.rms_norm(x, norm, 1e-6)
+            if t is None:
+                linear.skinny_linear(x, weight, space, add_to=out, gated=gated)
+            else:
+                streamed.streamed_linear(x, weight, space, add_to=out, gated=gated, tiling=t)
+
+        yield {"now": True} if t is None else dataclasses.asdict(t), call
+
+
+def prompt_variants(models: list[str], rows: list[int]) -> Iterator[Variant]:
+    """Our kernel over pages, and cuDNN's over whole prompts: ``rows`` are prompts of 1024 tokens, 1 stands for one of 4096."""
+    for model, m in product(models, rows):
+        name = f"{model} {'1 x 4096' if m == 1 else f'{m} x 1024'} prompts"
+        yield name, {"library": True}, lambda layers, model=model, m=m: attend_prompts(model, m, layers, None, 0)
+        for height, keys, warps, stages in product((64, 128), (64, 128), (4, 8), (2, 3, 4)):
+            if (height == 64) != (warps == 4) or (keys == 128 and stages > 2):
+                continue
+            t = prefill.PrefillTiling(keys, warps, stages)
+            key = {"height": height, **dataclasses.asdict(t)}
+            yield name, key, lambda layers, model=model, m=m, t=t, h=height: attend_prompts(model, m, layers, t, h)
+
+
+def attend_prompts(model: str, number: int, layers: int, tiling: prefill.PrefillTiling | None, height: int) -> Made:
+    """Bytes stand for operations here: TB/s are TFLOP/s."""
+    shape, _ = HEADS[model]
+    number, length = (1, 4096) if number == 1 else (number, 1024)
+    tokens = number * length
+    blocks = tokens // 64
+    cache = LayerCache(*(random(blocks, shape.num_kv_heads, 64, 128) for _ in range(2)))
+    q, out = random(tokens, shape.num_heads, 128), random(tokens, shape.num_heads * 128)
+    operations = number * 2 * length * length * shape.num_heads * 128
+    if tiling is None:
+        k, v = (random(tokens, shape.num_kv_heads, 128) for _ in range(2))
+        spans = tuple((index * length, length) for index in range(number))
+        return (lambda: [ops.fresh_prompts(q, k, v, spans, out) for _ in range(4)]), operations, 4
+    tiles, _ = cut_tiles([(index, 0, length) for index in range(number)], 0, height=height)
+    batch = AttentionBatch(
+        positions=torch.zeros(tokens, dtype=torch.int32, device="cuda"),
+        cos_sin=torch.zeros(1, 128, device="cuda"),
+        q_scale=None,
+        token_tables=torch.zeros(tokens, dtype=torch.int32, device="cuda"),
+        block_tables=torch.randperm(blocks, device="cuda").int().view(number, -1).contiguous(),
+        num_decode_rows=0,
+        prompts=PromptTiles(torch.from_numpy(tiles).cuda(), height),
+    )
+
+    def run() -> None:
+        for _ in range(4):
+            prefill.prefill_attention(q, batch, cache, shape, window=None, out=out, tiling=tiling)
+
+    return run, operations, 4
+
+
 def skinny_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
-    space = linear.Workspace(torch.device("cuda"))
+    space = Workspace(torch.device("cuda"))
     for block_n, block_k, stages in product((32, 64), (64, 128, 256), (3, 5)):
         if k % block_k or block_n * block_k * stages * 2 * (2 if kind == "gated" else 1) > 160_000:
             continue
@@ -177,6 +252,10 @@ def group_tilings(average: float) -> Iterator[experts.GroupTiling]:
     if average > 100:
         for gate_n, block_n, block_k, stages in product((64, 128), (128, 256), (64,), (3, 4)):
             yield experts.GroupTiling(128, block_n, gate_n, block_k, 8, stages)
+        for block_m, block_n, gate_n, warps, stages in (
+            (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (64, 256, 128, 8, 3), (64, 256, 128, 8, 4), (128, 128, 64, 4, 4)
+        ):  # fmt: skip
+            yield experts.GroupTiling(block_m, block_n, gate_n, 64, warps, stages)
         yield experts.GroupTiling(64, 128, 64, 64, 4, 3)
         yield experts.GroupTiling(64, 128, 128, 64, 4, 3)
         return
@@ -231,6 +310,8 @@ def one_token(tiling: experts.OneTiling, layers: int) -> Made:
 
 def variants(what: str, models: list[str], rows: list[int]) -> list[Variant]:
     makers: dict[str, Callable[[], Iterator[Variant]]] = {
+        "streamed": lambda: linear_variants(models, rows, streamed_tilings),
+        "prompts": lambda: prompt_variants(models, rows),
         "skinny": lambda: linear_variants(models, rows, skinny_tilings),
         "gemv": lambda: linear_variants(models, [1], gemv_tilings),
         "attention": lambda: attention_variants(models, rows),

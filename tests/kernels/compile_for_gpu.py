@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from fastqwen.kernels.triton import attention, experts, linear, pointwise, step
+from fastqwen.kernels.triton import attention, experts, linear, pointwise, prefill, step, streamed
+from fastqwen.runner.step_layout import TILE_TOKENS
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024  # of a multiprocessor, for one program at most
@@ -36,8 +38,14 @@ Case = tuple[Any, dict[str, Any], int, int]  # kernel, constants, warps, stages
 def cases() -> Iterator[Case]:
     yield from decode_cases()
     for window in (0, 4096):
-        shape = {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "BLOCK_SIZE": 64, "BLOCK_M": 64, "WINDOW": window}
-        yield attention._prefill, {**shape, "PRECISION": "tf32", "STAGES": 3}, 4, 3
+        tiling = prefill.prefill_tiling(TILE_TOKENS, 128, 2)
+        shape = {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "BLOCK_SIZE": 64, "BLOCK_M": TILE_TOKENS, "WINDOW": window}
+        yield (
+            prefill._prefill,
+            {**shape, "KEYS": tiling.keys, "PRECISION": "tf32", "STAGES": tiling.num_stages},
+            tiling.num_warps,
+            tiling.num_stages,
+        )
     for counted, keep in ((True, False), (False, True)):
         shape = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_SIZE": 64, "PADDED_HEADS": 32, "PADDED_KV": 8}
         missing = {"q_scale_ptr": None, **({} if counted else {"count_ptr": None})}
@@ -45,6 +53,7 @@ def cases() -> Iterator[Case]:
         flags = {"NORM": True, "LOGN": False, "COUNTED": counted, "KEEP": keep}
         yield pointwise._rope_and_cache, {**shape, **flags, **missing}, 4, 3
     yield from linear_cases()
+    yield from streamed_cases()
     yield from expert_cases()
     yield step._prepare, {"HALF": 64, "HALF_BLOCK": 64, "BLOCK": 1024, "LOGN": False, "q_scale_ptr": None}, 4, 3
     yield step._cut, {"BLOCK": 8192}, 16, 3
@@ -85,6 +94,15 @@ def linear_cases() -> Iterator[Case]:
         yield linear._skinny, {**sizes, **more, **flags}, tiling.num_warps, tiling.num_stages
 
 
+def streamed_cases() -> Iterator[Case]:
+    """A product of few rows that is split, one of many, and a gated one."""
+    for rows, n, k, gated in ((8, 4096, 4096, False), (64, 12288, 4096, False), (16, 3072, 1024, True)):
+        tiling = streamed.stream_tiling(rows, n, k, gated=gated)
+        sizes = {"BLOCK_M": rows, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SPLIT_K": tiling.split_k}
+        flags = {"GATED": gated, "ADD": not gated, "BIAS": False, "PDL": True, "bias_ptr": None}
+        yield streamed._streamed, {**sizes, **flags, "STAGES": tiling.num_stages}, 4, 3
+
+
 def expert_cases() -> Iterator[Case]:
     many = {"EXPERTS": 128, "PADDED": 128, "TOP_K": 8, "PDL": True}
     route = {**many, "TOP_K_2": 8, "NORMALIZE": True, "ROUND_TO": tl.bfloat16}
@@ -116,7 +134,8 @@ def compile_case(kernel: Any, constants: dict[str, Any], warps: int, stages: int
         for index, (name, kind) in enumerate(signature.items())
         if aligned[index] and kind != "constexpr"
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source_of = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_of(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "num_stages": stages, "launch_pdl": constants.get("PDL", False)}
     found = triton.compile(source, target=TARGET, options=options)
     return {

@@ -19,6 +19,7 @@ from fastqwen.kernels import HeadShape, LayerCache  # noqa: E402
 from fastqwen.kernels.reference import ReferenceOps  # noqa: E402
 from fastqwen.kernels.triton import attention, linear  # noqa: E402
 from fastqwen.kernels.triton.ops import TritonOps  # noqa: E402
+from fastqwen.kernels.triton.workspace import Workspace  # noqa: E402
 from tests.kernels.batches import make_batch  # noqa: E402
 
 REFERENCE = ReferenceOps()
@@ -63,7 +64,7 @@ def test_linears(ops: TritonOps, dtype: torch.dtype, rows: int, k: int, n: int):
 
 @pytest.mark.parametrize("split_k", [1, 2, 4])
 def test_split_products_leave_their_counters_at_zero(split_k: int):
-    space = linear.Workspace(torch.device(DEVICE))
+    space = Workspace(torch.device(DEVICE))
     x, weight = random(5, 512, dtype=torch.float16), random(70, 512, dtype=torch.float16, scale=0.05)
     tiling = linear.Tiling(16, 4, 64, split_k, 2)
     for _ in range(2):

@@ -45,8 +45,8 @@ def _value(node: ast.expr) -> int:
     ("fact", "path", "name"),
     [
         ("FUSED_ROWS", "kernels/triton/linear.py", "MAX_ROWS"),
-        ("SPLIT_PARTS", "kernels/triton/linear.py", "max_parts"),
-        ("SPLIT_BLOCKS", "kernels/triton/linear.py", "max_blocks"),
+        ("SPLIT_PARTS", "kernels/triton/workspace.py", "max_parts"),
+        ("SPLIT_BLOCKS", "kernels/triton/workspace.py", "max_blocks"),
         ("DECODE_PARTS", "kernels/triton/ops.py", "MAX_DECODE_PARTS"),
         ("DECODE_ROWS", "kernels/triton/ops.py", "MAX_DECODE_ROWS"),
         ("SAMPLE_CHUNK", "kernels/triton/step.py", "CHUNK"),

@@ -259,7 +259,7 @@ def group_tiling(pairs: int, num_experts: int) -> GroupTiling:
         return GroupTiling(32, 64, 64, 128, 4, 3)
     if average <= 64:
         return GroupTiling(64, 64, 64, 128, 4, 3)
-    return GroupTiling(128, 256, 128, 64, 8, 3)
+    return GroupTiling(128, 256, 128, 64, 8, 4)
 
 
 def route(

@@ -15,8 +15,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
+from fastqwen.kernels.triton.workspace import Workspace
 
 MAX_ROWS = 64
+RING_BYTES = 200 * 1024  # of a program's shared memory for what is on its way
 
 
 @triton.jit
@@ -144,7 +146,7 @@ def _skinny(
         if last:
             tl.debug_barrier()
             acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for part in range(SPLIT_K):
+            for part in tl.static_range(SPLIT_K):  # unrolled: all parts are on their way at once
                 acc += tl.load(partial_ptr + (part * blocks + pid_n) * BLOCK_N * BLOCK_M + tile, cache_modifier=".cg")
             tl.store(counter_ptr + pid_n, 0)
     if last:
@@ -161,6 +163,13 @@ def _skinny(
         tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=live)
 
 
+def library_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether a plain product goes to cuBLAS (bench/results/h200-streamed.json): large ones, and from 33 rows on those
+    whose outputs are many, but not so many that reading the weights is all that counts."""
+    rows, n_size = x.shape[0], weight.shape[0]
+    return rows > MAX_ROWS or (rows > 32 and 4096 < n_size <= 8192)
+
+
 @dataclass(frozen=True)
 class Tiling:
     block_n: int
@@ -171,18 +180,6 @@ class Tiling:
     prefetch: int = 0  # lines of 128 bytes for each row of weights
 
 
-class Workspace:
-    """Scratch for split products: parts in float32, and counters that every launch leaves at zero.
-
-    ``overlap``: kernels may start before the one in front has ended (programmatic dependent launch).
-    """
-
-    def __init__(self, device: torch.device, max_parts: int = 4 * 2**20, max_blocks: int = 16384) -> None:
-        self.partial = torch.empty(max_parts, dtype=torch.float32, device=device)
-        self.counter = torch.zeros(max_blocks, dtype=torch.int32, device=device)
-        self.overlap = supports_overlap(device)
-
-
 def gemv_tiling(n_size: int, k_size: int, *, gated: bool) -> Tiling:
     """Programs enough for all multiprocessors, and at most 64 weights in each thread's registers."""
     block_k = triton.next_power_of_2(k_size)
@@ -191,7 +188,7 @@ def gemv_tiling(n_size: int, k_size: int, *, gated: bool) -> Tiling:
     return Tiling(block_n, num_warps=min(8, max(2, weights // 2048)))
 
 
-def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> Tiling:
+def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool, element_bytes: int = 2) -> Tiling:
     """What was fastest on an H200 (bench/results/h200-linear-tilings.json), by the shape of the matrix."""
     large = n_size >= 4096 and k_size >= 4096
     if gated:
@@ -203,7 +200,8 @@ def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> Tili
     split_k = 1
     while not gated and -(-n_size // block_n) * split_k < 96 and k_size // (split_k * 2) >= 2 * block_k:
         split_k *= 2  # a program for nearly every multiprocessor
-    return Tiling(block_n, 4, block_k, split_k, stages, prefetch=8)
+    stage_bytes = (block_n * (2 if gated else 1) + max(16, triton.next_power_of_2(m_size))) * block_k * element_bytes
+    return Tiling(block_n, 4, block_k, split_k, max(1, min(stages, RING_BYTES // stage_bytes)), prefetch=8)
 
 
 def gemv(
@@ -249,7 +247,7 @@ def skinny_linear(
     out = add_to if add_to is not None else torch.empty((m_size, n_size), dtype=x.dtype, device=x.device)
     assert out.is_contiguous()
     pdl = workspace.overlap
-    t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated)
+    t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated, element_bytes=x.element_size())
     block_m = max(16, triton.next_power_of_2(m_size))
     blocks = triton.cdiv(n_size, t.block_n)
     assert t.split_k == 1 or t.split_k * blocks * t.block_n * block_m <= workspace.partial.numel()

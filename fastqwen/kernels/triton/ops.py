@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,8 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
 from fastqwen.kernels.reference import ReferenceOps
-from fastqwen.kernels.triton import attention, experts, linear, pointwise
+from fastqwen.kernels.triton import attention, experts, linear, pointwise, prefill
+from fastqwen.kernels.triton.workspace import Workspace
 from fastqwen.plan.facts import feed_forward_rows
+
+log = logging.getLogger(__name__)
 
 MAX_DECODE_PARTS = 16384
 LIBRARY_STEP = 512
@@ -28,7 +33,8 @@ class TritonOps(ReferenceOps):
         self._device = device
         # cuDNN's kernel reached 450 to 580 TFLOP/s on an H200 where ours, which reads the paged cache, reaches half of it.
         self.library_prefill = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        self._linear_space = linear.Workspace(device)
+        self._linear_space = Workspace(device)
+        self._streamed = _streamed_if_it_runs(device)
         self._decode_spaces: dict[HeadShape, attention.DecodeWorkspace] = {}
         self._counts: dict[int, Tensor] = {}
 
@@ -36,12 +42,12 @@ class TritonOps(ReferenceOps):
         return pointwise.rms_norm(x, weight, eps)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.shape[0] > linear.MAX_ROWS:
+        if linear.library_is_faster(x, weight):
             return functional.linear(x, weight, bias)
         return self._small(x, weight, bias=bias)
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.shape[0] > linear.MAX_ROWS:
+        if linear.library_is_faster(x, weight):
             return functional.linear(pointwise.rms_norm(x, norm, eps), weight, bias)
         return self._small(x, weight, norm=norm, eps=eps, bias=bias)
 
@@ -73,11 +79,13 @@ class TritonOps(ReferenceOps):
     ) -> Tensor:
         """Products of at most 64 rows. Of several rows the norm is a kernel of its own: every program would repeat it."""
         x = x.contiguous()
-        if x.shape[0] == 1:
+        streamed = self._streamed if self._streamed and self._streamed.is_faster(x, weight, gated=gated) else None
+        if x.shape[0] == 1 and (streamed is None or norm is not None):
             return linear.gemv(x, weight, norm=norm, eps=eps, bias=bias, gated=gated, add_to=add_to)
         if norm is not None:
             x = pointwise.rms_norm(x, norm, eps)
-        return linear.skinny_linear(x, weight, self._linear_space, bias=bias, gated=gated, add_to=add_to)
+        product = streamed.streamed_linear if streamed is not None else linear.skinny_linear
+        return product(x, weight, self._linear_space, bias=bias, gated=gated, add_to=add_to)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return pointwise.silu_mul(gate_up)
@@ -117,7 +125,7 @@ class TritonOps(ReferenceOps):
         q, k, v = pointwise.rope_and_cache(
             qkv, batch, cache, shape, q_norm, k_norm, eps, first_token=first, room=room, keep=bool(prompts.fresh)
         )
-        attention.prefill_attention(q, batch, cache, shape, window=window, out=out)
+        prefill.prefill_attention(q, batch, cache, shape, window=window, out=out)
         if k is not None and v is not None:
             return fresh_prompts(q, k, v, prompts.fresh, out)
         return out
@@ -157,6 +165,21 @@ class TritonOps(ReferenceOps):
                 self._device, max_rows=MAX_DECODE_ROWS, shape=shape, max_parts=MAX_DECODE_PARTS
             )
         return self._decode_spaces[shape]
+
+
+def _streamed_if_it_runs(device: torch.device) -> ModuleType | None:
+    """The module of the products in Gluon, on a GPU with their instructions. Gluon is experimental and its names change
+    between Triton's versions: where it does not run, nothing but speed is lost."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        from fastqwen.kernels.triton import streamed
+
+        streamed.try_out(device)
+    except Exception as error:
+        log.warning("products of few rows use a slower kernel, the faster one does not run here: %s", error)
+        return None
+    return streamed
 
 
 def library_length(num_tokens: int) -> int:

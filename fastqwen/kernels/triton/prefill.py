@@ -1,0 +1,137 @@
+"""Attention of prompts, or parts of them, over the paged cache: a program has a tile of one row's new tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels.triton.attention import LOG2_E
+
+
+@triton.jit
+def _add_keys(q, k_cache_ptr, v_cache_ptr, table, kv_head, first, last, position, scale, top, total, acc,
+              KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+              MASKED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Online softmax (arXiv 1805.02867) with keys ``first`` to ``first + KEYS`` in it; MASKED: not every token sees all."""
+    spot = first + tl.arange(0, KEYS)
+    block = tl.load(table + spot // BLOCK_SIZE).to(tl.int64)
+    place = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + spot % BLOCK_SIZE)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    k = tl.load(k_cache_ptr + place)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if MASKED:
+        seen = spot[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (spot[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        v = tl.load(v_cache_ptr + place, mask=(spot < last)[:, None], other=0.0)  # behind the end may be anything
+    else:
+        v = tl.load(v_cache_ptr + place)
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    floor = new_top
+    if WINDOW > 0:
+        floor = tl.where(new_top == float("-inf"), 0.0, new_top)  # a window may hide a whole tile from a token
+    fade = tl.exp2(top - floor)
+    weights = tl.exp2(scores - floor[:, None])
+    total = total * fade + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
+def _prefill(
+    q_ptr,  # [tokens, HEADS, DIM], rotated
+    k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, DIM]
+    v_cache_ptr,
+    out_ptr,  # [tokens, HEADS * DIM]
+    tiles_ptr,  # int32 [tiles, 4]: first token, tokens, first position, row of the block tables
+    tables_ptr,
+    table_width,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    KEYS: tl.constexpr,  # looked at together
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One head of a tile (arXiv 2205.14135)."""
+    tile_ptr = tiles_ptr + tl.program_id(1) * 4
+    head = tl.program_id(0)
+    count = tl.load(tile_ptr + 1)
+    if count == 0:
+        return
+    begin = tl.load(tile_ptr)
+    before = tl.load(tile_ptr + 2)
+    m = tl.arange(0, BLOCK_M)
+    live = (m < count)[:, None]
+    place = ((begin + m).to(tl.int64) * HEADS + head)[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    q = tl.load(q_ptr + place, mask=live, other=0.0).to(k_cache_ptr.dtype.element_ty)
+    position = before + m
+    table = tables_ptr + tl.load(tile_ptr + 3).to(tl.int64) * table_width
+    kv_head = head // (HEADS // KV_HEADS)
+    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM), dtype=tl.float32)
+    last = before + count  # keys up to the tile's last token
+    first = 0
+    whole = (before + 1) // KEYS * KEYS  # keys that every token of the tile sees
+    if WINDOW > 0:
+        first = tl.maximum(before + 1 - WINDOW, 0) // KEYS * KEYS
+        whole = first
+    for at in tl.range(first, whole, KEYS, num_stages=STAGES):
+        top, total, acc = _add_keys(
+            q, k_cache_ptr, v_cache_ptr, table, kv_head, at, last, position, scale, top, total, acc,
+            KV_HEADS, DIM, BLOCK_SIZE, KEYS, False, WINDOW, PRECISION,
+        )  # fmt: skip
+    for at in tl.range(whole, last, KEYS, num_stages=1):
+        top, total, acc = _add_keys(
+            q, k_cache_ptr, v_cache_ptr, table, kv_head, at, last, position, scale, top, total, acc,
+            KV_HEADS, DIM, BLOCK_SIZE, KEYS, True, WINDOW, PRECISION,
+        )  # fmt: skip
+    tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
+
+
+@dataclass(frozen=True)
+class PrefillTiling:
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_tiling(height: int, head_dim: int, element_bytes: int) -> PrefillTiling:
+    """Shared memory holds the stages' keys and values: of float32 only two fit."""
+    stages = 3 if head_dim * element_bytes <= 256 else 2
+    return PrefillTiling(64, 8 if height >= 128 else 4, stages)
+
+
+def prefill_attention(
+    q: Tensor,
+    batch: AttentionBatch,
+    cache: LayerCache,
+    shape: HeadShape,
+    *,
+    window: int | None,
+    out: Tensor,
+    tiling: PrefillTiling | None = None,
+) -> None:
+    """The batch's tiles: q [tokens, heads, dim] -> out [tokens, heads * dim]; other tokens are not touched."""
+    assert batch.prompts is not None
+    tiles, height = batch.prompts.tiles, batch.prompts.height
+    if not tiles.shape[0]:
+        return
+    t = tiling or prefill_tiling(height, shape.head_dim, q.element_size())
+    _prefill[(shape.num_heads, tiles.shape[0])](
+        q, cache.k, cache.v, out, tiles, batch.block_tables,
+        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E,
+        HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, DIM=shape.head_dim, BLOCK_SIZE=cache.k.shape[2],
+        BLOCK_M=height, KEYS=t.keys, WINDOW=window or 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        STAGES=t.num_stages, num_warps=t.num_warps,
+    )  # fmt: skip
