@@ -10,17 +10,21 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
+import msgspec
+
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.sequence import NO_SLOT, Sequence
 from fastqwen.records import Admission, EngineRequest, RequestDelta, Row, SampledRow, ScheduledBatch, StepOutput
 
 ADMISSION_HEADROOM_BLOCKS = 8
+LEAST_TILES = 4  # of a step that is cut to whole tiles
 
 
 class Scheduler:
     """Raises nothing on a valid request; ``limit`` says beforehand what a valid request is.
 
-    max_num_mixed_tokens bounds steps in which prompts are computed beside running streams (default: like other steps).
+    max_num_mixed_tokens bounds steps in which prompts are computed beside running streams (default: like other steps);
+    such steps have a multiple of tile_tokens, where that costs nobody more than a step's delay.
     rope_key_of(num_prompt_tokens, max_tokens) names the rotary profile that a new sequence gets; max_tokens is None
     where the caller set no limit.
     """
@@ -32,12 +36,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_num_mixed_tokens: int | None = None,
+        tile_tokens: int = 1,
         enable_prefix_caching: bool = True,
         rope_key_of: Callable[[int, int | None], str] = lambda num_prompt, max_tokens: "",
     ) -> None:
         self.blocks = blocks
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_mixed_tokens = min(max_num_mixed_tokens or max_num_batched_tokens, max_num_batched_tokens)
+        self.tile_tokens = tile_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up
@@ -103,10 +109,12 @@ class Scheduler:
         """The next step, or None if nothing can advance before an earlier step is committed."""
         rows: list[Row] = []
         admissions: list[Admission] = []
-        budget = self._schedule_running(rows, self._token_budget())
-        self._schedule_waiting(rows, admissions, budget)
+        whole = self._token_budget()
+        budget = self._schedule_running(rows, whole)
+        self._schedule_waiting(rows, admissions, budget, whole)
         if not rows:
             return None
+        self._cut_to_whole_tiles(rows)
         # Rows of one token first, then those that go on behind a cached part, then fresh ones, equal lengths side by side:
         # each kind has kernels of its own. The longest contexts come first, so that none is left over at the end.
         rows.sort(key=lambda row: (row.num_tokens > 1, row.start == 0, row.num_tokens, -row.start))
@@ -129,6 +137,32 @@ class Scheduler:
         if any(one.wants_more and one.num_known - one.num_computed == 1 for one in self._running):
             return self.max_num_mixed_tokens
         return self.max_num_batched_tokens
+
+    def _cut_to_whole_tiles(self, rows: list[Row]) -> None:
+        """Leave the last few tokens of one prompt to the next step, which the running streams need anyway.
+
+        A step takes as long as the next multiple of a tile would: 16 streams and a prompt of 512 tokens take 4 ms more than
+        512 tokens do (Qwen3-8B on an H200), the other 16 tokens in a step of single tokens take next to nothing.
+        """
+        num_tokens = sum(row.num_tokens for row in rows)
+        surplus = num_tokens % self.tile_tokens
+        has_streams = any(row.num_tokens == 1 for row in rows)
+        if not surplus or num_tokens < LEAST_TILES * self.tile_tokens or not has_streams:
+            return
+        # Best one that does not end in this step; else the last one, which came last.
+        long = [index for index, row in enumerate(rows) if row.num_tokens > surplus]
+        index = next(
+            (index for index in long if not (rows[index].samples or rows[index].pools)), long[-1] if long else -1
+        )
+        if index >= 0:
+            rows[index] = self._shortened(rows[index], surplus)
+
+    def _shortened(self, row: Row, surplus: int) -> Row:
+        """The same row, computing fewer tokens; the blocks that it took stay its own."""
+        sequence = self._sequences[row.request_id]
+        sequence.num_computed -= surplus
+        sequence.num_pending -= row.samples or row.pools
+        return msgspec.structs.replace(row, num_tokens=row.num_tokens - surplus, samples=False, pools=False)
 
     def _schedule_running(self, rows: list[Row], budget: int) -> int:
         """Advance what runs, in order; preempt from the end of the order when blocks run out."""
@@ -156,12 +190,15 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_waiting(self, rows: list[Row], admissions: list[Admission], budget: int) -> None:
+    def _schedule_waiting(self, rows: list[Row], admissions: list[Admission], budget: int, whole: int) -> None:
+        """Admit newcomers in order while ``budget`` tokens of the step's ``whole`` are left."""
         self._drop_gone_waiting()
         while self._waiting and self._free_slots and budget > 0:
             sequence = self._waiting[0][2]
             if sequence.num_pending:
                 break  # preempted with a step in flight: its last token must be read first
+            if budget < sequence.num_known <= whole and budget < whole // 4:
+                break  # the next step takes it in one piece, which has faster kernels
             admission = self._try_admit(sequence)
             if admission is None:
                 break

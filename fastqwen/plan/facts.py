@@ -57,6 +57,7 @@ UNPACK_COPIES = 3  # its codes as bytes and apart, its numbers, and the same in 
 CHUNK_BYTES = 50 * MIB
 CHUNK_ROWS = 512
 MAX_RECORDED_TOKENS = 2048
+STEP_TILE = 64  # steps with prompts beside streams have a multiple of so many tokens, as recorded ones do
 LIBRARY_ATTENTION_CAPABILITY = (9, 0)  # from here on whole prompts go through cuDNN
 # torch's workspace for cuBLAS: 32 MiB from compute capability 9.0 on, else 8 MiB and 128 KiB; one for each stream, and
 # graphs are captured on a stream of their own.
@@ -89,8 +90,8 @@ def graph_tokens(most_tokens: int) -> tuple[int, ...]:
     """Token counts for which a step with prompts is recorded. Larger ones are not: they keep the device busy for longer
     than the host needs to launch them."""
     most = min(most_tokens, MAX_RECORDED_TOKENS)
-    sizes = (*range(16, 65, 16), *range(96, 257, 32), *range(320, 513, 64), *range(640, 1025, 128))
-    return (*(size for size in (*sizes, *range(1280, 2049, 256)) if size < most), most)
+    sizes = (*range(16, 65, 16), *range(96, 257, 32), *range(320, 1025, STEP_TILE), *range(1152, 2049, 2 * STEP_TILE))
+    return (*(size for size in sizes if size < most), most)
 
 
 def feed_forward_rows(tokens: int, width: int) -> int:

@@ -24,6 +24,7 @@ from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary_key import rope_key
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan, Line, Measured, compare, make_plan
+from fastqwen.plan.facts import STEP_TILE
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
@@ -77,6 +78,7 @@ def start_engine(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_num_mixed_tokens=plan.max_num_mixed_tokens,
+        tile_tokens=STEP_TILE if device.type == "cuda" else 1,
         enable_prefix_caching=config.enable_prefix_caching,
         rope_key_of=partial(rope_key, checkpoint.model.rope, per_request=config.rope_per_request),
     )

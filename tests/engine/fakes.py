@@ -82,6 +82,7 @@ def make_engine(
     max_num_seqs: int = 8,
     budget: int = 32,
     mixed_budget: int | None = None,
+    tile: int = 1,
     run_ahead: int = 1,
     caching: bool = True,
 ) -> tuple[EngineCore, FakeExecutor]:
@@ -91,6 +92,7 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_num_mixed_tokens=mixed_budget,
+        tile_tokens=tile,
         enable_prefix_caching=caching,
     )
     return EngineCore(scheduler, executor), executor

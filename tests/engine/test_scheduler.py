@@ -51,6 +51,32 @@ def test_prompts_beside_running_streams_come_in_smaller_pieces():
     assert max(sizes[1:]) <= 8
 
 
+def test_a_step_with_streams_is_cut_to_whole_tiles():
+    engine, executor = make_engine(budget=64, tile=4)
+    engine.add(request("stream", 4, 9, arrival_s=0.0))
+    engine.step()
+    engine.add(request("late", list(range(100, 118)), 3, arrival_s=1.0))
+    found = run(engine)
+    sizes = [[row.num_tokens for row in batch.rows] for batch in executor.batches]
+    assert sizes[:3] == [[4], [1, 15], [1, 3]], "16 tokens, and the last three beside the stream's next one"
+    assert tokens_of(found["late"]) == expected(request("late", list(range(100, 118)), 3))
+
+
+def test_a_prompt_alone_is_not_cut_to_whole_tiles():
+    engine, executor = make_engine(budget=64, tile=4)
+    engine.add(request("alone", 18, 2))
+    run(engine)
+    assert [batch.num_tokens for batch in executor.batches] == [18, 1]
+
+
+def test_a_prompt_that_fits_a_step_is_not_cut_to_fill_one_that_is_nearly_full():
+    engine, executor = make_engine(budget=32)
+    for name, first in (("a", 100), ("b", 200), ("c", 300)):
+        engine.add(request(name, list(range(first, first + 14)), 1))
+    run(engine)
+    assert [[row.num_tokens for row in batch.rows] for batch in executor.batches] == [[14, 14], [14]]
+
+
 def test_rows_of_a_step_stand_by_their_kind():
     """One token each, then what goes on behind a cached part, then fresh prompts, equal lengths side by side."""
     engine, executor = make_engine(budget=64)
@@ -184,9 +210,10 @@ REQUESTS = st.lists(
     seqs=st.integers(1, 6),
     run_ahead=st.integers(1, 3),
     abort=st.integers(0, 12),
+    tile=st.sampled_from([1, 3]),
 )
-def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget, seqs, run_ahead, abort):
-    engine, _ = make_engine(blocks=blocks, budget=budget, max_num_seqs=seqs, run_ahead=run_ahead)
+def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget, seqs, run_ahead, abort, tile):
+    engine, _ = make_engine(blocks=blocks, budget=budget, max_num_seqs=seqs, run_ahead=run_ahead, tile=tile)
     made = []
     for index, one in enumerate(requests):
         prompt = [7] * one["prompt"] if one["same"] else [index] * one["prompt"]
