@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache, PromptTiles
-from fastqwen.kernels.triton import attention, experts, linear, ops, pointwise, prefill, streamed
+from fastqwen.kernels.triton import attention, experts, linear, ops, pointwise, prefill, streamed, streamed_attention
 from fastqwen.kernels.triton.workspace import Workspace
 from fastqwen.runner.step_layout import cut_tiles
 
@@ -201,13 +201,14 @@ def attention_variants(models: list[str], rows: list[int]) -> Iterator[Variant]:
     for model, m in product(models, rows):
         shape, _ = HEADS[model]
         context = 192 if m == 1 else 1088
-        for splits, hold, warps in product((1, 2, 4, 8, 16), (True, False), (4, 8)):
-            if m * shape.num_kv_heads * splits > 8192 or (hold and splits == 1) or splits * 64 > context + 64:
-                continue
-            key = {"splits": splits, "hold": hold, "num_warps": warps}
+        keys: list[dict[str, Any]] = [{}]
+        for splits, size in product((1, 2, 3, 4, 5, 6, 8, 9, 12, 16), (64, 128)):
+            if m * shape.num_kv_heads * splits <= 8192 and splits * size <= context + size:
+                keys.append({"tiling": streamed_attention.DecodeTiling(splits, size)})
+        for key in keys:
             yield (
                 f"{model} b{m} attention",
-                key,
+                dataclasses.asdict(key["tiling"]) if key else {"now": True},
                 lambda layers, model=model, m=m, context=context, key=key: attend(model, m, context, layers, **key),
             )
 
@@ -234,7 +235,8 @@ def attend(model: str, rows: int, context: int, layers: int, **options: Any) -> 
 
     def run() -> None:
         for cache in caches:
-            attention.decode_attention(
+            attend_rows = streamed_attention.decode_attention if options else attention.decode_attention
+            attend_rows(
                 qkv, batch, cache, shape, space, q_norm=norm, k_norm=norm, eps=1e-6, window=None, out=out, **options
             )
 

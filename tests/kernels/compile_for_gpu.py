@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from fastqwen.kernels.triton import attention, experts, linear, pointwise, prefill, step, streamed
+from fastqwen.kernels.triton import attention, experts, linear, pointwise, prefill, step, streamed, streamed_attention
 from fastqwen.runner.step_layout import TILE_TOKENS
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -54,6 +54,7 @@ def cases() -> Iterator[Case]:
         yield pointwise._rope_and_cache, {**shape, **flags, **missing}, 4, 3
     yield from linear_cases()
     yield from streamed_cases()
+    yield from streamed_attention_cases()
     yield from expert_cases()
     yield step._prepare, {"HALF": 64, "HALF_BLOCK": 64, "BLOCK": 1024, "LOGN": False, "q_scale_ptr": None}, 4, 3
     yield step._cut, {"BLOCK": 8192}, 16, 3
@@ -101,6 +102,22 @@ def streamed_cases() -> Iterator[Case]:
         sizes = {"BLOCK_M": rows, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SPLIT_K": tiling.split_k}
         flags = {"GATED": gated, "ADD": not gated, "BIAS": False, "PDL": True, "bias_ptr": None}
         yield streamed._streamed, {**sizes, **flags, "STAGES": tiling.num_stages}, 4, 3
+
+
+def streamed_attention_cases() -> Iterator[Case]:
+    """Qwen3-0.6B, Qwen-7B with logN, Qwen3-30B-A3B in a recorded step with prompts, and a window."""
+    for heads, kv_heads, logn, counted, window in (
+        (16, 8, False, False, 0),
+        (32, 32, True, False, 0),
+        (32, 4, False, True, 0),
+        (16, 2, False, False, 4096),
+    ):
+        group = heads // kv_heads
+        shape = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": 128, "BLOCK_SIZE": 64, "GROUP": group, "HEADS_2": 8}
+        flags = {"KEYS": 128, "WINDOW": window, "NORM": not logn, "LOGN": logn, "COUNTED": counted, "PDL": True}
+        missing = {**({} if logn else {"q_scale_ptr": None}), **({} if counted else {"count_ptr": None})}
+        missing |= {"q_norm_ptr": None, "k_norm_ptr": None} if logn else {}
+        yield streamed_attention._decode_streamed, {**shape, **flags, **missing}, 4, 3
 
 
 def expert_cases() -> Iterator[Case]:

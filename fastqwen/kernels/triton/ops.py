@@ -34,7 +34,7 @@ class TritonOps(ReferenceOps):
         # cuDNN's kernel reached 450 to 580 TFLOP/s on an H200 where ours, which reads the paged cache, reaches half of it.
         self.library_prefill = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._linear_space = Workspace(device)
-        self._streamed = _streamed_if_it_runs(device)
+        self._streamed, self._streamed_attention = _streamed_if_they_run(device)
         self._decode_spaces: dict[HeadShape, attention.DecodeWorkspace] = {}
         self._counts: dict[int, Tensor] = {}
 
@@ -105,7 +105,9 @@ class TritonOps(ReferenceOps):
         decode, prompts = batch.num_decode_rows, batch.prompts
         out = torch.empty((qkv.shape[0], shape.num_heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
         if decode:
-            attention.decode_attention(
+            streamed = self._streamed_attention
+            takes = streamed is not None and streamed.takes(qkv, cache, shape)
+            (streamed if takes and streamed else attention).decode_attention(
                 qkv[:decode],
                 batch,
                 cache,
@@ -167,19 +169,20 @@ class TritonOps(ReferenceOps):
         return self._decode_spaces[shape]
 
 
-def _streamed_if_it_runs(device: torch.device) -> ModuleType | None:
-    """The module of the products in Gluon, on a GPU with their instructions. Gluon is experimental and its names change
-    between Triton's versions: where it does not run, nothing but speed is lost."""
+def _streamed_if_they_run(device: torch.device) -> tuple[ModuleType | None, ModuleType | None]:
+    """The modules of products and attention in Gluon, on a GPU with their instructions. Gluon is experimental and its
+    names change between Triton's versions: where it does not run, nothing but speed is lost."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
+        return None, None
     try:
-        from fastqwen.kernels.triton import streamed
+        from fastqwen.kernels.triton import streamed, streamed_attention
 
         streamed.try_out(device)
+        streamed_attention.try_out(device)
     except Exception as error:
-        log.warning("products of few rows use a slower kernel, the faster one does not run here: %s", error)
-        return None
-    return streamed
+        log.warning("steps of few rows use slower kernels, the faster ones do not run here: %s", error)
+        return None, None
+    return streamed, streamed_attention
 
 
 def library_length(num_tokens: int) -> int:
