@@ -47,7 +47,7 @@ def note(name: str, **values: Any) -> None:
 def start(model: str, **wishes: Any) -> Engine:
     began_s = time.perf_counter()
     config = EngineConfig(
-        model=model, load_format="dummy", enable_prefix_caching=False, **{"max_num_mixed_tokens": 8192, **wishes}
+        model=model, load_format="dummy", enable_prefix_caching=False, **{"prompts_first": True, **wishes}
     )
     engine = start_engine(config, CONFIGS / model)
     note(f"{model} start", seconds=time.perf_counter() - began_s, kv_blocks=engine.plan.num_blocks)

@@ -33,9 +33,6 @@ Prompt = str | list[int] | dict[str, Any]
 BAR_FROM_PROMPTS = 2
 
 
-NO_LIMIT = 2**20  # nobody watches a batch's streams pause, and larger steps are more efficient
-
-
 class LLM:
     """
     llm = LLM("demo", max_model_len=2048)
@@ -49,7 +46,7 @@ class LLM:
         unknown = set(options) - set(EngineConfig.__struct_fields__)
         if unknown:
             raise BadConfig(f"there is no engine option {', '.join(sorted(unknown))}")
-        self.config = EngineConfig(model=model, **{"max_num_mixed_tokens": NO_LIMIT, **options})
+        self.config = EngineConfig(model=model, **{"prompts_first": True, **options})
         path = resolve(model, revision=self.config.revision, weights=self.config.load_format != "dummy")
         if self.config.trust_remote_code:
             log.warning("trust_remote_code has no effect: nothing needs it, a checkpoint's code is never run")

@@ -17,14 +17,15 @@ from fastqwen.engine.sequence import NO_SLOT, Sequence
 from fastqwen.records import Admission, EngineRequest, RequestDelta, Row, SampledRow, ScheduledBatch, StepOutput
 
 ADMISSION_HEADROOM_BLOCKS = 8
-LEAST_TILES = 4  # of a step that is cut to whole tiles
+LEAST_TILES, MOST_TILES = 4, 32  # of a step that is cut to whole tiles; in a larger one the rest does not matter
 
 
 class Scheduler:
     """Raises nothing on a valid request; ``limit`` says beforehand what a valid request is.
 
     max_num_mixed_tokens bounds steps in which prompts are computed beside running streams (default: like other steps);
-    such steps have a multiple of tile_tokens, where that costs nobody more than a step's delay.
+    such steps have a multiple of tile_tokens, where that costs nobody more than a step's delay. With prompts_first streams
+    get only what prompts leave of a step: they pause longer, and more is computed in all.
     rope_key_of(num_prompt_tokens, max_tokens) names the rotary profile that a new sequence gets; max_tokens is None
     where the caller set no limit.
     """
@@ -37,6 +38,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_mixed_tokens: int | None = None,
         tile_tokens: int = 1,
+        prompts_first: bool = False,
         enable_prefix_caching: bool = True,
         rope_key_of: Callable[[int, int | None], str] = lambda num_prompt, max_tokens: "",
     ) -> None:
@@ -44,6 +46,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_mixed_tokens = min(max_num_mixed_tokens or max_num_batched_tokens, max_num_batched_tokens)
         self.tile_tokens = tile_tokens
+        self.prompts_first = prompts_first
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up
@@ -109,9 +112,11 @@ class Scheduler:
         """The next step, or None if nothing can advance before an earlier step is committed."""
         rows: list[Row] = []
         admissions: list[Admission] = []
-        whole = self._token_budget()
-        budget = self._schedule_running(rows, whole)
-        self._schedule_waiting(rows, admissions, budget, whole)
+        budget = self._token_budget()
+        budget = self._schedule_running(rows, budget, streams=not self.prompts_first)
+        budget = self._schedule_waiting(rows, admissions, budget)
+        if self.prompts_first:
+            self._schedule_running(rows, budget, prompts=False)
         if not rows:
             return None
         self._cut_to_whole_tiles(rows)
@@ -134,7 +139,9 @@ class Scheduler:
 
     def _token_budget(self) -> int:
         """Prompts beside running streams come in smaller pieces: each piece is a pause for every stream."""
-        if any(one.wants_more and one.num_known - one.num_computed == 1 for one in self._running):
+        if not self.prompts_first and any(
+            one.wants_more and one.num_known - one.num_computed == 1 for one in self._running
+        ):
             return self.max_num_mixed_tokens
         return self.max_num_batched_tokens
 
@@ -147,7 +154,7 @@ class Scheduler:
         num_tokens = sum(row.num_tokens for row in rows)
         surplus = num_tokens % self.tile_tokens
         has_streams = any(row.num_tokens == 1 for row in rows)
-        if not surplus or num_tokens < LEAST_TILES * self.tile_tokens or not has_streams:
+        if not surplus or not has_streams or not LEAST_TILES <= num_tokens // self.tile_tokens < MOST_TILES:
             return
         # Best one that does not end in this step; else the last one, which came last.
         long = [index for index, row in enumerate(rows) if row.num_tokens > surplus]
@@ -164,41 +171,44 @@ class Scheduler:
         sequence.num_pending -= row.samples or row.pools
         return msgspec.structs.replace(row, num_tokens=row.num_tokens - surplus, samples=False, pools=False)
 
-    def _schedule_running(self, rows: list[Row], budget: int) -> int:
-        """Advance what runs, in order; preempt from the end of the order when blocks run out."""
+    def _schedule_running(self, rows: list[Row], budget: int, *, prompts: bool = True, streams: bool = True) -> int:
+        """Advance what runs and has no row yet, in order; preempt from the end of the order when blocks run out."""
         self._running.sort(key=lambda sequence: sequence.order)
+        scheduled = {row.request_id for row in rows}
         index = 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
             index += 1
-            if not sequence.wants_more:
+            num_left = sequence.num_known - sequence.num_computed
+            if not sequence.wants_more or not (streams if num_left == 1 else prompts):
+                continue
+            if sequence.request_id in scheduled:
                 continue
             # A long prompt leaves one token of the budget to each stream behind it, so that none of them stalls.
-            share = max(1, budget - (len(self._running) - index))
-            num_tokens = min(sequence.num_known - sequence.num_computed, share)
-            if not self._make_room(sequence, num_tokens):
-                break  # it preempted itself: it was the last in the order
+            behind = len(self._running) - index if streams else 0
+            num_tokens = min(num_left, max(1, budget - behind))
+            if not self._make_room(sequence, num_tokens, scheduled):
+                break  # it was the last in the order and preempted itself, or whoever is last computes in this step
             rows.append(self._advance(sequence, num_tokens))
             budget -= num_tokens
         return budget
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _make_room(self, sequence: Sequence, num_tokens: int, scheduled: set[str]) -> bool:
         while self._missing_blocks(sequence, num_tokens) > self.blocks.num_free:
             victim = self._running[-1]
+            if victim.request_id in scheduled:
+                return False
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _schedule_waiting(self, rows: list[Row], admissions: list[Admission], budget: int, whole: int) -> None:
-        """Admit newcomers in order while ``budget`` tokens of the step's ``whole`` are left."""
+    def _schedule_waiting(self, rows: list[Row], admissions: list[Admission], budget: int) -> int:
         self._drop_gone_waiting()
         while self._waiting and self._free_slots and budget > 0:
             sequence = self._waiting[0][2]
             if sequence.num_pending:
                 break  # preempted with a step in flight: its last token must be read first
-            if budget < sequence.num_known <= whole and budget < whole // 4:
-                break  # the next step takes it in one piece, which has faster kernels
             admission = self._try_admit(sequence)
             if admission is None:
                 break
@@ -208,6 +218,7 @@ class Scheduler:
             rows.append(self._advance(sequence, num_tokens, shared=sequence.blocks))
             budget -= num_tokens
             self._drop_gone_waiting()
+        return budget
 
     def _try_admit(self, sequence: Sequence) -> Admission | None:
         """Give the sequence a slot and the cached part of its prompt, if all that is known of it fits.

@@ -83,6 +83,7 @@ def make_engine(
     budget: int = 32,
     mixed_budget: int | None = None,
     tile: int = 1,
+    prompts_first: bool = False,
     run_ahead: int = 1,
     caching: bool = True,
 ) -> tuple[EngineCore, FakeExecutor]:
@@ -93,6 +94,7 @@ def make_engine(
         max_num_batched_tokens=budget,
         max_num_mixed_tokens=mixed_budget,
         tile_tokens=tile,
+        prompts_first=prompts_first,
         enable_prefix_caching=caching,
     )
     return EngineCore(scheduler, executor), executor

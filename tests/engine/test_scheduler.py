@@ -69,12 +69,16 @@ def test_a_prompt_alone_is_not_cut_to_whole_tiles():
     assert [batch.num_tokens for batch in executor.batches] == [18, 1]
 
 
-def test_a_prompt_that_fits_a_step_is_not_cut_to_fill_one_that_is_nearly_full():
-    engine, executor = make_engine(budget=32)
+def test_prompts_first_streams_get_what_prompts_leave():
+    engine, executor = make_engine(budget=16, prompts_first=True)
+    engine.add(request("stream", 4, 9, arrival_s=0.0))
+    engine.step()
     for name, first in (("a", 100), ("b", 200), ("c", 300)):
-        engine.add(request(name, list(range(first, first + 14)), 1))
-    run(engine)
-    assert [[row.num_tokens for row in batch.rows] for batch in executor.batches] == [[14, 14], [14]]
+        engine.add(request(name, list(range(first, first + 12)), 3, arrival_s=1.0))
+    found = run(engine)
+    sizes = [[row.num_tokens for row in batch.rows] for batch in executor.batches]
+    assert sizes[:4] == [[4], [4, 12], [8, 8], [1, 1, 1, 4]], "whole steps of prompts, then the streams beside the rest"
+    assert tokens_of(found["stream"]) == expected(request("stream", 4, 9))[1:]
 
 
 def test_rows_of_a_step_stand_by_their_kind():
@@ -210,10 +214,10 @@ REQUESTS = st.lists(
     seqs=st.integers(1, 6),
     run_ahead=st.integers(1, 3),
     abort=st.integers(0, 12),
-    tile=st.sampled_from([1, 3]),
+    policy=st.sampled_from([{}, {"tile": 3}, {"prompts_first": True}]),
 )
-def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget, seqs, run_ahead, abort, tile):
-    engine, _ = make_engine(blocks=blocks, budget=budget, max_num_seqs=seqs, run_ahead=run_ahead, tile=tile)
+def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget, seqs, run_ahead, abort, policy):
+    engine, _ = make_engine(blocks=blocks, budget=budget, max_num_seqs=seqs, run_ahead=run_ahead, **policy)
     made = []
     for index, one in enumerate(requests):
         prompt = [7] * one["prompt"] if one["same"] else [index] * one["prompt"]

@@ -80,7 +80,7 @@ class TritonOps(ReferenceOps):
         """Products of at most 64 rows. Of several rows the norm is a kernel of its own: every program would repeat it."""
         x = x.contiguous()
         streamed = self._streamed if self._streamed and self._streamed.is_faster(x, weight, gated=gated) else None
-        if x.shape[0] == 1 and (streamed is None or norm is not None):
+        if x.shape[0] == 1:
             return linear.gemv(x, weight, norm=norm, eps=eps, bias=bias, gated=gated, add_to=add_to)
         if norm is not None:
             x = pointwise.rms_norm(x, norm, eps)

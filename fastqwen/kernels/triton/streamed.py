@@ -184,10 +184,8 @@ def is_faster(x: Tensor, weight: Tensor, *, gated: bool) -> bool:
     (m_size, k_size), n_size = x.shape, weight.shape[0] // 2 if gated else weight.shape[0]
     if x.element_size() != 2 or n_size % BLOCK_N or k_size % 128 or n_size < 1024:
         return False
-    if m_size == 1:
-        return not gated and n_size <= k_size and k_size >= 4096
     if m_size <= 16:
-        return True
+        return m_size > 1
     return gated or n_size > 4096 if m_size <= 32 else not gated and n_size > 8192
 
 
