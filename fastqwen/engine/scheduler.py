@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from operator import attrgetter
 
 import msgspec
 
@@ -18,6 +19,8 @@ from fastqwen.records import Admission, EngineRequest, RequestDelta, Row, Sample
 
 ADMISSION_HEADROOM_BLOCKS = 8
 LEAST_TILES, MOST_TILES = 4, 32  # of a step that is cut to whole tiles; in a larger one the rest does not matter
+
+_ORDER, _START = attrgetter("order"), attrgetter("start")  # sort keys that cost nothing a row
 
 
 class Scheduler:
@@ -122,9 +125,14 @@ class Scheduler:
         self._cut_to_whole_tiles(rows)
         # Rows of one token first, then those that go on behind a cached part, then fresh ones, equal lengths side by side:
         # each kind has kernels of its own. The longest contexts come first, so that none is left over at the end.
-        rows.sort(key=lambda row: (row.num_tokens > 1, row.start == 0, row.num_tokens, -row.start))
+        single = [row for row in rows if row.num_tokens == 1]
+        single.sort(key=_START, reverse=True)
+        if len(single) < len(rows):
+            longer = [row for row in rows if row.num_tokens > 1]
+            longer.sort(key=lambda row: (row.start == 0, row.num_tokens, -row.start))
+            single += longer
         self._step_id += 1
-        return ScheduledBatch(step_id=self._step_id, admissions=admissions, rows=rows)
+        return ScheduledBatch(step_id=self._step_id, admissions=admissions, rows=single)
 
     def commit(self, batch: ScheduledBatch, output: StepOutput) -> list[RequestDelta]:
         """Take in what a step sampled. Rows of requests that ended meanwhile are surplus and dropped."""
@@ -173,7 +181,7 @@ class Scheduler:
 
     def _schedule_running(self, rows: list[Row], budget: int, *, prompts: bool = True, streams: bool = True) -> int:
         """Advance what runs and has no row yet, in order; preempt from the end of the order when blocks run out."""
-        self._running.sort(key=lambda sequence: sequence.order)
+        self._running.sort(key=_ORDER)
         scheduled = {row.request_id for row in rows}
         index = 0
         while index < len(self._running) and budget > 0:
@@ -194,7 +202,8 @@ class Scheduler:
         return budget
 
     def _make_room(self, sequence: Sequence, num_tokens: int, scheduled: set[str]) -> bool:
-        while self._missing_blocks(sequence, num_tokens) > self.blocks.num_free:
+        num_missing = self._missing_blocks(sequence, num_tokens)
+        while num_missing and num_missing > self.blocks.num_free:
             victim = self._running[-1]
             if victim.request_id in scheduled:
                 return False
@@ -265,9 +274,12 @@ class Scheduler:
         return self.blocks.match(sequence.hashes(self.blocks.block_size)[:usable])
 
     def _advance(self, sequence: Sequence, num_tokens: int, shared: list[int] | None = None) -> Row:
-        new_blocks = list(shared or [])
-        taken = self.blocks.take(self._missing_blocks(sequence, num_tokens))
-        sequence.blocks = sequence.blocks + taken
+        new_blocks = [] if shared is None else list(shared)
+        num_missing = self._missing_blocks(sequence, num_tokens)
+        if num_missing:
+            taken = self.blocks.take(num_missing)
+            sequence.blocks += taken
+            new_blocks += taken
         start = sequence.num_computed
         sequence.num_computed += num_tokens
         last = sequence.num_computed == sequence.num_known
@@ -278,7 +290,7 @@ class Scheduler:
             request_id=sequence.request_id,
             start=start,
             num_tokens=num_tokens,
-            new_blocks=new_blocks + taken,
+            new_blocks=new_blocks,
             samples=last and not pools,
             pools=pools,
             prompt_logprobs=sequence.request.sampling.prompt_logprobs is not None and start < sequence.num_prompt - 1,
@@ -314,8 +326,9 @@ class Scheduler:
     def _delta_of(self, sequence: Sequence, sampled: SampledRow) -> RequestDelta:
         token_id = sequence.token_ids[-1]
         request = sequence.request
-        stopped = token_id in request.stop_token_ids and sequence.num_generated >= request.sampling.min_tokens
-        at_length = sequence.num_generated >= request.max_tokens
+        num_generated = sequence.num_generated
+        stopped = token_id in request.stop_token_ids and num_generated >= request.sampling.min_tokens
+        at_length = num_generated >= request.max_tokens
         return RequestDelta(
             request_id=sequence.request_id,
             token_ids=[token_id],
@@ -332,17 +345,20 @@ class Scheduler:
         return -(-num_tokens // self.blocks.block_size)
 
     def _missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        return max(0, self._blocks_for(sequence.num_computed + num_tokens) - len(sequence.blocks))
+        num_blocks = -(-(sequence.num_computed + num_tokens) // self.blocks.block_size)
+        return max(0, num_blocks - len(sequence.blocks))
 
     def _register_full_blocks(self, sequence: Sequence, num_done: int) -> None:
         if not self.enable_prefix_caching:
             return
         size = self.blocks.block_size
         num_full = min(num_done, len(sequence.token_ids)) // size
+        if num_full <= sequence.num_registered:
+            return
         hashes = sequence.hashes(size)
         for index in range(sequence.num_registered, num_full):
             self.blocks.register(sequence.blocks[index], hashes[index])
-        sequence.num_registered = max(sequence.num_registered, num_full)
+        sequence.num_registered = num_full
 
     # ---- leaving ----
 

@@ -16,6 +16,10 @@ class Sequence:
 
     def __init__(self, request: EngineRequest, rope_key: str) -> None:
         self.request = request
+        self.request_id = request.request_id
+        self.num_prompt = len(request.prompt_token_ids)
+        # Who goes first: priority, then arrival. Preemption takes from the end of the same order.
+        self.order = (request.priority, request.arrival_s, request.request_id)
         self.rope_key = rope_key  # fixed by the prompt's whole length, and kept while decoding and after preemption
         self.token_ids = list(request.prompt_token_ids)
         self.num_computed = 0  # tokens whose keys and values are in the cache once all scheduled steps are done
@@ -28,14 +32,6 @@ class Sequence:
         self.num_registered = 0  # leading blocks that the prefix cache knows
         self._hashes: list[BlockHash] = []
         self._root = chain_root(rope_key, request.cache_salt)
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_known(self) -> int:
@@ -53,12 +49,8 @@ class Sequence:
     @property
     def wants_more(self) -> bool:
         """Whether another step can serve it: its last scheduled token is not yet the last allowed one."""
-        return self.num_generated + self.num_pending < self.request.max_tokens and self.num_computed < self.num_known
-
-    @property
-    def order(self) -> tuple[int, float, str]:
-        """Who goes first: priority, then arrival. Preemption takes from the end of the same order."""
-        return (self.request.priority, self.request.arrival_s, self.request.request_id)
+        num_known = len(self.token_ids) + self.num_pending
+        return num_known - self.num_prompt < self.request.max_tokens and self.num_computed < num_known
 
     def hashes(self, block_size: int) -> list[BlockHash]:
         """The hash chain of all blocks that are full of tokens the host knows."""

@@ -149,13 +149,12 @@ class CudaRunner(ModelRunner):
         if self._structured is not None:
             self._take_last_step(self._structured)
             self._structured.admit(batch.admissions)
-        self.slots.admit(batch.admissions)
-        self.slots.extend(batch.rows)
+        self.slots.update(batch.admissions, batch.rows)
         rows = batch.rows
         hidden, logits, tokens = self._launch(rows)
         extras = None
         failed: dict[int, str] = {}
-        if any(self._is_special(row) for row in rows):
+        if any(self.slots.has_wishes[row.slot] and self._is_special(row) for row in rows):
             tokens, extras, failed = self._special(rows, hidden, logits, tokens)
         vectors = last_vectors(self._decoder, rows, hidden)
         pending = self._pending(batch, tokens, extras, failed)
@@ -172,23 +171,19 @@ class CudaRunner(ModelRunner):
     def _launch(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of all tokens, logits and tokens of the rows that sample; padding may follow each of them."""
         num_decode = count_decode_rows(rows)
-        tiles, fresh = self._cut(rows, num_decode, library=False)
-        found = self._recorded_for(rows, len(tiles))
+        prompts = [(row.slot, row.start, row.num_tokens) for row in rows[num_decode:]]
+        found = self._recorded_for(rows, sum(-(-count // TILE_TOKENS) for _, _, count in prompts))
+        tiles, fresh = cut_tiles(prompts, num_decode, library=self._library and found is None)
         if found is not None:
             self._upload(found.layout, rows, tiles, num_decode)
             found.graph.replay()
             num_samples = sum(row.samples for row in rows)
             return found.hidden, found.logits[:num_samples], found.tokens[:num_samples]
-        if self._library:
-            tiles, fresh = self._cut(rows, num_decode, library=True)
         layout = StepLayout(sum(row.num_tokens for row in rows), len(tiles), sum(row.samples for row in rows))
-        inputs = self._upload(layout, rows, tiles, num_decode)
-        prompts = PromptTiles(inputs.tiles, TILE_TOKENS, fresh) if num_decode < len(rows) else None
-        return self._compute(inputs, num_decode, prompts, None)
-
-    def _cut(self, rows: list[Row], num_decode: int, *, library: bool) -> tuple[Ints, tuple[tuple[int, int], ...]]:
-        prompts = [(row.slot, row.start, row.num_tokens) for row in rows[num_decode:]]
-        return cut_tiles(prompts, num_decode, library=library)
+        self._upload(layout, rows, tiles, num_decode)
+        inputs = layout.views(self._inputs)
+        where = PromptTiles(inputs.tiles, TILE_TOKENS, fresh) if prompts else None
+        return self._compute(inputs, num_decode, where, None)
 
     def _recorded_for(self, rows: list[Row], num_tiles: int) -> Recording | None:
         if not num_tiles and all(row.samples for row in rows):
@@ -197,11 +192,10 @@ class CudaRunner(ModelRunner):
         found = next((one for one in self._prompt_steps if one.layout.tokens >= num_tokens), None)
         return found if found is not None and num_tiles <= found.layout.tiles else None
 
-    def _upload(self, layout: StepLayout, rows: list[Row], tiles: Ints, num_decode: int) -> StepInputs:
+    def _upload(self, layout: StepLayout, rows: list[Row], tiles: Ints, num_decode: int) -> None:
         host = self._staging[self._num_steps % STEPS_IN_FLIGHT]
         layout.fill(host.numpy(), rows, tiles, num_decode, self.slots.spare)
         self._inputs[: layout.size].copy_(host[: layout.size], non_blocking=True)
-        return layout.views(self._inputs)
 
     def _recorded_step(self, layout: StepLayout) -> tuple[Tensor, Tensor, Tensor]:
         inputs = layout.views(self._inputs)
@@ -258,7 +252,9 @@ class CudaRunner(ModelRunner):
         )
 
     def _is_special(self, row: Row) -> bool:
-        """Whether the row needs more than the graph's sampler does."""
+        """Whether a row with wishes needs more than the graph's sampler does in this step."""
+        if not row.samples:  # the beginning of a long prompt, say
+            return row.prompt_logprobs
         wish = self.slots.sampling[row.slot]
         return (
             (self._structured is not None and self._structured.constrains(row.slot))
@@ -312,7 +308,8 @@ class CudaRunner(ModelRunner):
         host, event = self._results[place][: tokens.shape[0]], self._events[place]
         host.copy_(tokens, non_blocking=True)
         event.record()
-        slots = [row.slot for row in batch.rows if row.samples]
-        if self._structured is not None and any(map(self._structured.constrains, slots)):
-            self._untaken = slots, host, event
+        if self._structured is not None and extras is not None:
+            slots = [row.slot for row in batch.rows if row.samples]
+            if any(map(self._structured.constrains, slots)):
+                self._untaken = slots, host, event
         return PendingStep(batch, host, event, extras, failed)

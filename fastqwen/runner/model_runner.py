@@ -63,8 +63,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> StepHandle:
-        self.slots.admit(batch.admissions)
-        self.slots.extend(batch.rows)
+        self.slots.update(batch.admissions, batch.rows)
         if self._structured is not None:
             self._structured.admit(batch.admissions)
         ids, where = pack(batch.rows, self.slots, block_size=self._plan.block_size, logn_len=self._model.logn_len)

@@ -21,10 +21,10 @@ def last_vectors(decoder: Decoder, rows: list[Row], hidden: Tensor | None) -> Te
 
     ``hidden`` [tokens, hidden size] are all of the step's tokens, row after row, before the final norm.
     """
+    if not any(row.pools for row in rows):
+        return None
     ends = itertools.accumulate(row.num_tokens for row in rows)
     places = [end - 1 for end, row in zip(ends, rows, strict=True) if row.pools]
-    if not places:
-        return None
     assert hidden is not None, "a step with such a row keeps its hidden states"
     picked = hidden[torch.tensor(places, device=hidden.device)]
     return decoder.final(picked).float().to("cpu", non_blocking=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastqwen.layers.rotary import inverse_frequencies
@@ -17,80 +18,88 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.records import Admission, Row, SamplingParams
 
 MAX_CACHED_PROFILES = 64
+ALIGNED_WORDS = 4  # kernels are compiled for fields that begin at multiples of 16 bytes
+
+Words = NDArray[np.int32]
 
 
 class Slots:
-    """Besides the sequences' slots there is one more, ``spare``, for rows that only pad a batch."""
+    """Besides the sequences' slots there is one more, ``spare``, for rows that only pad a batch.
+
+    All fields are views of one array of 32-bit words, so that all that a step changes of them takes one copy to the device
+    and one scatter there: launches, not bytes, are what an admission costs the host of a GPU.
+    """
 
     def __init__(
         self, model: ModelConfig, *, num_slots: int, max_model_len: int, block_size: int, device: torch.device
     ) -> None:
-        def make(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros((num_slots + 1, *shape), dtype=dtype, device=device)
-
         self.device = device
         self.spare = num_slots
         self._rope = model.rope
         self._head_dim = model.head_dim
         self._vocab_size = model.vocab_size
-        self._frequencies: dict[str, tuple[Tensor, float]] = {}
-        self.token_ids = make(max_model_len + 2)
-        self.block_tables = make(-(-max_model_len // block_size) + 1)
-        self.inverse_frequencies = make(model.head_dim // 2, dtype=torch.float32)
-        self.rope_scale = make(dtype=torch.float32)
-        self.temperature = make(dtype=torch.float32)
-        self.top_k = make()
-        self.top_p = make(dtype=torch.float32)
-        self.min_p = make(dtype=torch.float32)
-        self.seed = make(dtype=torch.int64)
+        self._profiles: dict[str, tuple[Words, float]] = {}
+        self._widths = {  # words of a slot
+            "token_ids": max_model_len + 2,
+            "block_tables": -(-max_model_len // block_size) + 1,
+            "inverse_frequencies": model.head_dim // 2,
+            "seed": 2,
+            **dict.fromkeys(("rope_scale", "temperature", "top_k", "top_p", "min_p"), 1),
+        }
+        self._begins: dict[str, int] = {}
+        num_words = 0
+        for name, width in self._widths.items():
+            self._begins[name] = num_words
+            num_words += -(-(num_slots + 1) * width // ALIGNED_WORDS) * ALIGNED_WORDS
+        self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self.token_ids = self._field("token_ids")
+        self.block_tables = self._field("block_tables")
+        self.inverse_frequencies = self._field("inverse_frequencies").view(torch.float32)
+        self.seed = self._field("seed").view(torch.int64)[:, 0]
+        self.rope_scale = self._field("rope_scale").view(torch.float32)[:, 0]
+        self.temperature = self._field("temperature").view(torch.float32)[:, 0]
+        self.top_k = self._field("top_k")[:, 0]
+        self.top_p = self._field("top_p").view(torch.float32)[:, 0]
+        self.min_p = self._field("min_p").view(torch.float32)[:, 0]
         # What the host looks up to decide which parts of the sampler a step needs.
         self.sampling: list[SamplingParams] = [SamplingParams()] * num_slots
+        self.has_wishes = [False] * (num_slots + 1)  # any that a sampler of temperature and cuts cannot fulfil
         self.num_prompt = [0] * num_slots
         self.stop_token_ids: list[list[int]] = [[]] * num_slots
         self._num_blocks = [0] * num_slots
 
-    def admit(self, admissions: Sequence[Admission]) -> None:
-        """All of a step's newcomers in a handful of copies, however many they are."""
-        if not admissions:
-            return
-        slots = self.upload(np.array([one.slot for one in admissions], dtype=np.int64))
-        ids = np.concatenate([np.asarray(one.token_ids, dtype=np.int32) for one in admissions])
-        width = self.token_ids.shape[1]
-        places = np.concatenate([one.slot * width + np.arange(len(one.token_ids)) for one in admissions])
-        self.token_ids.view(-1)[self.upload(places)] = self.upload(ids)
-        profiles = [self._profile(one.rope_key) for one in admissions]
-        self.inverse_frequencies[slots] = torch.stack([frequencies for frequencies, _ in profiles])
-        wishes = [one.sampling for one in admissions]
-        floats = [
-            [0.0 if wish.greedy else wish.temperature, wish.top_p, wish.min_p, scale]
-            for wish, (_, scale) in zip(wishes, profiles, strict=True)
-        ]
-        packed = self.upload(np.array(floats, dtype=np.float32))
-        columns = (self.temperature, self.top_p, self.min_p, self.rope_scale)
-        for column, target in enumerate(columns):
-            target[slots] = packed[:, column]
-        self.top_k[slots] = self.upload(np.array([min(max(0, w.top_k), self._vocab_size) for w in wishes], np.int32))
-        self.seed[slots] = self.upload(np.array([one.seed for one in admissions], dtype=np.int64))
+    def update(self, admissions: Sequence[Admission], rows: Sequence[Row]) -> None:
+        """Take a step's newcomers in, then append the rows' new blocks to their slots' block tables."""
+        places: list[NDArray[np.int64]] = []
+        words: list[Words] = []
+
+        def put(name: str, slot: int, values: Words) -> None:
+            start = self._begins[name] + slot * self._widths[name]
+            places.append(np.arange(start, start + len(values)))
+            words.append(values)
+
         for one in admissions:
-            self.sampling[one.slot] = one.sampling
+            frequencies, rope_scale = self._profile(one.rope_key)
+            wish = one.sampling
+            put("token_ids", one.slot, np.array(one.token_ids, dtype=np.int32))
+            put("inverse_frequencies", one.slot, frequencies)
+            put("seed", one.slot, np.array([one.seed], dtype=np.int64).view(np.int32))
+            put("rope_scale", one.slot, _float_word(rope_scale))
+            put("temperature", one.slot, _float_word(0.0 if wish.greedy else wish.temperature))
+            put("top_k", one.slot, np.array([min(max(0, wish.top_k), self._vocab_size)], dtype=np.int32))
+            put("top_p", one.slot, _float_word(wish.top_p))
+            put("min_p", one.slot, _float_word(wish.min_p))
+            self.sampling[one.slot] = wish
+            self.has_wishes[one.slot] = wish.needs_more or one.grammar is not None
             self.num_prompt[one.slot] = one.num_prompt_tokens
             self.stop_token_ids[one.slot] = one.stop_token_ids
             self._num_blocks[one.slot] = 0
-
-    def extend(self, rows: Sequence[Row]) -> None:
-        """Append the rows' new blocks to their slots' block tables."""
-        places: list[int] = []
-        blocks: list[int] = []
-        width = self.block_tables.shape[1]
-        for row in rows:
-            if row.new_blocks:
-                start = row.slot * width + self._num_blocks[row.slot]
-                places.extend(range(start, start + len(row.new_blocks)))
-                blocks.extend(row.new_blocks)
-                self._num_blocks[row.slot] += len(row.new_blocks)
+        table_places, blocks = self._new_blocks(rows)
+        if blocks:
+            places.append(np.array(table_places, dtype=np.int64))
+            words.append(np.array(blocks, dtype=np.int32))
         if places:
-            values = self.upload(np.array(blocks, dtype=np.int32))
-            self.block_tables.view(-1)[self.upload(np.array(places, dtype=np.int64))] = values
+            self._write(np.concatenate(places), np.concatenate(words))
 
     def upload(self, values: np.ndarray) -> Tensor:
         """To the device, without waiting for it: a pinned copy stays alive until the device has read it."""
@@ -99,10 +108,38 @@ class Slots:
             return host.to(self.device)
         return host.pin_memory().to(self.device, non_blocking=True)
 
-    def _profile(self, key: str) -> tuple[Tensor, float]:
-        if key not in self._frequencies:
-            if len(self._frequencies) >= MAX_CACHED_PROFILES:
-                self._frequencies.clear()
+    def _field(self, name: str) -> Tensor:
+        """int32 [slots, words of a slot]"""
+        width, num_slots = self._widths[name], self.spare + 1
+        return self._words[self._begins[name] :][: num_slots * width].view(num_slots, width)
+
+    def _new_blocks(self, rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+        """Each row's new blocks, and the words that they belong into."""
+        begin, width = self._begins["block_tables"], self._widths["block_tables"]
+        places: list[int] = []
+        blocks: list[int] = []
+        for row in rows:
+            if row.new_blocks:
+                start = begin + row.slot * width + self._num_blocks[row.slot]
+                places.extend(range(start, start + len(row.new_blocks)))
+                blocks.extend(row.new_blocks)
+                self._num_blocks[row.slot] += len(row.new_blocks)
+        return places, blocks
+
+    def _write(self, places: NDArray[np.int64], words: Words) -> None:
+        """No place twice: a scatter has no order."""
+        packed = self.upload(np.concatenate([places.view(np.int32), words]))
+        self._words.scatter_(0, packed[: 2 * len(places)].view(torch.int64), packed[2 * len(places) :])
+
+    def _profile(self, key: str) -> tuple[Words, float]:
+        """The profile's frequencies, and its factor on cosine and sine."""
+        if key not in self._profiles:
+            if len(self._profiles) >= MAX_CACHED_PROFILES:
+                self._profiles.clear()
             frequencies, scale = inverse_frequencies(self._rope, self._head_dim, key)
-            self._frequencies[key] = frequencies.to(self.device), scale
-        return self._frequencies[key]
+            self._profiles[key] = frequencies.numpy().view(np.int32), scale
+        return self._profiles[key]
+
+
+def _float_word(value: float) -> Words:
+    return np.array([value], dtype=np.float32).view(np.int32)

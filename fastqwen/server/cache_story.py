@@ -67,9 +67,10 @@ class CacheStories:
             salt=salt,
         )
 
-    def end(self, story: CacheStory, generation: Generation) -> dict[str, Any]:
-        """The explanation for this prompt; from now on later ones are compared with it, too."""
-        explanation = self.explain(story, generation.num_cached_tokens)
+    def end(self, story: CacheStory, generation: Generation, *, explain: bool) -> dict[str, Any] | None:
+        """The explanation for this prompt, if asked for: it compares the prompt with all that are kept. From now on later
+        ones are compared with it, too."""
+        explanation = self.explain(story, generation.num_cached_tokens) if explain else None
         output = generation.outputs[0].token_ids
         story.token_ids.extend(output)
         parts = generation.choices[0].parts

@@ -157,8 +157,8 @@ class Chat:
         if warnings:
             notes["warnings"] = warnings
         if self._story is not None:
-            story = self._state.cache_stories.end(self._story, self.generation)
-            if self._explain_cache:
+            story = self._state.cache_stories.end(self._story, self.generation, explain=self._explain_cache)
+            if story is not None:
                 notes["cache"] = story
         return notes
 

@@ -158,8 +158,9 @@ class Completion:
         warnings = self._body.warnings()
         notes: dict[str, Any] = {"warnings": warnings} if warnings else {}
         if self._story is not None:
-            story = self._state.cache_stories.end(self._story, self._generations[0])
-            notes.update({"cache": story} if self._explain_cache else {})
+            story = self._state.cache_stories.end(self._story, self._generations[0], explain=self._explain_cache)
+            if story is not None:
+                notes["cache"] = story
         return notes
 
     def _choice(self, index: int, generation: Generation, output: CompletionOutput) -> dict[str, Any]:

@@ -111,3 +111,23 @@ def test_the_same_tokens_as_on_the_cpu(tmp_path: Path, kind: str, recorded: bool
     if recorded and DEVICE.type == "cpu":
         assert sum(one.graph.count for one in runner._prompt_steps) > 2
         assert sum(one.graph.count for one in runner._decode_steps) > 2
+
+
+def test_parts_of_prompts_have_no_wishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Greedy requests are sampled by the recorded step alone, also while a prompt beside them is not yet complete."""
+    make(tmp_path, "Qwen3Config", head_dim=32, num_hidden_layers=1)
+    core, runner = gpu_core(tmp_path, recorded=True, max_num_batched_tokens=32)
+    calls = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return special(*arguments)
+
+    special = runner._special
+    monkeypatch.setattr(runner, "_special", counted)
+    prompts = [prompt(40), prompt(5), prompt(70)]
+    found = greedy(core, prompts, max_tokens=3)
+    assert calls == 0
+    expected = greedy(start(tmp_path, max_num_batched_tokens=32, **WISHES), prompts, max_tokens=3)
+    assert found == expected

@@ -100,8 +100,7 @@ def logits(folder: Path, ids: list[int], **wishes: Any) -> torch.Tensor:
     )
     row = Row(slot=0, request_id="x", start=0, num_tokens=len(ids), new_blocks=blocks, samples=False)
     with torch.inference_mode():
-        runner.slots.admit([admission])
-        runner.slots.extend([row])
+        runner.slots.update([admission], [row])
         return runner._decoder.logits(hidden_of(runner, row)).float().cpu()
 
 
