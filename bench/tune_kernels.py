@@ -1,6 +1,6 @@
 """Time the small-batch kernels under several tilings, in CUDA graphs over many different weights (nothing stays in L2).
 
-python bench/tune_kernels.py OUT.json skinny|streamed|gemv|attention|prompts|experts|one-expert [0.6b 8b 7b 30b] [m8 m16 ...]
+python bench/tune_kernels.py OUT.json skinny|streamed|gemv|attention|prompts|chunks|experts|one-expert [0.6b 8b 7b 30b] [m8 m16 ...]
 
 All variants are compiled first, in as many processes as there are cores. The best of each shape is printed last:
 microseconds a call, and TB/s of weights or of keys and values.
@@ -36,6 +36,7 @@ SHAPES = {  # name: (n, k, kind)
     "8b-gate": (12288, 4096, "gated"),
     "8b-down": (4096, 12288, "add"),
     "7b-qkv": (12288, 4096, "plain"),
+    "7b-o": (4096, 4096, "add"),
     "7b-gate": (11008, 4096, "gated"),
     "7b-down": (4096, 11008, "add"),
     "30b-qkv": (5120, 2048, "plain"),
@@ -165,6 +166,39 @@ def attend_prompts(model: str, number: int, layers: int, tiling: prefill.Prefill
             prefill.prefill_attention(q, batch, cache, shape, window=None, out=out, tiling=tiling)
 
     return run, operations, 4
+
+
+def chunk_variants(models: list[str], rows: list[int]) -> Iterator[Variant]:
+    """A step of 8192 tokens through cuBLAS, so many rows at a time. TB/s are TFLOP/s."""
+    for model, part in product(models, ("qkv", "o", "mlp")):
+        for chunk in (512, 1024, 2048, 4096, 8192):
+            name = f"{model}-{part} 8192 tokens"
+            yield name, {"rows": chunk}, lambda layers, model=model, part=part, c=chunk: in_chunks(model, part, c)
+
+
+def in_chunks(model: str, part: str, chunk: int) -> Made:
+    tokens, layers = 8192, 6
+    names = ("gate", "down") if part == "mlp" else (part,)
+    shapes = [SHAPES[f"{model}-{name}"] for name in names]
+    weights = [
+        [random(n * (2 if kind == "gated" else 1), k, scale=0.02) for n, k, kind in shapes] for _ in range(layers)
+    ]
+    x, residual = random(tokens, shapes[0][1]), random(tokens, shapes[-1][0])
+    operations = sum(2 * tokens * weight.numel() for weight in weights[0])
+
+    def run() -> None:
+        for matrices in weights:
+            for start in range(0, tokens, chunk):
+                rows = x[start : start + chunk]
+                if part == "mlp":
+                    rows = pointwise.silu_mul(torch.nn.functional.linear(rows, matrices[0]))
+                if part == "qkv":
+                    torch.nn.functional.linear(rows, matrices[0])
+                else:
+                    target = residual[start : start + chunk]
+                    torch.addmm(target, rows, matrices[-1].t(), out=target)
+
+    return run, operations, layers
 
 
 def skinny_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
@@ -313,6 +347,7 @@ def one_token(tiling: experts.OneTiling, layers: int) -> Made:
 def variants(what: str, models: list[str], rows: list[int]) -> list[Variant]:
     makers: dict[str, Callable[[], Iterator[Variant]]] = {
         "streamed": lambda: linear_variants(models, rows, streamed_tilings),
+        "chunks": lambda: chunk_variants(models, rows),
         "prompts": lambda: prompt_variants(models, rows),
         "skinny": lambda: linear_variants(models, rows, skinny_tilings),
         "gemv": lambda: linear_variants(models, [1], gemv_tilings),
