@@ -54,8 +54,8 @@ DECODE_PARTS = 16384  # parts of contexts in a decode step; each has an output a
 DECODE_ROWS = 2048  # int32 counters for each key-value head
 UNPACK_BYTES = 8 * MIB  # of a packed matrix, as float32, unpacked at a time
 UNPACK_COPIES = 3  # its codes as bytes and apart, its numbers, and the same in the model's type: less than this
-CHUNK_BYTES = 50 * MIB
-CHUNK_ROWS = 512
+WIDE_BYTES = 200 * MIB  # activations of a step that are worth to be made in two parts
+CHUNK_ROWS = 4096
 MAX_RECORDED_TOKENS = 2048
 STEP_TILE = 64  # steps with prompts beside streams have a multiple of so many tokens, as recorded ones do
 LIBRARY_ATTENTION_CAPABILITY = (9, 0)  # from here on whole prompts go through cuDNN
@@ -97,12 +97,10 @@ def graph_tokens(most_tokens: int) -> tuple[int, ...]:
 def feed_forward_rows(tokens: int, width: int) -> int:
     """How many of a step's tokens go through the feed-forward part at once, ``width`` 16-bit numbers each.
 
-    Much wider activations than the second-level cache holds are made in chunks that it keeps until they are read again;
-    cuBLAS is faster on such chunks, too (8192 x 4096 x 24576 on an H200: 633 TFLOP/s at once, 698 by 2048 rows).
+    cuBLAS is faster with half of 8192 tokens at a time where activations are wide, and slower with less (8192 tokens of
+    Qwen3-8B on an H200: 668 TFLOP/s at once, 706 by 4096, 652 by 512; bench/results/h200-chunks.json).
     """
-    if tokens * width * 2 <= 4 * CHUNK_BYTES:
-        return tokens
-    return max(CHUNK_ROWS, CHUNK_BYTES // (2 * width) // CHUNK_ROWS * CHUNK_ROWS)
+    return min(tokens, CHUNK_ROWS) if tokens * width * 2 > WIDE_BYTES else tokens
 
 
 FASTQWEN_CPU = EngineProfile(

@@ -163,13 +163,6 @@ def _skinny(
         tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=live)
 
 
-def library_is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether a plain product goes to cuBLAS (bench/results/h200-streamed.json): large ones, and from 33 rows on those
-    whose outputs are many, but not so many that reading the weights is all that counts."""
-    rows, n_size = x.shape[0], weight.shape[0]
-    return rows > MAX_ROWS or (rows > 32 and 4096 < n_size <= 8192)
-
-
 @dataclass(frozen=True)
 class Tiling:
     block_n: int

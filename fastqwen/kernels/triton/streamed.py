@@ -179,14 +179,16 @@ BLOCK_N = 64  # rows of weights that one tensor-core instruction takes
 
 
 def is_faster(x: Tensor, weight: Tensor, *, gated: bool) -> bool:
-    """Whether this kernel takes these shapes, and was faster with them on an H200 than linear.py's and than cuBLAS
-    (bench/results/h200-streamed.json)."""
+    """Whether this kernel takes these shapes, and was faster with them on an H200 than linear.py's
+    (bench/results/h200-streamed.json). cuBLAS's kernels wait for the one in front and make the next one wait."""
     (m_size, k_size), n_size = x.shape, weight.shape[0] // 2 if gated else weight.shape[0]
     if x.element_size() != 2 or n_size % BLOCK_N or k_size % 128 or n_size < 1024:
         return False
     if m_size <= 16:
         return m_size > 1
-    return gated or n_size > 4096 if m_size <= 32 else not gated and n_size > 8192
+    if m_size <= 32:
+        return gated or n_size > 4096
+    return not gated and (n_size > 8192 or (n_size > 4096 and k_size < 4096))
 
 
 def stream_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> StreamTiling:
@@ -197,7 +199,7 @@ def stream_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> Stre
             return StreamTiling(64, 1, 4)
         return StreamTiling(128, min(3, max(1, steps * 3 // 8)) if m_size <= 8 else 1, 3)
     if m_size > 16:
-        return StreamTiling(128, 2 if m_size <= 32 and blocks < 128 else 1, 4 if m_size <= 32 else 3)
+        return StreamTiling(128, 2 if blocks < 128 else 1, 4 if m_size <= 32 else 3)
     programs = 384 if m_size <= 8 and k_size >= 4096 else 256
     return StreamTiling(128, max(1, min(6, programs // blocks, steps * 3 // 8)), 4)
 
