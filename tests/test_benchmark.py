@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastqwen.benchmark.http_load import Stream
-from fastqwen.benchmark.report import table
+from fastqwen.benchmark.machine import Machine
+from fastqwen.benchmark.report import commit, shares, table
 from fastqwen.benchmark.serve import quantile, summary
-from fastqwen.benchmark.work import Span, decode_step, prefill, span
+from fastqwen.benchmark.work import Needs, Span, decode_step, prefill, span
 from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.models import read_config
+from fastqwen.version import __version__
 from tests.models.tiny import MOE, make
 from tests.server.live import one_line, run
+
+MACHINE = Machine(
+    name="Fast Chip", threads=2, torch="2", python="3", dtype="bfloat16", read_gb_s=100.0, matmul_tflops=2.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +41,7 @@ def last_json(output: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     assert found["machine"]["read_gb_s"] > 0 and found["machine"]["matmul_tflops"] > 0
     assert found["command"].startswith("fastqwen bench ")
+    assert (found["version"], found["commit"]) == (__version__, commit())
     return found
 
 
@@ -44,6 +53,7 @@ def test_latency(config_only: Path):
     assert [one["batch"] for one in found["results"]] == [1, 3, 2]
     for one in found["results"]:
         assert one["tokens_per_s"] > 0 and 0 < one["flop_share"] < 1
+        assert one["floor_share"] == max(one["bandwidth_share"], one["flop_share"])
     assert "of bandwidth" in done.stdout
 
 
@@ -109,3 +119,35 @@ def test_a_summary_counts_errors_apart():
 
 def test_a_table():
     assert table(["a", "bb"], [["ccc", "1"], ["d", "22"]]) == "a    bb\n---  --\nccc   1\nd    22"
+
+
+def test_the_floor_is_the_slower_of_reading_and_computing():
+    """100 GB/s and 2 TFLOP/s, half a second of the one and a quarter of the other."""
+    read, compute = Needs(50e9, 0.5e12), Needs(25e9, 1e12)
+    assert shares(read, 1.0, MACHINE) == {"bandwidth_share": 0.5, "flop_share": 0.25, "floor_share": 0.5}
+    assert shares(compute, 2.0, MACHINE) == {"bandwidth_share": 0.125, "flop_share": 0.25, "floor_share": 0.25}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_commit_says_whether_the_files_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def git(*words: str) -> str:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *names, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def seen() -> str | None:
+        commit.cache_clear()
+        return commit(tmp_path)
+
+    assert seen() is None
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "code")
+    git("tag", "-a", "-m", "a tag is no commit", "v9")
+    assert seen() == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "code.py").write_text("2")
+    assert seen() == git("rev-parse", "--short", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert seen() is None
+    commit.cache_clear()
