@@ -6,11 +6,13 @@ import json
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastqwen.benchmark.curves import plot_decode
 from fastqwen.benchmark.http_load import Stream
 from fastqwen.benchmark.machine import Machine
 from fastqwen.benchmark.report import commit, shares, table
@@ -18,6 +20,7 @@ from fastqwen.benchmark.serve import quantile, summary
 from fastqwen.benchmark.work import Needs, Span, decode_step, prefill, span
 from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.models import read_config
+from fastqwen.plot import check_plot, save_plot
 from fastqwen.version import __version__
 from tests.models.tiny import MOE, make
 from tests.server.live import one_line, run
@@ -45,8 +48,15 @@ def last_json(output: str) -> dict[str, Any]:
     return found
 
 
-def test_latency(config_only: Path):
-    words = ["--batch-size", "1", "--batch-size", "3", "--input-len", "8", "--output-len", "4"]
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+def test_latency(config_only: Path, tmp_path: Path):
+    picture = tmp_path / "speed.png"
+    words = ["--batch-size", "1", "--batch-size", "3", "--input-len", "8", "--output-len", "4", "--plot", str(picture)]
     done = run("bench", "latency", str(config_only), "--load-format", "dummy", *words, "--prefill", "2x16")
     assert done.returncode == 0, done.stderr
     found = last_json(done.stdout)
@@ -55,6 +65,7 @@ def test_latency(config_only: Path):
         assert one["tokens_per_s"] > 0 and 0 < one["flop_share"] < 1
         assert one["floor_share"] == max(one["bandwidth_share"], one["flop_share"])
     assert "of bandwidth" in done.stdout
+    assert png_size(picture) == (1200, 700)
 
 
 def test_throughput(config_only: Path):
@@ -151,3 +162,47 @@ def test_the_commit_says_whether_the_files_are_its_own(tmp_path: Path, monkeypat
     monkeypatch.setenv("PATH", "")
     assert seen() is None
     commit.cache_clear()
+
+
+def test_a_picture_of_any_results(tmp_path: Path):
+    """One batch size, sizes in any order, more than all of the bandwidth, and names that are long or look like formulas."""
+    results = [
+        {"batch": batch, "tokens_per_s": speed, "bandwidth_share": share}
+        for batch, speed, share in ((64, 8409.0, 0.78), (1, 23.8, 0.84), (256, 14000.0, 1.2))
+    ]
+    for name, part in (("Qwen/Qwen3-8B", results), ("$a$b$" + 200 * "x", results[:1])):
+        path = tmp_path / f"{len(part)}.png"
+        save_plot(plot_decode(name, MACHINE, part, input_len=128, output_len=64), path)
+        assert png_size(path) == (1200, 700)
+
+
+def test_the_picture_says_what_was_measured(tmp_path: Path):
+    (tmp_path / "Qwen3-8B").mkdir()
+    results = [{"batch": batch, "tokens_per_s": 10.0 * batch, "bandwidth_share": 0.5} for batch in (1, 8)]
+    figure = plot_decode(str(tmp_path / "Qwen3-8B"), MACHINE, results, input_len=128, output_len=64)
+    title = figure.get_suptitle()
+    assert title == "Qwen3-8B, bfloat16, context of 128 to 192 tokens\nFast Chip, 2 threads"
+    left, right = figure.axes
+    assert (left.get_xscale(), [label.get_text() for label in left.get_xticklabels()]) == ("log", ["1", "8"])
+    assert (left.get_ylabel(), right.get_ylim()) == ("tokens/s", (0, 100))
+    assert list(right.lines[0].get_ydata()) == [50, 50]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("no/speed.png", "No such file"), ("speed.txt", "must end in"), ("folder.png", "directory")]
+)
+def test_where_no_picture_can_be_is_said_before_the_work(tmp_path: Path, name: str, words: str):
+    (tmp_path / "folder.png").mkdir()
+    said = one_line(run("bench", "latency", "no-such-model", "--plot", str(tmp_path / name)))
+    assert "--plot" in said and words in said
+
+
+def test_asking_where_a_picture_may_be_leaves_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    old = tmp_path / "old.PNG"
+    old.write_text("kept")
+    check_plot(old)
+    check_plot(tmp_path / "new.png")
+    assert [one.name for one in tmp_path.iterdir()] == ["old.PNG"] and old.read_text() == "kept"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(BadConfig, match=r"--plot needs matplotlib: pip install 'fastqwen\[plot\]'"):
+        check_plot(tmp_path / "new.png")
