@@ -23,7 +23,7 @@ from fastqwen.models import read_config
 from fastqwen.plot import check_plot, save_plot
 from fastqwen.version import __version__
 from tests.models.tiny import MOE, make
-from tests.server.live import one_line, run
+from tests.server.live import ROOT, environment, one_line, run
 
 MACHINE = Machine(
     name="Fast Chip", threads=2, torch="2", python="3", dtype="bfloat16", read_gb_s=100.0, matmul_tflops=2.0
@@ -206,3 +206,16 @@ def test_asking_where_a_picture_may_be_leaves_nothing_there(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BadConfig, match=r"--plot needs matplotlib: pip install 'fastqwen\[plot\]'"):
         check_plot(tmp_path / "new.png")
+
+
+def test_a_picture_of_what_the_gpu_script_wrote(tmp_path: Path):
+    def draw(*files: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "bench/plot_decode.py", str(tmp_path / "models.png"), *map(str, files)]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+    results = ROOT / "bench" / "results"
+    done = draw(results / "h200-qwen3-0.6b.json", results / "h200-qwen3-8b.json")
+    assert done.returncode == 0, done.stderr
+    assert png_size(tmp_path / "models.png") == (1200, 700)
+    done = draw(results / "h200-plan-check.json")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "h200-plan-check.json" in done.stderr
