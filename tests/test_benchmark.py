@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastqwen.benchmark.curves import plot_decode
 from fastqwen.benchmark.http_load import Stream
-from fastqwen.benchmark.report import table
+from fastqwen.benchmark.machine import Machine
+from fastqwen.benchmark.report import commit, shares, table
 from fastqwen.benchmark.serve import quantile, summary
-from fastqwen.benchmark.work import Span, decode_step, prefill, span
+from fastqwen.benchmark.work import Needs, Span, decode_step, prefill, span
 from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.models import read_config
+from fastqwen.plot import check_plot, save_plot
+from fastqwen.version import __version__
 from tests.models.tiny import MOE, make
-from tests.server.live import one_line, run
+from tests.server.live import ROOT, environment, one_line, run
+
+MACHINE = Machine(
+    name="Fast Chip", threads=2, torch="2", python="3", dtype="bfloat16", read_gb_s=100.0, matmul_tflops=2.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +44,28 @@ def last_json(output: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     assert found["machine"]["read_gb_s"] > 0 and found["machine"]["matmul_tflops"] > 0
     assert found["command"].startswith("fastqwen bench ")
+    assert (found["version"], found["commit"]) == (__version__, commit())
     return found
 
 
-def test_latency(config_only: Path):
-    words = ["--batch-size", "1", "--batch-size", "3", "--input-len", "8", "--output-len", "4"]
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+def test_latency(config_only: Path, tmp_path: Path):
+    picture = tmp_path / "speed.png"
+    words = ["--batch-size", "1", "--batch-size", "3", "--input-len", "8", "--output-len", "4", "--plot", str(picture)]
     done = run("bench", "latency", str(config_only), "--load-format", "dummy", *words, "--prefill", "2x16")
     assert done.returncode == 0, done.stderr
     found = last_json(done.stdout)
     assert [one["batch"] for one in found["results"]] == [1, 3, 2]
     for one in found["results"]:
         assert one["tokens_per_s"] > 0 and 0 < one["flop_share"] < 1
+        assert one["floor_share"] == max(one["bandwidth_share"], one["flop_share"])
     assert "of bandwidth" in done.stdout
+    assert png_size(picture) == (1200, 700)
 
 
 def test_throughput(config_only: Path):
@@ -109,3 +130,92 @@ def test_a_summary_counts_errors_apart():
 
 def test_a_table():
     assert table(["a", "bb"], [["ccc", "1"], ["d", "22"]]) == "a    bb\n---  --\nccc   1\nd    22"
+
+
+def test_the_floor_is_the_slower_of_reading_and_computing():
+    """100 GB/s and 2 TFLOP/s, half a second of the one and a quarter of the other."""
+    read, compute = Needs(50e9, 0.5e12), Needs(25e9, 1e12)
+    assert shares(read, 1.0, MACHINE) == {"bandwidth_share": 0.5, "flop_share": 0.25, "floor_share": 0.5}
+    assert shares(compute, 2.0, MACHINE) == {"bandwidth_share": 0.125, "flop_share": 0.25, "floor_share": 0.25}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_commit_says_whether_the_files_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def git(*words: str) -> str:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *names, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def seen() -> str | None:
+        commit.cache_clear()
+        return commit(tmp_path)
+
+    assert seen() is None
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "code")
+    git("tag", "-a", "-m", "a tag is no commit", "v9")
+    assert seen() == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "code.py").write_text("2")
+    assert seen() == git("rev-parse", "--short", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert seen() is None
+    commit.cache_clear()
+
+
+def test_a_picture_of_any_results(tmp_path: Path):
+    """One batch size, sizes in any order, more than all of the bandwidth, and names that are long or look like formulas."""
+    results = [
+        {"batch": batch, "tokens_per_s": speed, "bandwidth_share": share}
+        for batch, speed, share in ((64, 8409.0, 0.78), (1, 23.8, 0.84), (256, 14000.0, 1.2))
+    ]
+    for name, part in (("Qwen/Qwen3-8B", results), ("$a$b$" + 200 * "x", results[:1])):
+        path = tmp_path / f"{len(part)}.png"
+        save_plot(plot_decode(name, MACHINE, part, input_len=128, output_len=64), path)
+        assert png_size(path) == (1200, 700)
+
+
+def test_the_picture_says_what_was_measured(tmp_path: Path):
+    (tmp_path / "Qwen3-8B").mkdir()
+    results = [{"batch": batch, "tokens_per_s": 10.0 * batch, "bandwidth_share": 0.5} for batch in (1, 8)]
+    figure = plot_decode(str(tmp_path / "Qwen3-8B"), MACHINE, results, input_len=128, output_len=64)
+    title = figure.get_suptitle()
+    assert title == "Qwen3-8B, bfloat16, context of 128 to 192 tokens\nFast Chip, 2 threads"
+    left, right = figure.axes
+    assert (left.get_xscale(), [label.get_text() for label in left.get_xticklabels()]) == ("log", ["1", "8"])
+    assert (left.get_ylabel(), right.get_ylim()) == ("tokens/s", (0, 100))
+    assert list(right.lines[0].get_ydata()) == [50, 50]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("no/speed.png", "No such file"), ("speed.txt", "must end in"), ("folder.png", "directory")]
+)
+def test_where_no_picture_can_be_is_said_before_the_work(tmp_path: Path, name: str, words: str):
+    (tmp_path / "folder.png").mkdir()
+    said = one_line(run("bench", "latency", "no-such-model", "--plot", str(tmp_path / name)))
+    assert "--plot" in said and words in said
+
+
+def test_asking_where_a_picture_may_be_leaves_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    old = tmp_path / "old.PNG"
+    old.write_text("kept")
+    check_plot(old)
+    check_plot(tmp_path / "new.png")
+    assert [one.name for one in tmp_path.iterdir()] == ["old.PNG"] and old.read_text() == "kept"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(BadConfig, match=r"--plot needs matplotlib: pip install 'fastqwen\[plot\]'"):
+        check_plot(tmp_path / "new.png")
+
+
+def test_a_picture_of_what_the_gpu_script_wrote(tmp_path: Path):
+    def draw(*files: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "bench/plot_decode.py", str(tmp_path / "models.png"), *map(str, files)]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+    results = ROOT / "bench" / "results"
+    done = draw(results / "h200-qwen3-0.6b.json", results / "h200-qwen3-8b.json")
+    assert done.returncode == 0, done.stderr
+    assert png_size(tmp_path / "models.png") == (1200, 700)
+    done = draw(results / "h200-plan-check.json")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "h200-plan-check.json" in done.stderr

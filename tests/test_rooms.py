@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastqwen"
 # From the ground up. A room may import itself and those before it.
 ORDER = [
-    "version", "errors", "logs", "paths", "records", "outputs", "config", "model_config", "models", "plan",
+    "version", "errors", "logs", "paths", "plot", "records", "outputs", "config", "model_config", "models", "plan",
     "kernels", "layers", "weights", "quant", "build", "engine", "runner",
     "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig
 from fastqwen.hub import resolve
 from fastqwen.plan.engine import choose_dtype
+from fastqwen.plot import save_plot
 from fastqwen.records import EngineRequest, SamplingParams
 from fastqwen.runner.device import choose_device, device_facts
 from fastqwen.runner.start import Engine, start_engine
@@ -30,11 +32,12 @@ def run(
     output_len: int,
     prompts: tuple[int, int],
     iters: int,
+    plot: Path | None = None,
 ) -> None:
     bench = Bench(config)
     print(describe(bench.machine), flush=True)
-    results = [bench.decode(batch, input_len, output_len, iters) for batch in batch_sizes]
-    results.append(bench.prefill(*prompts, iters))
+    decoded = [bench.decode(batch, input_len, output_len, iters) for batch in batch_sizes]
+    results = [*decoded, bench.prefill(*prompts, iters)]
     rows = [
         [str(one["work"]), f"{one['ms']:.2f}", f"{one['tokens_per_s']:.1f}", percent(one["bandwidth_share"]),
          percent(one["flop_share"])]
@@ -42,6 +45,10 @@ def run(
     ]  # fmt: skip
     print(table(["work", "ms", "tokens/s", "of bandwidth", "of FLOP rate"], rows), flush=True)
     finish("latency", bench.machine, {"model": config.model, "load_s": round(bench.load_s, 2), "results": results})
+    if plot is not None:  # last: a disk that is full must not cost the figures
+        from fastqwen.benchmark.curves import plot_decode
+
+        save_plot(plot_decode(config.model, bench.machine, decoded, input_len=input_len, output_len=output_len), plot)
 
 
 def machine_for(config: EngineConfig) -> Machine:

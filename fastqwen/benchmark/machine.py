@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None
     torch: str
     python: str
-    commit: str | None
     dtype: str
     read_gb_s: float
     matmul_tflops: float
@@ -39,7 +37,6 @@ def measure(device: torch.device, dtype: str) -> Machine:
         threads=None if on_gpu else torch.get_num_threads(),
         torch=str(torch.__version__),
         python=platform.python_version(),
-        commit=_commit(),
         dtype=dtype,
         read_gb_s=_read_bytes_per_s(device) / 1e9,
         matmul_tflops=_flops_per_s(device, getattr(torch, dtype)) / 1e12,
@@ -92,14 +89,3 @@ def _processor() -> str:
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _commit() -> str | None:
-    """Of the checkout that this package runs from; None where it was installed without one."""
-    folder = Path(__file__).parents[2]
-    if not (folder / ".git").exists():
-        return None
-    done = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,24 +27,41 @@ def latency(
     output_len: Annotated[int, typer.Option(min=1, help="Tokens whose steps are timed.")] = 64,
     prefill: Annotated[str, typer.Option(help="Prompts to read: how many x how long.")] = "4x512",
     num_iters: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw speed and share of the bandwidth over batch size.")
+    ] = None,
 ) -> None:
     """Time one decoding step, (time for 1 + n tokens - time for 1 token) / n, and the reading of prompts.
 
     fastqwen bench latency demo
+    fastqwen bench latency demo --batch-size 1 --batch-size 4 --batch-size 16 --plot speed.png
     fastqwen bench latency configs/Qwen3-8B --load-format dummy --batch-size 1 --batch-size 64 --prefill 32x4096
     """
     import re
 
-    from fastqwen.benchmark.latency import run
-    from fastqwen.config import EngineConfig
     from fastqwen.errors import BadConfig
+    from fastqwen.plot import check_plot
 
     shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", prefill)
     if shape is None:
         raise BadConfig(f"--prefill is {prefill!r}, but must look like 4x512")
+    if plot is not None:
+        check_plot(plot)
+
+    from fastqwen.benchmark.latency import run
+    from fastqwen.config import EngineConfig
+
     config = EngineConfig(model=model, **{**engine, "skip_tokenizer_init": True, "enable_prefix_caching": False})
     prompts = (int(shape[1]), int(shape[2]))
-    run(config, batch_sizes=batch_size, input_len=input_len, output_len=output_len, prompts=prompts, iters=num_iters)
+    run(
+        config,
+        batch_sizes=batch_size,
+        input_len=input_len,
+        output_len=output_len,
+        prompts=prompts,
+        iters=num_iters,
+        plot=plot,
+    )
 
 
 @with_engine_options

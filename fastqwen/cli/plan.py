@@ -19,6 +19,7 @@ from fastqwen.plan.facts import GIB, MIB, PROFILES, EngineProfile
 from fastqwen.plan.gpus import Target, find_target
 from fastqwen.plan.memory import KV_CACHE_DTYPES
 from fastqwen.plan.question import UTILIZATION, Question, Wishes
+from fastqwen.plot import check_plot
 
 NOTICEABLE_BYTES = 64 * MIB
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -76,6 +77,8 @@ def plan(
         profile=_profile(engine),
     )
     _check(wishes, target)
+    if plot is not None:
+        check_plot(plot)
     if model is None:
         if plot is not None or quantization is not None:
             raise BadConfig("--plot and --quantization need a model: fastqwen plan MODEL")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fastqwen.errors import BadConfig
 from fastqwen.plan.advice import Answer, gib
 from fastqwen.plan.engine import budget_bytes
 from fastqwen.plan.facts import GIB, KIB, MIB
 from fastqwen.plan.question import Question, need_of, resolve
 from fastqwen.plan.speed import Speed
+from fastqwen.plot import save_plot
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -153,20 +153,14 @@ def models_table(answers: Iterable[Answer]) -> Table:
 
 
 def plot(question: Question, path: Path) -> None:
-    """Memory of one GPU against context length, stacked, with the card's limit. Raises BadConfig if it cannot."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BadConfig("--plot needs matplotlib: pip install 'fastqwen[plot]'") from None
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise BadConfig(f"--plot is {str(path)!r}, but must end in .png, .svg or .pdf")
+    """Memory of one GPU against context length, stacked, with the card's limit. ``path`` has passed check_plot."""
+    from matplotlib.figure import Figure
+
     load, _, _ = resolve(question)
     most = max(question.model.default_max_len, load.max_model_len)
     lengths = sorted({max(1, most * step // PLOT_POINTS) for step in range(PLOT_POINTS + 1)})
     needs = [need_of(msgspec.structs.replace(question, max_model_len=length)) for length in lengths]
     figure = Figure(figsize=(8, 5))
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.stackplot(
         lengths,
@@ -186,10 +180,7 @@ def plot(question: Question, path: Path) -> None:
     )
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    try:
-        figure.savefig(path, bbox_inches="tight")
-    except OSError as error:
-        raise BadConfig(f"--plot cannot write {path}: {error.strerror or error}") from None
+    save_plot(figure, path, crop=True)
 
 
 def _verdict(answer: Answer) -> str:

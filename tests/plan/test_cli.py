@@ -220,6 +220,7 @@ def test_the_plot(tmp_path: Path):
         (["Qwen-7B", "--gpu", "24GB", "--gpu-memory-utilization", "2"], BadConfig, "--gpu-memory-utilization"),
         (["Qwen-7B", "--gpu", "24GB", "--engine", "steam"], BadConfig, "--engine"),
         (["Qwen-7B", "--gpu", "24GB", "--plot", "memory.txt"], BadConfig, "--plot"),
+        (["Qwen-7B", "--gpu", "24GB", "--plot", "no/such/folder/memory.png"], BadConfig, "--plot cannot write"),
         (["--gpu", "24GB", "--quantization", "int4"], BadConfig, "need a model"),
         (["Qwen-9000B", "--gpu", "24GB"], ModelNotFound, "Qwen-9000B"),
         (["Qwen3-Next-80B-A3B-Instruct", "--gpu", "24GB"], Unsupported, "not served yet"),
