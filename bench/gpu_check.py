@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fastqwen.benchmark.work import decode_step
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineCore
 from fastqwen.records import EngineRequest, SamplingParams
@@ -81,10 +82,9 @@ def run(core: EngineCore) -> tuple[float, int]:
 
 
 def floor_ms(engine: Engine, batch: int, context: int) -> float:
-    read = engine.plan.weights_bytes + batch * context * engine.plan.kv_bytes_per_token
-    if engine.model.tie_word_embeddings is False:
-        read -= engine.model.vocab_size * engine.model.hidden_size * 2  # one row of the embedding is read
-    return read / READ_BYTES_PER_S * 1e3
+    """The weights and the cache that a step must read; of experts, as many as so many tokens choose on average."""
+    needs = decode_step(engine.model, engine.plan.dtype, batch=batch, context_tokens=context)
+    return needs.read_bytes / READ_BYTES_PER_S * 1e3
 
 
 def decode(engine: Engine, model: str, batch: int, context: int, steps: int = 128) -> None:

@@ -2,8 +2,7 @@
 
 python bench/plot_decode.py OUT.png FILE.json [FILE.json ...]
 
-Needs matplotlib: pip install 'fastqwen[plot]'. gpu_check.py's floor reads every expert, so that small batches of a mixture
-of experts, which read only some, pass 100%.
+Needs matplotlib: pip install 'fastqwen[plot]'.
 """
 
 from __future__ import annotations

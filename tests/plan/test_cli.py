@@ -66,7 +66,7 @@ def test_what_is_not_served_yet_says_so_and_what_works_today():
     assert found["fits"]
     assert not found["served"]
     assert found["not_served_yet"] == ["one model on several GPUs", "an 8-bit KV cache"]
-    assert found["changes"][0]["what"] == "a KV cache in the model's own type, one GPU, a context of 34816 tokens"
+    assert found["changes"][0]["what"] == "a KV cache in the model's own type, one GPU, a context of 33792 tokens"
     assert found["command"] == found["changes"][0]["command"]
     text = run("Qwen3-8B", "--gpu", "RTX 3090", "--num-gpus", "2").stdout
     assert "fits on paper; one model on several GPUs is not served yet" in text
