@@ -59,7 +59,7 @@ class Target:
             raise FastqwenError(f"{url!r} is not an address like http://localhost:8000")
         self.host, secure = parts.hostname, parts.scheme == "https"
         self.port = parts.port or (443 if secure else 80)
-        self._address = self.host  # the number behind the name, once a connection has found it: looking it up takes a thread
+        self._address = self.host  # its number once a connection has found it: to look a name up takes a thread
         self._ssl = ssl.create_default_context() if secure else None
         self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

@@ -193,7 +193,7 @@ class ChatRequest(SamplingFields):
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | list[int] | list[str] | list[list[int]]  # ids first: each kind tried before costs an error for each id
+    prompt: str | list[int] | list[str] | list[list[int]]  # ids first: a kind tried before costs an error for each
     suffix: str | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
