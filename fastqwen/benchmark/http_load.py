@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import ssl
 import time
 import urllib.parse
@@ -17,6 +15,7 @@ from fastqwen.errors import FastqwenError
 
 EVENT = b"data: "
 DONE = b"data: [DONE]"
+MAX_REST_BYTES = 2**20  # of a line, or of an answer that is not a stream
 
 
 class _Usage(msgspec.Struct):
@@ -60,25 +59,25 @@ class Target:
             raise FastqwenError(f"{url!r} is not an address like http://localhost:8000")
         self.host, secure = parts.hostname, parts.scheme == "https"
         self.port = parts.port or (443 if secure else 80)
+        self._address = self.host  # its number once a connection has found it: to look a name up takes a thread
         self._ssl = ssl.create_default_context() if secure else None
         self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 
-    async def stream(self, body: dict[str, Any]) -> Stream:
+    async def stream(self, body: bytes) -> Stream:
         """One completion, read to its end; whatever goes wrong is told in ``error``."""
+        loop = asyncio.get_running_loop()
         found = Stream(time.perf_counter())
-        writer = None
+        answer = _Answer(found, self._request(body), loop.create_future())
+        hostname = self.host if self._ssl else None
         try:
-            reader, writer = await asyncio.open_connection(self.host, self.port, ssl=self._ssl, limit=2**20)
-            writer.write(self._request(json.dumps(body).encode()))
-            await self._read(reader, found)
-        except (OSError, asyncio.IncompleteReadError, ValueError, LookupError) as error:
+            transport, _ = await loop.create_connection(
+                lambda: answer, self._address, self.port, ssl=self._ssl, server_hostname=hostname
+            )
+            self._address = transport.get_extra_info("peername", [self.host])[0]
+            await answer.closed
+        except OSError as error:
             found.error = f"{type(error).__name__}: {error}"
-        finally:
-            if writer is not None:
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
         if found.error is None and found.first_s is None:
             found.error = "the stream ended without a token"
         return found
@@ -90,45 +89,90 @@ class Target:
         )
         return head.encode() + data
 
-    async def _read(self, reader: asyncio.StreamReader, found: Stream) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        status = int(head.split(b" ", 2)[1])
-        if status != 200:
-            found.error = f"status {status}: {(await reader.read(2000)).decode(errors='replace').strip()[:300]}"
+
+class _Answer(asyncio.Protocol):
+    """Sends a request and reads its answer as it comes, without the layers of a stream reader: a token costs this side
+    much less than the server."""
+
+    def __init__(self, found: Stream, request: bytes, closed: asyncio.Future[None]) -> None:
+        self._found, self._request, self.closed = found, request, closed
+        self._transport: Any = None
+        self._rest = b""  # what is not yet a whole head, or a whole line
+        self._status: int | None = None
+        self._is_whole = False
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._rest += data
+        if self._status is None:
+            self._read_head()
+        if self._status == 200:
+            self._read_events()
+        if self._is_whole or self._found.error is not None or len(self._rest) > MAX_REST_BYTES:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._is_whole and self._found.error is None:
+            self._found.error = self._why_not_whole(exc)
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def _read_head(self) -> None:
+        head, end, rest = self._rest.partition(b"\r\n\r\n")
+        if not end:
             return
+        try:
+            self._status, self._rest = int(head.split(b" ", 2)[1]), rest
+        except (ValueError, LookupError) as error:
+            self._found.error = f"{type(error).__name__}: {error}"
+
+    def _read_events(self) -> None:
+        now_s = time.perf_counter()
         # Chunk sizes are lines of their own and no event begins like one, so lines can be read as they come.
-        async for line in reader:
+        *lines, self._rest = self._rest.split(b"\n")
+        for line in lines:
             if not line.startswith(EVENT):
                 continue
             if line.startswith(DONE):
+                self._is_whole = True
                 return
-            self.event(line, found)
-            if found.error is not None:
+            take_event(line, self._found, now_s)
+            if self._found.error is not None:
                 return
-        found.error = "the stream broke off"
 
-    @staticmethod
-    def event(line: bytes, found: Stream) -> None:
-        if b'"usage":{' in line or b'"error":{' in line:
-            try:
-                value = _read_closing(line[len(EVENT) :])
-            except (msgspec.DecodeError, ValueError, RecursionError) as error:
-                found.error = f"an event that is no completion chunk: {error}"
-                return
-            if value.error is not None:
-                found.error = str(value.error.get("message") if isinstance(value.error, dict) else value.error)
-            elif not value.choices and value.usage is not None:
-                found.num_tokens = value.usage.completion_tokens
-                return
-        now_s = time.perf_counter()
-        if found.first_s is None:
-            found.first_s = now_s
-        else:
-            found.gaps_s.append(now_s - found.last_s)
-        found.last_s = now_s
+    def _why_not_whole(self, exc: Exception | None) -> str:
+        if exc is not None:
+            return f"{type(exc).__name__}: {exc}"
+        if self._status is None:
+            return "the connection was closed before an answer came"
+        if self._status != 200:
+            return f"status {self._status}: {self._rest.decode(errors='replace').strip()[:300]}"
+        return "the stream broke off"
 
 
-async def closed_loop(target: Target, bodies: list[dict[str, Any]], concurrency: int) -> list[Stream]:
+def take_event(line: bytes, found: Stream, now_s: float) -> None:
+    if b'"usage":{' in line or b'"error":{' in line:
+        try:
+            value = _read_closing(line[len(EVENT) :])
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            found.error = f"an event that is no completion chunk: {error}"
+            return
+        if value.error is not None:
+            found.error = str(value.error.get("message") if isinstance(value.error, dict) else value.error)
+        elif not value.choices and value.usage is not None:
+            found.num_tokens = value.usage.completion_tokens
+            return
+    if found.first_s is None:
+        found.first_s = now_s
+    else:
+        found.gaps_s.append(now_s - found.last_s)
+    found.last_s = now_s
+
+
+async def closed_loop(target: Target, bodies: list[bytes], concurrency: int) -> list[Stream]:
     """All requests, ``concurrency`` of them at any time."""
     waiting = iter(bodies)
 

@@ -11,7 +11,7 @@ from fastqwen.text.detokenizer import Detokenizer
 from fastqwen.text.tokenizer import Tokenizer
 
 
-class Piece(msgspec.Struct):  # one is made for each token: a dataclass takes 0.65 us, this 0.15
+class Piece(msgspec.Struct, gc=False):  # one is made for each token: a dataclass takes 0.65 us, this 0.15
     """What one delta added for the reader. ``abort`` asks the caller to end the sequence in the engine."""
 
     text: str = ""

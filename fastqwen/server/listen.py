@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -19,6 +19,8 @@ from fastqwen.server.http_limits import bounded_http
 from fastqwen.server.state import Door
 
 log = logging.getLogger("fastqwen.server")
+
+Result = TypeVar("Result")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,8 +40,8 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run_loop(main: Coroutine[Any, Any, int]) -> int:
-    """On uvloop where there is one: a token costs the API process half as much."""
+def run_loop(main: Coroutine[Any, Any, Result]) -> Result:
+    """On uvloop where there is one: a token costs a process half as much."""
     if sys.platform == "win32":
         return asyncio.run(main)
     import uvloop

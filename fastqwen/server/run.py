@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import socket
@@ -77,6 +78,8 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
     def on_ready(ready: Ready) -> None:
         bar.close()
         text.tokenizer.limit_length(ready.plan.max_model_len)
+        gc.collect()
+        gc.freeze()  # what was imported and loaded stays: looking through it again would pause every stream
         log.info(
             "%s is ready: %s, context %d tokens, KV cache %d tokens. API %s/v1, documentation %s/docs",
             parts.engine_config.served_names[0],

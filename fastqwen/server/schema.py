@@ -193,7 +193,7 @@ class ChatRequest(SamplingFields):
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[int] | list[str] | list[list[int]]  # ids first: a kind tried before costs an error for each
     suffix: str | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
@@ -205,7 +205,7 @@ class EmbeddingRequest(Body):
     """Token ids are used as they are; texts are closed as the tokenizer's post-processor says."""
 
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | list[int] | list[str] | list[list[int]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     add_special_tokens: bool = True
@@ -267,6 +267,8 @@ def _check_numbers(value: Any) -> None:
         raise BadRequest("the request body contains NaN or an infinite number, which JSON does not have")
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         raise BadRequest("the request body contains a whole number of more than 64 bits")
+    if isinstance(value, list) and set(map(type, value)) == {int}:  # a prompt's ids: two of them speak for all
+        value = [min(value), max(value)]
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
             if not isinstance(item, str):

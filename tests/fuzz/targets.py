@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from fastqwen.benchmark.http_load import Stream, Target
+from fastqwen.benchmark.http_load import Stream, take_event
 from fastqwen.client.assemble import Assembler
 from fastqwen.client.remote import deltas_of_line
 from fastqwen.errors import BadRequest, FastqwenError
@@ -225,7 +225,7 @@ def server_events(data: bytes) -> None:
             pass
     for raw in data.split(b"\n"):
         if raw.startswith(b"data: "):
-            Target.event(raw, Stream(start_s=0.0))
+            take_event(raw, Stream(start_s=0.0), 0.0)
 
 
 @cache
