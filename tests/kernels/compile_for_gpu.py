@@ -129,7 +129,7 @@ def expert_cases() -> Iterator[Case]:
         tiling = experts.group_tiling(pairs, 128)
         for gated in (True, False):
             sizes = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.gate_n if gated else tiling.block_n}
-            sizes |= {"BLOCK_K": tiling.block_k, "EVEN_K": True, "PRECISION": "tf32"}
+            sizes |= {"BLOCK_K": tiling.block_k, "EVEN_K": True, "PRECISION": "tf32", "HALVES": tiling.block_m >= 128}
             yield (
                 experts._grouped,
                 {**many, **sizes, "GATED": gated, "PER_PAIR": not gated},

@@ -17,7 +17,7 @@ if DEVICE == "cpu":
 
 from fastqwen.kernels import HeadShape, LayerCache  # noqa: E402
 from fastqwen.kernels.reference import ReferenceOps  # noqa: E402
-from fastqwen.kernels.triton import attention, linear  # noqa: E402
+from fastqwen.kernels.triton import attention, experts, linear  # noqa: E402
 from fastqwen.kernels.triton.ops import TritonOps  # noqa: E402
 from fastqwen.kernels.triton.workspace import Workspace  # noqa: E402
 from tests.kernels.batches import make_batch  # noqa: E402
@@ -98,6 +98,25 @@ def test_experts(ops: TritonOps, dtype: torch.dtype, tokens: int, normalize: boo
         ops.add_experts(residual, norm, 1e-6, router, gate_up, down, top_k=3, normalize=normalize)
         REFERENCE.add_experts(expected, norm, 1e-6, router, gate_up, down, top_k=3, normalize=normalize)
         close(residual, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_experts_last_tile_may_have_half_the_height(dtype: torch.dtype):
+    """Of 128 pairs and more: one whole tile, one and a half, and less than half of one."""
+    hidden, size, loads = 64, 32, (128, 190, 17)
+    gate_up = random(3, 2 * size, hidden, dtype=dtype, scale=hidden**-0.5)
+    down = random(3, hidden, size, dtype=dtype, scale=size**-0.5)
+    chosen = torch.cat([torch.full((load,), expert) for expert, load in enumerate(loads)])
+    chosen = chosen[torch.randperm(len(chosen))].to(DEVICE)
+    logits = torch.nn.functional.one_hot(chosen, 3).to(dtype) * 4
+    x, residual = random(len(chosen), hidden, dtype=dtype), random(len(chosen), hidden, dtype=dtype)
+    wide = torch.einsum("th,tgh->tg", x.float(), gate_up[chosen].float())
+    inner = torch.nn.functional.silu(wide[:, :size]) * wide[:, size:]
+    expected = residual.float() + torch.einsum("ts,ths->th", inner, down[chosen].float())
+    counts = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    tiling = experts.GroupTiling(128, 64, 32, 32, 4, 2)
+    experts.add_experts(residual, x, logits, gate_up, down, counts, top_k=1, normalize=True, tiling=tiling)
+    close(residual, expected.to(dtype), dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -74,47 +74,11 @@ def _route(
         tl.store(members_ptr + expert * tokens + place, pair, mask=given)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _grouped(
-    x_ptr,  # [rows, k]: a row per token (PER_PAIR false) or per pair
-    w_ptr,  # [EXPERTS, n, k], or [EXPERTS, 2 * n, k] if GATED
-    out_ptr,  # [pairs, n]
-    weights_ptr,
-    counts_ptr,
-    members_ptr,
-    tokens,
-    k_size,
-    n_size,
-    EXPERTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GATED: tl.constexpr,
-    PER_PAIR: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """A tile of one expert's pairs times a tile of its outputs; gated: silu(gate) * up; else: times the pair's weight.
-
-    The experts' tiles follow each other; a program finds its own from the experts' counts.
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    every = tl.arange(0, PADDED)
-    counts = tl.load(counts_ptr + every, mask=every < EXPERTS, other=0)
-    tiles = tl.cdiv(counts, BLOCK_M)
-    ends = tl.cumsum(tiles, axis=0)
-    index = tl.program_id(1)
-    expert = tl.sum((ends <= index).to(tl.int32), axis=0)
-    if expert >= EXPERTS:
-        return
-    count = tl.sum(tl.where(every == expert, counts, 0), axis=0)
-    start = (index - tl.sum(tl.where(every < expert, tiles, 0), axis=0)) * BLOCK_M
-    expert = expert.to(tl.int64)
+@triton.jit
+def _tile(x_ptr, w_ptr, out_ptr, weights_ptr, members_ptr, tokens, k_size, n_size, expert, start, count,
+          TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+          GATED: tl.constexpr, PER_PAIR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The pairs from ``start`` on of an expert that has ``count``, for the program's outputs."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = start + tl.arange(0, BLOCK_M)
     live_m, live_n = m < count, n < n_size
@@ -148,6 +112,59 @@ def _grouped(
         acc *= tl.load(weights_ptr + pair, mask=live_m, other=0.0)[:, None]
     place = pair.to(tl.int64)[:, None] * n_size + n[None, :]
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _grouped(
+    x_ptr,  # [rows, k]: a row per token (PER_PAIR false) or per pair
+    w_ptr,  # [EXPERTS, n, k], or [EXPERTS, 2 * n, k] if GATED
+    out_ptr,  # [pairs, n]
+    weights_ptr,
+    counts_ptr,
+    members_ptr,
+    tokens,
+    k_size,
+    n_size,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr,
+    PER_PAIR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HALVES: tl.constexpr,  # an expert's last tile may have half the height
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A tile of one expert's pairs times a tile of its outputs; gated: silu(gate) * up; else: times the pair's weight.
+
+    The experts' tiles follow each other; a program finds its own from the experts' counts.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    every = tl.arange(0, PADDED)
+    counts = tl.load(counts_ptr + every, mask=every < EXPERTS, other=0)
+    tiles = tl.cdiv(counts, BLOCK_M)
+    ends = tl.cumsum(tiles, axis=0)
+    index = tl.program_id(1)
+    expert = tl.sum((ends <= index).to(tl.int32), axis=0)
+    if expert >= EXPERTS:
+        return
+    count = tl.sum(tl.where(every == expert, counts, 0), axis=0)
+    start = (index - tl.sum(tl.where(every < expert, tiles, 0), axis=0)) * BLOCK_M
+    if HALVES and count - start <= BLOCK_M // 2:
+        _tile(
+            x_ptr, w_ptr, out_ptr, weights_ptr, members_ptr, tokens, k_size, n_size, expert.to(tl.int64), start, count,
+            TOP_K, BLOCK_M // 2, BLOCK_N, BLOCK_K, GATED, PER_PAIR, EVEN_K, PRECISION,
+        )  # fmt: skip
+    else:
+        _tile(
+            x_ptr, w_ptr, out_ptr, weights_ptr, members_ptr, tokens, k_size, n_size, expert.to(tl.int64), start, count,
+            TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, GATED, PER_PAIR, EVEN_K, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -307,7 +324,8 @@ def add_experts(
     many: dict[str, Any] = {"EXPERTS": num_experts, "PADDED": padded, "TOP_K": top_k, "PDL": pdl}
     t = tiling or group_tiling(pairs, num_experts)
     num_tiles = min(num_experts, pairs) + pairs // t.block_m
-    many |= {"BLOCK_M": t.block_m, "BLOCK_K": t.block_k, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
+    many |= {"BLOCK_M": t.block_m, "BLOCK_K": t.block_k, "HALVES": t.block_m >= 128}
+    many |= {"PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
     launch |= {"num_warps": t.num_warps, "num_stages": t.num_stages}
     inner = torch.empty((pairs, size), dtype=x.dtype, device=x.device)
     _grouped[(triton.cdiv(size, t.gate_n), num_tiles)](
