@@ -123,8 +123,8 @@ def streamed_attention_cases() -> Iterator[Case]:
 def expert_cases() -> Iterator[Case]:
     many = {"EXPERTS": 128, "PADDED": 128, "TOP_K": 8, "PDL": True}
     route = {**many, "TOP_K_2": 8, "NORMALIZE": True, "ROUND_TO": tl.bfloat16}
-    yield experts._route, {**route, "LISTS": True}, 1, 3
-    yield experts._route, {**route, "LISTS": False, "counts_ptr": None}, 1, 3
+    yield experts._route, {**route, "LISTS": True, "BLOCK_T": 4}, 4, 3
+    yield experts._route, {**route, "LISTS": False, "BLOCK_T": 1, "counts_ptr": None}, 1, 3
     for pairs in (64, 2048, 4096, 65536):
         tiling = experts.group_tiling(pairs, 128)
         for gated in (True, False):

@@ -81,7 +81,7 @@ def test_rows(ops: TritonOps, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "normalize"), [(1, True), (1, False), (9, True), (40, False)])
+@pytest.mark.parametrize(("tokens", "normalize"), [(1, True), (1, False), (9, True), (40, False), (259, True)])
 def test_experts(ops: TritonOps, dtype: torch.dtype, tokens: int, normalize: bool):
     """One token, a few, and so many that an expert has more than one tile."""
     hidden, size, count = 64, 48, 6

@@ -41,32 +41,35 @@ def _route(
     NORMALIZE: tl.constexpr,
     ROUND_TO: tl.constexpr,
     LISTS: tl.constexpr,  # whether each expert's pairs are listed as well
+    BLOCK_T: tl.constexpr,  # tokens of a program, a warp each
     PDL: tl.constexpr,
 ):
-    """A token's experts by falling chance, among equals the lower id first."""
-    token = tl.program_id(0)
-    at = tl.arange(0, PADDED)
-    choice = tl.arange(0, TOP_K_2)
+    """Each token's experts by falling chance, among equals the lower id first."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    at = tl.arange(0, PADDED)[None, :]
+    choice = tl.arange(0, TOP_K_2)[None, :]
+    here = (token < tokens)[:, None]
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    x = tl.load(logits_ptr + token * EXPERTS + at, mask=at < EXPERTS, other=float("-inf")).to(tl.float32)
-    shifted = tl.exp(x - tl.max(x, axis=0))
-    total = tl.sum(shifted, axis=0)
+    row = logits_ptr + token[:, None] * EXPERTS
+    x = tl.load(row + at, mask=here & (at < EXPERTS), other=float("-inf")).to(tl.float32)
+    shifted = tl.exp(x - tl.max(x, axis=1)[:, None])
+    total = tl.sum(shifted, axis=1)
     left = tl.where(at < EXPERTS, _keys(x, at), -1)
-    expert = tl.zeros((TOP_K_2,), dtype=tl.int32)
-    chance = tl.zeros((TOP_K_2,), dtype=tl.float32)
+    expert = tl.zeros((BLOCK_T, TOP_K_2), dtype=tl.int32)
+    chance = tl.zeros((BLOCK_T, TOP_K_2), dtype=tl.float32)
     for index in tl.static_range(TOP_K):
-        best = tl.max(left, axis=0)
+        best = tl.max(left, axis=1)[:, None]
         found = 65535 - (best & 0xFFFF).to(tl.int32)
         expert = tl.where(choice == index, found, expert)
-        chance = tl.where(choice == index, tl.sum(tl.where(at == found, shifted, 0.0), axis=0), chance)
+        chance = tl.where(choice == index, tl.sum(tl.where(at == found, shifted, 0.0), axis=1)[:, None], chance)
         left = tl.where(left == best, -1, left)
-    chance = chance / total
+    chance = chance / total[:, None]
     if NORMALIZE:
-        chance = chance / tl.sum(chance, axis=0)
-    given = choice < TOP_K
-    pair = token * TOP_K + choice
+        chance = chance / tl.sum(chance, axis=1)[:, None]
+    given = here & (choice < TOP_K)
+    pair = token[:, None] * TOP_K + choice
     tl.store(ids_ptr + pair, expert, mask=given)
     tl.store(weights_ptr + pair, chance.to(ROUND_TO).to(tl.float32), mask=given)
     if LISTS:
@@ -289,11 +292,12 @@ def route(
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=device)
     members = torch.empty((num_experts, tokens if lists else 0), dtype=torch.int32, device=device)
     pdl = supports_overlap(device)
-    _route[(tokens,)](
+    block_t = 4 if tokens > 256 else 1  # more warps run at once on a multiprocessor than programs of one
+    _route[(triton.cdiv(tokens, block_t),)](
         logits, ids, weights, counts, members, tokens,
         EXPERTS=num_experts, PADDED=triton.next_power_of_2(num_experts), TOP_K=top_k,
         TOP_K_2=triton.next_power_of_2(top_k), NORMALIZE=normalize, ROUND_TO=_TYPES[logits.dtype], LISTS=lists, PDL=pdl,
-        num_warps=1, **overlapping(pdl),
+        BLOCK_T=block_t, num_warps=block_t, **overlapping(pdl),
     )  # fmt: skip
     return ids, weights, members
 
