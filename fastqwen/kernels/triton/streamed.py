@@ -196,7 +196,7 @@ def stream_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> Stre
     blocks, steps = n_size // BLOCK_N, k_size // 128
     if gated:
         if k_size >= 4096 or m_size > 16:
-            return StreamTiling(64, 1, 4)
+            return StreamTiling(64, 1, 3 if 8 < m_size <= 16 else 4)
         return StreamTiling(128, min(3, max(1, steps * 3 // 8)) if m_size <= 8 else 1, 3)
     if m_size > 16:
         return StreamTiling(128, 2 if blocks < 128 else 1, 4 if m_size <= 32 else 3)
