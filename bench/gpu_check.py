@@ -95,7 +95,7 @@ def decode(engine: Engine, model: str, batch: int, context: int, steps: int = 12
     times = {}
     for outputs in (1, 1 + steps):
         found = []
-        for _ in range(3 if batch < 256 else 2):
+        for _ in range(3 if batch < 64 else 2 if batch < 256 else 1):
             add(core, batch, [context] * batch, [outputs] * batch, vocab, f"d{outputs}")
             found.append(run(core)[0])
         times[outputs] = statistics.median(found)

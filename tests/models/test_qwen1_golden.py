@@ -114,13 +114,13 @@ def test_in_one_mixed_batch_under_any_chunking(checkpoint: Path, reference: Any,
 def test_after_preemption(checkpoint: Path, reference: Any, compare: ModuleType):
     """Recomputing keeps the first alpha: with a fresh one 100 + 64 tokens at seq_length 128 would differ."""
     per_token = 2 * 4 * 256 * 4
-    core = start(checkpoint, kv_cache_memory_bytes=per_token * 16 * 38, enable_prefix_caching=False)
+    core = start(checkpoint, block_size=16, kv_cache_memory_bytes=per_token * 16 * 38, enable_prefix_caching=False)
     check(greedy(core, prompts(reference)), reference, compare)
     assert core.scheduler.num_preemptions > 0
 
 
 def test_with_a_warm_prefix_cache(checkpoint: Path, reference: Any, compare: ModuleType):
-    core = start(checkpoint)
+    core = start(checkpoint, block_size=16)
     check(greedy(core, prompts(reference)), reference, compare)
     assert core.scheduler.num_prefix_hits == 0
     check(greedy(core, prompts(reference)), reference, compare)
@@ -130,7 +130,7 @@ def test_with_a_warm_prefix_cache(checkpoint: Path, reference: Any, compare: Mod
 def test_blocks_are_shared_only_at_equal_alpha(checkpoint: Path, reference: Any):
     """A prompt of 300 begins with one of 100, but its keys are rotated by another alpha."""
     long = reference["prompt_300"].tolist()
-    core = start(checkpoint)
+    core = start(checkpoint, block_size=16)
     greedy(core, [long[:100]], 4)
     greedy(core, [long], 4)
     assert core.scheduler.num_prefix_hits == 0

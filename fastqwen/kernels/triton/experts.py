@@ -270,9 +270,11 @@ class GroupTiling:
     num_stages: int
 
 
-def group_tiling(pairs: int, num_experts: int) -> GroupTiling:
+def group_tiling(pairs: int, num_experts: int, element_bytes: int = 2) -> GroupTiling:
     """By how many pairs an expert has on average; a tile should hold most experts' pairs, or be full."""
     average = pairs / num_experts
+    if element_bytes > 2:  # shared memory holds half as much
+        return GroupTiling(16, 64, 32, 64, 4, 3) if average <= 8 else GroupTiling(64, 64, 64, 64, 4, 2)
     if average <= 8:
         return GroupTiling(16, 64, 64, 128, 4, 4)
     if average <= 24:
@@ -326,7 +328,7 @@ def add_experts(
     launch = overlapping(pdl)
     padded = triton.next_power_of_2(num_experts)
     many: dict[str, Any] = {"EXPERTS": num_experts, "PADDED": padded, "TOP_K": top_k, "PDL": pdl}
-    t = tiling or group_tiling(pairs, num_experts)
+    t = tiling or group_tiling(pairs, num_experts, x.element_size())
     num_tiles = min(num_experts, pairs) + pairs // t.block_m
     many |= {"BLOCK_M": t.block_m, "BLOCK_K": t.block_k, "HALVES": t.block_m >= 128}
     many |= {"PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
