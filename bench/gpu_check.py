@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fastqwen.benchmark.latency import host_ms
 from fastqwen.benchmark.work import decode_step
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineCore
@@ -126,20 +127,8 @@ def prefill(engine: Engine, model: str) -> None:
 
 
 def host_share(engine: Engine, model: str, batch: int) -> None:
-    """How much of a step the host needs, by running it on steps whose device work is not waited for."""
-    core, vocab = engine.core, engine.model.vocab_size
-    add(core, batch, [128] * batch, [200] * batch, vocab, "host")
-    for _ in range(20):
-        core.step()
-    spent = []
-    for _ in range(100):
-        torch.cuda.synchronize()
-        began_s = time.perf_counter()
-        core.step()
-        spent.append(time.perf_counter() - began_s)
-    while core.has_work:
-        core.step()
-    note(f"{model} host b{batch}", ms=statistics.median(spent) * 1e3)
+    add(engine.core, batch, [128] * batch, [200] * batch, engine.model.vocab_size, "host")
+    note(f"{model} host b{batch}", ms=host_ms(engine.core, torch.cuda.synchronize))
 
 
 def random_requests(model: str, count: int = 1000) -> None:

@@ -45,12 +45,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     prompts_first: Annotated[
-        bool,
+        bool | None,
         option(
             "Compute prompts that wait before running streams go on: the streams pause longer, and more is computed in all. "
-            "For batches that nobody watches; the Python interface does it."
+            "Default: for batches, which nobody watches, and not in serve."
         ),
-    ] = False
+    ] = None
     block_size: Annotated[int | None, option("Tokens in a KV cache block. Default: 16 on a CPU, 64 on a GPU.")] = None
     gpu_memory_utilization: Annotated[float, option("Share of the GPU's memory that fastqwen may use.")] = 0.9
     kv_cache_memory_bytes: Annotated[

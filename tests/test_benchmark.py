@@ -14,6 +14,7 @@ import pytest
 
 from fastqwen.benchmark.curves import plot_decode
 from fastqwen.benchmark.http_load import Stream
+from fastqwen.benchmark.latency import host_ms
 from fastqwen.benchmark.machine import Machine
 from fastqwen.benchmark.report import commit, shares, table
 from fastqwen.benchmark.serve import quantile, summary
@@ -22,6 +23,7 @@ from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.models import read_config
 from fastqwen.plot import check_plot, save_plot
 from fastqwen.version import __version__
+from tests.engine.fakes import make_engine, request
 from tests.models.tiny import MOE, make
 from tests.server.live import ROOT, environment, one_line, run
 
@@ -64,8 +66,18 @@ def test_latency(config_only: Path, tmp_path: Path):
     for one in found["results"]:
         assert one["tokens_per_s"] > 0 and 0 < one["flop_share"] < 1
         assert one["floor_share"] == max(one["bandwidth_share"], one["flop_share"])
+        assert one.get("host_ms") is None, "a CPU computes the step itself"
     assert "of bandwidth" in done.stdout
     assert png_size(picture) == (1200, 700)
+
+
+def test_the_hosts_work_is_what_a_step_takes_when_the_device_is_idle():
+    engine, executor = make_engine(run_ahead=2)
+    for name in "abc":
+        engine.add(request(name, 10, 6))
+    asked = []
+    assert host_ms(engine, lambda: asked.append(len(executor.batches))) > 0
+    assert not engine.has_work and len(asked) >= 6, "the device was waited for before each step"
 
 
 def test_throughput(config_only: Path):

@@ -51,7 +51,10 @@ def latency(
     from fastqwen.benchmark.latency import run
     from fastqwen.config import EngineConfig
 
-    config = EngineConfig(model=model, **{**engine, "skip_tokenizer_init": True, "enable_prefix_caching": False})
+    own = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
+    if engine["prompts_first"] is None:
+        own["prompts_first"] = True  # as LLM does it
+    config = EngineConfig(model=model, **{**engine, **own})
     prompts = (int(shape[1]), int(shape[2]))
     run(
         config,

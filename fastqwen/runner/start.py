@@ -79,7 +79,7 @@ def start_engine(
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_num_mixed_tokens=plan.max_num_mixed_tokens,
         tile_tokens=STEP_TILE if device.type == "cuda" else 1,
-        prompts_first=config.prompts_first,
+        prompts_first=bool(config.prompts_first),
         enable_prefix_caching=config.enable_prefix_caching,
         rope_key_of=partial(rope_key, checkpoint.model.rope, per_request=config.rope_per_request),
     )
