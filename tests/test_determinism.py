@@ -119,9 +119,11 @@ def test_the_same_whatever_runs_beside_it(
         torch.set_num_threads(threads)
 
 
-def test_the_same_after_being_pushed_out(folder: Path, alone: list[tuple[Any, ...]]):
+@pytest.mark.parametrize("prompts_first", [True, False])
+def test_the_same_after_being_pushed_out(folder: Path, alone: list[tuple[Any, ...]], prompts_first: bool):
     plan = engine(folder)._engine.plan
     room = 40 * 8 * plan.kv_bytes_per_token
-    llm = engine(folder, block_size=8, kv_cache_memory_bytes=room, max_model_len=256)
+    few = {"block_size": 8, "kv_cache_memory_bytes": room, "max_model_len": 256}
+    llm = engine(folder, **few, prompts_first=prompts_first)
     assert answers(llm, SHUFFLED) == alone
     assert llm._engine.core.stats().num_preemptions > 0
