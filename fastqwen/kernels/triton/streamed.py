@@ -46,6 +46,36 @@ def _ask_inputs(ring, rows, live, stage, begin, stop, BLOCK_K: gl.constexpr, LAY
         async_load(ring.index(stage), rows + k[None, :], mask=live)
 
 
+@gluon.jit
+def _add_parts(acc, acc_up, partial_ptr, counter_ptr, pid_n, pid_k, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+               SPLIT_K: gl.constexpr, GATED: gl.constexpr, MMA: gl.constexpr):  # fmt: skip
+    """Leave this program's part of a tile. Whether it was the last of them, and then the sum of all, in their order: the
+    result has the same bits whoever is last."""
+    n_at = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
+    m_at = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
+    tile = n_at[:, None] * BLOCK_M + m_at[None, :]
+    size: gl.constexpr = BLOCK_N * BLOCK_M * (2 if GATED else 1)
+    blocks = gl.num_programs(0)
+    mine = partial_ptr + (pid_k * blocks + pid_n) * size
+    gl.store(mine + tile, acc)
+    if GATED:
+        gl.store(mine + BLOCK_N * BLOCK_M + tile, acc_up)
+    barrier()
+    arrived = gl.atomic_add(counter_ptr + pid_n, 1, sem="acq_rel")
+    last = arrived == SPLIT_K - 1
+    if last:
+        barrier()
+        acc = gl.zeros((BLOCK_N, BLOCK_M), dtype=gl.float32, layout=MMA)
+        acc_up = gl.zeros((BLOCK_N, BLOCK_M), dtype=gl.float32, layout=MMA)
+        for part in gl.static_range(SPLIT_K):  # unrolled: all parts are on their way at once
+            theirs = partial_ptr + (part * blocks + pid_n) * size
+            acc += gl.load(theirs + tile, cache_modifier=".cg")
+            if GATED:
+                acc_up += gl.load(theirs + BLOCK_N * BLOCK_M + tile, cache_modifier=".cg")
+        gl.store(counter_ptr + pid_n, 0)
+    return last, acc, acc_up
+
+
 @gluon.jit(do_not_specialize=["m_size"])
 def _streamed(
     x_ptr,  # [m, k]
@@ -131,28 +161,9 @@ def _streamed(
 
     last = True
     if SPLIT_K > 1:
-        n_at = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))
-        m_at = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma))
-        tile = n_at[:, None] * BLOCK_M + m_at[None, :]
-        size: gl.constexpr = ROWS * BLOCK_M
-        blocks = gl.num_programs(0)
-        mine = partial_ptr + (pid_k * blocks + pid_n) * size
-        gl.store(mine + tile, acc)
-        if GATED:
-            gl.store(mine + BLOCK_N * BLOCK_M + tile, acc_up)
-        barrier()
-        arrived = gl.atomic_add(counter_ptr + pid_n, 1, sem="acq_rel")
-        last = arrived == SPLIT_K - 1
-        if last:
-            barrier()
-            acc = gl.zeros((BLOCK_N, BLOCK_M), dtype=gl.float32, layout=mma)
-            acc_up = gl.zeros((BLOCK_N, BLOCK_M), dtype=gl.float32, layout=mma)
-            for part in gl.static_range(SPLIT_K):  # unrolled: all parts are on their way at once
-                theirs = partial_ptr + (part * blocks + pid_n) * size
-                acc += gl.load(theirs + tile, cache_modifier=".cg")
-                if GATED:
-                    acc_up += gl.load(theirs + BLOCK_N * BLOCK_M + tile, cache_modifier=".cg")
-            gl.store(counter_ptr + pid_n, 0)
+        last, acc, acc_up = _add_parts(
+            acc, acc_up, partial_ptr, counter_ptr, pid_n, pid_k, BLOCK_M, BLOCK_N, SPLIT_K, GATED, mma
+        )
     if last:
         if BIAS:
             bias = bias_ptr + pid_n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))

@@ -58,6 +58,23 @@ def _rotated(x_ptr, norm_ptr, cos_sin_ptr, rows, dim, live, eps, DIM: gl.constex
 
 
 @gluon.jit
+def _store_new_token(q, qkv, kv_head, k_cache_ptr, v_cache_ptr, home, norm_ptr, cos_sin_ptr, head, dim, eps, scale,
+                     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, NORM: gl.constexpr,
+                     MMA: gl.constexpr):  # fmt: skip
+    """The new token's key, normalised and rotated, and its value go to the cache. Its scores, float32 [heads], and the
+    value [DIM], where MMA has its columns and rows."""
+    # The same key in every line, so that it stands where the queries do.
+    k = _rotated(qkv + (HEADS + kv_head) * DIM, norm_ptr, cos_sin_ptr, head * 0, dim, head >= 0, eps, DIM, NORM)
+    k = k.to(q.dtype)
+    gl.store(k_cache_ptr + home + dim[None, :] + head[:, None] * 0, k, mask=(head == 0)[:, None])
+    scores = gl.convert_layout(gl.sum(q.to(gl.float32) * k.to(gl.float32), axis=1) * scale, gl.SliceLayout(0, MMA))
+    high = gl.arange(0, DIM, layout=gl.SliceLayout(1, MMA))
+    v = gl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + high)
+    gl.store(v_cache_ptr + home + high, v)
+    return scores, v
+
+
+@gluon.jit
 def _combine(partial_ptr, stats_ptr, out_ptr, slab, parts, GROUP: gl.constexpr, HEADS_2: gl.constexpr,
              DIM: gl.constexpr):  # fmt: skip
     """Add the parts of a context up, in their order, eight at a time."""
@@ -91,6 +108,35 @@ def _combine(partial_ptr, stats_ptr, out_ptr, slab, parts, GROUP: gl.constexpr, 
     gl.store(
         out_ptr + group[:, None] * DIM + dim[None, :], found.to(out_ptr.dtype.element_ty), mask=(group < GROUP)[:, None]
     )
+
+
+@gluon.jit
+def _write(acc, top, total, out_ptr, partial_ptr, stats_ptr, counter_ptr, kv_head, row, split, splits, parts,
+           HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS_2: gl.constexpr, DIM: gl.constexpr,
+           MMA: gl.constexpr):  # fmt: skip
+    """The result, if this is the context's only part; else this part, and if it is the last to arrive, the sum of all."""
+    along: gl.constexpr = gl.BlockedLayout([4, 1], [DIM // 4, 128 // DIM], [1, 4], [0, 1])
+    dim = gl.arange(0, DIM, layout=gl.SliceLayout(1, along))
+    head = gl.arange(0, HEADS_2, layout=gl.SliceLayout(0, along))
+    live = (head < GROUP)[None, :]
+    place = head[None, :] * DIM + dim[:, None]
+    out_row = out_ptr + (row.to(gl.int64) * HEADS + kv_head * GROUP) * DIM
+    if parts == 1:
+        found = gl.convert_layout(acc / total[None, :], along)
+        gl.store(out_row + place, found.to(out_ptr.dtype.element_ty), mask=live)
+    else:
+        slab = (row.to(gl.int64) * KV_HEADS + kv_head) * splits
+        mine = slab + split
+        gl.store(partial_ptr + mine * GROUP * DIM + place, gl.convert_layout(acc, along), mask=live)
+        spot = gl.arange(0, HEADS_2, layout=gl.SliceLayout(0, MMA))
+        gl.store(stats_ptr + mine * 2 * GROUP + spot, top, mask=spot < GROUP)
+        gl.store(stats_ptr + mine * 2 * GROUP + GROUP + spot, total, mask=spot < GROUP)
+        barrier()
+        arrived = gl.atomic_add(counter_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
+        if arrived == parts - 1:
+            barrier()
+            _combine(partial_ptr, stats_ptr, out_row, slab, parts, GROUP, HEADS_2, DIM)
+            gl.store(counter_ptr + row * KV_HEADS + kv_head, 0)
 
 
 @gluon.jit(do_not_specialize=["splits"])
@@ -164,9 +210,8 @@ def _decode_streamed(
     if PDL:
         gdc_wait()
 
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    head = gl.arange(0, HEADS_2, layout=gl.SliceLayout(1, wide))
-    dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, wide))
+    head = gl.arange(0, HEADS_2, layout=gl.SliceLayout(1, copy))
+    dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, copy))
     qkv = qkv_ptr + row.to(gl.int64) * (HEADS + 2 * KV_HEADS) * DIM
     cos_sin = cos_sin_ptr + row * DIM
     q = _rotated(qkv + kv_head * GROUP * DIM, q_norm_ptr, cos_sin, head * DIM, dim, head < GROUP, eps, DIM, NORM)
@@ -181,17 +226,11 @@ def _decode_streamed(
     if split == parts - 1:
         block = gl.load(table + position // BLOCK_SIZE).to(gl.int64)
         home = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * DIM
-        # The same key in every line, so that it stands where the queries do.
-        k = _rotated(qkv + (HEADS + kv_head) * DIM, k_norm_ptr, cos_sin, head * 0, dim, head >= 0, eps, DIM, NORM).to(
-            dtype
-        )
-        gl.store(k_cache_ptr + home + dim[None, :] + head[:, None] * 0, k, mask=(head == 0)[:, None])
-        scores = gl.sum(q.to(gl.float32) * k.to(gl.float32), axis=1) * scale
-        top = gl.convert_layout(scores, gl.SliceLayout(0, mma))
+        top, v = _store_new_token(
+            q, qkv, kv_head, k_cache_ptr, v_cache_ptr, home, k_norm_ptr, cos_sin, head, dim, eps, scale,
+            HEADS, KV_HEADS, DIM, NORM, mma,
+        )  # fmt: skip
         total += 1.0
-        high = gl.arange(0, DIM, layout=gl.SliceLayout(1, mma))
-        v = gl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + high)
-        gl.store(v_cache_ptr + home + high, v)
         acc += v.to(gl.float32)[:, None]
 
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, mma))
@@ -221,28 +260,10 @@ def _decode_streamed(
         _ask(values, v_cache_ptr, table, kv_head, at + KEYS, position, stop, KV_HEADS, DIM, BLOCK_SIZE, KEYS, copy)
     async_copy.wait_group(0)
 
-    along: gl.constexpr = gl.BlockedLayout([4, 1], [DIM // 4, 128 // DIM], [1, 4], [0, 1])
-    out_dim = gl.arange(0, DIM, layout=gl.SliceLayout(1, along))
-    out_head = gl.arange(0, HEADS_2, layout=gl.SliceLayout(0, along))
-    live = (out_head < GROUP)[None, :]
-    place = out_head[None, :] * DIM + out_dim[:, None]
-    out_row = out_ptr + (row.to(gl.int64) * HEADS + kv_head * GROUP) * DIM
-    if parts == 1:
-        found = gl.convert_layout(acc / total[None, :], along)
-        gl.store(out_row + place, found.to(out_ptr.dtype.element_ty), mask=live)
-    else:
-        slab = (row.to(gl.int64) * KV_HEADS + kv_head) * splits
-        mine = slab + split
-        gl.store(partial_ptr + mine * GROUP * DIM + place, gl.convert_layout(acc, along), mask=live)
-        spot = gl.arange(0, HEADS_2, layout=gl.SliceLayout(0, mma))
-        gl.store(stats_ptr + mine * 2 * GROUP + spot, top, mask=spot < GROUP)
-        gl.store(stats_ptr + mine * 2 * GROUP + GROUP + spot, total, mask=spot < GROUP)
-        barrier()
-        arrived = gl.atomic_add(counter_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
-        if arrived == parts - 1:
-            barrier()
-            _combine(partial_ptr, stats_ptr, out_row, slab, parts, GROUP, HEADS_2, DIM)
-            gl.store(counter_ptr + row * KV_HEADS + kv_head, 0)
+    _write(
+        acc, top, total, out_ptr, partial_ptr, stats_ptr, counter_ptr, kv_head, row, split, splits, parts,
+        HEADS, KV_HEADS, GROUP, HEADS_2, DIM, mma,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
