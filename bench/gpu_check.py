@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastqwen.benchmark.latency import host_ms
+from fastqwen.benchmark.report import commit
 from fastqwen.benchmark.work import decode_step
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineCore
@@ -195,7 +196,7 @@ def profile_prefill(engine: Engine, model: str) -> None:
 
 
 # (running streams with 600 tokens each, prompts, tokens of each)
-STEPS = ((0, 1, 128), (0, 1, 512), (16, 1, 512), (64, 3, 512), (0, 4, 512), (256, 3, 512), (256, 16, 512), (0, 8, 1024),
+STEPS = ((0, 1, 128), (0, 1, 512), (16, 1, 512), (64, 3, 512), (0, 4, 512), (192, 3, 512), (192, 16, 512), (0, 8, 1024),
          (8, 8, 1024), (0, 2, 4096))  # fmt: skip
 
 
@@ -299,7 +300,7 @@ def kernels() -> None:
 
 def main() -> None:
     out, words = Path(sys.argv[1]), sys.argv[2:]
-    note("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, commit=_commit())
+    note("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, commit=commit())
     try:
         if "kernels" in words:
             kernels()
@@ -309,13 +310,6 @@ def main() -> None:
     finally:
         out.write_text(json.dumps({"command": sys.argv, **RESULTS}, indent=1))
     print(json.dumps(RESULTS))
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

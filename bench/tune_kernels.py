@@ -100,14 +100,13 @@ def streamed_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
     """What linear.py chooses, and the kernel whose weights are on their way early."""
     space, gated = Workspace(torch.device("cuda")), kind == "gated"
     found: list[streamed.StreamTiling | None] = [None]
-    sizes = product((64, 128) if m > 16 and not gated else (64,), (64, 128), (3, 4, 6), (1, 2, 3, 4, 6, 8))
-    for block_n, block_k, stages, split in sizes:
-        size = (block_n * (2 if gated else 1) + max(8, m)) * block_k * 2 * stages
-        programs = n // block_n * split
-        full = 40_000 < size < 115_000 and k // block_k >= split * 2 and n % block_n == 0
+    for block_k, stages, split in product((64, 128), (3, 4, 6), (1, 2, 3, 4, 6, 8)):
+        size = (streamed.BLOCK_N * (2 if gated else 1) + max(8, m)) * block_k * 2 * stages
+        programs = n // streamed.BLOCK_N * split
+        full = 40_000 < size < 115_000 and k // block_k >= split * 2
         parts = split == 1 or split * n * m * (2 if gated else 1) <= 2**21
         if full and parts and (96 <= programs <= 800 or split == 1):
-            found.append(streamed.StreamTiling(block_k, split, stages, block_n))
+            found.append(streamed.StreamTiling(block_k, split, stages))
     for t in found:
 
         def call(x: Any, weight: Any, norm: Any, out: Any, gated: bool, t: Any = t) -> None:

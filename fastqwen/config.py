@@ -102,6 +102,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization}, but must be at least 0.05 and at most 1"
             )
 
+    def for_batches(self) -> EngineConfig:
+        """The same, with prompts first unless something else was asked for: nobody watches a batch's streams pause."""
+        return self if self.prompts_first is not None else msgspec.structs.replace(self, prompts_first=True)
+
     @property
     def served_names(self) -> list[str]:
         return self.served_model_name or [self.model]

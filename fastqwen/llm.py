@@ -46,7 +46,7 @@ class LLM:
         unknown = set(options) - set(EngineConfig.__struct_fields__)
         if unknown:
             raise BadConfig(f"there is no engine option {', '.join(sorted(unknown))}")
-        self.config = EngineConfig(model=model, **_for_batches(options))
+        self.config = EngineConfig(model=model, **options).for_batches()
         path = resolve(model, revision=self.config.revision, weights=self.config.load_format != "dummy")
         if self.config.trust_remote_code:
             log.warning("trust_remote_code has no effect: nothing needs it, a checkpoint's code is never run")
@@ -342,11 +342,6 @@ class _Job:
         output.num_cached_tokens = max(output.num_cached_tokens, assembler.num_cached_tokens)
         output.finished = all(one.finish_reason is not None for one in output.outputs)
         return output.finished
-
-
-def _for_batches(options: dict[str, Any]) -> dict[str, Any]:
-    """Nobody watches a batch's streams pause."""
-    return options if options.get("prompts_first") is not None else {**options, "prompts_first": True}
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -51,13 +51,10 @@ def latency(
     from fastqwen.benchmark.latency import run
     from fastqwen.config import EngineConfig
 
-    own = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
-    if engine["prompts_first"] is None:
-        own["prompts_first"] = True  # as LLM does it
-    config = EngineConfig(model=model, **{**engine, **own})
+    config = EngineConfig(model=model, **{**engine, "skip_tokenizer_init": True, "enable_prefix_caching": False})
     prompts = (int(shape[1]), int(shape[2]))
     run(
-        config,
+        config.for_batches(),
         batch_sizes=batch_size,
         input_len=input_len,
         output_len=output_len,

@@ -38,7 +38,7 @@ Case = tuple[Any, dict[str, Any], int, int]  # kernel, constants, warps, stages
 def cases() -> Iterator[Case]:
     yield from decode_cases()
     for window in (0, 4096):
-        tiling = prefill.prefill_tiling(TILE_TOKENS, 128, 2)
+        tiling = prefill.prefill_tiling(128, 2)
         shape = {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "BLOCK_SIZE": 64, "BLOCK_M": TILE_TOKENS, "WINDOW": window}
         yield (
             prefill._prefill,
@@ -99,7 +99,7 @@ def streamed_cases() -> Iterator[Case]:
     """A product of few rows that is split, one of many, and a gated one."""
     for rows, n, k, gated in ((8, 4096, 4096, False), (64, 12288, 4096, False), (16, 3072, 1024, True)):
         tiling = streamed.stream_tiling(rows, n, k, gated=gated)
-        sizes = {"BLOCK_M": rows, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SPLIT_K": tiling.split_k}
+        sizes = {"BLOCK_M": rows, "BLOCK_N": streamed.BLOCK_N, "BLOCK_K": tiling.block_k, "SPLIT_K": tiling.split_k}
         flags = {"GATED": gated, "ADD": not gated, "BIAS": False, "PDL": True, "bias_ptr": None}
         yield streamed._streamed, {**sizes, **flags, "STAGES": tiling.num_stages}, 4, 3
 

@@ -272,6 +272,11 @@ RECORDED_SPLITS = 8
 PROGRAMS_WANTED = 528  # four for each of an H200's multiprocessors
 
 
+def expected_rows(rows: int, batch: AttentionBatch) -> int:
+    """Of a recorded step's rows most are not there: more parts for those that are cost little."""
+    return rows if batch.decode_count is None else -(-rows // RECORDED_SPLITS)
+
+
 def decode_attention(
     qkv: Tensor,
     batch: AttentionBatch,
@@ -286,15 +291,11 @@ def decode_attention(
     out: Tensor,
     splits: int | None = None,
     hold: bool = False,
-    num_stages: int = 3,
-    num_warps: int = 4,
 ) -> None:
     """Rotation, cache write and attention of rows that have one token each: qkv [rows, ...] -> out [rows, heads * dim]"""
     rows = qkv.shape[0]
     if splits is None:
-        # Of a recorded step's rows most are not there: more parts for those that are cost little.
-        expected = rows if batch.decode_count is None else -(-rows // RECORDED_SPLITS)
-        splits, hold = workspace.splits(expected, shape.num_kv_heads)
+        splits, hold = workspace.splits(expected_rows(rows, batch), shape.num_kv_heads)
         splits = min(splits, workspace.max_parts // (rows * shape.num_kv_heads) or 1)
     group = shape.num_heads // shape.num_kv_heads
     assert group <= 16, "more than 16 query heads for a KV head"
@@ -307,5 +308,5 @@ def decode_attention(
         GROUP=group, GROUP_2=triton.next_power_of_2(group), MAX_SPLITS=triton.next_power_of_2(splits),
         WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None, COUNTED=counted,
         HOLD=hold, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-        STAGES=num_stages, PDL=pdl, num_warps=num_warps, **overlapping(pdl),
+        STAGES=3, PDL=pdl, num_warps=4, **overlapping(pdl),
     )  # fmt: skip

@@ -197,6 +197,14 @@ def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool, element
     return Tiling(block_n, 4, block_k, split_k, max(1, min(stages, RING_BYTES // stage_bytes)), prefetch=8)
 
 
+def sizes_and_output(x: Tensor, weight: Tensor, *, gated: bool, add_to: Tensor | None) -> tuple[int, int, int, Tensor]:
+    """m, n, k and where the product [m, n] goes: onto the residual, if there is one."""
+    (m_size, k_size), n_size = x.shape, weight.shape[0] // 2 if gated else weight.shape[0]
+    out = torch.empty((m_size, n_size), dtype=x.dtype, device=x.device) if add_to is None else add_to
+    assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous() and m_size <= MAX_ROWS
+    return m_size, n_size, k_size, out
+
+
 def gemv(
     x: Tensor,
     weight: Tensor,
@@ -209,10 +217,8 @@ def gemv(
     tiling: Tiling | None = None,
 ) -> Tensor:
     """x [1, k], weight [n, k] ([2n, k] if gated) -> [1, n]; norm in front, SiLU or the residual behind."""
-    k_size = x.shape[1]
-    n_size = weight.shape[0] // 2 if gated else weight.shape[0]
-    assert x.is_contiguous() and weight.is_contiguous() and x.shape[0] == 1
-    out = add_to if add_to is not None else torch.empty((1, n_size), dtype=x.dtype, device=x.device)
+    m_size, n_size, k_size, out = sizes_and_output(x, weight, gated=gated, add_to=add_to)
+    assert m_size == 1
     t = tiling or gemv_tiling(n_size, k_size, gated=gated)
     pdl = supports_overlap(x.device)
     _gemv[(triton.cdiv(n_size, t.block_n),)](
@@ -234,11 +240,7 @@ def skinny_linear(
     tiling: Tiling | None = None,
 ) -> Tensor:
     """x [m <= 64, k], weight [n, k] ([2n, k] if gated) -> [m, n], with SiLU or the residual behind."""
-    m_size, k_size = x.shape
-    n_size = weight.shape[0] // 2 if gated else weight.shape[0]
-    assert x.is_contiguous() and weight.is_contiguous() and m_size <= MAX_ROWS
-    out = add_to if add_to is not None else torch.empty((m_size, n_size), dtype=x.dtype, device=x.device)
-    assert out.is_contiguous()
+    m_size, n_size, k_size, out = sizes_and_output(x, weight, gated=gated, add_to=add_to)
     pdl = workspace.overlap
     t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated, element_bytes=x.element_size())
     block_m = max(16, triton.next_power_of_2(m_size))

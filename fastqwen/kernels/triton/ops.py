@@ -105,9 +105,9 @@ class TritonOps(ReferenceOps):
         decode, prompts = batch.num_decode_rows, batch.prompts
         out = torch.empty((qkv.shape[0], shape.num_heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
         if decode:
-            streamed = self._streamed_attention
-            takes = streamed is not None and streamed.takes(qkv, cache, shape)
-            (streamed if takes and streamed else attention).decode_attention(
+            early = self._streamed_attention
+            kernels = early if early is not None and early.takes(qkv, cache, shape) else attention
+            kernels.decode_attention(
                 qkv[:decode],
                 batch,
                 cache,
@@ -181,6 +181,7 @@ def _streamed_if_they_run(device: torch.device) -> tuple[ModuleType | None, Modu
         streamed_attention.try_out(device)
     except Exception as error:
         log.warning("steps of few rows use slower kernels, the faster ones do not run here: %s", error)
+        log.debug("why they do not run", exc_info=True)
         return None, None
     return streamed, streamed_attention
 

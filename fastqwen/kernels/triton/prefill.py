@@ -106,10 +106,10 @@ class PrefillTiling:
     num_stages: int
 
 
-def prefill_tiling(height: int, head_dim: int, element_bytes: int) -> PrefillTiling:
-    """Shared memory holds the stages' keys and values: of float32 only two fit."""
-    stages = 3 if head_dim * element_bytes <= 256 else 2
-    return PrefillTiling(64, 8 if height >= 128 else 4, stages)
+def prefill_tiling(head_dim: int, element_bytes: int) -> PrefillTiling:
+    """What was fastest on an H200 (bench/results/h200-prompts.json). Shared memory holds the stages' keys and values: of
+    float32 only two fit."""
+    return PrefillTiling(keys=64, num_warps=4, num_stages=3 if head_dim * element_bytes <= 256 else 2)
 
 
 def prefill_attention(
@@ -127,7 +127,7 @@ def prefill_attention(
     tiles, height = batch.prompts.tiles, batch.prompts.height
     if not tiles.shape[0]:
         return
-    t = tiling or prefill_tiling(height, shape.head_dim, q.element_size())
+    t = tiling or prefill_tiling(shape.head_dim, q.element_size())
     _prefill[(shape.num_heads, tiles.shape[0])](
         q, cache.k, cache.v, out, tiles, batch.block_tables,
         batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E,

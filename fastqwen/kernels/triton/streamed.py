@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels.triton.launch import overlapping
+from fastqwen.kernels.triton.linear import sizes_and_output
 from fastqwen.kernels.triton.workspace import Workspace
 
 # Names up to Triton 3.6, and since.
@@ -183,7 +184,6 @@ class StreamTiling:
     block_k: int
     split_k: int
     num_stages: int
-    block_n: int = 64
 
 
 BLOCK_N = 64  # rows of weights that one tensor-core instruction takes
@@ -226,18 +226,14 @@ def streamed_linear(
     tiling: StreamTiling | None = None,
 ) -> Tensor:
     """x [m <= 64, k], weight [n, k] ([2n, k] if gated) -> [m, n], with SiLU or the residual behind."""
-    m_size, k_size = x.shape
-    n_size = weight.shape[0] // 2 if gated else weight.shape[0]
-    assert x.is_contiguous() and weight.is_contiguous() and m_size <= 64
-    out = add_to if add_to is not None else torch.empty((m_size, n_size), dtype=x.dtype, device=x.device)
-    assert out.is_contiguous()
+    m_size, n_size, k_size, out = sizes_and_output(x, weight, gated=gated, add_to=add_to)
     t = tiling or stream_tiling(m_size, n_size, k_size, gated=gated)
     block_m = max(8, triton.next_power_of_2(m_size))
-    blocks = n_size // t.block_n
+    blocks = n_size // BLOCK_N
     assert t.split_k == 1 or t.split_k * n_size * (2 if gated else 1) * block_m <= workspace.partial.numel()
     _streamed[(blocks, t.split_k)](
         x, weight, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size,
-        BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_K=t.block_k, SPLIT_K=t.split_k, STAGES=t.num_stages, GATED=gated,
+        BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=t.block_k, SPLIT_K=t.split_k, STAGES=t.num_stages, GATED=gated,
         ADD=add_to is not None, BIAS=bias is not None, PDL=workspace.overlap,
         num_warps=4, **overlapping(workspace.overlap),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
-from fastqwen.kernels.triton.attention import LOG2_E, RECORDED_SPLITS, DecodeWorkspace
+from fastqwen.kernels.triton.attention import LOG2_E, DecodeWorkspace, expected_rows
 from fastqwen.kernels.triton.launch import overlapping
 from fastqwen.kernels.triton.streamed import async_load, barrier
 
@@ -273,7 +273,7 @@ class DecodeTiling:
 
 
 def takes(qkv: Tensor, cache: LayerCache, shape: HeadShape) -> bool:
-    """Whether the kernel is made for these shapes and types; all Qwen models' are."""
+    """Whether the kernel is made for these shapes and types; those of Qwen-1 to Qwen3 in 16 bits are."""
     group = shape.num_heads // shape.num_kv_heads
     return qkv.element_size() == cache.k.element_size() == 2 and shape.head_dim in (64, 128) and group <= 16
 
@@ -302,18 +302,15 @@ def decode_attention(
 ) -> None:
     """As attention.py's: rotation, cache write and attention of rows that have one token each."""
     rows, group = qkv.shape[0], shape.num_heads // shape.num_kv_heads
-    if tiling is None:
-        # Of a recorded step's rows most are not there: more parts for those that are cost little.
-        expected = rows if batch.decode_count is None else -(-rows // RECORDED_SPLITS)
-        tiling = decode_tiling(expected, shape.num_kv_heads, workspace.max_parts)
-    splits = max(1, min(tiling.splits, workspace.max_parts // (rows * shape.num_kv_heads)))
+    t = tiling or decode_tiling(expected_rows(rows, batch), shape.num_kv_heads, workspace.max_parts)
+    splits = max(1, min(t.splits, workspace.max_parts // (rows * shape.num_kv_heads)))
     pdl = workspace.overlap
     _decode_streamed[(shape.num_kv_heads, rows, splits)](
         qkv, batch.cos_sin, batch.q_scale, q_norm, k_norm, batch.token_tables, batch.block_tables, batch.positions,
         batch.decode_count, cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
         batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps, splits,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, DIM=shape.head_dim, BLOCK_SIZE=cache.k.shape[2],
-        GROUP=group, HEADS_2=max(8, triton.next_power_of_2(group)), KEYS=tiling.keys, WINDOW=window or 0,
+        GROUP=group, HEADS_2=max(8, triton.next_power_of_2(group)), KEYS=t.keys, WINDOW=window or 0,
         NORM=q_norm is not None, LOGN=batch.q_scale is not None, COUNTED=batch.decode_count is not None, PDL=pdl,
         num_warps=4, **overlapping(pdl),
     )  # fmt: skip
