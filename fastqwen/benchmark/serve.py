@@ -24,7 +24,7 @@ from fastqwen.config import EngineConfig
 from fastqwen.errors import FastqwenError
 from fastqwen.hub import resolve
 from fastqwen.model_config import ModelConfig
-from fastqwen.server.listen import run_loop
+from fastqwen.server.http.listen import run_loop
 from fastqwen.weights.checkpoint import open_checkpoint
 
 START_TIMEOUT_S = 600.0

@@ -82,10 +82,10 @@ def serve(
     """
     from fastqwen.config import EngineConfig
     from fastqwen.errors import BadConfig
-    from fastqwen.server.exposure import read_keys
+    from fastqwen.server.answer.state import ServerConfig
+    from fastqwen.server.http.exposure import read_keys
     from fastqwen.server.request_limits import RequestLimits
     from fastqwen.server.run import serve as run
-    from fastqwen.server.state import ServerConfig
 
     if log_format not in ("text", "json"):
         raise BadConfig(f"--log-format is {log_format!r}: use text or json")

@@ -48,10 +48,10 @@ def web(
     fastqwen web --api http://gpu1:8000 --api http://gpu2:8000 --port 9000
     """
     from fastqwen.errors import BadConfig
-    from fastqwen.server.exposure import read_keys
-    from fastqwen.server.state import ServerConfig
-    from fastqwen.server.upstream import Upstreams
-    from fastqwen.server.web import PAGE_KEY_FLAG, PAGE_KEY_VARIABLE, serve_page
+    from fastqwen.server.answer.state import ServerConfig
+    from fastqwen.server.http.exposure import read_keys
+    from fastqwen.server.web.app import PAGE_KEY_FLAG, PAGE_KEY_VARIABLE, serve_page
+    from fastqwen.server.web.upstream import Upstreams
 
     if log_format not in ("text", "json"):
         raise BadConfig(f"--log-format is {log_format!r}: use text or json")

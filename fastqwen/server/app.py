@@ -11,15 +11,13 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp
 
 from fastqwen.errors import BadRequest
-from fastqwen.server import docs_page, errors, openapi, status
-from fastqwen.server.body import read_body, unless_gone
-from fastqwen.server.chat import Chat
-from fastqwen.server.completions import Completion
-from fastqwen.server.embeddings import Embeddings
-from fastqwen.server.guard import Guard
-from fastqwen.server.messages import CountRequest, Messages, MessagesRequest, count_tokens
-from fastqwen.server.responses import Responses, ResponsesRequest
-from fastqwen.server.schema import (
+from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.chat import Chat
+from fastqwen.server.dialects.completions import Completion
+from fastqwen.server.dialects.embeddings import Embeddings
+from fastqwen.server.dialects.messages import CountRequest, Messages, MessagesRequest, count_tokens
+from fastqwen.server.dialects.responses import Responses, ResponsesRequest
+from fastqwen.server.dialects.schema import (
     Body,
     ChatRequest,
     CompletionRequest,
@@ -28,8 +26,11 @@ from fastqwen.server.schema import (
     TokenizeRequest,
     parse,
 )
-from fastqwen.server.sse import EventStream
-from fastqwen.server.state import ServerState
+from fastqwen.server.http import docs_page, errors, openapi
+from fastqwen.server.http.body import read_body, unless_gone
+from fastqwen.server.http.guard import Guard
+from fastqwen.server.http.sse import EventStream
+from fastqwen.server.operator import status
 from fastqwen.version import __version__
 
 

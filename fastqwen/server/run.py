@@ -21,12 +21,12 @@ from fastqwen.ipc.engine_client import ENGINE_COMMAND, EngineClient
 from fastqwen.ipc.wire import Ready
 from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
+from fastqwen.server.answer.cache_story import CacheStories
+from fastqwen.server.answer.metrics import Metrics
+from fastqwen.server.answer.state import ServerConfig, ServerState
 from fastqwen.server.app import create_app
-from fastqwen.server.cache_story import CacheStories
-from fastqwen.server.exposure import check_exposure
-from fastqwen.server.listen import DrainingServer, bind, run_loop
-from fastqwen.server.metrics import Metrics
-from fastqwen.server.state import ServerConfig, ServerState
+from fastqwen.server.http.exposure import check_exposure
+from fastqwen.server.http.listen import DrainingServer, bind, run_loop
 from fastqwen.text.formats import Formats, derive_formats
 from fastqwen.text.load import TextTools, load_text
 from fastqwen.text.pool import TextPool

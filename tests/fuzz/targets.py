@@ -22,9 +22,9 @@ from fastqwen.errors import BadRequest, FastqwenError
 from fastqwen.ipc import wire
 from fastqwen.models import read_config
 from fastqwen.records import RequestDelta, SamplingParams
-from fastqwen.server.messages import MessagesRequest
-from fastqwen.server.responses import ResponsesRequest
-from fastqwen.server.schema import ChatRequest, CompletionRequest, TokenizeRequest, parse
+from fastqwen.server.dialects.messages import MessagesRequest
+from fastqwen.server.dialects.responses import ResponsesRequest
+from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, TokenizeRequest, parse
 from fastqwen.terminal.batch import read_requests
 from fastqwen.text import strict_json
 from fastqwen.text.answer import AnswerParser, Parts, TextParser, parse_whole

@@ -22,7 +22,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
-from fastqwen.server.guard import CONTENT_SECURITY_POLICY
+from fastqwen.server.http.guard import CONTENT_SECURITY_POLICY
 
 STATIC = Path(__file__).resolve().parents[2] / "fastqwen/server/static"
 HEADERS = {

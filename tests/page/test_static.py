@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastqwen.server.guard import CONTENT_SECURITY_POLICY
+from fastqwen.server.http.guard import CONTENT_SECURITY_POLICY
 from tests.page.fake_api import STATIC
 
 OWN = sorted(p for p in STATIC.rglob("*") if p.suffix in {".js", ".css", ".html"} and "vendor" not in p.parts)

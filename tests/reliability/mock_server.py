@@ -8,8 +8,8 @@ from typing import Any
 
 from fastqwen.config import EngineConfig
 from fastqwen.errors import FastqwenError
+from fastqwen.server.answer.state import ServerConfig
 from fastqwen.server.run import serve
-from fastqwen.server.state import ServerConfig
 
 
 def run(folder: str, options: dict[str, Any]) -> int:

@@ -19,7 +19,7 @@ import psutil
 
 from fastqwen.benchmark.http_load import Target, closed_loop
 from fastqwen.benchmark.serve import summary
-from fastqwen.server.listen import run_loop
+from fastqwen.server.http.listen import run_loop
 from tests.reliability.mock_model import make_model
 from tests.reliability.server import serving
 

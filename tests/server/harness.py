@@ -29,10 +29,10 @@ from fastqwen.plan import EnginePlan
 from fastqwen.records import EngineRequest, RequestDelta, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.server.answer.cache_story import CacheStories
+from fastqwen.server.answer.metrics import Metrics
+from fastqwen.server.answer.state import ServerConfig, ServerState
 from fastqwen.server.app import create_app
-from fastqwen.server.cache_story import CacheStories
-from fastqwen.server.metrics import Metrics
-from fastqwen.server.state import ServerConfig, ServerState
 from fastqwen.text.formats import derive_formats
 from fastqwen.text.grammar import check_grammar, grammar_tokenizer
 from fastqwen.text.load import TextTools

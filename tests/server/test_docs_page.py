@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 from fastapi import FastAPI
 
-from fastqwen.server.docs_page import page
-from fastqwen.server.schema import ChatRequest
+from fastqwen.server.dialects.schema import ChatRequest
+from fastqwen.server.http.docs_page import page
 from tests.server.live import LiveServer
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fastqwen.server.messages import CountRequest, MessagesRequest
-from fastqwen.server.responses import ResponsesRequest
-from fastqwen.server.schema import (
+from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
+from fastqwen.server.dialects.responses import ResponsesRequest
+from fastqwen.server.dialects.schema import (
     WITHOUT_EFFECT,
     ChatRequest,
     CompletionRequest,

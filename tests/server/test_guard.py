@@ -13,12 +13,12 @@ import pytest
 
 from fastqwen import logs
 from fastqwen.errors import BadConfig
-from fastqwen.server import guard
+from fastqwen.server.answer.state import ServerConfig
 from fastqwen.server.app import create_app
-from fastqwen.server.exposure import check_exposure, read_keys
-from fastqwen.server.guard import OPEN_PATHS
+from fastqwen.server.http import guard
+from fastqwen.server.http.exposure import check_exposure, read_keys
+from fastqwen.server.http.guard import OPEN_PATHS
 from fastqwen.server.request_limits import RequestLimits
-from fastqwen.server.state import ServerConfig
 from tests.server.harness import ask, chat, client_of, get, make_state
 
 KEY = "a-long-secret-key"

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from fastqwen.errors import BadConfig
-from fastqwen.server.upstream import Upstream, Upstreams
+from fastqwen.server.web.upstream import Upstream, Upstreams
 from tests.server.live import ROOT, LiveServer, command, environment, events, eventually, one_line, run
 
 CHAT = "/v1/chat/completions"

@@ -10,14 +10,14 @@ from typing import Any
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.server.cache_story import CacheStory
-from fastqwen.server.generation import Generation, Wishes, failure_of
-from fastqwen.server.grammars import answer_grammar
-from fastqwen.server.merge import gather, merge
-from fastqwen.server.schema import CompletionRequest
-from fastqwen.server.sse import encode, event
-from fastqwen.server.state import ServerState, new_id
-from fastqwen.server.usage import usage_of
+from fastqwen.server.answer.cache_story import CacheStory
+from fastqwen.server.answer.generation import Generation, Wishes, failure_of
+from fastqwen.server.answer.merge import gather, merge
+from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.grammars import answer_grammar
+from fastqwen.server.dialects.schema import CompletionRequest
+from fastqwen.server.dialects.usage import usage_of
+from fastqwen.server.http.sse import encode, event
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 4096  # prompts times answers of one request

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastqwen.errors import FastqwenError
-from fastqwen.server.errors import describe, error_body
-from fastqwen.server.sse import DIRECT_SEND, encode
-from fastqwen.server.state import Door
+from fastqwen.server.answer.state import Door
+from fastqwen.server.http.errors import describe, error_body
+from fastqwen.server.http.sse import DIRECT_SEND, encode
 
 OPEN_PATHS = frozenset({"/", "/admin", "/health", "/health/ready", "/favicon.ico"})
 OPEN_FOLDER = "/static/"

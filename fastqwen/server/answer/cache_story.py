@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from fastqwen.server.generation import Generation
-from fastqwen.server.schema import ChatMessage, Tool
+from fastqwen.server.answer.generation import Generation
+from fastqwen.server.dialects.schema import ChatMessage, Tool
 from fastqwen.text.answer import THINK_END
 
 MAX_STORIES = 256

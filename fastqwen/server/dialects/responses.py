@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.chat import Chat
-from fastqwen.server.generation import failure_of
-from fastqwen.server.schema import Body, ChatRequest, Count, Function, Probability, as_chat
-from fastqwen.server.sse import named_event
-from fastqwen.server.state import ServerState, new_id
+from fastqwen.server.answer.generation import failure_of
+from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.chat import Chat
+from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Function, Probability, as_chat
+from fastqwen.server.http.sse import named_event
 from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call
 

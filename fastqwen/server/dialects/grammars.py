@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastqwen.errors import BadRequest
 from fastqwen.records import Grammar, StructuredOutputs
-from fastqwen.server.state import ServerState
-from fastqwen.server.tools import ToolWishes, required_grammar
+from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.tools import ToolWishes, required_grammar
 from fastqwen.text.answer import THINK_END
 from fastqwen.text.grammar import to_grammar
 

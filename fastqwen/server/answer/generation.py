@@ -15,9 +15,9 @@ from fastqwen.client.prepare import prepare
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.records import GRAMMAR_FAILED, EngineRequest, Grammar, RequestDelta, SamplingParams
-from fastqwen.server.metrics import RequestClock
-from fastqwen.server.state import ServerState
-from fastqwen.server.thinking import EARLY_STOP, ThinkingGuard, ThinkingWishes
+from fastqwen.server.answer.metrics import RequestClock
+from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.thinking import EARLY_STOP, ThinkingGuard, ThinkingWishes
 from fastqwen.text.answer import Parts, TextParser
 
 

@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded, UpstreamGone
-from fastqwen.server.generation import GenerationFailed
-from fastqwen.server.state import Door, UnknownModelName
+from fastqwen.server.answer.generation import GenerationFailed
+from fastqwen.server.answer.state import Door, UnknownModelName
 
 STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408}
 

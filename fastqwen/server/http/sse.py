@@ -12,7 +12,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fastqwen.server.errors import describe
+from fastqwen.server.http.errors import describe
 
 log = logging.getLogger("fastqwen.server")
 

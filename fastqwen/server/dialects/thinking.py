@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastqwen.server.schema import ChatRequest
+from fastqwen.server.dialects.schema import ChatRequest
 from fastqwen.text.answer import THINK_END
 from fastqwen.text.formats import Formats
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastqwen.server.generation import Generation
+from fastqwen.server.answer.generation import Generation
 
 
 def usage_of(generations: Sequence[Generation]) -> dict[str, Any]:

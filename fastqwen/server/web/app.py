@@ -17,14 +17,14 @@ from starlette.types import ASGIApp
 
 from fastqwen.errors import EngineGone, FastqwenError, Overloaded, UpstreamGone
 from fastqwen.logs import configure_logging
-from fastqwen.server import errors
-from fastqwen.server.body import read_body, unless_gone
-from fastqwen.server.exposure import check_exposure
-from fastqwen.server.guard import Guard
-from fastqwen.server.listen import DrainingServer, bind, run_loop
-from fastqwen.server.state import ServerConfig
-from fastqwen.server.status import add_pages
-from fastqwen.server.upstream import Relay, Upstreams
+from fastqwen.server.answer.state import ServerConfig
+from fastqwen.server.http import errors
+from fastqwen.server.http.body import read_body, unless_gone
+from fastqwen.server.http.exposure import check_exposure
+from fastqwen.server.http.guard import Guard
+from fastqwen.server.http.listen import DrainingServer, bind, run_loop
+from fastqwen.server.operator.status import add_pages
+from fastqwen.server.web.upstream import Relay, Upstreams
 
 PAGE_KEY_VARIABLE = "FASTQWEN_PAGE_KEY"
 PAGE_KEY_FLAG = "--page-key"

@@ -10,10 +10,10 @@ from fastqwen.client.prepare import check_dimensions, prepare_embedding
 from fastqwen.client.vectors import vector_of
 from fastqwen.errors import BadRequest
 from fastqwen.records import EngineRequest, RequestDelta
-from fastqwen.server.generation import GenerationFailed
-from fastqwen.server.metrics import RequestClock
-from fastqwen.server.schema import EmbeddingRequest
-from fastqwen.server.state import ServerState, new_id
+from fastqwen.server.answer.generation import GenerationFailed
+from fastqwen.server.answer.metrics import RequestClock
+from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.schema import EmbeddingRequest
 
 MAX_INPUTS = 2048  # as OpenAI's
 

@@ -14,15 +14,15 @@ from fastqwen.client.prepare import ModelLimits
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded
 from fastqwen.ipc.engine_client import EngineClient
-from fastqwen.server.metrics import Metrics
+from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.request_limits import RequestLimits
 from fastqwen.text.formats import Formats
 from fastqwen.text.load import TextTools
 from fastqwen.text.worker import Compile, Encode, Job, Render
 
 if TYPE_CHECKING:
-    from fastqwen.server.cache_story import CacheStories, CacheStory
-    from fastqwen.server.schema import ChatMessage, Tool
+    from fastqwen.server.answer.cache_story import CacheStories, CacheStory
+    from fastqwen.server.dialects.schema import ChatMessage, Tool
 
 MAX_CHECKED_GRAMMARS = 1024
 MAX_RECENT_ERRORS = 50

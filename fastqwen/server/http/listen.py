@@ -15,8 +15,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fastqwen.errors import BadConfig
-from fastqwen.server.http_limits import bounded_http
-from fastqwen.server.state import Door
+from fastqwen.server.answer.state import Door
+from fastqwen.server.http.header_limits import bounded_http
 
 log = logging.getLogger("fastqwen.server")
 

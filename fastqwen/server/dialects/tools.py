@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.schema import ChatRequest, NamedTool
+from fastqwen.server.dialects.schema import ChatRequest, NamedTool
 from fastqwen.text import react
 from fastqwen.text.formats import Formats
 from fastqwen.text.grammar import json_grammar_part, lark, quoted

@@ -11,16 +11,16 @@ from typing import Any
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
-from fastqwen.server.cache_story import CacheStory
-from fastqwen.server.completions import finite, prompt_logprobs_json
-from fastqwen.server.generation import Choice, Generation, Wishes, failure_of
-from fastqwen.server.grammars import answer_grammar
-from fastqwen.server.schema import ChatRequest
-from fastqwen.server.sse import encode, event
-from fastqwen.server.state import ServerState, new_id
-from fastqwen.server.thinking import ThinkingWishes, thinking_wishes
-from fastqwen.server.tools import tool_wishes
-from fastqwen.server.usage import usage_of
+from fastqwen.server.answer.cache_story import CacheStory
+from fastqwen.server.answer.generation import Choice, Generation, Wishes, failure_of
+from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.completions import finite, prompt_logprobs_json
+from fastqwen.server.dialects.grammars import answer_grammar
+from fastqwen.server.dialects.schema import ChatRequest
+from fastqwen.server.dialects.thinking import ThinkingWishes, thinking_wishes
+from fastqwen.server.dialects.tools import tool_wishes
+from fastqwen.server.dialects.usage import usage_of
+from fastqwen.server.http.sse import encode, event
 from fastqwen.text.answer import THINK, THINK_END, Parts, prompt_opens_thinking
 from fastqwen.text.tool_calls import Call
 

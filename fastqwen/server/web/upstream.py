@@ -13,7 +13,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from fastqwen.errors import BadConfig, UpstreamGone
-from fastqwen.server.sse import EventStream
+from fastqwen.server.http.sse import EventStream
 from fastqwen.version import __version__
 
 CONNECT_WITHIN_S = 10.0

@@ -13,10 +13,10 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from fastqwen.ipc.wire import Ready
-from fastqwen.server.state import ServerState
+from fastqwen.server.answer.state import ServerState
 from fastqwen.version import __version__
 
-STATIC = Path(__file__).parent / "static"
+STATIC = Path(__file__).parents[1] / "static"
 
 
 def add_routes(app: FastAPI, state: ServerState) -> None:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.chat import Chat
-from fastqwen.server.generation import Choice, Generation, failure_of
-from fastqwen.server.schema import Body, ChatRequest, Count, Probability, as_chat
-from fastqwen.server.sse import named_event
-from fastqwen.server.state import ServerState
+from fastqwen.server.answer.generation import Choice, Generation, failure_of
+from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.chat import Chat
+from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Probability, as_chat
+from fastqwen.server.http.sse import named_event
 from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call
 

@@ -1,0 +1,1 @@
+"""One prompt's way through the engine and back, whatever API asked."""

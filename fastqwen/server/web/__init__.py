@@ -1,0 +1,1 @@
+"""The chat page for other servers, without an engine."""
