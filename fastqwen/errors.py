@@ -2,8 +2,10 @@
 
     FastqwenError            the user's mistake: one clear line, no traceback
     ├── BadRequest           a field of a request; ``param`` names it
+    ├── UnknownModelName     a request names a model that is not served, and the server was told to mind
     ├── Overloaded           too much work at once; try again later
     ├── EngineGone           the engine process ended while a request was running
+    ├── GenerationFailed     the engine took the request, but could not finish it
     ├── UpstreamGone         the server that `fastqwen web` shows a page for does not answer as it should
     ├── ModelNotFound        nothing is at the place that the model name points to
     ├── BadCheckpoint        a file of the checkpoint is damaged or contradicts another one
@@ -30,12 +32,20 @@ class BadRequest(FastqwenError):
         self.code = code
 
 
+class UnknownModelName(FastqwenError):
+    """The request names a model that is not served, and the server was told to mind."""
+
+
 class Overloaded(FastqwenError):
     """More work than the server accepts at once."""
 
 
 class EngineGone(FastqwenError):
     """The engine process ended while the request was running."""
+
+
+class GenerationFailed(FastqwenError):
+    """The engine accepted the request, but could not finish it."""
 
 
 class UpstreamGone(FastqwenError):

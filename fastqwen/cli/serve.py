@@ -82,7 +82,7 @@ def serve(
     """
     from fastqwen.config import EngineConfig
     from fastqwen.errors import BadConfig
-    from fastqwen.server.answer.state import ServerConfig
+    from fastqwen.server.config import ServerConfig
     from fastqwen.server.http.exposure import read_keys
     from fastqwen.server.request_limits import RequestLimits
     from fastqwen.server.run import serve as run

@@ -48,7 +48,7 @@ def web(
     fastqwen web --api http://gpu1:8000 --api http://gpu2:8000 --port 9000
     """
     from fastqwen.errors import BadConfig
-    from fastqwen.server.answer.state import ServerConfig
+    from fastqwen.server.config import ServerConfig
     from fastqwen.server.http.exposure import read_keys
     from fastqwen.server.web.app import PAGE_KEY_FLAG, PAGE_KEY_VARIABLE, serve_page
     from fastqwen.server.web.upstream import Upstreams

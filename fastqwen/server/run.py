@@ -23,8 +23,9 @@ from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
 from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.metrics import Metrics
-from fastqwen.server.answer.state import ServerConfig, ServerState
+from fastqwen.server.answer.state import ServerState
 from fastqwen.server.app import create_app
+from fastqwen.server.config import ServerConfig
 from fastqwen.server.http.exposure import check_exposure
 from fastqwen.server.http.listen import DrainingServer, bind, run_loop
 from fastqwen.text.formats import Formats, derive_formats

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastqwen.config import EngineConfig
 from fastqwen.errors import FastqwenError
-from fastqwen.server.answer.state import ServerConfig
+from fastqwen.server.config import ServerConfig
 from fastqwen.server.run import serve
 
 

@@ -31,8 +31,9 @@ from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
 from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.metrics import Metrics
-from fastqwen.server.answer.state import ServerConfig, ServerState
+from fastqwen.server.answer.state import ServerState
 from fastqwen.server.app import create_app
+from fastqwen.server.config import ServerConfig
 from fastqwen.text.formats import derive_formats
 from fastqwen.text.grammar import check_grammar, grammar_tokenizer
 from fastqwen.text.load import TextTools

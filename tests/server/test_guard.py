@@ -13,8 +13,8 @@ import pytest
 
 from fastqwen import logs
 from fastqwen.errors import BadConfig
-from fastqwen.server.answer.state import ServerConfig
 from fastqwen.server.app import create_app
+from fastqwen.server.config import ServerConfig
 from fastqwen.server.http import guard
 from fastqwen.server.http.exposure import check_exposure, read_keys
 from fastqwen.server.http.guard import OPEN_PATHS

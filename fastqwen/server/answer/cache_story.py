@@ -11,10 +11,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from fastqwen.server.answer.generation import Generation
-from fastqwen.server.dialects.schema import ChatMessage, Tool
-from fastqwen.text.answer import THINK_END
-
 MAX_STORIES = 256
 MAX_TOKENS = 2 * 2**20
 
@@ -49,46 +45,59 @@ class CacheStory:
 class CacheStories:
     """The latest prompts, as many as fit into a fixed memory."""
 
-    def __init__(self, *, enabled: bool, block_size: int = 1) -> None:
-        self.block_size = block_size  # known once the engine is ready
+    def __init__(self, *, enabled: bool) -> None:
+        self._block_size = 1  # known once the engine is ready
         self._enabled = enabled
         self._kept: deque[CacheStory] = deque()
         self._num_tokens = 0
 
     def begin(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, token_ids: list[int], salt: str
+        self,
+        token_ids: list[int],
+        salt: str,
+        *,
+        messages: Sequence[tuple[str, Any]] = (),  # role, content
+        tools: Sequence[dict[str, Any]] = (),
     ) -> CacheStory:
         return CacheStory(
             token_ids=array("i", token_ids),
             num_prompt=len(token_ids),
-            messages=[msgspec.json.encode(one.content) for one in messages],
-            roles=[one.role for one in messages],
-            tools=msgspec.json.encode([tool.for_template() for tool in tools or []]),
+            messages=[msgspec.json.encode(content) for _, content in messages],
+            roles=[role for role, _ in messages],
+            tools=msgspec.json.encode(tools),
             salt=salt,
         )
 
-    def end(self, story: CacheStory, generation: Generation, *, explain: bool) -> dict[str, Any] | None:
+    def end(
+        self,
+        story: CacheStory,
+        answer_ids: list[int],
+        *,
+        thought: bool,
+        num_cached: int,
+        block_size: int,
+        explain: bool,
+    ) -> dict[str, Any] | None:
         """The explanation for this prompt, if asked for: it compares the prompt with all that are kept. From now on later
         ones are compared with it, too."""
-        explanation = self.explain(story, generation.num_cached_tokens) if explain else None
-        output = generation.outputs[0].token_ids
-        story.token_ids.extend(output)
-        parts = generation.choices[0].parts
-        story.has_thinking = bool(parts.reasoning) or THINK_END in generation.outputs[0].text
+        self._block_size = block_size
+        explanation = self._explain(story, num_cached) if explain else None
+        story.token_ids.extend(answer_ids)
+        story.has_thinking = thought
         self._kept.append(story)
         self._num_tokens += len(story.token_ids)
         while len(self._kept) > 1 and (len(self._kept) > MAX_STORIES or self._num_tokens > MAX_TOKENS):
             self._num_tokens -= len(self._kept.popleft().token_ids)
         return explanation
 
-    def explain(self, story: CacheStory, num_cached: int) -> dict[str, Any]:
+    def _explain(self, story: CacheStory, num_cached: int) -> dict[str, Any]:
         same = self._closest(story, [one for one in self._kept if one.salt == story.salt])
         other = self._closest(story, [one for one in self._kept if one.salt != story.salt])
         cause, message_index = self._cause(story, num_cached, same, other)
         return {
             "prompt_tokens": story.num_prompt,
             "cached_tokens": num_cached,
-            "block_tokens": self.block_size,
+            "block_tokens": self._block_size,
             "equal_tokens": same[0],
             "cause": cause,
             "message_index": message_index,
@@ -130,7 +139,7 @@ class CacheStories:
         return ("sub_block" if self._usable(equal) == 0 else "new_text"), None
 
     def _usable(self, num_tokens: int) -> int:
-        return num_tokens // self.block_size * self.block_size
+        return num_tokens // self._block_size * self._block_size
 
     @staticmethod
     def _closest(story: CacheStory, others: Sequence[CacheStory]) -> tuple[int, CacheStory | None]:

@@ -12,13 +12,14 @@ import msgspec
 
 from fastqwen.client.assemble import Assembler, Piece
 from fastqwen.client.prepare import prepare
-from fastqwen.errors import BadRequest
+from fastqwen.errors import BadRequest, GenerationFailed
 from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.records import GRAMMAR_FAILED, EngineRequest, Grammar, RequestDelta, SamplingParams
+from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.state import ServerState
-from fastqwen.server.dialects.thinking import EARLY_STOP, ThinkingGuard, ThinkingWishes
-from fastqwen.text.answer import Parts, TextParser
+from fastqwen.server.answer.thinking_guard import EARLY_STOP, ThinkingGuard, ThinkingWishes
+from fastqwen.text.answer import THINK_END, Parts, TextParser
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,19 @@ class Generation:
                 if piece.finish_reason in ("error", "abort"):
                     raise failure_of(piece)
 
+    def end_story(self, story: CacheStory, *, explain: bool) -> dict[str, Any] | None:
+        """Once the answer is there: keep it for later prompts. Gives the explanation for this one if that was asked."""
+        output = self.outputs[0]
+        thought = bool(self.choices[0].parts.reasoning) or THINK_END in output.text
+        return self._state.cache_stories.end(
+            story,
+            output.token_ids,
+            thought=thought,
+            num_cached=self.num_cached_tokens,
+            block_size=self._state.block_size,
+            explain=explain,
+        )
+
     def _choice(self, request: EngineRequest, index: int, stop_token_ids: list[int]) -> Choice:
         parser = self._wishes.make_parser()
         thinking = self._wishes.thinking
@@ -237,10 +251,6 @@ class Generation:
     def choices_max_tokens(self) -> int:
         room = self._max_model_len - len(self.prompt_token_ids)
         return room if self._sampling.max_tokens is None else min(room, self._sampling.max_tokens)
-
-
-class GenerationFailed(Exception):
-    """The engine accepted the request, but could not finish it."""
 
 
 def failure_of(piece: Piece) -> Exception:

@@ -6,73 +6,27 @@ import random
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from fastqwen.client.prepare import ModelLimits
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded
+from fastqwen.errors import BadRequest, EngineGone, Overloaded, UnknownModelName
 from fastqwen.ipc.engine_client import EngineClient
+from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.metrics import Metrics
-from fastqwen.server.request_limits import RequestLimits
+from fastqwen.server.config import ServerConfig
 from fastqwen.text.formats import Formats
 from fastqwen.text.load import TextTools
 from fastqwen.text.worker import Compile, Encode, Job, Render
-
-if TYPE_CHECKING:
-    from fastqwen.server.answer.cache_story import CacheStories, CacheStory
-    from fastqwen.server.dialects.schema import ChatMessage, Tool
 
 MAX_CHECKED_GRAMMARS = 1024
 MAX_RECENT_ERRORS = 50
 RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt", "tokenizer", "chat_template"})
 
 
-class UnknownModelName(FastqwenError):
-    """The request names a model that is not served, and the server was told to mind."""
-
-
 class TextWorkers(Protocol):
     async def run(self, job: Job) -> list[int]: ...
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """Wishes about the server, as opposed to the engine."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    allowed_hosts: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ()
-    insecure: bool = False
-    max_body_bytes: int = 32 * 2**20
-    max_concurrent_requests: int = 1024
-    limits: RequestLimits = field(default_factory=RequestLimits)
-    text_timeout_s: float = 2.0
-    text_workers: int = 2
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    stall_timeout_s: float = 60.0
-    ready_within_s: float = 30.0
-    drain_timeout_s: float = 60.0
-    strict_model_name: bool = False
-    access_log: bool = True
-    log_format: str = "text"
-
-
-class Door(Protocol):
-    """What stands in front of the routes needs to know only this much."""
-
-    config: ServerConfig
-    num_active: int
-    draining: bool
-
-    def admit(self) -> None:
-        """Raises Overloaded or EngineGone where a new request cannot be taken."""
-
-    def note_error(self, message: str) -> None: ...
 
 
 @dataclass
@@ -118,13 +72,6 @@ class ServerState:
     @property
     def block_size(self) -> int:
         return self.engine.ready.plan.block_size if self.engine.ready is not None else 1
-
-    def begin_story(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None, token_ids: list[int], salt: str
-    ) -> CacheStory:
-        """For a prompt about to run: what a later answer needs to say why the prefix cache did not help more."""
-        self.cache_stories.block_size = self.block_size
-        return self.cache_stories.begin(messages, tools, token_ids, salt)
 
     def admit(self) -> None:
         """Raises Overloaded or EngineGone where a new request cannot be taken."""

@@ -14,10 +14,11 @@ from fastqwen.outputs import Logprob
 from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.generation import Choice, Generation, Wishes, failure_of
 from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.answer.thinking_guard import ThinkingWishes
 from fastqwen.server.dialects.completions import finite, prompt_logprobs_json
 from fastqwen.server.dialects.grammars import answer_grammar
 from fastqwen.server.dialects.schema import ChatRequest
-from fastqwen.server.dialects.thinking import ThinkingWishes, thinking_wishes
+from fastqwen.server.dialects.thinking import thinking_wishes
 from fastqwen.server.dialects.tools import tool_wishes
 from fastqwen.server.dialects.usage import usage_of
 from fastqwen.server.http.sse import encode, event
@@ -81,7 +82,12 @@ class Chat:
             thinking=self._thinking,
         )
         self._generation = Generation(state, self._id, token_ids, sampling, wishes)
-        self._story = state.begin_story(body.messages, body.tools, token_ids, body.cache_salt)
+        self._story = state.cache_stories.begin(
+            token_ids,
+            body.cache_salt,
+            messages=[(message.role, message.content) for message in body.messages],
+            tools=[tool.for_template() for tool in body.tools or []],
+        )
 
     def _open_thinking(self, token_ids: list[int], *, constrained: bool) -> tuple[list[int], bool]:
         """The prompt, and whether the answer begins inside a thinking block.
@@ -157,7 +163,7 @@ class Chat:
         if warnings:
             notes["warnings"] = warnings
         if self._story is not None:
-            story = self._state.cache_stories.end(self._story, self.generation, explain=self._explain_cache)
+            story = self.generation.end_story(self._story, explain=self._explain_cache)
             if story is not None:
                 notes["cache"] = story
         return notes

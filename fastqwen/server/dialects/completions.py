@@ -60,7 +60,7 @@ class Completion:
         if self._explain_cache and len(prompts) > 1:
             raise BadRequest("explain_cache explains one prompt: send the prompts one by one", "explain_cache")
         if len(prompts) == 1:
-            self._story = self._state.begin_story([], None, prompts[0], body.cache_salt)
+            self._story = self._state.cache_stories.begin(prompts[0], body.cache_salt)
 
     def _check(self) -> None:
         body = self._body
@@ -158,7 +158,7 @@ class Completion:
         warnings = self._body.warnings()
         notes: dict[str, Any] = {"warnings": warnings} if warnings else {}
         if self._story is not None:
-            story = self._state.cache_stories.end(self._story, self._generations[0], explain=self._explain_cache)
+            story = self._generations[0].end_story(self._story, explain=self._explain_cache)
             if story is not None:
                 notes["cache"] = story
         return notes

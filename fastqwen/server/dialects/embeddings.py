@@ -8,9 +8,8 @@ from typing import Any
 
 from fastqwen.client.prepare import check_dimensions, prepare_embedding
 from fastqwen.client.vectors import vector_of
-from fastqwen.errors import BadRequest
+from fastqwen.errors import BadRequest, GenerationFailed
 from fastqwen.records import EngineRequest, RequestDelta
-from fastqwen.server.answer.generation import GenerationFailed
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.schema import EmbeddingRequest

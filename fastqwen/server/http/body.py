@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.answer.state import ServerConfig
+from fastqwen.server.config import ServerConfig
 
 Answer = TypeVar("Answer")
 

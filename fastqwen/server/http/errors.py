@@ -9,9 +9,16 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from fastqwen.errors import BadRequest, EngineGone, FastqwenError, Overloaded, UpstreamGone
-from fastqwen.server.answer.generation import GenerationFailed
-from fastqwen.server.answer.state import Door, UnknownModelName
+from fastqwen.errors import (
+    BadRequest,
+    EngineGone,
+    FastqwenError,
+    GenerationFailed,
+    Overloaded,
+    UnknownModelName,
+    UpstreamGone,
+)
+from fastqwen.server.http.door import Door
 
 STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408}
 
@@ -61,6 +68,5 @@ def install(app: FastAPI, state: Door) -> None:
         return JSONResponse(error_body(str(error.detail), kind), error.status_code, error.headers)
 
     app.add_exception_handler(FastqwenError, on_error)
-    app.add_exception_handler(GenerationFailed, on_error)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_error)

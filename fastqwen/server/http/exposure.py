@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastqwen.errors import BadConfig
-from fastqwen.server.answer.state import ServerConfig
+from fastqwen.server.config import ServerConfig
 
 LOOPBACK = ("localhost", "::1")
 KEY_VARIABLE = "FASTQWEN_API_KEY"

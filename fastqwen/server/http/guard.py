@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastqwen.errors import FastqwenError
-from fastqwen.server.answer.state import Door
+from fastqwen.server.http.door import Door
 from fastqwen.server.http.errors import describe, error_body
 from fastqwen.server.http.sse import DIRECT_SEND, encode
 

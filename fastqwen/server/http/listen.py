@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fastqwen.errors import BadConfig
-from fastqwen.server.answer.state import Door
+from fastqwen.server.http.door import Door
 from fastqwen.server.http.header_limits import bounded_http
 
 log = logging.getLogger("fastqwen.server")

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from fastqwen.errors import EngineGone, FastqwenError, Overloaded, UpstreamGone
 from fastqwen.logs import configure_logging
-from fastqwen.server.answer.state import ServerConfig
+from fastqwen.server.config import ServerConfig
 from fastqwen.server.http import errors
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.exposure import check_exposure
