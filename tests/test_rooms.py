@@ -48,6 +48,11 @@ def _name(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
+def _module(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -72,6 +77,16 @@ def test_no_arrow_points_up(path: Path):
 @pytest.mark.parametrize("path", SERVER_FILES, ids=_name)
 def test_no_arrow_points_up_inside_the_server(path: Path):
     _assert_no_arrow_up(path, SERVER_ORDER, above=PACKAGE / "server")
+
+
+def test_no_files_form_a_circle():
+    """Imports for types and inside functions count: they hide a circle and do not open it."""
+    left = {_module(path): {name for name in _imports(path) if name != _module(path)} for path in FILES}
+    while left:
+        asked = set().union(*left.values())
+        outside = {module for module, names in left.items() if module not in asked or not names & left.keys()}
+        assert outside, f"these import each other: {', '.join(sorted(left))}"
+        left = {module: names for module, names in left.items() if module not in outside}
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)

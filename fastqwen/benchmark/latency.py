@@ -18,7 +18,7 @@ from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineCore
 from fastqwen.errors import BadConfig
 from fastqwen.hub import resolve
-from fastqwen.plan.engine import choose_dtype
+from fastqwen.plan import choose_dtype
 from fastqwen.plot import save_plot
 from fastqwen.records import EngineRequest, SamplingParams
 from fastqwen.runner.device import choose_device, device_facts

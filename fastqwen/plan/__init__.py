@@ -8,7 +8,7 @@ The same code answers on paper and at start. Nothing here imports torch.
     buffers.py  what a step makes and drops             allocator.py  what torch keeps of it
     speed.py    tokens per second from bytes and bandwidth
     gpus.py     the GPU that the user means        catalog.py  the model that the user means
-    engine.py   the plan that the engine starts with
+    device.py   what a device lets an engine have  engine.py   the plan that the engine starts with
     question.py what is asked, what it needs and the line that asks it
     advice.py   fits or not, how far, how fast          changes.py  the cheapest change that makes it fit
     served.py   what the engine takes today
@@ -18,13 +18,13 @@ The same code answers on paper and at start. Nothing here imports torch.
 from __future__ import annotations
 
 from fastqwen.plan.compare import Line, Measured, compare
-from fastqwen.plan.engine import CPU_KV_BYTES, EnginePlan, choose_dtype, make_plan
+from fastqwen.plan.device import choose_dtype
+from fastqwen.plan.engine import EnginePlan, make_plan
 from fastqwen.plan.facts import DTYPE_BYTES, GIB, DeviceFacts
 from fastqwen.plan.memory import kv_bytes_per_token
 from fastqwen.plan.weights import weights_bytes
 
 __all__ = [
-    "CPU_KV_BYTES",
     "DTYPE_BYTES",
     "GIB",
     "DeviceFacts",

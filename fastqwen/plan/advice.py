@@ -7,7 +7,7 @@ import msgspec
 from fastqwen.errors import BadConfig
 from fastqwen.plan.catalog import Found, catalog
 from fastqwen.plan.changes import LIST_TOKENS, Change, advise, tight
-from fastqwen.plan.engine import budget_bytes
+from fastqwen.plan.device import budget_bytes
 from fastqwen.plan.facts import GIB
 from fastqwen.plan.gpus import Target
 from fastqwen.plan.memory import Need, predict

@@ -7,16 +7,18 @@ import msgspec
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit
 from fastqwen.model_config import ModelConfig
+from fastqwen.plan.catalog import published
+from fastqwen.plan.changes import advise
+from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, MAX_RECORDED_TOKENS, DeviceFacts
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
+from fastqwen.plan.question import Question, is_fitting
 from fastqwen.plan.weights import num_parameters
 
-CPU_KV_BYTES = 4 * GIB
 STREAM_PAUSE_S = 0.05  # how long running streams may pause for prompts that came later
 USUAL_TFLOPS = 200.0  # of a GPU whose data sheet is not known
 PROMPT_COMPUTE = 0.65  # of the data sheet's rate: what a step of prompts reaches on an H200
 MIN_MIXED_TOKENS, MIXED_STEP = 512, 256
-MIN_BF16_CAPABILITY = (8, 0)
 
 
 class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,25 +39,6 @@ class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_bytes(self) -> int:
         return self.num_blocks * self.block_size * self.kv_bytes_per_token
-
-
-def choose_dtype(wished: str, model: ModelConfig, facts: DeviceFacts) -> tuple[str, list[str]]:
-    """``auto`` is bfloat16 where the device computes it, else float16, and says so. Raises BadConfig."""
-    has_bf16 = facts.kind == "cpu" or (facts.compute_capability or (0, 0)) >= MIN_BF16_CAPABILITY
-    if wished == "bfloat16" and not has_bf16:
-        major, minor = facts.compute_capability or (0, 0)
-        raise BadConfig(
-            f"{facts.name} has compute capability {major}.{minor}, bfloat16 needs 8.0 or more: use --dtype float16"
-        )
-    if wished != "auto":
-        return wished, []
-    if model.dtype == "float32" and facts.kind == "cpu":
-        return "float32", []
-    if model.quantization is not None and facts.kind == "cuda":
-        return "float16", []
-    if has_bf16:
-        return "bfloat16", []
-    return "float16", [f"{facts.name} does not compute in bfloat16, so float16 is used"]
 
 
 def make_plan(
@@ -116,13 +99,6 @@ def mixed_tokens(model: ModelConfig, facts: DeviceFacts) -> int:
     return min(MAX_RECORDED_TOKENS, max(MIN_MIXED_TOKENS, tokens // MIXED_STEP * MIXED_STEP))
 
 
-def budget_bytes(need: Need, facts: DeviceFacts, utilization: float) -> int:
-    """What the engine may take: its share of a GPU less what others hold; on a CPU a cache of bounded size."""
-    if facts.kind == "cpu":
-        return need.fixed + max(0, min(CPU_KV_BYTES, (facts.free_bytes - need.weights) // 2))
-    return int(facts.total_bytes * utilization) - (facts.total_bytes - facts.free_bytes)
-
-
 def need_of_engine(
     model: ModelConfig, config: EngineConfig, facts: DeviceFacts, *, dtype: str, max_model_len: int
 ) -> Need:
@@ -144,10 +120,6 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
     shorter = f"use --max-model-len {room} or less" if room else "use a smaller model or more memory"
     if facts.kind == "cpu" or config.kv_cache_memory_bytes is not None:
         return shorter
-    from fastqwen.plan.catalog import published
-    from fastqwen.plan.changes import advise
-    from fastqwen.plan.question import Question, is_fitting
-
     question = Question(
         model=model,
         name=config.model,

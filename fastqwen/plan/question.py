@@ -10,7 +10,7 @@ import msgspec
 from fastqwen.errors import BadConfig
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import Entry, Found
-from fastqwen.plan.engine import budget_bytes, choose_dtype
+from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, DeviceFacts, EngineProfile
 from fastqwen.plan.memory import Load, Need, predict
 from fastqwen.plan.served import not_served_yet

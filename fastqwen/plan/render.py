@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from fastqwen.plan.advice import Answer, gib
-from fastqwen.plan.engine import budget_bytes
+from fastqwen.plan.device import budget_bytes
 from fastqwen.plan.facts import GIB, KIB, MIB
 from fastqwen.plan.question import Question, need_of, resolve
 from fastqwen.plan.speed import Speed
