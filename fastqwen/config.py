@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -13,9 +14,10 @@ Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
 
 
-def option(text: str) -> type:
-    """Attach the help text that the CLI shows for a field."""
-    return msgspec.Meta(description=text)  # type: ignore[return-value]
+def option(text: str, *, ge: float | None = None, le: float | None = None, one_way: bool = False) -> type:
+    """Attach what the CLI shows and checks for a field. ``one_way``: there is no --no- form of the flag."""
+    extra = {"one_way": True} if one_way else None
+    return msgspec.Meta(description=text, ge=ge, le=le, extra=extra)  # type: ignore[return-value]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,4 +114,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
+    """--text-timeout for text_timeout_s: its help says that it counts in seconds."""
+    return "--" + field.removesuffix("_s").replace("_", "-")
+
+
+@cache
+def options_of(config: type[msgspec.Struct]) -> dict[str, tuple[Any, msgspec.Meta]]:
+    """Type, and what ``option`` attached, of each field that has a help text."""
+    hints = get_type_hints(config, include_extras=True)
+    args = {name: get_args(hints[name]) for name in config.__struct_fields__}
+    return {name: (found[0], found[1]) for name, found in args.items() if found and isinstance(found[1], msgspec.Meta)}
+
+
+def check_bounds(config: msgspec.Struct) -> None:
+    """What the CLI checks, for a config that was made without it. Raises BadConfig, naming the flag."""
+    for name, (_, meta) in options_of(type(config)).items():
+        value = getattr(config, name)
+        if meta.ge is not None and value < meta.ge:
+            raise BadConfig(f"{flag(name)} is {value}, but must be at least {meta.ge}")
+        if meta.le is not None and value > meta.le:
+            raise BadConfig(f"{flag(name)} is {value}, but must be at most {meta.le}")

@@ -1,11 +1,11 @@
-"""Engine flags, made from EngineConfig's fields, so that there is one list of options."""
+"""Flags made from the fields of a config, so that there is one list of options."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from types import UnionType
 from typing import Any
@@ -13,10 +13,9 @@ from typing import Any
 import msgspec
 import typer
 
-from fastqwen.config import EngineConfig
+from fastqwen.config import EngineConfig, flag, options_of
 
 _SUFFIXES = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
-ENGINE_PANEL = "Engine"
 
 
 def whole_number(text: str) -> int:
@@ -38,51 +37,54 @@ def _is_example(paragraph: str) -> bool:
     return all(line.startswith("fastqwen ") or " | fastqwen " in line for line in paragraph.splitlines())
 
 
-def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every EngineConfig field as a flag; it receives them as one ``engine`` dict.
+def with_options(
+    *, hidden: Container[str] = (), **configs: type[msgspec.Struct]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each field with a help text; it receives those of a config as one dict of its name.
 
-    Its own parameters keep their places and go before a field of the same name; ``engine`` must be among them.
+    Its own parameters keep their places and go before a field of the same name. ``hidden`` fields keep their defaults.
     """
-    own = list(inspect.signature(command, eval_str=True).parameters.values())
-    taken = {one.name for one in own}
-    names = [name for name in EngineConfig.__struct_fields__ if name not in taken]
-    added = [_parameter(name) for name in names]
 
-    def run(**values: Any) -> None:
-        engine = {name: values.pop(name) for name in names}
-        command(engine=engine, **values)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name not in configs]
+        taken = {one.name for one in own}
+        names = {
+            name: [field for field in options_of(config) if field not in taken and field not in hidden]
+            for name, config in configs.items()
+        }
+        added = [_parameter(configs[name], field) for name, fields in names.items() for field in fields]
 
-    parameters = [one for one in own if one.name != "engine"] + added
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    return run
+        def run(**values: Any) -> None:
+            made = {name: {field: values.pop(field) for field in fields} for name, fields in names.items()}
+            command(**made, **values)
+
+        parameters = own + added
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
 
 
-@cache
-def _hints() -> dict[str, Any]:
-    """Once for all commands: --help must be quick."""
-    return typing.get_type_hints(EngineConfig, include_extras=True)
+with_engine_options = with_options(engine=EngineConfig)
 
 
-@cache
-def _parameter(name: str) -> inspect.Parameter:
-    hint = _hints()[name]
-    inner, meta = typing.get_args(hint)[0], typing.get_args(hint)[1]
-    default = next(field.default for field in msgspec.structs.fields(EngineConfig) if field.name == name)
-    flag = "--" + name.replace("_", "-")
-    optional = isinstance(inner, UnionType)
+@cache  # --help must be quick
+def _parameter(config: type[msgspec.Struct], name: str) -> inspect.Parameter:
+    kind, meta = options_of(config)[name]
+    default = next(field.default for field in msgspec.structs.fields(config) if field.name == name)
+    optional = isinstance(kind, UnionType)
     if optional:
-        inner = next(one for one in typing.get_args(inner) if one is not type(None))
-    extra: dict[str, Any] = {}
-    kind: Any = inner
-    flags = [flag]
-    if inner is int:
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    extra: dict[str, Any] = {"min": meta.ge, "max": meta.le}
+    text = flag(name)
+    if kind is bool and not meta.extra:
+        text = f"{text}/--no-{text.removeprefix('--')}"
+    elif kind is int and meta.ge is None:
         extra = {"parser": whole_number, "metavar": "NUMBER"}
-    elif inner is bool:
-        flags = [f"{flag}/--no-{name.replace('_', '-')}"]
     if default is msgspec.NODEFAULT:
         default = []
-    info = typer.Option(*flags, help=meta.description, rich_help_panel=ENGINE_PANEL, show_default=not optional, **extra)
+    info = typer.Option(text, help=meta.description, show_default=not optional, **extra)
     annotation: Any = typing.Annotated[(kind | None) if optional else kind, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

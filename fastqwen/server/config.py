@@ -1,32 +1,99 @@
-"""What the operator wishes of a server."""
+"""What the operator wishes of a server. CLI flags are made from the fields that have a help text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
-from fastqwen.server.request_limits import RequestLimits
+import msgspec
+
+from fastqwen.config import check_bounds, option
+from fastqwen.errors import BadConfig
+from fastqwen.records import (
+    MAX_GRAMMAR_CHARS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+)
 
 
-@dataclass(frozen=True)
-class ServerConfig:
-    """Wishes about the server, as opposed to the engine."""
+class FrontConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the same whatever answers behind the front. Raises BadConfig, naming the flag, for a value that cannot work."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    allowed_hosts: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ()
-    insecure: bool = False
-    max_body_bytes: int = 32 * 2**20
-    max_concurrent_requests: int = 1024
-    limits: RequestLimits = field(default_factory=RequestLimits)
-    text_timeout_s: float = 2.0
+    key_flag: ClassVar[str] = "--api-key"
+    key_variable: ClassVar[str] = "FASTQWEN_API_KEY"
+
+    host: Annotated[str, option("Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1"
+    port: Annotated[int, option("0 takes any free port.", ge=0, le=65535)] = 8000
+    api_keys: tuple[str, ...] = ()  # one of them must come with each request, if there are any
+    insecure: Annotated[bool, option("Let other machines in without a key.", one_way=True)] = False
+    allowed_hosts: Annotated[
+        list[str], option("Host names that requests may use; * allows all. Default: local ones.")
+    ] = []
+    allowed_origins: Annotated[
+        list[str], option("Web origins whose pages may call the API; * allows all. Default: none.")
+    ] = []
+    max_body_bytes: Annotated[int, option("Largest request body.")] = 32 * 2**20
+    max_concurrent_requests: Annotated[
+        int, option("Requests that may run or wait; more are answered with 429.", ge=1)
+    ] = 1024
+    header_timeout_s: Annotated[float, option("Seconds for a request's headers to arrive.", ge=0.1)] = 10.0
+    body_timeout_s: Annotated[float, option("Seconds for a request's body to arrive.", ge=0.1)] = 30.0
+    stall_timeout_s: Annotated[
+        float, option("Seconds after which a stream that its client does not read is aborted.", ge=0.1)
+    ] = 60.0
+    drain_timeout_s: Annotated[
+        float, option("Seconds that running requests get to finish after Ctrl-C or SIGTERM.", ge=0)
+    ] = 60.0
+    access_log: Annotated[bool, option("Log a line for each request.")] = True
+    log_format: Annotated[str, option("text or json.")] = "text"
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.log_format not in ("text", "json"):
+            raise BadConfig(f"--log-format is {self.log_format!r}: use text or json")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(host={self.host!r}, port={self.port})"  # keys must not get into a log
+
+    @property
+    def allowed_names(self) -> frozenset[str]:
+        """``allowed_hosts`` as they are compared: names of machines know no case."""
+        return frozenset(name.lower() for name in self.allowed_hosts)
+
+    def allows_origin(self, origin: str) -> bool:
+        return "*" in self.allowed_origins or origin in self.allowed_origins
+
+
+class ServerConfig(FrontConfig, frozen=True, kw_only=True):
+    """``fastqwen serve``, as opposed to its engine. No bound of a request can be above the schema's own."""
+
+    max_n: Annotated[int, option("Most answers to one prompt.", ge=1, le=MAX_N)] = MAX_N
+    max_logprobs: Annotated[int, option("Most alternatives for each token.", ge=0, le=MAX_LOGPROBS)] = MAX_LOGPROBS
+    max_logit_bias: Annotated[int, option("Most entries of logit_bias.", ge=0, le=MAX_LOGIT_BIAS)] = MAX_LOGIT_BIAS
+    max_stop_strings: Annotated[int, option("Most stop strings.", ge=0, le=MAX_STOP_STRINGS)] = MAX_STOP_STRINGS
+    max_stop_chars: Annotated[int, option("Longest stop string.", ge=1, le=MAX_STOP_CHARS)] = MAX_STOP_CHARS
+    max_grammar_chars: Annotated[
+        int, option("Longest schema, regex or grammar of a request.", ge=1, le=MAX_GRAMMAR_CHARS)
+    ] = MAX_GRAMMAR_CHARS
+    text_timeout_s: Annotated[
+        float, option("Seconds for rendering and tokenising a prompt, or compiling a grammar.", ge=0.1)
+    ] = 2.0
     text_workers: int = 2
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    stall_timeout_s: float = 60.0
     ready_within_s: float = 30.0
-    drain_timeout_s: float = 60.0
-    strict_model_name: bool = False
-    access_log: bool = True
-    log_format: str = "text"
+    strict_model_name: Annotated[bool, option("Answer 404 to requests that name another model.")] = False
+
+
+class WebConfig(FrontConfig, frozen=True, kw_only=True):
+    """``fastqwen web``: its visitors' keys are not those of the servers behind it."""
+
+    key_flag: ClassVar[str] = "--page-key"
+    key_variable: ClassVar[str] = "FASTQWEN_PAGE_KEY"
+
+    port: Annotated[int, option("0 takes any free port.", ge=0, le=65535)] = 8008
+    insecure: Annotated[bool, option("Let other machines in without a page key.", one_way=True)] = False
+    allowed_origins: Annotated[
+        list[str], option("Other web origins whose pages may ask through this one. Default: none.")
+    ] = []
+    access_log: Annotated[bool, option("Log a line for each request.")] = False

@@ -18,7 +18,6 @@ from fastqwen.server.config import ServerConfig
 from fastqwen.server.http import guard
 from fastqwen.server.http.exposure import check_exposure, read_keys
 from fastqwen.server.http.guard import OPEN_PATHS
-from fastqwen.server.request_limits import RequestLimits
 from tests.server.harness import ask, chat, client_of, get, make_state
 
 KEY = "a-long-secret-key"
@@ -125,12 +124,12 @@ def test_keys_come_from_flag_file_or_environment(tmp_path, monkeypatch: pytest.M
     file = tmp_path / "keys"
     file.write_text("key-in-a-file\n\n")
     monkeypatch.setenv("FASTQWEN_API_KEY", "key-number-one, key-number-two")
-    assert read_keys([], None) == ("key-number-one", "key-number-two")
-    assert read_keys(["key-as-a-flag"], file) == ("key-as-a-flag", "key-in-a-file")
+    assert read_keys([], None, ServerConfig) == ("key-number-one", "key-number-two")
+    assert read_keys(["key-as-a-flag"], file, ServerConfig) == ("key-as-a-flag", "key-in-a-file")
     with pytest.raises(BadConfig, match="at least 8"):
-        read_keys(["short"], None)
+        read_keys(["short"], None, ServerConfig)
     with pytest.raises(BadConfig, match="no-such"):
-        read_keys([], tmp_path / "no-such")
+        read_keys([], tmp_path / "no-such", ServerConfig)
 
 
 def test_listening_publicly_needs_a_key_or_insecure():
@@ -277,7 +276,7 @@ STRICTER = [
 
 @pytest.mark.parametrize(("limit", "value", "good", "bad", "param"), STRICTER)
 def test_a_server_may_be_stricter_and_names_the_flag(limit: str, value: int, good: dict, bad: dict, param: str):
-    state = make_state(limits=RequestLimits(**{limit: value}))
+    state = make_state(**{limit: value})
     base = {"prompt": [1], "max_tokens": 1}
     assert ask(state, COMPLETION, {**base, **good}).status_code == 200
     num_requests = len(state.engine.speaker.requests)

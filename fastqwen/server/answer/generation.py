@@ -17,6 +17,7 @@ from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.records import GRAMMAR_FAILED, EngineRequest, Grammar, RequestDelta, SamplingParams
 from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.metrics import RequestClock
+from fastqwen.server.answer.request_limits import check_sampling
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.answer.thinking_guard import EARLY_STOP, ThinkingGuard, ThinkingWishes
 from fastqwen.text.answer import THINK_END, Parts, TextParser
@@ -63,7 +64,7 @@ class Generation:
         sampling: SamplingParams,
         wishes: Wishes | None = None,
     ) -> None:
-        state.config.limits.check(sampling)
+        check_sampling(state.config, sampling)
         limits = state.limits()
         wishes = wishes or Wishes()
         self._state = state

@@ -15,6 +15,7 @@ from fastqwen.errors import BadRequest, EngineGone, Overloaded, UnknownModelName
 from fastqwen.ipc.engine_client import EngineClient
 from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.metrics import Metrics
+from fastqwen.server.answer.request_limits import check_grammar_length
 from fastqwen.server.config import ServerConfig
 from fastqwen.text.formats import Formats
 from fastqwen.text.load import TextTools
@@ -116,7 +117,7 @@ class ServerState:
 
     async def check_grammar(self, grammar: str) -> None:
         """Compile it once, outside. Raises BadRequest with the compiler's reason."""
-        self.config.limits.check_grammar(grammar)
+        check_grammar_length(self.config, grammar)
         if grammar in self._checked_grammars:
             self._checked_grammars.move_to_end(grammar)
             return

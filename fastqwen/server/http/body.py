@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.config import ServerConfig
+from fastqwen.server.config import FrontConfig
 
 Answer = TypeVar("Answer")
 
 
-async def read_body(request: Request, config: ServerConfig) -> bytes:
+async def read_body(request: Request, config: FrontConfig) -> bytes:
     """Raises BadRequest once the body is larger than allowed or comes too slowly, without reading the rest."""
     max_bytes = config.max_body_bytes
     declared = request.headers.get("content-length", "")

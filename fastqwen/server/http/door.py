@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fastqwen.server.config import ServerConfig
+from fastqwen.server.config import FrontConfig
 
 
 class Door(Protocol):
-    config: ServerConfig
     num_active: int
     draining: bool
+
+    @property
+    def config(self) -> FrontConfig: ...
 
     def admit(self) -> None:
         """Raises Overloaded or EngineGone where a new request cannot be taken."""

@@ -7,34 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastqwen.errors import BadConfig
-from fastqwen.server.config import ServerConfig
+from fastqwen.server.config import FrontConfig
 
 LOOPBACK = ("localhost", "::1")
-KEY_VARIABLE = "FASTQWEN_API_KEY"
-KEY_FLAG = "--api-key"
 MIN_KEY_CHARS = 8
 
 
-def check_exposure(config: ServerConfig, *, variable: str = KEY_VARIABLE, flag: str = KEY_FLAG) -> None:
+def check_exposure(config: FrontConfig) -> None:
     """Raises BadConfig where other machines could use the server without a key, unless that was asked for."""
     public = config.host not in LOOPBACK and not config.host.startswith("127.")
     if public and not config.api_keys and not config.insecure:
         raise BadConfig(
-            f"--host {config.host} lets other machines in, and there is no key: set {variable} (or {flag}, "
-            f"{flag}-file), or say --insecure if that is meant"
+            f"--host {config.host} lets other machines in, and there is no key: set {config.key_variable} (or "
+            f"{config.key_flag}, {config.key_flag}-file), or say --insecure if that is meant"
         )
 
 
 def read_keys(
-    given: Sequence[str],
-    file: Path | None,
-    *,
-    variable: str = KEY_VARIABLE,
-    flag: str = KEY_FLAG,
-    min_chars: int = MIN_KEY_CHARS,
+    given: Sequence[str] | None, file: Path | None, config: type[FrontConfig], *, min_chars: int = MIN_KEY_CHARS
 ) -> tuple[str, ...]:
-    """Keys from the flag, else from a file with one per line, else from the environment. Raises BadConfig."""
-    keys = [*given]
+    """Keys from the config's flag, else from a file with one per line, else from the environment. Raises BadConfig."""
+    flag, variable = config.key_flag, config.key_variable
+    keys = [*(given or ())]
     if file is not None:
         try:
             keys += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

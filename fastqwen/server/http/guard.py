@@ -37,6 +37,7 @@ class Guard:
     def __init__(self, app: ASGIApp, state: Door) -> None:
         self._app = app
         self._state = state
+        self._allowed_names = state.config.allowed_names
         # Digests have one length, so that comparing them takes one time, whatever was sent.
         self._keys = [hashlib.sha256(key.encode()).digest() for key in state.config.api_keys]
 
@@ -52,11 +53,7 @@ class Guard:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         path: str = scope["path"]
         origin = _header(headers, b"origin")
-        allowed_origin = (
-            origin
-            if origin in self._state.config.allowed_origins or "*" in self._state.config.allowed_origins
-            else None
-        )
+        allowed_origin = origin if self._state.config.allows_origin(origin) else None
         scope[DIRECT_SEND] = send
         send = _with_headers(send, path, allowed_origin)
         refusal = self._refusal(scope, headers, path)
@@ -98,13 +95,11 @@ class Guard:
 
     def _host_allowed(self, host: str) -> bool:
         """On the loopback address only loopback names: a web page whose name was rebound to it is turned away."""
-        config = self._state.config
-        if "*" in config.allowed_hosts:
+        own, allowed = self._state.config.host, self._allowed_names
+        if "*" in allowed or (own not in LOCAL_HOSTS and not allowed):
             return True
         name = host.rsplit(":", 1)[0] if host.rpartition(":")[2].isdigit() else host
-        if config.host not in LOCAL_HOSTS and not config.allowed_hosts:
-            return True
-        return name.lower() in LOCAL_HOSTS or name.lower() in config.allowed_hosts or name == config.host
+        return name.lower() in LOCAL_HOSTS or name.lower() in allowed or name == own
 
     def _key_matches(self, headers: list[tuple[bytes, bytes]]) -> bool:
         scheme, _, bearer = _header(headers, b"authorization").partition(" ")

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from fastqwen.errors import EngineGone, FastqwenError, Overloaded, UpstreamGone
 from fastqwen.logs import configure_logging
-from fastqwen.server.config import ServerConfig
+from fastqwen.server.config import WebConfig
 from fastqwen.server.http import errors
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.exposure import check_exposure
@@ -26,8 +26,6 @@ from fastqwen.server.http.listen import DrainingServer, bind, run_loop
 from fastqwen.server.operator.status import add_pages
 from fastqwen.server.web.upstream import Relay, Upstreams
 
-PAGE_KEY_VARIABLE = "FASTQWEN_PAGE_KEY"
-PAGE_KEY_FLAG = "--page-key"
 OPERATORS_PATHS = ("/admin/data", "/metrics")
 JSON = "application/json"
 
@@ -36,7 +34,7 @@ log = logging.getLogger("fastqwen.server")
 
 @dataclass
 class WebState:
-    config: ServerConfig
+    config: WebConfig
     upstreams: Upstreams
     num_active: int = 0
     draining: bool = False
@@ -55,11 +53,11 @@ class WebState:
         self._last_error = message
 
 
-def serve_page(config: ServerConfig, upstreams: Upstreams) -> int:
+def serve_page(config: WebConfig, upstreams: Upstreams) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
     configure_logging(config.log_format)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request that is passed on
-    check_exposure(config, variable=PAGE_KEY_VARIABLE, flag=PAGE_KEY_FLAG)
+    check_exposure(config)
     bound = bind(config.host, config.port)
     state = WebState(config, upstreams)
     address = f"http://{config.host}:{bound.getsockname()[1]}"
@@ -167,8 +165,8 @@ def _passed_on(status: int, kind: str, body: bytes, retry_after: str | None = No
 def _refuse_other_sites(state: WebState, request: Request) -> None:
     """Another site's page could make a browser send questions here, which the operator's key would pay for."""
     origin = request.headers.get("origin")
-    if origin is None or origin in state.config.allowed_origins or "*" in state.config.allowed_origins:
+    if origin is None or state.config.allows_origin(origin):
         return
     place = urlsplit(origin)
-    if place.netloc != request.headers.get("host") and place.hostname not in state.config.allowed_hosts:
+    if place.netloc != request.headers.get("host") and place.hostname not in state.config.allowed_names:
         raise HTTPException(403, f"the page at {origin[:200]} may not ask through this one; --allowed-origins adds it")

@@ -1,0 +1,38 @@
+"""What one request may ask for, as the operator set it, checked before anything goes to the engine."""
+
+from __future__ import annotations
+
+from fastqwen.errors import BadRequest
+from fastqwen.records import SamplingParams
+from fastqwen.server.config import ServerConfig
+
+
+def check_sampling(config: ServerConfig, sampling: SamplingParams) -> None:
+    """Raises BadRequest that names the field, the limit and the flag that sets it."""
+    stops = sampling.stop_strings
+    given = {
+        "n": (sampling.n, config.max_n, "--max-n"),
+        "logprobs": (sampling.logprobs or 0, config.max_logprobs, "--max-logprobs"),
+        "prompt_logprobs": (sampling.prompt_logprobs or 0, config.max_logprobs, "--max-logprobs"),
+        "logit_bias": (len(sampling.logit_bias or ()), config.max_logit_bias, "--max-logit-bias"),
+        "stop": (len(stops), config.max_stop_strings, "--max-stop-strings"),
+    }
+    for field, (number, limit, flag) in given.items():
+        if number > limit:
+            raise BadRequest(f"{field}: {number} is more than this server's limit of {limit} ({flag})", field)
+    longest = max(map(len, stops), default=0)
+    if longest > config.max_stop_chars:
+        raise BadRequest(
+            f"stop: {longest} characters are more than this server's limit of {config.max_stop_chars} (--max-stop-chars)",
+            "stop",
+        )
+
+
+def check_grammar_length(config: ServerConfig, grammar: str) -> None:
+    """Raises BadRequest for a schema, regex or grammar that is too long."""
+    if len(grammar) > config.max_grammar_chars:
+        raise BadRequest(
+            f"the schema or grammar has {len(grammar)} characters, more than this server's limit of "
+            f"{config.max_grammar_chars} (--max-grammar-chars)",
+            "structured_outputs",
+        )
