@@ -87,10 +87,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.sparse_layers
 
-    @property
-    def num_dense_layers(self) -> int:
-        return sum(not self.is_sparse(layer) for layer in range(self.num_layers))
-
 
 class Fields:
     """A config.json, read with checks: each error names the file and the key."""

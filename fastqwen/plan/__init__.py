@@ -20,13 +20,11 @@ from __future__ import annotations
 from fastqwen.plan.compare import Line, Measured, compare
 from fastqwen.plan.device import choose_dtype
 from fastqwen.plan.engine import EnginePlan, make_plan
-from fastqwen.plan.facts import DTYPE_BYTES, GIB, DeviceFacts
+from fastqwen.plan.facts import DeviceFacts
 from fastqwen.plan.memory import kv_bytes_per_token
 from fastqwen.plan.weights import weights_bytes
 
 __all__ = [
-    "DTYPE_BYTES",
-    "GIB",
     "DeviceFacts",
     "EnginePlan",
     "Line",

@@ -46,7 +46,6 @@ class NotServed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Catalog(msgspec.Struct, frozen=True, kw_only=True):
-    about: str
     shapes: dict[str, dict[str, Any]]
     quantizations: dict[str, dict[str, Any]]
     models: list[Entry]

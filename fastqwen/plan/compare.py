@@ -24,7 +24,6 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     what: str
     planned: int
     measured: int
-    difference: float  # share of the planned figure
     warn: bool
     text: str
 
@@ -53,4 +52,4 @@ def _line(what: str, planned: int, measured: int, in_bytes: bool) -> Line:
     text = f"{what}: {figures} ({difference:+.1%})"
     if warn:
         text += f": more than {WARN_SHARE:.0%} apart"
-    return Line(what=what, planned=planned, measured=measured, difference=difference, warn=warn, text=text)
+    return Line(what=what, planned=planned, measured=measured, warn=warn, text=text)

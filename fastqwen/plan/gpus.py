@@ -27,7 +27,6 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     memory_mib: int
     bandwidth_gb_s: float
     compute_capability: str
-    bf16: bool
     matmul_tflops: float
     multiprocessors: int
     source: str

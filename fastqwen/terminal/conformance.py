@@ -96,8 +96,8 @@ def _message(response: httpx.Response) -> str:
         return response.text[:200]
 
 
-def _text(chunks: list[dict[str, Any]], key: str = "content") -> str:
-    return "".join(choice["delta"].get(key) or "" for chunk in chunks for choice in chunk["choices"])
+def _text(chunks: list[dict[str, Any]]) -> str:
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
 
 def _demand(holds: bool, otherwise: str) -> None:

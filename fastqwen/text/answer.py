@@ -182,9 +182,3 @@ def _overlap(text: str, mark: str) -> int:
 def prompt_opens_thinking(prompt_end: str) -> bool:
     """Whether a prompt, given by its last characters, ends with a thinking block that the model is to continue."""
     return prompt_end.rstrip().endswith(THINK)
-
-
-def parse_whole(parser: TextParser, text: str) -> Parts:
-    parts = parser.push(text)
-    parts.add(parser.finish())
-    return parts

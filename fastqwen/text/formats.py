@@ -35,20 +35,17 @@ class Formats:
         """Whether the template looks at a variable of that name."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
-    def parser(
-        self, *, opened: bool, tools: Sequence[dict[str, Any]] = (), skip_reasoning: bool = False
-    ) -> TextParser | None:
+    def parser(self, *, opened: bool, tools: Sequence[dict[str, Any]] = ()) -> TextParser | None:
         """None where the text is the content, as it is."""
         if tools and self.tools == "react":
             return ReActParser(tools)
         calls: CallFormat | None = None
         if tools and self.tools != "none":
             calls = Xml(list(tools)) if self.tools == "qwen3_coder" else Hermes()
-        reasoning = self.reasoning and not skip_reasoning
-        if calls is None and not reasoning:
+        if calls is None and not self.reasoning:
             return None
         names = [tool["function"]["name"] for tool in tools]
-        return AnswerParser(reasoning=reasoning, opened=opened, calls=calls, tool_names=names)
+        return AnswerParser(reasoning=self.reasoning, opened=opened, calls=calls, tool_names=names)
 
 
 def derive_formats(

@@ -46,8 +46,6 @@ class TextFacts(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None
     bos_token_id: int | None
     eos_token_id: int | None
-    eot_token_id: int | None  # ends a turn, where eos ends a text
-    pad_token_id: int | None
     add_bos: bool
     add_eos: bool = False  # embedding models close a text with it
 
@@ -63,8 +61,6 @@ def text_facts(metadata: dict[str, Any], source: str = "the GGUF file") -> TextF
         chat_template=template,
         bos_token_id=_token_id(metadata, "bos_token_id", source),
         eos_token_id=_token_id(metadata, "eos_token_id", source),
-        eot_token_id=_token_id(metadata, "eot_token_id", source),
-        pad_token_id=_token_id(metadata, "padding_token_id", source),
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", default) is True,
         add_eos=metadata.get("tokenizer.ggml.add_eos_token") is True,
     )

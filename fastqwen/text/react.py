@@ -11,8 +11,8 @@ from fastqwen.text.answer import Parts
 from fastqwen.text.strict_json import StrictJsonError, loads
 from fastqwen.text.tool_calls import Call, dump
 
-STOP = "Observation:"
-_LABELS = ("Thought:", "Action:", "Action Input:", "Observation:", "Final Answer:")
+STOP = "Observation:"  # what comes next is not the model's to say
+_LABELS = ("Thought:", "Action:", "Action Input:", STOP, "Final Answer:")
 
 # The words that the model was trained on; other words make it call tools less reliably.
 _HEAD = "Answer the following questions as best you can. You have access to the following tools:\n\n"
@@ -145,7 +145,7 @@ class ReActParser:
         if self._section in ("Action:", "Action Input:"):
             self._fields[self._section] = self._fields.get(self._section, "") + text
             return
-        if self._section == "Observation:":
+        if self._section == STOP:
             return  # what a tool would say is not the model's to invent
         text = self._space + text
         if not self._begun:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64
-_MAX_DIGITS = 4300  # where Python itself refuses to convert
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -16,15 +14,12 @@ class StrictJsonError(ValueError):
     """The text is not JSON, or JSON that nobody should have to process; its message is for the user."""
 
 
-def loads(text: str, *, strict: bool = True, constants: Callable[[str], Any] | None = None) -> Any:
-    """``strict=False`` lets strings contain raw control characters, which models write. Raises StrictJsonError.
-
-    ``constants`` reads NaN and Infinity for a caller who refuses them itself, knowing where they stand.
-    """
+def loads(text: str, *, strict: bool = True) -> Any:
+    """``strict=False`` lets strings contain raw control characters, which models write. Raises StrictJsonError."""
     if depth(text) > MAX_DEPTH:
         raise StrictJsonError(f"the JSON is nested more than {MAX_DEPTH} levels deep")
     try:
-        value = json.loads(text, parse_constant=constants or _refuse, strict=strict)
+        value = json.loads(text, parse_constant=_refuse, strict=strict)
     except StrictJsonError:
         raise
     except (ValueError, RecursionError) as error:

@@ -27,7 +27,7 @@ from fastqwen.server.dialects.responses import ResponsesRequest
 from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, TokenizeRequest, parse
 from fastqwen.terminal.batch import read_requests
 from fastqwen.text import strict_json
-from fastqwen.text.answer import AnswerParser, Parts, TextParser, parse_whole
+from fastqwen.text.answer import AnswerParser, Parts, TextParser
 from fastqwen.text.detokenizer import Detokenizer
 from fastqwen.text.gguf_tokenizer import tokenizer_from_gguf
 from fastqwen.text.grammar import check_grammar, grammar_tokenizer, to_grammar
@@ -82,7 +82,10 @@ def parsed(make: Callable[[], TextParser], data: bytes) -> None:
     for start in range(0, len(text), step):
         parts.add(parser.push(text[start : start + step]))
     parts.add(parser.finish())
-    assert parts == parse_whole(make(), text)
+    parser = make()
+    whole = parser.push(text)
+    whole.add(parser.finish())
+    assert parts == whole
     for call in parts.calls:
         json.loads(call.arguments)
 

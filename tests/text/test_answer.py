@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastqwen.text.answer import AnswerParser, Parts, TextParser, parse_whole
+from fastqwen.text.answer import AnswerParser, Parts, TextParser
 from fastqwen.text.react import ReActParser
 from fastqwen.text.tool_calls import Hermes, Xml
 
@@ -53,40 +53,44 @@ def streamed(parser: TextParser, text: str, cuts: list[int]) -> Parts:
     return parts
 
 
+def whole(parser: TextParser, text: str) -> Parts:
+    return streamed(parser, text, [])
+
+
 def test_thinking_is_kept_apart_from_the_answer():
-    parts = parse_whole(hermes(), "<think>\nHm.\n</think>\n\nHello")
+    parts = whole(hermes(), "<think>\nHm.\n</think>\n\nHello")
     assert parts == Parts("Hm.", "Hello")
 
 
 def test_thinking_that_the_prompt_opened():
-    assert parse_whole(hermes(opened=True), "Hm.\n</think>\n\nHello") == Parts("Hm.", "Hello")
-    assert parse_whole(hermes(opened=True), "<think>\nHm.\n</think>\n\nHello") == Parts("Hm.", "Hello")
+    assert whole(hermes(opened=True), "Hm.\n</think>\n\nHello") == Parts("Hm.", "Hello")
+    assert whole(hermes(opened=True), "<think>\nHm.\n</think>\n\nHello") == Parts("Hm.", "Hello")
 
 
 def test_without_thinking_the_text_is_the_answer_and_not_the_reasoning():
-    assert parse_whole(hermes(), "Hello\n") == Parts("", "Hello\n")
-    assert parse_whole(AnswerParser(reasoning=False), "<think>x</think>") == Parts("", "<think>x</think>")
+    assert whole(hermes(), "Hello\n") == Parts("", "Hello\n")
+    assert whole(AnswerParser(reasoning=False), "<think>x</think>") == Parts("", "<think>x</think>")
 
 
 def test_an_answer_that_ends_while_thinking_has_only_reasoning():
-    assert parse_whole(hermes(opened=True), "Hm, </thi") == Parts("Hm, </thi", "")
+    assert whole(hermes(opened=True), "Hm, </thi") == Parts("Hm, </thi", "")
 
 
 def test_content_and_two_calls():
-    parts = parse_whole(hermes(), f"I look.\n{CALL}\n{CALL}")
+    parts = whole(hermes(), f"I look.\n{CALL}\n{CALL}")
     assert parts.content == "I look."
     assert [(call.name, json.loads(call.arguments)) for call in parts.calls] == [("weather", {"city": "Köln"})] * 2
 
 
 def test_a_call_inside_thinking_is_not_lost():
-    parts = parse_whole(hermes(opened=True), f"I need it. {CALL}")
+    parts = whole(hermes(opened=True), f"I need it. {CALL}")
     assert parts.reasoning == "I need it."
     assert [call.name for call in parts.calls] == ["weather"]
 
 
 def test_prose_about_calls_inside_thinking_is_prose():
     text = 'I could write <tool_call>{"name": "other", "arguments": {}}</tool_call> or <tool_call>{ </think>Done'
-    parts = parse_whole(hermes(opened=True), text)
+    parts = whole(hermes(opened=True), text)
     assert (parts.content, parts.calls) == ("Done", [])
     assert '{"name": "other"' in parts.reasoning
 
@@ -94,7 +98,7 @@ def test_prose_about_calls_inside_thinking_is_prose():
 def test_a_closing_mark_inside_an_argument_does_not_end_the_call():
     arguments = {"city": '</tool_call> \\" } <tool_call>'}
     text = "<tool_call>" + json.dumps({"name": "weather", "arguments": arguments}) + "</tool_call>after"
-    parts = parse_whole(hermes(), text)
+    parts = whole(hermes(), text)
     assert json.loads(parts.calls[0].arguments) == arguments
     assert parts.content == "after"
 
@@ -111,13 +115,13 @@ def test_a_closing_mark_inside_an_argument_does_not_end_the_call():
     ],
 )
 def test_what_is_no_call_stays_text(text: str):
-    assert parse_whole(hermes(), text) == Parts("", text)
+    assert whole(hermes(), text) == Parts("", text)
 
 
 def test_xml_values_get_the_types_of_the_schema():
     values = {"city": "12", "days": "3", "share": "2", "detail": "True", "tags": '["a"]', "maybe": "null", "other": "7"}
     body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
-    parts = parse_whole(xml(), f"<tool_call>\n<function=weather>\n{body}</function>\n</tool_call>")
+    parts = whole(xml(), f"<tool_call>\n<function=weather>\n{body}</function>\n</tool_call>")
     assert json.loads(parts.calls[0].arguments) == {
         "city": "12", "days": 3, "share": 2, "detail": True, "tags": ["a"], "maybe": None, "other": "7",
     }  # fmt: skip
@@ -126,21 +130,21 @@ def test_xml_values_get_the_types_of_the_schema():
 def test_xml_values_are_never_evaluated():
     value = "__import__('os').system('touch /tmp/x')"
     text = f"<tool_call><function=weather><parameter=tags>{value}</parameter></function></tool_call>"
-    assert json.loads(parse_whole(xml(), text).calls[0].arguments) == {"tags": value}
+    assert json.loads(whole(xml(), text).calls[0].arguments) == {"tags": value}
 
 
 def test_xml_without_its_outer_mark_is_a_call_too():
-    assert [call.name for call in parse_whole(xml(), "<function=weather>\n</function>").calls] == ["weather"]
+    assert [call.name for call in whole(xml(), "<function=weather>\n</function>").calls] == ["weather"]
 
 
 def test_react_lines():
     text = 'Thought: I look.\nAction: weather\nAction Input: {"city": "Köln"}\nObservation: made up'
-    parts = parse_whole(ReActParser(TOOLS), text)
+    parts = whole(ReActParser(TOOLS), text)
     assert (parts.reasoning, parts.content) == ("I look.", "")
     assert [(call.name, json.loads(call.arguments)) for call in parts.calls] == [("weather", {"city": "Köln"})]
-    parts = parse_whole(ReActParser(TOOLS), "Thought: I know.\nFinal Answer: It rains.\nAction: none")
+    parts = whole(ReActParser(TOOLS), "Thought: I know.\nFinal Answer: It rains.\nAction: none")
     assert parts == Parts("I know.", "It rains.\nAction: none")
-    assert parse_whole(ReActParser(TOOLS), "Hello") == Parts("", "Hello")
+    assert whole(ReActParser(TOOLS), "Hello") == Parts("", "Hello")
 
 
 FRAGMENTS = st.sampled_from(
@@ -162,14 +166,14 @@ FRAGMENTS = st.sampled_from(
 @example(pieces=["a", CALL, "\n", CALL, "b"], cuts=list(range(400)))
 def test_streamed_equals_whole_under_every_cut(make, pieces: list[str], cuts: list[int]):
     text = "".join(pieces)
-    assert streamed(make(), text, cuts) == parse_whole(make(), text)
+    assert streamed(make(), text, cuts) == whole(make(), text)
 
 
 @settings(max_examples=200, deadline=None)
 @given(pieces=st.lists(FRAGMENTS, max_size=14))
 def test_no_letter_is_lost_where_there_is_no_call(pieces: list[str]):
     text = "".join(pieces)
-    parts = parse_whole(hermes(), text)
+    parts = whole(hermes(), text)
     if not parts.calls:
         squeezed = "".join((parts.reasoning + parts.content).split())
         marks = "".join(text.split())

@@ -143,15 +143,13 @@ def test_a_bos_of_odd_letters() -> None:
 
 
 def test_text_facts() -> None:
-    values = metadata(eot_token_id=5, padding_token_id=6)
+    values = metadata()
     values["tokenizer.chat_template"] = "{{ messages }}"
     first = len(tiny_vocabulary()[0])
     assert text_facts(values) == TextFacts(
         chat_template="{{ messages }}",
         bos_token_id=first,
         eos_token_id=first + 2,
-        eot_token_id=5,
-        pad_token_id=6,
         add_bos=False,
     )
     empty = text_facts({})

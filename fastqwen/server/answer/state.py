@@ -23,7 +23,7 @@ from fastqwen.text.worker import Compile, Encode, Job, Render
 
 MAX_CHECKED_GRAMMARS = 1024
 MAX_RECENT_ERRORS = 50
-RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt", "tokenizer", "chat_template"})
+RESERVED_OPTIONS = frozenset({"messages", "add_generation_prompt", "tokenizer", "chat_template"})
 
 
 class TextWorkers(Protocol):
@@ -107,7 +107,7 @@ class ServerState:
         """Raises BadRequest for what cannot be rendered, or not in time."""
         if self.text.template is None:
             raise BadRequest("this model has no chat template: start the server with --chat-template FILE", "messages")
-        reserved = RESERVED_OPTIONS & options.keys() - {"tools"}
+        reserved = RESERVED_OPTIONS & options.keys()
         if reserved:
             raise BadRequest(f"chat_template_kwargs cannot set {min(reserved)}", "chat_template_kwargs")
         for message in messages:

@@ -22,6 +22,7 @@ from fastqwen.server.dialects.thinking import thinking_wishes
 from fastqwen.server.dialects.tools import tool_wishes
 from fastqwen.server.dialects.usage import usage_of
 from fastqwen.server.http.sse import encode, event
+from fastqwen.text import react
 from fastqwen.text.answer import THINK, THINK_END, Parts, prompt_opens_thinking
 from fastqwen.text.tool_calls import Call
 
@@ -111,7 +112,7 @@ class Chat:
             changes["max_tokens"] = None
         if tools and self._state.formats.tools == "react":
             given = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
-            changes["stop"] = [*given, "Observation:"]
+            changes["stop"] = [*given, react.STOP]
         return changes
 
     async def response(self) -> dict[str, Any]:
