@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.types import ASGIApp
 
-from fastqwen.errors import BadRequest
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.completions import Completion
@@ -26,12 +25,15 @@ from fastqwen.server.dialects.schema import (
     TokenizeRequest,
     parse,
 )
+from fastqwen.server.dialects.tokens import detokenize, tokenize
 from fastqwen.server.http import docs_page, errors, openapi
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.guard import Guard
 from fastqwen.server.http.sse import EventStream
 from fastqwen.server.operator import status
 from fastqwen.version import __version__
+
+B = TypeVar("B", bound=Body)
 
 
 def create_app(state: ServerState) -> ASGIApp:
@@ -45,131 +47,67 @@ def create_app(state: ServerState) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     errors.install(app, state)
-    _add_generation(app, state)
-    _add_tokenizer(app, state)
+    _add_dialects(app, state)
     status.add_routes(app, state)
     docs_page.add_route(app)
     openapi.install(app)
     return Guard(app, state)
 
 
-class Whole(Protocol):
+class Work(Protocol):
+    """One request: checked by ``prepare`` before anything runs, then streamed or answered as a whole."""
+
     async def prepare(self) -> None: ...
+
+    def events(self) -> AsyncGenerator[bytes, None]: ...
 
     async def response(self) -> dict[str, Any]: ...
 
 
-class Work(Whole, Protocol):
-    def events(self) -> AsyncGenerator[bytes, None]: ...
+def _add_dialects(app: FastAPI, state: ServerState) -> None:
+    def add_post(path: str, name: str, kind: type[B], answer: Callable[[Request, B], Any]) -> None:
+        async def route(request: Request) -> Response:
+            found = await answer(request, parse(kind, await read_body(request, state.config)))
+            return found if isinstance(found, Response) else _json(found)
 
+        app.post(path, name=name, openapi_extra=openapi.documented(kind))(route)
 
-def documented(kind: type[Body]) -> dict[str, Any]:
-    """Bodies are read by our own parser, so their schema is told to the OpenAPI page by hand."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema)}}}}
+    def add_work(path: str, name: str, kind: type[B], make: Callable[..., Work], **stream: Any) -> None:
+        """``stream``: how a stream of this API ends."""
 
+        async def answer(request: Request, body: Any) -> Response:
+            work = make(state, body, explain_cache=_explains_cache(request))
+            await work.prepare()
+            if body.stream:
+                return EventStream(work.events(), stall_timeout_s=state.config.stall_timeout_s, **stream)
+            return await _whole(request, work.response())
 
-def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """Replace references by what they refer to; request bodies are not recursive."""
-    definitions = schema.pop("$defs", {})
+        add_post(path, name, kind, answer)
 
-    def resolve(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "$ref" in value:
-                return resolve(definitions[value["$ref"].rsplit("/", 1)[1]])
-            return {key: resolve(item) for key, item in value.items()}
-        return [resolve(item) for item in value] if isinstance(value, list) else value
-
-    resolved: dict[str, Any] = resolve(schema)
-    return resolved
-
-
-def _add_generation(app: FastAPI, state: ServerState) -> None:
-    stall_s = state.config.stall_timeout_s
-
-    async def answer(request: Request, work: Work, stream: bool) -> Response:
-        await work.prepare()
-        if stream:
-            return EventStream(work.events(), stall_timeout_s=stall_s)
-        return await whole(request, work)
-
-    @app.post("/v1/chat/completions", openapi_extra=documented(ChatRequest))
-    async def chat_completions(request: Request) -> Response:
-        body = parse(ChatRequest, await read_body(request, state.config))
-        return await answer(request, Chat(state, body, explain_cache=explains_cache(request)), body.stream)
-
-    @app.post("/v1/completions", openapi_extra=documented(CompletionRequest))
-    async def completions(request: Request) -> Response:
-        body = parse(CompletionRequest, await read_body(request, state.config))
-        return await answer(request, Completion(state, body, explain_cache=explains_cache(request)), body.stream)
-
-    @app.post("/v1/embeddings", openapi_extra=documented(EmbeddingRequest))
-    async def embeddings(request: Request) -> Response:
-        body = parse(EmbeddingRequest, await read_body(request, state.config))
+    async def embed(request: Request, body: EmbeddingRequest) -> Response:
         work = Embeddings(state, body)
         await work.prepare()
-        return await whole(request, work)
+        return await _whole(request, work.response())
 
-    @app.post("/v1/responses", openapi_extra=documented(ResponsesRequest))
-    async def responses(request: Request) -> Response:
-        body = parse(ResponsesRequest, await read_body(request, state.config))
-        work = Responses(state, body, explain_cache=explains_cache(request))
-        await work.prepare()
-        if body.stream:
-            return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
-        return await whole(request, work)
-
-    @app.post("/v1/messages", openapi_extra=documented(MessagesRequest))
-    async def messages(request: Request) -> Response:
-        body = parse(MessagesRequest, await read_body(request, state.config))
-        work = Messages(state, body, explain_cache=explains_cache(request))
-        await work.prepare()
-        if body.stream:
-            return EventStream(work.events(), stall_timeout_s=stall_s, done=b"", error_name="error")
-        return await whole(request, work)
-
-    @app.post("/v1/messages/count_tokens", openapi_extra=documented(CountRequest))
-    async def counted(request: Request) -> dict[str, int]:
-        return await count_tokens(state, parse(CountRequest, await read_body(request, state.config)))
+    add_work("/v1/chat/completions", "chat_completions", ChatRequest, Chat)
+    add_work("/v1/completions", "completions", CompletionRequest, Completion)
+    add_work("/v1/responses", "responses", ResponsesRequest, Responses, done=b"", error_name="error")
+    add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"", error_name="error")
+    add_post("/v1/messages/count_tokens", "counted", CountRequest, lambda _, body: count_tokens(state, body))
+    add_post("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
+    add_post("/tokenize", "tokenize", TokenizeRequest, lambda _, body: tokenize(state, body))
+    add_post("/detokenize", "detokenize", DetokenizeRequest, lambda _, body: detokenize(state, body))
 
 
-def explains_cache(request: Request) -> bool:
+def _explains_cache(request: Request) -> bool:
     asked = request.query_params.get("explain_cache") or request.headers.get("x-explain-cache") or "0"
     return asked.lower() in ("1", "true", "yes")
 
 
-async def whole(request: Request, work: Whole) -> Response:
-    answer = await unless_gone(request, work.response())
-    if answer is None:
-        return Response(status_code=499)
+async def _whole(request: Request, work: Any) -> Response:
+    answer = await unless_gone(request, work)
+    return Response(status_code=499) if answer is None else _json(answer)
+
+
+def _json(answer: dict[str, Any]) -> Response:
     return Response(msgspec.json.encode(answer), media_type="application/json")
-
-
-def _add_tokenizer(app: FastAPI, state: ServerState) -> None:
-    @app.post("/tokenize", openapi_extra=documented(TokenizeRequest))
-    async def tokenize(request: Request) -> dict[str, Any]:
-        body = parse(TokenizeRequest, await read_body(request, state.config))
-        state.model_name(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise BadRequest("give either prompt or messages", "prompt")
-        for name in ("tools", "chat_template_kwargs"):
-            if body.prompt is not None and getattr(body, name):
-                raise BadRequest(f"{name} belongs to messages and has no effect on a prompt", name)
-        if body.messages is not None:
-            options = dict(body.chat_template_kwargs or {})
-            if body.tools:
-                options["tools"] = [tool.for_template() for tool in body.tools]
-            tokens = await state.apply_template(
-                [message.for_template() for message in body.messages],
-                options,
-                add_generation_prompt=body.add_generation_prompt,
-            )
-        else:
-            tokens = await state.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        return {"count": len(tokens), "max_model_len": state.limits().max_model_len, "tokens": tokens}
-
-    @app.post("/detokenize", openapi_extra=documented(DetokenizeRequest))
-    async def detokenize(request: Request) -> dict[str, Any]:
-        body = parse(DetokenizeRequest, await read_body(request, state.config))
-        state.model_name(body.model)
-        return {"prompt": state.text.tokenizer.decode(body.tokens)}

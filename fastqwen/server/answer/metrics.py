@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -31,6 +31,9 @@ ENGINE_COUNTERS = {
     "num_corrupted": ("corrupted_requests", "Requests ended because of NaN or infinity"),
     "num_steps": ("engine_steps", "Steps that the engine has computed"),
 }
+
+
+Samples = Sequence[tuple[tuple[str, ...], float]]  # more labels than the model's name, and the value
 
 
 class Histogram:
@@ -87,45 +90,34 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Asked by prometheus_client."""
         for field, (name, text) in ENGINE_GAUGES.items():
-            yield self._gauge(name, text, getattr(self._stats, field))
+            yield self._gauge(f"vllm:{name}", text, [((), getattr(self._stats, field))])
         for field, (name, text) in ENGINE_COUNTERS.items():
-            yield self._counter(name, text, getattr(self._stats, field))
-        yield self._counter("prompt_tokens", "Prompt tokens processed", self.prompt_tokens)
-        yield self._counter("generation_tokens", "Tokens generated", self.generation_tokens)
-        yield self._counter("engine_restarts", "Times that the engine process was started again", self.num_restarts)
-        success = CounterMetricFamily(
-            "vllm:request_success", "Requests that ended", labels=["model_name", "finished_reason"]
-        )
-        for reason, count in self.finished.items():
-            success.add_metric([self._model_name, reason], count)
-        yield success
-        yield from self._histogram_families()
-        memory = GaugeMetricFamily(
-            "fastqwen:plan", "What was planned and what was measured at start", labels=["model_name", "figure", "side"]
-        )
-        for line in self.comparison:
-            memory.add_metric([self._model_name, line.what, "planned"], line.planned)
-            memory.add_metric([self._model_name, line.what, "measured"], line.measured)
-        yield memory
-        info = GaugeMetricFamily("fastqwen:info", "1, with the version as a label", labels=["model_name", "version"])
-        info.add_metric([self._model_name, __version__], 1)
-        yield info
-
-    def _histogram_families(self) -> Iterable[Metric]:
+            yield self._counter(name, text, [((), getattr(self._stats, field))])
+        yield self._counter("prompt_tokens", "Prompt tokens processed", [((), self.prompt_tokens)])
+        yield self._counter("generation_tokens", "Tokens generated", [((), self.generation_tokens)])
+        restarts = "Times that the engine process was started again"
+        yield self._counter("engine_restarts", restarts, [((), self.num_restarts)])
+        finished = [((reason,), count) for reason, count in self.finished.items()]
+        yield self._counter("request_success", "Requests that ended", finished, labels=["finished_reason"])
         for one in self._histograms:
             family = HistogramMetricFamily(f"vllm:{one.name}", one.text, labels=["model_name"])
-            buckets, total = one.buckets()
-            family.add_metric([self._model_name], buckets, total)
+            family.add_metric([self._model_name], *one.buckets())
             yield family
+        sides = [((one.what, side), getattr(one, side)) for one in self.comparison for side in ("planned", "measured")]
+        planned = "What was planned and what was measured at start"
+        yield self._gauge("fastqwen:plan", planned, sides, labels=["figure", "side"])
+        version = "1, with the version as a label"
+        yield self._gauge("fastqwen:info", version, [((__version__,), 1)], labels=["version"])
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-        family.add_metric([self._model_name], value)
-        return family
+    def _gauge(self, name: str, text: str, samples: Samples, labels: Sequence[str] = ()) -> Metric:
+        return self._filled(GaugeMetricFamily(name, text, labels=["model_name", *labels]), samples)
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-        family.add_metric([self._model_name], value)
+    def _counter(self, name: str, text: str, samples: Samples, labels: Sequence[str] = ()) -> Metric:
+        return self._filled(CounterMetricFamily(f"vllm:{name}", text, labels=["model_name", *labels]), samples)
+
+    def _filled(self, family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
+        for labels, value in samples:
+            family.add_metric([self._model_name, *labels], value)
         return family
 
 

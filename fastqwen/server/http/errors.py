@@ -21,6 +21,15 @@ from fastqwen.errors import (
 from fastqwen.server.http.door import Door
 
 STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408}
+# Status, type, param and code of what is no field's fault; the whole tree's root comes last.
+DESCRIBED: dict[type[FastqwenError], tuple[Any, ...]] = {
+    UnknownModelName: (404, "invalid_request_error", "model", "model_not_found"),
+    Overloaded: (429, "rate_limit_error", None, "overloaded"),
+    EngineGone: (503, "service_unavailable", None, "engine_unavailable"),
+    UpstreamGone: (502, "bad_gateway", None, "upstream_gone"),
+    GenerationFailed: (500, "server_error", None, "engine_error"),
+    FastqwenError: (400, "invalid_request_error"),
+}
 
 log = logging.getLogger("fastqwen.server")
 
@@ -34,18 +43,9 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, BadRequest):
         status = STATUS_OF_CODE.get(error.code or "", 400)
         return status, error_body(str(error), "invalid_request_error", error.param, error.code)
-    if isinstance(error, UnknownModelName):
-        return 404, error_body(str(error), "invalid_request_error", "model", "model_not_found")
-    if isinstance(error, Overloaded):
-        return 429, error_body(str(error), "rate_limit_error", None, "overloaded")
-    if isinstance(error, EngineGone):
-        return 503, error_body(str(error), "service_unavailable", None, "engine_unavailable")
-    if isinstance(error, UpstreamGone):
-        return 502, error_body(str(error), "bad_gateway", None, "upstream_gone")
-    if isinstance(error, GenerationFailed):
-        return 500, error_body(str(error), "server_error", None, "engine_error")
-    if isinstance(error, FastqwenError):
-        return 400, error_body(str(error), "invalid_request_error")
+    for kind, (status, *said) in DESCRIBED.items():
+        if isinstance(error, kind):
+            return status, error_body(str(error), *said)
     log.error("a request failed because of a bug in fastqwen", exc_info=error)
     return 500, error_body(
         "the server failed on this request; its log says why", "server_error", None, "internal_error"
