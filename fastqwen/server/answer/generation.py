@@ -17,7 +17,7 @@ from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.records import GRAMMAR_FAILED, EngineRequest, Grammar, RequestDelta, SamplingParams
 from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.metrics import RequestClock
-from fastqwen.server.answer.request_limits import check_sampling
+from fastqwen.server.answer.request_limits import check_limits
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.answer.thinking_guard import EARLY_STOP, ThinkingGuard, ThinkingWishes
 from fastqwen.text.answer import THINK_END, Parts, TextParser
@@ -52,6 +52,11 @@ class Choice:
     def __post_init__(self) -> None:
         self.index = self.assembler.output.index
 
+    @property
+    def answer(self) -> Parts:
+        """The whole, once it is there."""
+        return self.parts if self.parser is not None else Parts(content=self.assembler.output.text)
+
 
 class Generation:
     """Iterate ``pieces`` once; afterwards ``choices`` hold the whole answers. Raises BadRequest when made."""
@@ -62,17 +67,16 @@ class Generation:
         request_id: str,
         token_ids: list[int],
         sampling: SamplingParams,
-        wishes: Wishes | None = None,
+        wishes: Wishes,
     ) -> None:
-        check_sampling(state.config, sampling)
+        check_limits(state.config, sampling)
         limits = state.limits()
-        wishes = wishes or Wishes()
         self._state = state
         self._wishes = wishes
         self._sampling = sampling
         self._max_model_len = limits.max_model_len
         self.prompt_token_ids = token_ids
-        self.warnings: list[str] = []
+        self.warnings: list[str] = [] if wishes.thinking is None else [*wishes.thinking.warnings]
         requests = prepare(
             request_id,
             token_ids,
@@ -119,7 +123,10 @@ class Generation:
         return sum(choice.num_thinking_tokens for choice in self.choices)
 
     async def pieces(self, first_index: int = 0) -> AsyncGenerator[tuple[int, Piece], None]:
-        """(index of the answer, what it gained) until each answer has its finish_reason. Indices count from the given."""
+        """(index of the answer, what it gained) until each answer has its finish_reason. Indices count from the given.
+
+        Raises what ``failure_of`` makes of an error that the engine reports.
+        """
         clock = RequestClock(self._state.metrics, len(self.prompt_token_ids), len(self.choices))
         stream = self._state.engine.stream([choice.request for choice in self.choices])
         async with aclosing(stream):  # type: ignore[type-var]
@@ -137,14 +144,15 @@ class Generation:
                         clock.finished(choice.index, piece.finish_reason, len(choice.assembler.output.token_ids))
                         if piece.abort:
                             self._state.engine.abort([delta.request_id])
+                    if piece.finish_reason in ("error", "abort"):
+                        raise failure_of(piece)
                     yield first_index + choice.index, piece
 
     async def finish(self) -> None:
-        """Run to the end without streaming. Raises what ``failure_of`` makes of an error that the engine reports."""
+        """Run to the end without streaming. Raises as ``pieces`` does."""
         async with aclosing(self.pieces()) as pieces:
-            async for _, piece in pieces:
-                if piece.finish_reason in ("error", "abort"):
-                    raise failure_of(piece)
+            async for _ in pieces:
+                pass
 
     def end_story(self, story: CacheStory, *, explain: bool) -> dict[str, Any] | None:
         """Once the answer is there: keep it for later prompts. Gives the explanation for this one if that was asked."""
@@ -252,6 +260,10 @@ class Generation:
     def choices_max_tokens(self) -> int:
         room = self._max_model_len - len(self.prompt_token_ids)
         return room if self._sampling.max_tokens is None else min(room, self._sampling.max_tokens)
+
+
+def parts_of(piece: Piece) -> Parts:
+    return piece.parts if piece.parts is not None else Parts(content=piece.text)
 
 
 def failure_of(piece: Piece) -> Exception:

@@ -7,7 +7,7 @@ from fastqwen.records import SamplingParams
 from fastqwen.server.config import ServerConfig
 
 
-def check_sampling(config: ServerConfig, sampling: SamplingParams) -> None:
+def check_limits(config: ServerConfig, sampling: SamplingParams) -> None:
     """Raises BadRequest that names the field, the limit and the flag that sets it."""
     stops = sampling.stop_strings
     given = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,16 +10,13 @@ from typing import Any
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
-from fastqwen.server.answer.cache_story import CacheStory
-from fastqwen.server.answer.generation import Choice, Generation, Wishes, failure_of
-from fastqwen.server.answer.state import ServerState, new_id
-from fastqwen.server.answer.thinking_guard import ThinkingWishes
-from fastqwen.server.dialects.completions import finite, prompt_logprobs_json
+from fastqwen.server.answer.generation import Choice, Generation, Wishes, parts_of
+from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.grammars import answer_grammar
+from fastqwen.server.dialects.openai import OpenAIWork, finite, prompt_logprobs_json
 from fastqwen.server.dialects.schema import ChatRequest
 from fastqwen.server.dialects.thinking import thinking_wishes
 from fastqwen.server.dialects.tools import tool_wishes
-from fastqwen.server.dialects.usage import usage_of
 from fastqwen.server.http.sse import encode, event
 from fastqwen.text import react
 from fastqwen.text.answer import THINK, THINK_END, Parts, prompt_opens_thinking
@@ -29,38 +25,25 @@ from fastqwen.text.tool_calls import Call
 PROMPT_END_TOKENS = 12  # enough to see whether the template has opened the thinking block
 
 
-class Chat:
-    """One request. ``events`` streams it, ``response`` waits for the whole."""
+class Chat(OpenAIWork):
+    """``events`` streams the answer, ``response`` waits for the whole."""
+
+    _body: ChatRequest
 
     def __init__(self, state: ServerState, body: ChatRequest, *, explain_cache: bool = False) -> None:
-        self._state = state
-        self._body = body
-        self._explain_cache = explain_cache
-        self._id = new_id("chatcmpl")
-        self._created = int(time.time())
-        self._model = state.model_name(body.model)
-        self._generation: Generation | None = None
-        self._story: CacheStory | None = None
-        self._thinking = ThinkingWishes()
+        super().__init__(state, body, prefix="chatcmpl", explain_cache=explain_cache)
         self._num_calls: dict[int, int] = {}
-
-    @property
-    def generation(self) -> Generation:
-        assert self._generation is not None, "prepare comes first"
-        return self._generation
 
     async def prepare(self) -> None:
         """Render, tokenise and check before anything runs. Raises BadRequest."""
         body, state = self._body, self._state
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        if body.stream_options is not None and not body.stream:
-            raise BadRequest("stream_options needs stream to be true", "stream_options")
         limits, formats = state.limits(), state.formats
         tools = tool_wishes(body, formats)
-        self._thinking = thinking_wishes(body, formats)
+        thinking = thinking_wishes(body, formats)
         messages = tools.messages([message.for_template() for message in body.messages], formats)
-        options = {**self._thinking.template_options, **tools.template_options(formats)}
+        options = {**thinking.template_options, **tools.template_options(formats)}
         token_ids = await state.apply_template(messages, options, add_generation_prompt=body.add_generation_prompt)
         if len(token_ids) >= limits.max_model_len:
             raise BadRequest(
@@ -80,9 +63,9 @@ class Chat:
             grammar=grammar,
             make_parser=lambda: formats.parser(opened=opened, tools=tools.tools),
             single_call=tools.single,
-            thinking=self._thinking,
+            thinking=thinking,
         )
-        self._generation = Generation(state, self._id, token_ids, sampling, wishes)
+        self.generations = [Generation(state, self._id, token_ids, sampling, wishes)]
         self._story = state.cache_stories.begin(
             token_ids,
             body.cache_salt,
@@ -119,9 +102,9 @@ class Chat:
         generation = self.generation
         await generation.finish()
         response = {
-            **self._head("chat.completion"),
+            **self.head("chat.completion"),
             "choices": [self._choice(choice) for choice in generation.choices],
-            "usage": usage_of([generation]),
+            "usage": self.usage(),
             **self.notes(),
         }
         if self._body.prompt_logprobs is not None:
@@ -129,18 +112,16 @@ class Chat:
         return response
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        generation, options = self.generation, self._body.stream_options
-        head = self._head("chat.completion.chunk")
+        generation = self.generation
+        head = self.head("chat.completion.chunk")
         plain_head = b"data: " + encode(head)[:-1] + b',"choices":[{"index":'
-        always_usage = options is not None and options.continuous_usage_stats
+        plain = not self._always_usage
         for choice in generation.choices:
             yield event(self._chunk(head, choice.index, {"role": "assistant", "content": ""}))
         num_left = len(generation.choices)
         async with aclosing(generation.pieces()) as pieces:
             async for index, piece in pieces:
-                if piece.finish_reason in ("error", "abort"):
-                    raise failure_of(piece)
-                if piece.parts is None and piece.logprobs is None and piece.finish_reason is None and not always_usage:
+                if plain and piece.parts is None and piece.logprobs is None and piece.finish_reason is None:
                     if piece.text:  # nearly all tokens of nearly all streams come through here
                         yield b'%b%d,"delta":{"content":%b},"finish_reason":null}]}\n\n' % (
                             plain_head, index, encode(piece.text),
@@ -148,41 +129,19 @@ class Chat:
                     continue
                 num_left -= piece.finish_reason is not None
                 for chunk in self._chunks(head, index, piece, last=num_left == 0):
-                    if always_usage:
-                        chunk["usage"] = usage_of([generation])
+                    if self._always_usage:
+                        chunk["usage"] = self.usage()
                     yield event(chunk)
-        if options is not None and options.include_usage:
-            yield event({**head, "choices": [], "usage": usage_of([generation])})
-
-    def warnings(self) -> list[str]:
-        return [*self._body.warnings(), *self._thinking.warnings, *self.generation.warnings]
-
-    def notes(self) -> dict[str, Any]:
-        """Once the answer is there: what had no effect, and why the cache did not help more if that was asked."""
-        notes: dict[str, Any] = {}
-        warnings = self.warnings()
-        if warnings:
-            notes["warnings"] = warnings
-        if self._story is not None:
-            story = self.generation.end_story(self._story, explain=self._explain_cache)
-            if story is not None:
-                notes["cache"] = story
-        return notes
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        if self._final_usage:
+            yield event({**head, "choices": [], "usage": self.usage()})
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
-        output = choice.assembler.output
-        message: dict[str, Any] = {"role": "assistant"}
-        if choice.parser is None:
-            message["content"] = output.text
-        else:
-            message["content"] = choice.parts.content or (None if choice.parts.calls else "")
-            if choice.parts.reasoning:
-                message["reasoning_content"] = choice.parts.reasoning
-            if choice.parts.calls:
-                message["tool_calls"] = [call_json(call) for call in choice.parts.calls]
+        output, parts = choice.assembler.output, choice.answer
+        message: dict[str, Any] = {"role": "assistant", "content": parts.content or (None if parts.calls else "")}
+        if parts.reasoning:
+            message["reasoning_content"] = parts.reasoning
+        if parts.calls:
+            message["tool_calls"] = [call_json(call) for call in parts.calls]
         return {
             "index": output.index,
             "message": message,
@@ -193,8 +152,7 @@ class Chat:
 
     def _chunks(self, head: dict[str, Any], index: int, piece: Piece, *, last: bool) -> list[dict[str, Any]]:
         """None for a piece that holds nothing for the reader yet, such as half of a character."""
-        parts = piece.parts if piece.parts is not None else Parts(content=piece.text)
-        deltas = self._deltas(index, parts)
+        deltas = self._deltas(index, parts_of(piece))
         if not deltas and piece.logprobs is not None:
             deltas = [{"content": ""}]
         if not deltas and piece.finish_reason is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.server.answer.cache_story import CacheStory
-from fastqwen.server.answer.generation import Generation, Wishes, failure_of
+from fastqwen.server.answer.generation import Generation, Wishes
 from fastqwen.server.answer.merge import gather, merge
-from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.grammars import answer_grammar
+from fastqwen.server.dialects.openai import OpenAIWork, finite, prompt_logprobs_json
 from fastqwen.server.dialects.schema import CompletionRequest
-from fastqwen.server.dialects.usage import usage_of
 from fastqwen.server.http.sse import encode, event
 
 MAX_PROMPTS = 1024
@@ -24,19 +22,14 @@ MAX_SEQUENCES = 4096  # prompts times answers of one request
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
-class Completion:
-    """One request: its prompts, each with n answers. ``events`` streams it, ``response`` waits for the whole."""
+class Completion(OpenAIWork):
+    """Prompts, each with n answers. ``events`` streams them, ``response`` waits for the whole."""
 
-    def __init__(self, state: ServerState, body: CompletionRequest, *, explain_cache: bool = False) -> None:
-        self._explain_cache = explain_cache
-        self._story: CacheStory | None = None
-        self._state = state
-        self._body = body
-        self._id = new_id("cmpl")
-        self._created = int(time.time())
-        self._model = state.model_name(body.model)
+    _body: CompletionRequest
+
+    def __init__(self, state: ServerState, body: CompletionRequest, *, explain_cache: bool) -> None:
+        super().__init__(state, body, prefix="cmpl", explain_cache=explain_cache)
         self._n = body.n or 1
-        self._generations: list[Generation] = []
 
     async def prepare(self) -> None:
         """Tokenise and check everything before anything runs. Raises BadRequest."""
@@ -56,7 +49,7 @@ class Completion:
                 f"{len(prompts)} prompts with {sampling.n} answers each: at most {MAX_SEQUENCES} in one request", "n"
             )
         for index, token_ids in enumerate(prompts):
-            self._generations.append(Generation(self._state, f"{self._id}-{index}", token_ids, sampling, wishes))
+            self.generations.append(Generation(self._state, f"{self._id}-{index}", token_ids, sampling, wishes))
         if self._explain_cache and len(prompts) > 1:
             raise BadRequest("explain_cache explains one prompt: send the prompts one by one", "explain_cache")
         if len(prompts) == 1:
@@ -68,29 +61,24 @@ class Completion:
             raise BadRequest(f"best_of is {body.best_of}, less than n, which is {self._n}", "best_of")
         if body.best_of is not None and body.best_of > self._n and body.stream:
             raise BadRequest("best_of needs the whole answers and cannot be streamed", "best_of")
-        if body.stream_options is not None and not body.stream:
-            raise BadRequest("stream_options needs stream to be true", "stream_options")
 
     async def response(self) -> dict[str, Any]:
-        await gather([generation.finish() for generation in self._generations])
+        await gather([generation.finish() for generation in self.generations])
         choices: list[dict[str, Any]] = []
-        for generation in self._generations:
+        for generation in self.generations:
             for output in self._best(generation.outputs):
-                choices.append(self._choice(len(choices), generation, output))
-        return {**self._head(), "choices": choices, "usage": usage_of(self._generations), **self._notes()}
+                choices.append(self._choice(len(choices), generation, output, echo=self._body.echo))
+        return {**self.head("text_completion"), "choices": choices, "usage": self.usage(), **self.notes()}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        options = self._body.stream_options
-        always_usage = options is not None and options.continuous_usage_stats
-        plain = not always_usage and self._body.logprobs is None and self._body.prompt_logprobs is None
-        plain_head = b"data: " + encode(self._head())[:-1] + b',"choices":[{"index":'
-        echo_left = set(range(len(self._generations) * self._n)) if self._body.echo else set()
-        num_left = len(self._generations) * self._n
-        sources = [one.pieces(number * self._n) for number, one in enumerate(self._generations)]
+        plain = not self._always_usage and self._body.logprobs is None and self._body.prompt_logprobs is None
+        head = self.head("text_completion")
+        plain_head = b"data: " + encode(head)[:-1] + b',"choices":[{"index":'
+        echo_left = set(range(len(self.generations) * self._n)) if self._body.echo else set()
+        num_left = len(self.generations) * self._n
+        sources = [one.pieces(number * self._n) for number, one in enumerate(self.generations)]
         async with aclosing(merge(sources)) as merged:
             async for index, piece in merged:
-                if piece.finish_reason in ("error", "abort"):
-                    raise failure_of(piece)
                 if plain and piece.finish_reason is None and index not in echo_left:
                     if piece.text:
                         yield b'%b%d,"text":%b,"logprobs":null,"finish_reason":null}]}\n\n' % (
@@ -99,17 +87,17 @@ class Completion:
                     continue
                 if not piece.token_ids and piece.finish_reason is None:
                     continue  # a chunk of the prompt's log-probabilities: they come with the first token
-                generation = self._generations[index // self._n]
-                chunk = self._chunk(index, generation, piece, echo=index in echo_left)
+                generation = self.generations[index // self._n]
+                chunk = {**head, "choices": [self._choice(index, generation, piece, echo=index in echo_left)]}
                 echo_left.discard(index)
                 num_left -= piece.finish_reason is not None
                 if not num_left:
-                    chunk.update(self._notes())
-                if always_usage:
-                    chunk["usage"] = usage_of(self._generations)
+                    chunk.update(self.notes())
+                if self._always_usage:
+                    chunk["usage"] = self.usage()
                 yield event(chunk)
-        if options is not None and options.include_usage:
-            yield event({**self._head(), "choices": [], "usage": usage_of(self._generations)})
+        if self._final_usage:
+            yield event({**head, "choices": [], "usage": self.usage()})
 
     async def _prompts(self) -> list[list[int]]:
         prompt = self._body.prompt
@@ -151,49 +139,23 @@ class Completion:
             : -self._n - 1 : -1
         ]
 
-    def _head(self) -> dict[str, Any]:
-        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model}
-
-    def _notes(self) -> dict[str, Any]:
-        warnings = self._body.warnings()
-        notes: dict[str, Any] = {"warnings": warnings} if warnings else {}
-        if self._story is not None:
-            story = self._generations[0].end_story(self._story, explain=self._explain_cache)
-            if story is not None:
-                notes["cache"] = story
-        return notes
-
-    def _choice(self, index: int, generation: Generation, output: CompletionOutput) -> dict[str, Any]:
-        text, logprobs = output.text, output.logprobs
-        listed: list[dict[int, Logprob] | None] = list(logprobs or [])
-        if self._body.echo:
-            text = self._prompt_text(generation) + text
+    def _choice(
+        self, index: int, generation: Generation, said: CompletionOutput | Piece, *, echo: bool
+    ) -> dict[str, Any]:
+        """A whole answer, or what a piece adds to one. ``echo``: the prompt goes before it."""
+        listed: list[dict[int, Logprob] | None] = list(said.logprobs or [])
+        if echo:
             listed = [*(generation.prompt_logprobs or []), *listed]
         choice: dict[str, Any] = {
             "index": index,
-            "text": text,
+            "text": (self._prompt_text(generation) if echo else "") + said.text,
             "logprobs": self._logprobs(listed, generation) if self._body.logprobs is not None else None,
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
+            "finish_reason": said.finish_reason,
+            "stop_reason": said.stop_reason,
         }
-        if self._body.prompt_logprobs is not None:
+        if said.finish_reason is not None and self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs_json(generation.prompt_logprobs)
         return choice
-
-    def _chunk(self, index: int, generation: Generation, piece: Piece, *, echo: bool) -> dict[str, Any]:
-        listed: list[dict[int, Logprob] | None] = list(piece.logprobs or [])
-        if echo:
-            listed = [*(generation.prompt_logprobs or []), *listed]
-        choice = {
-            "index": index,
-            "text": (self._prompt_text(generation) if echo else "") + piece.text,
-            "logprobs": self._logprobs(listed, generation) if self._body.logprobs is not None else None,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-        }
-        if piece.finish_reason is not None and self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_json(generation.prompt_logprobs)
-        return {**self._head(), "choices": [choice]}
 
     def _prompt_text(self, generation: Generation) -> str:
         if isinstance(self._body.prompt, str):
@@ -223,20 +185,3 @@ class Completion:
             offsets.append(offset)
             offset += len(token)
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
-
-
-def finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI uses this number for impossible tokens."""
-    return max(logprob, -9999.0)
-
-
-def prompt_logprobs_json(found: list[dict[int, Logprob] | None] | None) -> list[dict[str, Any] | None]:
-    return [
-        None
-        if one is None
-        else {
-            str(token_id): {"logprob": finite(entry.logprob), "rank": entry.rank, "decoded_token": entry.decoded_token}
-            for token_id, entry in one.items()
-        }
-        for one in found or []
-    ]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.answer.generation import Choice, Generation, failure_of
+from fastqwen.server.answer.generation import Choice, Generation, parts_of
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Probability, as_chat
@@ -114,7 +114,7 @@ class MessagesRequest(CountRequest):
 class Messages:
     """One request. ``events`` streams it, ``response`` waits for the whole."""
 
-    def __init__(self, state: ServerState, body: MessagesRequest, *, explain_cache: bool = False) -> None:
+    def __init__(self, state: ServerState, body: MessagesRequest, *, explain_cache: bool) -> None:
         self._chat = Chat(state, body.as_chat(), explain_cache=explain_cache)
         self._model = state.model_name(body.model)
         self._id = f"msg_{uuid.uuid4().hex}"
@@ -126,10 +126,8 @@ class Messages:
         generation = self._chat.generation
         await generation.finish()
         choice = generation.choices[0]
-        output = choice.assembler.output
-        parts = choice.parts if choice.parser is not None else Parts(content=output.text)
         return {
-            **self._head(_blocks(parts)),
+            **self._head(_blocks(choice.answer)),
             **_ending(choice),
             "usage": _usage(generation),
             **self._chat.notes(),
@@ -142,9 +140,7 @@ class Messages:
         writer = _BlockWriter()
         async with aclosing(generation.pieces()) as pieces:
             async for _, piece in pieces:
-                if piece.finish_reason in ("error", "abort"):
-                    raise failure_of(piece)
-                data = writer.write(piece.parts if piece.parts is not None else Parts(content=piece.text))
+                data = writer.write(parts_of(piece))
                 if data:
                     yield data
         end = {"type": "message_delta", "delta": _ending(generation.choices[0]), "usage": _usage(generation)}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.answer.generation import failure_of
+from fastqwen.server.answer.generation import parts_of
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Function, Probability, as_chat
@@ -157,7 +157,7 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
 class Responses:
     """One request. ``events`` streams it, ``response`` waits for the whole."""
 
-    def __init__(self, state: ServerState, body: ResponsesRequest, *, explain_cache: bool = False) -> None:
+    def __init__(self, state: ServerState, body: ResponsesRequest, *, explain_cache: bool) -> None:
         self._body = body
         self._chat = Chat(state, body.as_chat(), explain_cache=explain_cache)
         self._model = state.model_name(body.model)
@@ -169,11 +169,9 @@ class Responses:
 
     async def response(self) -> dict[str, Any]:
         await self._chat.generation.finish()
-        choice = self._chat.generation.choices[0]
-        parts = choice.parts if choice.parser is not None else Parts(content=choice.assembler.output.text)
         writer = _ItemWriter()
-        for _ in [*writer.write(parts), *writer.close()]:
-            pass
+        list(writer.write(self._chat.generation.choices[0].answer))
+        list(writer.close())
         return self._whole(writer.items)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -189,10 +187,7 @@ class Responses:
         yield encoded("response.in_progress", response=self._head("in_progress", []))
         async with aclosing(self._chat.generation.pieces()) as pieces:
             async for _, piece in pieces:
-                if piece.finish_reason in ("error", "abort"):
-                    raise failure_of(piece)
-                parts = piece.parts if piece.parts is not None else Parts(content=piece.text)
-                data = b"".join(encoded(kind, **values) for kind, values in writer.write(parts))
+                data = b"".join(encoded(kind, **values) for kind, values in writer.write(parts_of(piece)))
                 if data:
                     yield data
         yield b"".join(encoded(kind, **values) for kind, values in writer.close())

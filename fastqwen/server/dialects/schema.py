@@ -25,6 +25,10 @@ B = TypeVar("B", bound=BaseModel)
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    def warnings(self) -> list[str]:
+        given = sorted(name for name in WITHOUT_EFFECT if getattr(self, name, None) is not None)
+        return [f"{name} has no effect on this server" for name in given]
+
 
 class StreamOptions(Body):
     include_usage: bool = False
@@ -123,14 +127,6 @@ class SamplingFields(Body):
             raise BadRequest(f"{' and '.join(wishes)} cannot be combined: give one of them", list(wishes)[1])
         return next(iter(wishes.values()), None)
 
-    def warnings(self) -> list[str]:
-        return warnings_of(self)
-
-
-def warnings_of(body: Body) -> list[str]:
-    given = sorted(name for name in WITHOUT_EFFECT if getattr(body, name, None) is not None)
-    return [f"{name} has no effect on this server" for name in given]
-
 
 class ChatMessage(BaseModel):
     """Templates look at more keys than any list could name, so unknown ones pass through to them."""
@@ -212,9 +208,6 @@ class EmbeddingRequest(Body):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     cache_salt: Annotated[str, Field(max_length=256)] = ""
     user: str | None = None
-
-    def warnings(self) -> list[str]:
-        return warnings_of(self)
 
 
 class TokenizeRequest(Body):

@@ -1,0 +1,80 @@
+"""What OpenAI's chat and completions have in common: the head of an answer, its notes, usage, log-probabilities."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastqwen.errors import BadRequest
+from fastqwen.outputs import Logprob
+from fastqwen.server.answer.cache_story import CacheStory
+from fastqwen.server.answer.generation import Generation
+from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.schema import SamplingFields
+
+
+class OpenAIWork:
+    """One request: ``prepare`` fills ``generations``."""
+
+    def __init__(self, state: ServerState, body: SamplingFields, *, prefix: str, explain_cache: bool) -> None:
+        self.generations: list[Generation] = []
+        self._state = state
+        self._body = body
+        self._explain_cache = explain_cache
+        self._id = new_id(prefix)
+        self._created = int(time.time())
+        self._model = state.model_name(body.model)
+        self._story: CacheStory | None = None
+        options = body.stream_options
+        if options is not None and not body.stream:
+            raise BadRequest("stream_options needs stream to be true", "stream_options")
+        self._final_usage = options is not None and options.include_usage
+        self._always_usage = options is not None and options.continuous_usage_stats
+
+    @property
+    def generation(self) -> Generation:
+        assert self.generations, "prepare comes first"
+        return self.generations[0]
+
+    def notes(self) -> dict[str, Any]:
+        """Once the answer is there: what had no effect, and why the cache did not help more if that was asked."""
+        warnings = [*self._body.warnings(), *(warning for one in self.generations for warning in one.warnings)]
+        notes: dict[str, Any] = {"warnings": warnings} if warnings else {}
+        if self._story is not None:
+            explanation = self.generation.end_story(self._story, explain=self._explain_cache)
+            if explanation is not None:
+                notes["cache"] = explanation
+        return notes
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(len(one.prompt_token_ids) for one in self.generations)
+        generated = sum(one.num_generated_tokens for one in self.generations)
+        thought = [one.num_thinking_tokens for one in self.generations if one.parses_thinking]
+        details = {"completion_tokens_details": {"reasoning_tokens": sum(thought)}} if thought else {}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(one.num_cached_tokens for one in self.generations)},
+            **details,
+        }
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI uses this number for impossible tokens."""
+    return max(logprob, -9999.0)
+
+
+def prompt_logprobs_json(found: list[dict[int, Logprob] | None] | None) -> list[dict[str, Any] | None]:
+    return [
+        None
+        if one is None
+        else {
+            str(token_id): {"logprob": finite(entry.logprob), "rank": entry.rank, "decoded_token": entry.decoded_token}
+            for token_id, entry in one.items()
+        }
+        for one in found or []
+    ]
