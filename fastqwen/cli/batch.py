@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastqwen.cli.options import with_engine_options
+from fastqwen.cli.options import ApiKey, with_engine_options
 
 
 @with_engine_options
@@ -17,9 +17,7 @@ def batch(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the answers go; existing ones are kept.")],
     model: Annotated[str, typer.Option("--model", "-m", help="A model as in `serve`, or the address of a server.")],
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")
-    ] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Answer the requests of IN.jsonl. Killed and started again, it goes on where it was.
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastqwen.cli.options import help_text, with_engine_options
-from fastqwen.cli.serve import MODEL_HELP
+from fastqwen.cli.options import ApiKey, Model, help_text, with_engine_options
 
 app = typer.Typer(help="Measure speed, and compare it with what the machine's memory allows.", no_args_is_help=True)
 
@@ -19,7 +18,7 @@ CONCURRENCIES = [1, 16, 64]
 @with_engine_options
 def latency(
     engine: dict[str, Any],
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     batch_size: Annotated[
         list[int], typer.Option(min=1, help="Sequences at once; may be given several times.")
     ] = BATCH_SIZES,
@@ -67,7 +66,7 @@ def latency(
 @with_engine_options
 def throughput(
     engine: dict[str, Any],
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in one call.")] = 64,
     input_len: Annotated[str, typer.Option(help="Prompt tokens: a number, or a range to draw from.")] = "32-256",
     output_len: Annotated[str, typer.Option(help="Answer tokens: a number, or a range to draw from.")] = "32-128",
@@ -95,9 +94,7 @@ def serve(
     num_requests: Annotated[int | None, typer.Option(min=1, help="At each level. Default: 4 for each stream.")] = None,
     input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
     output_len: Annotated[int, typer.Option(min=2, help="Answer tokens.")] = 64,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")
-    ] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Stream completions over HTTP in closed loops and report time to first token and between tokens.
 

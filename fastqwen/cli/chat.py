@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastqwen.cli.options import with_engine_options
+from fastqwen.cli.options import ApiKey, with_engine_options
 
 
 @with_engine_options
@@ -23,9 +23,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Default: the model's own.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")
-    ] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Talk to a model in the terminal.
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastqwen.cli.options import with_engine_options
-from fastqwen.cli.serve import MODEL_HELP
+from fastqwen.cli.options import MODEL_HELP, ApiKey, with_engine_options
 
 if TYPE_CHECKING:
     from fastqwen.llm import LLM
@@ -22,9 +21,7 @@ def check(
     engine: dict[str, Any],
     model: Annotated[str, typer.Argument(metavar="MODEL|URL", help=f"{MODEL_HELP} Or the address of a server.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")
-    ] = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Load MODEL, show what was found out about it, and ask it one short question.
 

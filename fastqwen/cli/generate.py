@@ -9,14 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fastqwen.cli.options import with_engine_options
-from fastqwen.cli.serve import MODEL_HELP
+from fastqwen.cli.options import Model, with_engine_options
 
 
 @with_engine_options
 def generate(
     engine: dict[str, Any],
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; none reads standard input.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="A file with one prompt per line.")] = None,
     raw: Annotated[bool, typer.Option(help="Continue the text as it is, without a chat template.")] = False,

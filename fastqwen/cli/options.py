@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Container
 from functools import cache
 from types import UnionType
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -16,6 +16,11 @@ import typer
 from fastqwen.config import EngineConfig, flag, options_of
 
 _SUFFIXES = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
+
+# What several commands take.
+MODEL_HELP = "demo, a folder, a .gguf file, or a hub name like Qwen/Qwen3-0.6B."
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+ApiKey = Annotated[str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")]
 
 
 def whole_number(text: str) -> int:
@@ -86,5 +91,5 @@ def _parameter(config: type[msgspec.Struct], name: str) -> inspect.Parameter:
     if default is msgspec.NODEFAULT:
         default = []
     info = typer.Option(text, help=meta.description, show_default=not optional, **extra)
-    annotation: Any = typing.Annotated[(kind | None) if optional else kind, info]
+    annotation: Any = Annotated[(kind | None) if optional else kind, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

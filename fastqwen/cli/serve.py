@@ -7,18 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fastqwen.cli.options import with_options
+from fastqwen.cli.options import Model, with_options
 from fastqwen.config import EngineConfig
 from fastqwen.server.config import ServerConfig
-
-MODEL_HELP = "demo, a folder, a .gguf file, or a hub name like Qwen/Qwen3-0.6B."
 
 
 @with_options(server=ServerConfig, engine=EngineConfig)
 def serve(
     server: dict[str, Any],
     engine: dict[str, Any],
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    model: Model,
     api_key: Annotated[
         list[str] | None,
         typer.Option(help="Key that requests must send; several may be given. Better: the variable FASTQWEN_API_KEY."),

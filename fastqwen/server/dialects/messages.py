@@ -14,7 +14,7 @@ from fastqwen.errors import BadRequest
 from fastqwen.server.answer.generation import Choice, Generation, parts_of
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
-from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Probability, as_chat
+from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Probability, Temperature, TopK
 from fastqwen.server.http.sse import named_event
 from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call
@@ -98,14 +98,14 @@ class MessagesRequest(CountRequest):
     max_tokens: Count
     stream: bool = False
     stop_sequences: list[str] | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    temperature: Temperature | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: TopK | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
 
     def as_chat(self) -> ChatRequest:
-        return as_chat(
+        return ChatRequest.of(
             **self.chat_fields(), max_tokens=self.max_tokens, stop=self.stop_sequences, temperature=self.temperature,
             top_p=self.top_p, top_k=self.top_k, metadata=self.metadata, service_tier=self.service_tier,
         )  # fmt: skip
@@ -152,7 +152,7 @@ class Messages:
 
 
 async def count_tokens(state: ServerState, body: CountRequest) -> dict[str, int]:
-    chat = Chat(state, as_chat(**body.chat_fields(), max_tokens=1))
+    chat = Chat(state, ChatRequest.of(**body.chat_fields(), max_tokens=1))
     await chat.prepare()
     return {"input_tokens": len(chat.generation.prompt_token_ids)}
 

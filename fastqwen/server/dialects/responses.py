@@ -13,7 +13,7 @@ from fastqwen.errors import BadRequest
 from fastqwen.server.answer.generation import parts_of
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.chat import Chat
-from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Function, Probability, as_chat
+from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Effort, Function, Probability, Temperature
 from fastqwen.server.http.sse import named_event
 from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call
@@ -37,7 +37,7 @@ class NamedFunctionTool(Body):
 
 
 class Reasoning(Body):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: str | None = None
 
 
@@ -58,7 +58,7 @@ class ResponsesRequest(Body):
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    temperature: Temperature | None = None
     top_p: Probability | None = None
     stream: bool = False
     tools: list[FunctionTool] | None = None
@@ -105,7 +105,7 @@ class ResponsesRequest(Body):
             fields["response_format"] = {"type": wish.type, "json_schema": schema}
         if self.reasoning is not None:
             fields["reasoning_effort"] = self.reasoning.effort
-        return as_chat(
+        return ChatRequest.of(
             **fields, temperature=self.temperature, top_p=self.top_p, parallel_tool_calls=self.parallel_tool_calls,
             user=self.user, safety_identifier=self.safety_identifier, service_tier=self.service_tier,
             prompt_cache_key=self.prompt_cache_key,

@@ -17,6 +17,11 @@ MAX_TOOLS = 128
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Temperature = Annotated[float, Field(ge=0.0, le=100.0)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+CacheSalt = Annotated[str, Field(max_length=256)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 B = TypeVar("B", bound=BaseModel)
@@ -64,9 +69,9 @@ class SamplingFields(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    temperature: Temperature | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: TopK | None = None
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
     presence_penalty: Penalty | None = None
@@ -81,8 +86,8 @@ class SamplingFields(Body):
     max_tokens: Count | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
-    cache_salt: Annotated[str, Field(max_length=256)] = ""
+    priority: Priority = 0
+    cache_salt: CacheSalt = ""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredFields | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -183,9 +188,17 @@ class ChatRequest(SamplingFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Effort | None = None
     thinking_budget: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     loop_recovery: bool = True
+
+    @classmethod
+    def of(cls, **fields: Any) -> ChatRequest:
+        """From another API's words; None means not given. Raises BadRequest."""
+        try:
+            return cls.model_validate({name: value for name, value in fields.items() if value is not None})
+        except ValidationError as error:
+            raise _refusal(error) from None
 
 
 class CompletionRequest(SamplingFields):
@@ -205,8 +218,8 @@ class EmbeddingRequest(Body):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     add_special_tokens: bool = True
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
-    cache_salt: Annotated[str, Field(max_length=256)] = ""
+    priority: Priority = 0
+    cache_salt: CacheSalt = ""
     user: str | None = None
 
 
@@ -233,14 +246,6 @@ def parse(kind: type[B], body: bytes) -> B:
         raise _refusal(error) from None
     _check_numbers(found)
     return found
-
-
-def as_chat(**fields: Any) -> ChatRequest:
-    """A chat request from another API's words; None means not given. Raises BadRequest."""
-    try:
-        return ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
-    except ValidationError as error:
-        raise _refusal(error) from None
 
 
 def _refusal(error: ValidationError) -> BadRequest:

@@ -24,7 +24,7 @@ from fastqwen.server.http.exposure import check_exposure
 from fastqwen.server.http.guard import Guard
 from fastqwen.server.http.listen import DrainingServer, bind, run_loop
 from fastqwen.server.operator.status import add_pages
-from fastqwen.server.web.upstream import Relay, Upstreams
+from fastqwen.server.web.upstream import Relay, Upstream, Upstreams
 
 OPERATORS_PATHS = ("/admin/data", "/metrics")
 JSON = "application/json"
@@ -101,13 +101,15 @@ def create_web_app(state: WebState) -> ASGIApp:
 
 
 def _add_chat(app: FastAPI, state: WebState) -> None:
-    upstreams = state.upstreams
+    async def asked(request: Request) -> tuple[Upstream, bytes, str | None]:
+        """Which server the request is for, its body as that server wants it, and the visitor's key."""
+        _refuse_other_sites(state, request)
+        key = request.headers.get("authorization")
+        return *await state.upstreams.choose(await read_body(request, state.config), key), key
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        _refuse_other_sites(state, request)
-        key = request.headers.get("authorization")
-        upstream, body = await upstreams.choose(await read_body(request, state.config), key)
+        upstream, body, key = await asked(request)
         response = await unless_gone(request, upstream.open("POST", request.url.path, body=body, key=key))
         if response is None:
             return Response(status_code=499)
@@ -123,9 +125,7 @@ def _add_chat(app: FastAPI, state: WebState) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        _refuse_other_sites(state, request)
-        key = request.headers.get("authorization")
-        upstream, body = await upstreams.choose(await read_body(request, state.config), key)
+        upstream, body, key = await asked(request)
         return _passed_on(*await upstream.ask("POST", "/tokenize", body=body, key=key))
 
 
