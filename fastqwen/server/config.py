@@ -81,7 +81,6 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
         float, option("Seconds for rendering and tokenising a prompt, or compiling a grammar.", ge=0.1)
     ] = 2.0
     text_workers: int = 2
-    ready_within_s: float = 30.0
     strict_model_name: Annotated[bool, option("Answer 404 to requests that name another model.")] = False
 
 

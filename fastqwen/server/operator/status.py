@@ -17,6 +17,7 @@ from fastqwen.server.answer.state import ServerState
 from fastqwen.version import __version__
 
 STATIC = Path(__file__).parents[1] / "static"
+READY_WITHIN_S = 30.0  # an engine that is silent for longer is not ready
 
 
 def add_routes(app: FastAPI, state: ServerState) -> None:
@@ -72,7 +73,7 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
             return JSONResponse({**body, "status": "draining", "message": "the server is shutting down"}, 503)
         if state.engine.state != "ready":
             return JSONResponse({**body, "message": state.why_not_ready()}, 503)
-        if state.engine.silent_for_s > state.config.ready_within_s:
+        if state.engine.silent_for_s > READY_WITHIN_S:
             silent = f"the engine has been silent for {state.engine.silent_for_s:.0f} s"
             return JSONResponse({**body, "status": "stuck", "message": silent}, 503)
         return JSONResponse({**body, "progress": 1.0})
