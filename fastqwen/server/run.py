@@ -140,7 +140,7 @@ def _state(parts: _Parts, engine: EngineClient) -> ServerState:
             log_format=config.log_format,
         ),
         config=config,
-        metrics=Metrics(engine_config.served_names[0]),
+        metrics=Metrics(),
         seeds=random.Random(engine_config.seed),  # noqa: S311 not a secret
         cache_stories=CacheStories(enabled=engine_config.enable_prefix_caching),
     )

@@ -276,7 +276,7 @@ def make_state(
         formats=derive_formats(text.template),
         workers=LocalWorkers(text, words),
         config=ServerConfig(**server),
-        metrics=Metrics("mock"),
+        metrics=Metrics(),
         seeds=random.Random(0),
         cache_stories=CacheStories(enabled=config.enable_prefix_caching),
     )

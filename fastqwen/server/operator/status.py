@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from fastqwen.ipc.wire import Ready
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.operator.prometheus import metrics_text
 from fastqwen.version import __version__
 
 STATIC = Path(__file__).parents[1] / "static"
@@ -82,10 +83,7 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
 def _add_figures(app: FastAPI, state: ServerState) -> None:
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        ready = state.engine.ready
-        state.metrics.comparison = [] if ready is None else ready.comparison
-        text = state.metrics.text(state.engine.stats, state.engine.num_restarts)
-        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
+        return PlainTextResponse(metrics_text(state), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/admin/data")
     async def figures() -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""Prometheus metrics under vLLM's names, so that existing dashboards work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fastqwen.server.answer.state import ServerState
+from fastqwen.version import __version__
+
+# What the engine counts, by EngineStats' field.
+ENGINE_GAUGES = {
+    "num_running": ("num_requests_running", "Sequences in the engine's batch"),
+    "num_waiting": ("num_requests_waiting", "Sequences waiting for room"),
+    "kv_usage": ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1"),
+}
+ENGINE_COUNTERS = {
+    "num_preemptions": ("num_preemptions", "Sequences pushed out to be recomputed"),
+    "prefix_queries_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
+    "prefix_hits_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache"),
+    "num_corrupted": ("corrupted_requests", "Requests ended because of NaN or infinity"),
+    "num_steps": ("engine_steps", "Steps that the engine has computed"),
+}
+
+
+Samples = Sequence[tuple[tuple[str, ...], float]]  # more labels than the model's name, and the value
+
+
+def metrics_text(state: ServerState) -> bytes:
+    return generate_latest(_Families(state))
+
+
+class _Families(Collector):
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._model_name = state.names[0]
+
+    def collect(self) -> Iterator[Metric]:
+        """Asked by prometheus_client."""
+        engine, metrics = self._state.engine, self._state.metrics
+        for field, (name, text) in ENGINE_GAUGES.items():
+            yield self._gauge(f"vllm:{name}", text, [((), getattr(engine.stats, field))])
+        for field, (name, text) in ENGINE_COUNTERS.items():
+            yield self._counter(name, text, [((), getattr(engine.stats, field))])
+        yield self._counter("prompt_tokens", "Prompt tokens processed", [((), metrics.prompt_tokens)])
+        yield self._counter("generation_tokens", "Tokens generated", [((), metrics.generation_tokens)])
+        restarts = "Times that the engine process was started again"
+        yield self._counter("engine_restarts", restarts, [((), engine.num_restarts)])
+        finished = [((reason,), count) for reason, count in metrics.finished.items()]
+        yield self._counter("request_success", "Requests that ended", finished, labels=["finished_reason"])
+        for one in metrics.histograms:
+            family = HistogramMetricFamily(f"vllm:{one.name}", one.text, labels=["model_name"])
+            family.add_metric([self._model_name], *one.buckets())
+            yield family
+        lines = [] if engine.ready is None else engine.ready.comparison
+        sides = [((one.what, side), getattr(one, side)) for one in lines for side in ("planned", "measured")]
+        planned = "What was planned and what was measured at start"
+        yield self._gauge("fastqwen:plan", planned, sides, labels=["figure", "side"])
+        version = "1, with the version as a label"
+        yield self._gauge("fastqwen:info", version, [((__version__,), 1)], labels=["version"])
+
+    def _gauge(self, name: str, text: str, samples: Samples, labels: Sequence[str] = ()) -> Metric:
+        return self._filled(GaugeMetricFamily(name, text, labels=["model_name", *labels]), samples)
+
+    def _counter(self, name: str, text: str, samples: Samples, labels: Sequence[str] = ()) -> Metric:
+        return self._filled(CounterMetricFamily(f"vllm:{name}", text, labels=["model_name", *labels]), samples)
+
+    def _filled(self, family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
+        for labels, value in samples:
+            family.add_metric([self._model_name, *labels], value)
+        return family
