@@ -25,15 +25,17 @@ import zmq
 
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
+from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
 from fastqwen.ipc import engine_main, wire
 from fastqwen.ipc.arrivals import Arrivals
 from fastqwen.plan import EnginePlan
 from fastqwen.plan.catalog import find_published
-from fastqwen.records import EngineRequest, SamplingParams
+from fastqwen.records import EngineRequest, Sampling
 from fastqwen.runner.cuda_runner import CudaRunner
 from fastqwen.runner.recording import Recording
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.sharding import Alone
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128
 
@@ -75,12 +77,13 @@ def make_runner(rows: int, num_blocks: int) -> CudaRunner:
     assert published is not None
     model = msgspec.structs.replace(published.model, num_layers=0)  # no cache: nothing is computed
     plan = EnginePlan(
-        dtype="bfloat16", block_size=64, num_blocks=num_blocks, max_model_len=40960, max_num_seqs=rows,
+        dtype="bfloat16", kv_cache_dtype="bfloat16", block_size=64, num_blocks=num_blocks, max_model_len=40960, max_num_seqs=rows,
         max_num_batched_tokens=2048, weights_bytes=0, kv_bytes_per_token=1,
     )  # fmt: skip
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment,method-assign]
     torch.cuda.Event = Event  # type: ignore[assignment,misc]
-    decoder: Any = SimpleNamespace(ops=SimpleNamespace(), layers=[])
+    embed = SimpleNamespace(world=Alone())
+    decoder: Any = SimpleNamespace(ops=SimpleNamespace(), layers=[], embed=embed, make_states=lambda room: [])
     structured = StructuredOutput(GrammarCompiler(lambda: None))  # type: ignore[arg-type,return-value]
     runner = CudaRunner(model, decoder, plan, torch.device("cpu"), structured)
     decode, prompts = runner._layouts()
@@ -117,7 +120,7 @@ class Clients:
         request = EngineRequest(
             request_id=f"cmpl-{index:032x}-0-0",
             prompt_token_ids=[self._random.randrange(150_000) for _ in range(PROMPT_TOKENS)],
-            sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+            sampling=Sampling(temperature=0.0),
             stop_token_ids=[],
             max_tokens=max_tokens,
             seed=index,
@@ -142,10 +145,8 @@ class Clients:
 def run(rows: int, steps: int) -> dict[str, Any]:
     num_blocks = rows * 12
     runner = make_runner(rows, num_blocks)
-    scheduler = Scheduler(
-        BlockPool(num_blocks, 64), max_num_seqs=rows, max_num_batched_tokens=2048,
-        enable_prefix_caching=False,
-    )  # fmt: skip
+    policy = StepPolicy(max_num_batched_tokens=2048)
+    scheduler = Scheduler(BlockPool(num_blocks, 64), policy, max_num_seqs=rows, enable_prefix_caching=False)
     core, arrivals, parts = EngineCore(scheduler, runner), Arrivals(None), Parts()
     gc.collect()
     gc.freeze()  # as runner/start.py does

@@ -21,7 +21,16 @@ from typing import Any
 
 import torch
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache, PromptTiles
+from fastqwen.kernels import (
+    AttentionParts,
+    DenseWeight,
+    ExpertsWeight,
+    HeadShape,
+    LayerCache,
+    Norm,
+    PromptTiles,
+    StepTokens,
+)
 from fastqwen.kernels.triton import attention, experts, linear, ops, pointwise, prefill, streamed, streamed_attention
 from fastqwen.kernels.triton.workspace import Workspace
 from fastqwen.runner.step_layout import cut_tiles
@@ -44,10 +53,10 @@ SHAPES = {  # name: (n, k, kind)
     "30b-router": (128, 2048, "plain"),
 }
 HEADS = {
-    "0.6b": (HeadShape(16, 8, 128), 28),
-    "8b": (HeadShape(32, 8, 128), 36),
-    "7b": (HeadShape(32, 32, 128), 32),
-    "30b": (HeadShape(32, 4, 128), 48),
+    "0.6b": (HeadShape(16, 8, 128, 128), 28),
+    "8b": (HeadShape(32, 8, 128, 128), 36),
+    "7b": (HeadShape(32, 32, 128, 128), 32),
+    "30b": (HeadShape(32, 4, 128, 128), 48),
 }
 EXPERTS, EXPERT_HIDDEN, EXPERT_SIZE, TOP_K = 128, 2048, 768, 8
 
@@ -77,7 +86,7 @@ def linear_call(name: str, m: int, call: Callable[..., Any], layers: int) -> Mad
 
 def library(x: torch.Tensor, weight: torch.Tensor, norm: Any, out: Any, gated: bool) -> None:
     if norm is not None:
-        x = pointwise.rms_norm(x, norm, 1e-6)
+        x = pointwise.rms_norm(x, Norm(norm, 1e-6))
     if out is not None:
         torch.addmm(out, x, weight.t(), out=out)
     elif gated:
@@ -96,6 +105,10 @@ def linear_variants(models: list[str], rows: list[int], tilings: Callable[..., I
             yield f"{name} m{m}", key, lambda layers, name=name, m=m, call=call: linear_call(name, m, call, layers)
 
 
+def with_eps(norm: Any) -> Norm | None:
+    return None if norm is None else Norm(norm, 1e-6)
+
+
 def streamed_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
     """What linear.py chooses, and the kernel whose weights are on their way early."""
     space, gated = Workspace(torch.device("cuda")), kind == "gated"
@@ -111,14 +124,14 @@ def streamed_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
 
         def call(x: Any, weight: Any, norm: Any, out: Any, gated: bool, t: Any = t) -> None:
             if t is None and m == 1:
-                linear.gemv(x, weight, norm=norm, eps=1e-6, add_to=out, gated=gated)
+                linear.gemv(x, DenseWeight(weight), norm=with_eps(norm), add_to=out, gated=gated)
                 return
             if norm is not None:
-                x = pointwise.rms_norm(x, norm, 1e-6)
+                x = pointwise.rms_norm(x, Norm(norm, 1e-6))
             if t is None:
-                linear.skinny_linear(x, weight, space, add_to=out, gated=gated)
+                linear.skinny_linear(x, DenseWeight(weight), space, add_to=out, gated=gated)
             else:
-                streamed.streamed_linear(x, weight, space, add_to=out, gated=gated, tiling=t)
+                streamed.streamed_linear(x, DenseWeight(weight), space, add_to=out, gated=gated, tiling=t)
 
         yield {"now": True} if t is None else dataclasses.asdict(t), call
 
@@ -150,11 +163,12 @@ def attend_prompts(model: str, number: int, layers: int, tiling: prefill.Prefill
         spans = tuple((index * length, length) for index in range(number))
         return (lambda: [ops.fresh_prompts(q, k, v, spans, out) for _ in range(4)]), operations, 4
     tiles, _ = cut_tiles([(index, 0, length) for index in range(number)], 0, height=height)
-    batch = AttentionBatch(
+    step = StepTokens(
         positions=torch.zeros(tokens, dtype=torch.int32, device="cuda"),
         cos_sin=torch.zeros(1, 128, device="cuda"),
         q_scale=None,
-        token_tables=torch.zeros(tokens, dtype=torch.int32, device="cuda"),
+        slots=torch.zeros(tokens, dtype=torch.int32, device="cuda"),
+        row_starts=torch.arange(0, tokens + 1, length, dtype=torch.int32, device="cuda"),
         block_tables=torch.randperm(blocks, device="cuda").int().view(number, -1).contiguous(),
         num_decode_rows=0,
         prompts=PromptTiles(torch.from_numpy(tiles).cuda(), height),
@@ -162,7 +176,7 @@ def attend_prompts(model: str, number: int, layers: int, tiling: prefill.Prefill
 
     def run() -> None:
         for _ in range(4):
-            prefill.prefill_attention(q, batch, cache, shape, window=None, out=out, tiling=tiling)
+            prefill.prefill_attention(q, step, cache, AttentionParts(shape), out=out, tiling=tiling)
 
     return run, operations, 4
 
@@ -214,8 +228,8 @@ def skinny_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
 
             def call(x: Any, weight: Any, norm: Any, out: Any, gated: bool, t: Any = t) -> None:
                 if norm is not None:
-                    x = pointwise.rms_norm(x, norm, 1e-6)
-                linear.skinny_linear(x, weight, space, add_to=out, gated=gated, tiling=t)
+                    x = pointwise.rms_norm(x, Norm(norm, 1e-6))
+                linear.skinny_linear(x, DenseWeight(weight), space, add_to=out, gated=gated, tiling=t)
 
             yield {"block_n": block_n, "block_k": block_k, "split_k": split, "stages": stages}, call
 
@@ -227,7 +241,7 @@ def gemv_tilings(m: int, n: int, k: int, kind: str) -> Iterator[Any]:
         t = linear.Tiling(block_n, warps)
 
         def call(x: Any, weight: Any, norm: Any, out: Any, gated: bool, t: Any = t) -> None:
-            linear.gemv(x, weight, norm=norm, eps=1e-6, add_to=out, gated=gated, tiling=t)
+            linear.gemv(x, DenseWeight(weight), norm=with_eps(norm), add_to=out, gated=gated, tiling=t)
 
         yield {"block_n": block_n, "warps": warps}, call
 
@@ -255,25 +269,25 @@ def attend(model: str, rows: int, context: int, layers: int, **options: Any) -> 
     blocks = rows * (context // 64 + 1)
     caches = [LayerCache(*(random(blocks, shape.num_kv_heads, 64, 128) for _ in range(2))) for _ in range(layers)]
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
-    batch = AttentionBatch(
+    step = StepTokens(
         positions=torch.full((rows,), context - 1, dtype=torch.int32, device="cuda"),
         cos_sin=torch.ones(rows, 128, device="cuda"),
         q_scale=None,
-        token_tables=slots,
+        slots=slots,
+        row_starts=torch.arange(rows + 1, dtype=torch.int32, device="cuda"),
         block_tables=torch.randperm(blocks, device="cuda").int().view(rows, -1).contiguous(),
         num_decode_rows=rows,
     )
     qkv = random(rows, (shape.num_heads + 2 * shape.num_kv_heads) * 128)
     out = torch.empty(rows, shape.num_heads * 128, dtype=torch.bfloat16, device="cuda")
     norm = torch.ones(128, dtype=torch.bfloat16, device="cuda")
-    space = attention.DecodeWorkspace(torch.device("cuda"), max_rows=2048, shape=shape, max_parts=16384)
+    space = attention.DecodeWorkspace(torch.device("cuda"), shape=shape)
+    parts = AttentionParts(shape, norm, norm, 1e-6)
 
     def run() -> None:
         for cache in caches:
             attend_rows = streamed_attention.decode_attention if options else attention.decode_attention
-            attend_rows(
-                qkv, batch, cache, shape, space, q_norm=norm, k_norm=norm, eps=1e-6, window=None, out=out, **options
-            )
+            attend_rows(qkv, step, cache, parts, space, out=out, **options)
 
     return run, read, layers
 
@@ -318,7 +332,8 @@ def grouped(m: int, tiling: experts.GroupTiling, layers: int) -> Made:
 
     def run() -> None:
         for gate_up, down in weights:
-            experts.add_experts(residual, x, logits, gate_up, down, counts, top_k=TOP_K, normalize=True, tiling=tiling)
+            weight = ExpertsWeight(logits, gate_up, down, TOP_K, normalize=True)
+            experts.add_experts(residual, x, logits, weight, counts, tiling=tiling)
 
     touched = EXPERTS * (1 - (1 - TOP_K / EXPERTS) ** m)
     return run, touched * 3 * EXPERT_SIZE * EXPERT_HIDDEN * 2, len(weights)
@@ -338,9 +353,8 @@ def one_token(tiling: experts.OneTiling, layers: int) -> Made:
     def run() -> None:
         for choice in logits[: 8 if layers > 1 else 1]:
             for gate_up, down in weights:
-                experts.add_experts_of_one(
-                    residual, norm, 1e-6, choice, gate_up, down, top_k=TOP_K, normalize=True, tiling=tiling
-                )
+                weight = ExpertsWeight(choice, gate_up, down, TOP_K, normalize=True)
+                experts.add_experts_of_one(residual, residual, Norm(norm, 1e-6), choice, weight, tiling=tiling)
 
     return run, TOP_K * 3 * EXPERT_SIZE * EXPERT_HIDDEN * 2, len(weights) * 8
 

@@ -1,20 +1,22 @@
-"""A Decoder from a ModelConfig and named weights: the model file's names, the quantization method's linears."""
+"""A Decoder from a ModelConfig and named weights: the model file's names, the quantization method's linears, and of each
+matrix the part that this shard holds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
+from dataclasses import replace
 
 from fastqwen import models, quant
-from fastqwen.kernels import HeadShape, Ops
+from fastqwen.kernels import AttentionParts, DenseWeight, HeadShape, Norm, Ops
 from fastqwen.layers.attention import Attention
-from fastqwen.layers.decoder import Decoder, Layer
-from fastqwen.layers.linear import DenseLinear, Norm
+from fastqwen.layers.decoder import Decoder, Embedding, Layer
+from fastqwen.layers.linear import DenseLinear, GatheredLinear, Linear, SummedLinear
 from fastqwen.layers.mlp import Mlp
 from fastqwen.layers.moe import Moe, SharedExpert
 from fastqwen.model_config import ModelConfig, MoeConfig
 from fastqwen.models.names import Names
+from fastqwen.quant import ExpertsSpec, LinearSpec
+from fastqwen.sharding import Alone, Part, Ranges, World, even_range, kv_head_range
 from fastqwen.weights.source import Weights
 
 
@@ -24,10 +26,11 @@ def build_decoder(
     ops: Ops,
     *,
     source: str = "config.json",
+    world: World = Alone(),  # noqa: B008 it has no state
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Decoder:
     """``progress`` is told after each layer how many of how many are ready."""
-    builder = _Builder(config, weights, ops, source)
+    builder = _Builder(config, weights, ops, source, world)
     layers = []
     for index in range(config.num_layers):
         layers.append(builder.layer(index))
@@ -36,10 +39,12 @@ def build_decoder(
 
 
 class _Builder:
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, source: str) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, source: str, world: World) -> None:
         self.config = config
+        self.local = config.local(world.count)
         self.weights = weights
         self.ops = ops
+        self.world = world
         names: Names = models.find(config.model_type).NAMES
         bare = not weights.has(f"{names.embed}.weight") and weights.has(f"{names.without_prefix().embed}.weight")
         self.names = names.without_prefix() if bare else names
@@ -47,17 +52,20 @@ class _Builder:
         self.method = quant.find(config.quantization, source)
 
     def decoder(self, layers: list[Layer]) -> Decoder:
-        config, names = self.config, self.names
+        config, names, world = self.config, self.names, self.world
         shape = (config.vocab_size, config.hidden_size)
-        embed = self.weights.tensor(f"{names.embed}.weight", shape)
+        lines = even_range(config.vocab_size, world)
+        part = None if world.count == 1 else Part(0, (lines,))
+        table = self.weights.tensor(f"{names.embed}.weight", shape, part=part)
         tied = config.tie_word_embeddings or not self.has_head
-        head = embed if tied else self.weights.tensor(f"{names.head}.weight", shape)
+        head = table if tied else self.weights.tensor(f"{names.head}.weight", shape, part=part)
+        linear: Linear = DenseLinear(self.ops, DenseWeight(head))
         return Decoder(
             ops=self.ops,
-            embed=embed,
+            embed=Embedding(table, lines[0], world),
             layers=layers,
             norm=self.norm(names.final_norm),
-            head=DenseLinear(self.ops, head, None),
+            head=linear if world.count == 1 else GatheredLinear(linear, world, config.vocab_size),
             has_head=self.has_head,
         )
 
@@ -70,71 +78,104 @@ class _Builder:
         return Norm(self.weights.tensor(f"{name}.weight", (self.config.hidden_size,)), self.config.rms_norm_eps)
 
     def attention(self, prefix: str, index: int) -> Attention:
-        config, names = self.config, self.names
+        config, local, names = self.config, self.local, self.names
+        queries, keys = (
+            self.heads(even_range(config.num_heads, self.world)),
+            self.heads(kv_head_range(config.num_kv_heads, self.world)),
+        )
         sizes: tuple[int, ...] = (config.q_size, config.kv_size, config.kv_size)
-        qkv = tuple(prefix + name for name in names.qkv)
-        if len(qkv) == 1:
-            sizes = (sum(sizes),)
-        head_norms = [
+        outputs: tuple[Ranges, ...] = ((queries,), (keys,), (keys,))
+        if len(names.qkv) == 1:
+            q, k = config.q_size, config.kv_size
+            sizes, outputs = (sum(sizes),), ((queries, _behind(keys, q), _behind(keys, q + k)),)
+        q_norm, k_norm = (
             self.weights.tensor(f"{prefix}{name}.weight", (config.head_dim,)) if config.qk_norm else None
             for name in (names.q_norm, names.k_norm)
-        ]
+        )
+        shape = HeadShape(local.num_heads, local.num_kv_heads, config.head_dim, config.rotary_dim)
         return Attention(
             ops=self.ops,
-            shape=HeadShape(config.num_heads, config.num_kv_heads, config.head_dim),
             norm=self.norm(prefix + names.attention_norm),
-            qkv=self.method.linear(self.weights, qkv, config.hidden_size, sizes, config.qkv_bias, self.ops),
-            o=self.method.linear(
-                self.weights, (prefix + names.o,), config.q_size, (config.hidden_size,), config.o_bias, self.ops
-            ),
-            q_norm=head_norms[0],
-            k_norm=head_norms[1],
-            window=config.window(index),
+            qkv=self.split(prefix, names.qkv, config.hidden_size, sizes, config.qkv_bias, outputs),
+            o=self.summed(prefix + names.o, config.q_size, config.o_bias, queries),
+            parts=AttentionParts(shape, q_norm, k_norm, config.rms_norm_eps, config.window(index)),
         )
+
+    def heads(self, which: tuple[int, int]) -> tuple[int, int]:
+        """The lines of a matrix that belong to these heads."""
+        return which[0] * self.config.head_dim, which[1] * self.config.head_dim
 
     def mlp(self, prefix: str) -> Mlp:
         config, names = self.config, self.names
-        hidden, size = config.hidden_size, config.intermediate_size
-        gate_up = tuple(prefix + name for name in names.gate_up)
+        gate_up, down = self.gated(prefix, names.gate_up, names.down, config.intermediate_size, config.mlp_bias)
         return Mlp(
             ops=self.ops,
-            width=2 * size,
+            width=2 * self.local.intermediate_size,
             norm=self.norm(prefix + names.mlp_norm),
-            gate_up=self.method.linear(self.weights, gate_up, hidden, (size, size), config.mlp_bias, self.ops),
-            down=self.method.linear(self.weights, (prefix + names.down,), size, (hidden,), config.mlp_bias, self.ops),
+            gate_up=gate_up,
+            down=self.with_sum(down),
         )
 
     def moe(self, prefix: str) -> Moe:
         config, names, moe = self.config, self.names, self.config.moe
         assert moe is not None
+        spec = ExpertsSpec(
+            router=prefix + names.router,
+            gate_up=(prefix + names.expert_gate_up[0], prefix + names.expert_gate_up[1]),
+            down=prefix + names.expert_down,
+            num_experts=moe.num_experts,
+            hidden_size=config.hidden_size,
+            expert_size=moe.expert_size,
+            inner=None if self.world.count == 1 else (even_range(moe.expert_size, self.world),),
+            top_k=moe.experts_per_token,
+            normalize=moe.normalize_top_k,
+        )
         return Moe(
             ops=self.ops,
             norm=self.norm(prefix + names.mlp_norm),
-            router=self.method.matrix(self.weights, prefix + names.router, moe.num_experts, config.hidden_size),
-            gate_up=self.stacked(prefix, names.expert_gate_up, moe.num_experts, (moe.expert_size, config.hidden_size)),
-            down=self.stacked(prefix, (names.expert_down,), moe.num_experts, (config.hidden_size, moe.expert_size)),
-            experts_per_token=moe.experts_per_token,
-            normalize_top_k=moe.normalize_top_k,
+            experts=self.method.experts(self.weights, spec, self.ops),
             shared=self.shared_expert(prefix, moe) if moe.shared_size else None,
+            world=self.world,
         )
 
     def shared_expert(self, prefix: str, moe: MoeConfig) -> SharedExpert:
-        hidden, size, names = self.config.hidden_size, moe.shared_size, self.names
-        gate_up = tuple(prefix + name for name in names.shared_gate_up)
-        return SharedExpert(
-            gate_up=self.method.linear(self.weights, gate_up, hidden, (size, size), False, self.ops),
-            down=self.method.linear(self.weights, (prefix + names.shared_down,), size, (hidden,), False, self.ops),
-            gate=self.weights.tensor(f"{prefix}{names.shared_gate}.weight", (1, hidden)),
-        )
+        names = self.names
+        gate_up, down = self.gated(prefix, names.shared_gate_up, names.shared_down, moe.shared_size, bias=False)
+        gate = self.weights.tensor(f"{prefix}{names.shared_gate}.weight", (1, self.config.hidden_size))
+        return SharedExpert(gate_up, down, DenseWeight(gate))
 
-    def stacked(self, prefix: str, parts: tuple[str, ...], num_experts: int, shape: tuple[int, int]) -> torch.Tensor:
-        """All experts' matrices in one tensor [experts, len(parts) * shape[0], shape[1]], filled in place."""
-        rows = shape[0]
-        out = torch.empty(
-            (num_experts, len(parts) * rows, shape[1]), dtype=self.weights.dtype, device=self.weights.device
-        )
-        for expert in range(num_experts):
-            for index, part in enumerate(parts):
-                name = prefix + part.format(expert=expert)
-                out[expert, index * rows : (index + 1) * rows] = self.method.matrix(self.weights, name, *shape)
-        return out
+    def gated(self, prefix: str, gate_up: tuple[str, str], down: str, size: int, bias: bool) -> tuple[Linear, Linear]:
+        """A gated MLP's matrices; the second one's result is this shard's part of a sum."""
+        hidden, inner = self.config.hidden_size, even_range(size, self.world)
+        first = self.split(prefix, gate_up, hidden, (size, size), bias, ((inner,), (inner,)))
+        return first, self.linear(LinearSpec((prefix + down,), size, (hidden,), bias), inputs=inner)
+
+    def split(
+        self,
+        prefix: str,
+        names: tuple[str, ...],
+        in_size: int,
+        out_sizes: tuple[int, ...],
+        bias: bool,
+        outputs: tuple[Ranges, ...],
+    ) -> Linear:
+        """A matrix of which this shard holds some outputs."""
+        whole = tuple(prefix + name for name in names)
+        spec = LinearSpec(whole, in_size, out_sizes, bias, outputs=None if self.world.count == 1 else outputs)
+        return self.method.linear(self.weights, spec, self.ops)
+
+    def summed(self, name: str, in_size: int, bias: bool, inputs: tuple[int, int]) -> Linear:
+        """A matrix of which this shard holds some inputs, and whose results are added up."""
+        return self.with_sum(self.linear(LinearSpec((name,), in_size, (self.config.hidden_size,), bias), inputs=inputs))
+
+    def linear(self, spec: LinearSpec, *, inputs: tuple[int, int]) -> Linear:
+        if self.world.count > 1:
+            spec = replace(spec, inputs=(inputs,), adds_bias=self.world.index == 0)
+        return self.method.linear(self.weights, spec, self.ops)
+
+    def with_sum(self, part: Linear) -> Linear:
+        return part if self.world.count == 1 else SummedLinear(part, self.world)
+
+
+def _behind(which: tuple[int, int], offset: int) -> tuple[int, int]:
+    return which[0] + offset, which[1] + offset

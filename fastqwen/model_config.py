@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from fastqwen.errors import BadCheckpoint, ModelNotFound, Unsupported
+from fastqwen.errors import BadCheckpoint, BadConfig, ModelNotFound, Unsupported
 
 RopeKind = Literal["default", "linear", "yarn", "llama3", "qwen1_ntk"]
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -59,6 +59,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    rotated: int | None = None  # leading numbers of a head that are rotated; None: all
     logn_len: int | None = None  # queries beyond this position are scaled by log(position) / log(logn_len)
     windows: tuple[int | None, ...] = ()  # per layer; None sees everything. Empty: no layer has a window
     moe: MoeConfig | None = None
@@ -80,6 +81,36 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim if self.rotated is None else self.rotated
+
+    def local(self, count: int) -> ModelConfig:
+        """The sizes of one of ``count`` shards; heads are split, or key-value heads held several times, inner sizes are
+        rounded up. The vocabulary is still the whole one. Raises BadConfig where heads do not split evenly."""
+        if count == 1:
+            return self
+        if count < 1 or self.num_heads % count or (self.num_kv_heads % count and count % self.num_kv_heads):
+            raise BadConfig(
+                f"--num-gpus is {count}, but {self.num_heads} heads with {self.num_kv_heads} key-value heads do not "
+                "split evenly over so many"
+            )
+        moe = self.moe
+        if moe is not None:
+            sizes = {name: -(-getattr(moe, name) // count) for name in ("expert_size", "shared_size")}
+            moe = msgspec.structs.replace(moe, **sizes)
+        return msgspec.structs.replace(
+            self,
+            num_heads=self.num_heads // count,
+            num_kv_heads=max(1, self.num_kv_heads // count),
+            intermediate_size=-(-self.intermediate_size // count),
+            moe=moe,
+        )
+
+    def kv_bytes_per_token(self, layer: int, number_bytes: int, scale_bytes: int = 0) -> int:
+        """What a layer's cache holds for a token; ``scale_bytes`` for each head's key and value, where its type has scales."""
+        return 2 * self.num_kv_heads * (self.head_dim * number_bytes + scale_bytes)
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

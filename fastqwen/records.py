@@ -4,7 +4,7 @@ EngineRequest   client    -> scheduler   one sequence to generate
 ScheduledBatch  scheduler -> runner      which slots advance by how many tokens
 StepOutput      runner    -> commit      what was sampled
 RequestDelta    commit    -> client      what one request gained in one step
-SamplingParams  rides inside EngineRequest and Admission
+Sampling        rides inside EngineRequest and Admission
 
 Those of which a step makes hundreds are kept out of sight of Python's garbage collector (gc=False): plain data cannot form
 cycles, and else a step of 256 rows would set a collection off.
@@ -54,14 +54,9 @@ class Grammar(msgspec.Struct, frozen=True):
     after: str = ""
 
 
-class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """How tokens are chosen, under the names that vLLM's users know.
+class Sampling(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How the engine chooses a token and what it tells of the choice. Checked where it was made: by SamplingParams."""
 
-    temperature 0 is greedy. ``top_k`` of 0 or -1 means no limit. ``max_tokens`` of None means up to the model's
-    length. Raises BadRequest, naming the field, for a value out of range.
-    """
-
-    n: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -70,14 +65,42 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the next token's distribution depends on which tokens came before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def needs_more(self, num_generated: int) -> bool:
+        """Whether temperature and cuts alone do not say how the token behind so many is chosen and told."""
+        return (
+            self.needs_history
+            or self.logit_bias is not None
+            or self.logprobs is not None
+            or num_generated < self.min_tokens
+        )
+
+
+class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
+    """What a caller asks of an answer, under the names that vLLM's users know.
+
+    temperature 0 is greedy. ``top_k`` of 0 or -1 means no limit. ``max_tokens`` of None means up to the model's
+    length. Raises BadRequest, naming the field, for a value out of range.
+    """
+
+    n: int = 1
     seed: int | None = None
     stop: list[str] | str = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
-    min_tokens: int = 0
     max_tokens: int | None = 16
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
@@ -95,24 +118,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
-    def greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW
-
-    @property
-    def needs_history(self) -> bool:
-        """Whether the next token's distribution depends on which tokens came before."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-
-    @property
-    def needs_more(self) -> bool:
-        """Whether temperature and cuts alone do not say how tokens are chosen and told."""
-        return (
-            self.needs_history
-            or self.logit_bias is not None
-            or self.min_tokens > 0
-            or self.logprobs is not None
-            or self.prompt_logprobs is not None
-        )
+    def for_engine(self) -> Sampling:
+        return Sampling(**{name: getattr(self, name) for name in Sampling.__struct_fields__})
 
     def _check(self) -> None:
         _within("n", self.n, 1, MAX_N)
@@ -172,10 +179,11 @@ class EngineRequest(msgspec.Struct, kw_only=True, frozen=True, gc=False):
 
     request_id: str
     prompt_token_ids: list[int]
-    sampling: SamplingParams
+    sampling: Sampling
     stop_token_ids: list[int]  # derived end-of-turn ids and the request's own, already joined
-    max_tokens: int
+    max_tokens: int  # within the context
     seed: int  # always set, so that a replay gives the same tokens
+    is_open_ended: bool = False  # the caller set no limit: max_tokens is what the context leaves
     priority: int = 0  # smaller runs first
     cache_salt: str = ""
     grammar: Grammar | None = None
@@ -190,7 +198,7 @@ class Admission(msgspec.Struct, kw_only=True, frozen=True):
     request_id: str
     token_ids: list[int]  # prompt and, after a preemption, what was generated before
     num_prompt_tokens: int
-    sampling: SamplingParams
+    sampling: Sampling
     seed: int
     stop_token_ids: list[int]
     rope_key: str  # names the rotary profile; the model knows what it means
@@ -205,12 +213,20 @@ class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     start: int
     num_tokens: int
     new_blocks: list[int]  # appended to the slot's block table before the step
-    samples: bool  # the last token's logits give a new token
+    num_logits: int  # of the last tokens, each of whose logits give a token; 0: the row only fills the cache
     prompt_logprobs: bool = False
-    pools: bool = False  # the last token's hidden state is the request's result; such a row does not sample
+    pools: bool = False  # the last token's hidden state is the request's result; such a row has no logits
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
 
 class ScheduledBatch(msgspec.Struct, kw_only=True, frozen=True):
+    """A step. Rows stand by their kind, for each of which there are kernels: first those of one token, then those that go
+    on behind a cached part, then fresh ones, which begin their sequence; among the first the longest contexts, and
+    among the others equal lengths side by side."""
+
     step_id: int
     admissions: list[Admission]
     rows: list[Row]
@@ -231,9 +247,11 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class SampledRow(msgspec.Struct, kw_only=True, frozen=True, gc=False):
+    """``token_ids`` are those that hold, at most the row's num_logits: what was computed behind them is taken back."""
+
     request_id: str
-    token_id: int | None = None  # None: the row only filled the cache
-    logprobs: TokenLogprobs | None = None
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored
     embedding: bytes | None = None  # float32, little-endian, of length 1
     error: str | None = None

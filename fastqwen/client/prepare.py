@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from fastqwen.errors import BadRequest
-from fastqwen.records import EngineRequest, Grammar, SamplingParams
+from fastqwen.records import EngineRequest, Grammar, Sampling, SamplingParams
 
 
 class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,15 +71,17 @@ def prepare(
     max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
     first_seed = seeds.getrandbits(63) if sampling.seed is None else sampling.seed
     stops = [] if sampling.ignore_eos else limits.stop_token_ids
+    for_engine = sampling.for_engine
     arrival_s = time.monotonic()
     return [
         EngineRequest(
             request_id=f"{request_id}-{index}",
             prompt_token_ids=token_ids,
-            sampling=engine_sampling(sampling),
+            sampling=for_engine,
             stop_token_ids=_unique([*stops, *sampling.stop_token_ids]),
             max_tokens=max_tokens,
             seed=_wrap_int64(first_seed + index),
+            is_open_ended=sampling.max_tokens is None,
             priority=priority,
             cache_salt=cache_salt,
             grammar=grammar,
@@ -112,7 +114,7 @@ def prepare_embedding(
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=token_ids,
-        sampling=SamplingParams(temperature=0.0, max_tokens=1),
+        sampling=Sampling(temperature=0.0),
         stop_token_ids=[],
         max_tokens=1,
         seed=0,
@@ -130,11 +132,6 @@ def check_dimensions(dimensions: int | None, limits: ModelLimits) -> None:
             "the length of this model's vectors",
             "dimensions",
         )
-
-
-def engine_sampling(sampling: SamplingParams) -> SamplingParams:
-    """The part that concerns the engine: stop strings are found in text, and text is the client's."""
-    return msgspec.structs.replace(sampling, n=1, stop=[], structured_outputs=None)
 
 
 def _unique(ids: Iterable[int]) -> list[int]:

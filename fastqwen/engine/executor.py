@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from fastqwen.engine.blocks import BlockHash
 from fastqwen.records import ScheduledBatch, StepOutput
 
 
@@ -18,3 +20,6 @@ class Executor(Protocol):
     run_ahead: int
 
     def submit(self, batch: ScheduledBatch) -> StepHandle: ...
+
+    def num_resumable(self, block_hashes: Sequence[BlockHash]) -> int:
+        """Of leading blocks of a sequence that the prefix cache holds: behind how many all layers can go on."""

@@ -9,52 +9,47 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from operator import attrgetter
 
 import msgspec
 
-from fastqwen.engine.blocks import BlockPool
+from fastqwen.engine.blocks import BlockHash, BlockPool
+from fastqwen.engine.policy import StepPolicy, in_order
 from fastqwen.engine.sequence import NO_SLOT, Sequence
 from fastqwen.records import Admission, EngineRequest, RequestDelta, Row, SampledRow, ScheduledBatch, StepOutput
 
 ADMISSION_HEADROOM_BLOCKS = 8
-LEAST_TILES, MOST_TILES = 4, 32  # of a step that is cut to whole tiles; in a larger one the rest does not matter
 
-_ORDER, _START = attrgetter("order"), attrgetter("start")  # sort keys that cost nothing a row
+_ORDER = attrgetter("order")  # a sort key that costs nothing a row
 
 
 class Scheduler:
-    """Raises nothing on a valid request; ``limit`` says beforehand what a valid request is.
+    """Raises nothing on a request that client/prepare.py made.
 
-    max_num_mixed_tokens bounds steps in which prompts are computed beside running streams (default: like other steps);
-    such steps have a multiple of tile_tokens, where that costs nobody more than a step's delay. With prompts_first streams
-    get only what prompts leave of a step: they pause longer, and more is computed in all.
     rope_key_of(num_prompt_tokens, max_tokens) names the rotary profile that a new sequence gets; max_tokens is None
-    where the caller set no limit.
+    where the caller set no limit. num_resumable(block_hashes): behind how many of these leading blocks, which the prefix
+    cache holds, a sequence can go on; fewer than all where a layer keeps a state that was not kept for each.
     """
 
     def __init__(
         self,
         blocks: BlockPool,
+        policy: StepPolicy,
         *,
         max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_num_mixed_tokens: int | None = None,
-        tile_tokens: int = 1,
-        prompts_first: bool = False,
         enable_prefix_caching: bool = True,
         rope_key_of: Callable[[int, int | None], str] = lambda num_prompt, max_tokens: "",
+        num_resumable: Callable[[Items[BlockHash]], int] = len,
     ) -> None:
         self.blocks = blocks
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_num_mixed_tokens = min(max_num_mixed_tokens or max_num_batched_tokens, max_num_batched_tokens)
-        self.tile_tokens = tile_tokens
-        self.prompts_first = prompts_first
+        self.policy = policy
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up
         self.num_prefix_hits = 0  # prompt tokens found
         self._rope_key_of = rope_key_of
+        self._num_resumable = num_resumable
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[tuple[tuple[int, float, str], int, Sequence]] = []
         self._running: list[Sequence] = []
@@ -95,7 +90,7 @@ class Scheduler:
         assert request.request_id not in self._sequences, f"request id {request.request_id!r} is in use"
         num_prompt = len(request.prompt_token_ids)
         assert num_prompt > 0 and num_prompt + request.max_tokens - 1 <= self.max_sequence_tokens, "not checked before"
-        limit = None if request.sampling.max_tokens is None else request.max_tokens
+        limit = None if request.is_open_ended else request.max_tokens
         sequence = Sequence(request, self._rope_key_of(num_prompt, limit))
         self._sequences[request.request_id] = sequence
         self._push_waiting(sequence)
@@ -115,24 +110,19 @@ class Scheduler:
         """The next step, or None if nothing can advance before an earlier step is committed."""
         rows: list[Row] = []
         admissions: list[Admission] = []
-        budget = self._token_budget()
-        budget = self._schedule_running(rows, budget, streams=not self.prompts_first)
+        prompts_first = self.policy.prompts_first
+        budget = self.policy.token_budget(self._running)
+        budget = self._schedule_running(rows, budget, streams=not prompts_first)
         budget = self._schedule_waiting(rows, admissions, budget)
-        if self.prompts_first:
+        if prompts_first:
             self._schedule_running(rows, budget, prompts=False)
         if not rows:
             return None
-        self._cut_to_whole_tiles(rows)
-        # Rows of one token first, then those that go on behind a cached part, then fresh ones, equal lengths side by side:
-        # each kind has kernels of its own. The longest contexts come first, so that none is left over at the end.
-        single = [row for row in rows if row.num_tokens == 1]
-        single.sort(key=_START, reverse=True)
-        if len(single) < len(rows):
-            longer = [row for row in rows if row.num_tokens > 1]
-            longer.sort(key=lambda row: (row.start == 0, row.num_tokens, -row.start))
-            single += longer
+        index, surplus = self.policy.surplus(rows)
+        if surplus:
+            rows[index] = self._shortened(rows[index], surplus)
         self._step_id += 1
-        return ScheduledBatch(step_id=self._step_id, admissions=admissions, rows=single)
+        return ScheduledBatch(step_id=self._step_id, admissions=admissions, rows=in_order(rows))
 
     def commit(self, batch: ScheduledBatch, output: StepOutput) -> list[RequestDelta]:
         """Take in what a step sampled. Rows of requests that ended meanwhile are surplus and dropped."""
@@ -145,39 +135,10 @@ class Scheduler:
                     deltas.append(delta)
         return deltas
 
-    def _token_budget(self) -> int:
-        """Prompts beside running streams come in smaller pieces: each piece is a pause for every stream."""
-        if not self.prompts_first and any(
-            one.wants_more and one.num_known - one.num_computed == 1 for one in self._running
-        ):
-            return self.max_num_mixed_tokens
-        return self.max_num_batched_tokens
-
-    def _cut_to_whole_tiles(self, rows: list[Row]) -> None:
-        """Leave the last few tokens of one prompt to the next step, which the running streams need anyway.
-
-        A step takes as long as the next multiple of a tile would: 16 streams and a prompt of 512 tokens take 3.6 ms more than
-        512 tokens do (Qwen3-8B on an H200), the other 16 tokens in a step of single tokens take next to nothing.
-        """
-        num_tokens = sum(row.num_tokens for row in rows)
-        surplus = num_tokens % self.tile_tokens
-        has_streams = any(row.num_tokens == 1 for row in rows)
-        if not surplus or not has_streams or not LEAST_TILES <= num_tokens // self.tile_tokens < MOST_TILES:
-            return
-        # Best one that does not end in this step; else the last one, which came last.
-        long = [index for index, row in enumerate(rows) if row.num_tokens > surplus]
-        index = next(
-            (index for index in long if not (rows[index].samples or rows[index].pools)), long[-1] if long else -1
-        )
-        if index >= 0:
-            rows[index] = self._shortened(rows[index], surplus)
-
     def _shortened(self, row: Row, surplus: int) -> Row:
         """The same row, computing fewer tokens; the blocks that it took stay its own."""
-        sequence = self._sequences[row.request_id]
-        sequence.num_computed -= surplus
-        sequence.num_pending -= row.samples or row.pools
-        return msgspec.structs.replace(row, num_tokens=row.num_tokens - surplus, samples=False, pools=False)
+        self._sequences[row.request_id].advance(-surplus, -(row.num_logits + row.pools))
+        return msgspec.structs.replace(row, num_tokens=row.num_tokens - surplus, num_logits=0, pools=False)
 
     def _schedule_running(self, rows: list[Row], budget: int, *, prompts: bool = True, streams: bool = True) -> int:
         """Advance what runs and has no row yet, in order; preempt from the end of the order when blocks run out."""
@@ -187,7 +148,7 @@ class Scheduler:
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
             index += 1
-            num_left = sequence.num_known - sequence.num_computed
+            num_left = sequence.num_left
             if not sequence.wants_more or not (streams if num_left == 1 else prompts):
                 continue
             if sequence.request_id in scheduled:
@@ -223,7 +184,7 @@ class Scheduler:
                 break
             heapq.heappop(self._waiting)
             admissions.append(admission)
-            num_tokens = min(sequence.num_known - sequence.num_computed, budget)
+            num_tokens = min(sequence.num_left, budget)
             rows.append(self._advance(sequence, num_tokens, shared=sequence.blocks))
             budget -= num_tokens
             self._drop_gone_waiting()
@@ -271,7 +232,9 @@ class Scheduler:
             return []  # prompt log-probabilities need every position's logits
         # The last known token is always computed: its logits are what the step is for.
         usable = (len(sequence.token_ids) - 1) // self.blocks.block_size
-        return self.blocks.match(sequence.hashes(self.blocks.block_size)[:usable])
+        hashes = sequence.hashes(self.blocks.block_size)[:usable]
+        found = self.blocks.match(hashes)
+        return found[: self._num_resumable(hashes[: len(found)])]
 
     def _advance(self, sequence: Sequence, num_tokens: int, shared: list[int] | None = None) -> Row:
         new_blocks = [] if shared is None else list(shared)
@@ -281,17 +244,16 @@ class Scheduler:
             sequence.blocks += taken
             new_blocks += taken
         start = sequence.num_computed
-        sequence.num_computed += num_tokens
-        last = sequence.num_computed == sequence.num_known
+        last = num_tokens == sequence.num_left
         pools = last and sequence.request.pooling is not None
-        sequence.num_pending += last  # a vector is waited for like a token
+        sequence.advance(num_tokens, num_pending=last)  # a vector is waited for like a token
         return Row(
             slot=sequence.slot,
             request_id=sequence.request_id,
             start=start,
             num_tokens=num_tokens,
             new_blocks=new_blocks,
-            samples=last and not pools,
+            num_logits=int(last and not pools),
             pools=pools,
             prompt_logprobs=sequence.request.sampling.prompt_logprobs is not None and start < sequence.num_prompt - 1,
         )
@@ -301,12 +263,12 @@ class Scheduler:
             return self._finish(
                 sequence, RequestDelta(request_id=row.request_id, finish_reason="error", error=sampled.error)
             )
-        sequence.num_pending -= row.samples or row.pools
-        if row.samples:
-            assert sampled.token_id is not None
-            sequence.token_ids.append(sampled.token_id)
+        sequence.num_pending -= row.num_logits + row.pools
+        sequence.token_ids += sampled.token_ids
         if sequence.slot != NO_SLOT and step_id >= sequence.admitted_in_step:  # else preempted since: other blocks now
-            self._register_full_blocks(sequence, row.start + row.num_tokens)
+            num_taken_back = row.num_logits - len(sampled.token_ids)
+            sequence.roll_back(num_taken_back)
+            self._register_full_blocks(sequence, row.end - num_taken_back)
         if row.pools:
             assert sampled.embedding is not None
             delta = RequestDelta(
@@ -316,7 +278,7 @@ class Scheduler:
                 embedding=sampled.embedding,
             )
             return self._finish(sequence, delta)
-        if not row.samples:
+        if not row.num_logits:
             if sampled.prompt_logprobs is None:
                 return None
             return RequestDelta(request_id=row.request_id, prompt_logprobs=sampled.prompt_logprobs)
@@ -324,18 +286,24 @@ class Scheduler:
         return self._finish(sequence, delta) if delta.finish_reason else delta
 
     def _delta_of(self, sequence: Sequence, sampled: SampledRow) -> RequestDelta:
-        token_id = sequence.token_ids[-1]
-        request = sequence.request
-        num_generated = sequence.num_generated
-        stopped = token_id in request.stop_token_ids and num_generated >= request.sampling.min_tokens
-        at_length = num_generated >= request.max_tokens
+        """Up to the token that ends the answer; what was sampled behind it is dropped."""
+        request, token_ids, logprobs = sequence.request, sampled.token_ids, sampled.logprobs
+        num_before = sequence.num_generated - len(token_ids)
+        stopped = at_length = False
+        for index, token_id in enumerate(token_ids):
+            num_generated = num_before + index + 1
+            stopped = token_id in request.stop_token_ids and num_generated >= request.sampling.min_tokens
+            at_length = num_generated >= request.max_tokens
+            if stopped or at_length:
+                token_ids, logprobs = token_ids[: index + 1], logprobs and logprobs[: index + 1]
+                break
         return RequestDelta(
             request_id=sequence.request_id,
-            token_ids=[token_id],
-            logprobs=None if sampled.logprobs is None else [sampled.logprobs],
+            token_ids=token_ids,
+            logprobs=logprobs,
             prompt_logprobs=sampled.prompt_logprobs,
             finish_reason="stop" if stopped else "length" if at_length else None,
-            stop_reason=token_id if stopped else None,
+            stop_reason=token_ids[-1] if stopped else None,
             num_cached_tokens=sequence.num_cached,
         )
 

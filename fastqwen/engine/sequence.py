@@ -39,12 +39,13 @@ class Sequence:
         return len(self.token_ids) + self.num_pending
 
     @property
-    def num_generated(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+    def num_left(self) -> int:
+        """Known tokens that are not yet computed."""
+        return len(self.token_ids) + self.num_pending - self.num_computed
 
     @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt :]
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
 
     @property
     def wants_more(self) -> bool:
@@ -59,6 +60,16 @@ class Sequence:
             parent = self._hashes[-1] if self._hashes else self._root
             self._hashes.append(chain_next(parent, self.token_ids[start : start + block_size]))
         return self._hashes
+
+    def advance(self, num_tokens: int, num_pending: int) -> None:
+        """A step will compute so many more tokens, and give so many new ones, or a vector."""
+        self.num_computed += num_tokens
+        self.num_pending += num_pending
+
+    def roll_back(self, num_tokens: int) -> None:
+        """The last computed tokens do not hold: what comes in their place is computed over them. Not while a later step
+        of this sequence is in flight, which would stand behind them."""
+        self.num_computed -= num_tokens
 
     def forget_cache(self) -> None:
         """After preemption: all that is known must be computed again."""

@@ -1,34 +1,23 @@
-"""The Ops table: every operation that a decoder needs, once per device.
+"""The Ops table: every operation that a decoder needs, once per device, and the records that operations take.
 
 reference.py   plain torch; the oracle for all others, and the way on a device that has no faster one
 cpu/           C++, compiled on first use; one result for a row whatever else is in the batch
+triton/        fused kernels for NVIDIA GPUs
+limits.py      sizes that kernels set aside or choose by, for whoever must know them without torch
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, dtype
 
 
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's part of the paged KV cache."""
-
-    k: Tensor  # [num_blocks, kv_heads, block_size, head_dim]
-    v: Tensor  # like k
-
-
-@dataclass(frozen=True)
-class RowSpans:
-    """A step's rows, one sequence each, for kernels that go row by row or look up a token's place in the cache."""
-
-    tables: Tensor  # int32 [rows]: each row's line of block_tables
-    starts: Tensor  # int32 [rows + 1]: tokens starts[r] to starts[r + 1] are row r's
-    context_lens: Tensor  # int32 [rows]: tokens of the row's sequence in the cache, this step's included
-    cache_slots: Tensor  # int64 [tokens]: block * block_size + offset, where the token's key and value go
+# ---- a step ----
 
 
 @dataclass(frozen=True)
@@ -39,35 +28,103 @@ class PromptTiles:
     library's kernel may attend to them instead, and they have no tiles then.
     """
 
-    tiles: Tensor  # int32 [tiles, 4]: first token, number of tokens (0: not used), first position, line of block_tables
+    tiles: Tensor  # int32 [tiles, 4]: first token, number of tokens (0: not used), first position, slot
     height: int  # the most tokens that a tile has
     fresh: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
-class AttentionBatch:
-    """Where the flat tokens of a step belong. A row is one sequence's share of the step; rows of one token come first."""
+class StepTokens:
+    """A step's flat tokens, and where they belong. Every layer and every linear sees it.
+
+    A row is one sequence's share of the step. Rows stand in the order that ScheduledBatch promises, rows of one token
+    first. A slot is a running sequence's place in whatever is kept for each: block tables, a layer's state.
+    """
 
     positions: Tensor  # int32 [tokens]
-    cos_sin: Tensor  # float32 [tokens, head_dim]: cosines of head_dim/2 frequencies, then sines
+    slots: Tensor  # int32 [tokens]: the slot of each token's sequence
+    row_starts: Tensor  # int32 [rows + 1]: the step's tokens row_starts[r] to row_starts[r + 1] are row r's
+    cos_sin: Tensor  # float32 [tokens, rotary_dim]: cosines of rotary_dim / 2 frequencies, then sines
     q_scale: Tensor | None  # float32 [tokens], logN's factor; None if the model has none
-    token_tables: Tensor  # int32 [tokens]: the line of block_tables that a token's sequence has
-    block_tables: Tensor  # int32 [slots, blocks]
+    block_tables: Tensor  # int32 [slots, blocks]: each sequence's blocks of the paged cache, in order
     num_decode_rows: int  # leading rows with exactly one token; with ``decode_count``, the most that there may be
-    rows: RowSpans | None = None  # for the reference and the CPU
     prompts: PromptTiles | None = None  # for the GPU; None if there are decode rows only
     decode_count: Tensor | None = None  # int32 [1]: how many decode rows a recorded step has this time
+    first: int = 0  # where a part's first token stands in its step
+
+    def part(self, start: int, stop: int) -> StepTokens:
+        """Tokens ``start`` to ``stop`` of these. ``row_starts`` still counts the whole step's tokens."""
+        if start == 0 and stop >= self.positions.shape[0]:
+            return self
+        tokens = slice(start, stop)
+        return replace(
+            self,
+            positions=self.positions[tokens],
+            slots=self.slots[tokens],
+            cos_sin=self.cos_sin[tokens],
+            q_scale=None if self.q_scale is None else self.q_scale[tokens],
+            first=self.first + start,
+        )
+
+
+# ---- what a layer keeps of the sequences ----
 
 
 @dataclass(frozen=True)
-class HeadShape:
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+class StateRoom:
+    """How much a layer's state must hold. ``num_blocks`` and ``num_slots`` count the spare ones, which pad a step."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    num_slots: int
+    cache_dtype: dtype  # of keys and values; the arithmetic's type is the model's
+    device: torch.device
+
+
+class LayerState(Protocol):
+    """What a layer keeps between steps: blocks of the paged cache, or something of fixed size for each slot."""
+
+    def num_resumable(self, block_hashes: Sequence[bytes]) -> int:
+        """Of these leading blocks of a sequence, found in the prefix cache: behind how many it can go on."""
 
 
 @dataclass(frozen=True)
-class GptqWeight:
+class LayerCache:
+    """One layer's part of the paged KV cache, in its own type: kernels raise what they load to the arithmetic's.
+
+    With scales a stored number stands for number * scale.
+    """
+
+    k: Tensor  # [num_blocks, kv_heads, block_size, head_dim]
+    v: Tensor  # like k
+    k_scale: Tensor | None = None  # float32 [num_blocks, kv_heads, block_size]
+    v_scale: Tensor | None = None
+
+    def num_resumable(self, block_hashes: Sequence[bytes]) -> int:
+        return len(block_hashes)  # a block holds all that its tokens left behind
+
+
+# ---- weights ----
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x / rms(x) * weight. Root Mean Square Layer Normalization, arXiv 1910.07467."""
+
+    weight: Tensor  # [size]
+    eps: float
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """One number per parameter."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None = None  # [out]
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
     """A matrix of whole numbers packed along the inputs, 32 / bits to a word, the lowest bits first.
 
     weight[o, i] = scales[group(i), o] * (code[i, o] - zeros[group(i), o])
@@ -79,6 +136,7 @@ class GptqWeight:
     group_of: Tensor | None  # int64 [in]; None: inputs are grouped in their order
     bits: int
     group_size: int
+    bias: Tensor | None = None  # [out]
 
     @property
     def in_size(self) -> int:
@@ -89,60 +147,97 @@ class GptqWeight:
         return self.codes.shape[1]
 
 
-class Ops(Protocol):
-    """All matrices of weights are [out, in]. ``residual`` is changed in place where a comment says so.
+@dataclass(frozen=True)
+class ExpertsWeight:
+    """A layer's routed experts. The first half of an expert's gate_up rows is gate, the second up."""
 
-    Activations have ``activation_dtype(weights)``; sums are float32 at least.
+    router: Tensor  # [experts, hidden]
+    gate_up: Tensor  # [experts, 2 * size, hidden]
+    down: Tensor  # [experts, hidden, size]
+    top_k: int
+    normalize: bool  # the chosen experts' chances are brought to a sum of 1
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Of the heads that this process computes. Of each head the leading ``rotary_dim`` numbers are rotated, i with
+    i + rotary_dim / 2 (RoFormer, arXiv 2104.09864, in the half-split layout of all Qwen and Llama checkpoints)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token's queries, keys and values together."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """What makes one layer's attention its own."""
+
+    shape: HeadShape
+    q_norm: Tensor | None = None  # [head_dim]: RMSNorm on each head's query before the rotation
+    k_norm: Tensor | None = None  # [head_dim]; both or none
+    eps: float = 0.0  # of these norms
+    window: int | None = None  # a token sees that many positions, its own included; None: all before it
+
+
+# ---- the table ----
+
+
+class Ops(Protocol):
+    """Everything that a decoder computes. All matrices of weights are [out, in].
+
+    Activations (``x``, ``qkv``, ``residual`` and all results) are 2-dimensional with a row per token, and have the type of
+    what ``embed`` gives: the C++ kernels compute in float32 whatever the weights are, the others in the weights' type.
+    Sums are float32 at least. No op changes its arguments but where it says so. ``residual`` is contiguous.
     """
 
     name: str
 
-    def activation_dtype(self, weights_dtype: dtype) -> dtype: ...
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """ids int32 [tokens], table [vocab, hidden] -> [tokens, hidden]"""
 
-    def embed(self, ids: Tensor, table: Tensor) -> Tensor: ...
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """x [..., size] -> [..., size]"""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
+        """x [tokens, in] -> [tokens, out]"""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def norm_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
+        """linear(rms_norm(x))"""
 
-    def norm_linear(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor: ...
+    def norm_gated_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
+        """silu_mul(linear(rms_norm(x))): [tokens, in] -> [tokens, out / 2]"""
 
-    def norm_gated_linear(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor: ...
+    def linear_add(self, residual: Tensor, x: Tensor, weight: DenseWeight) -> None:
+        """residual [tokens, out] += linear(x), in place"""
 
-    def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None: ...
+    def grouped_linear(self, x: Tensor, weight: GroupedWeight) -> Tensor:
+        """x [tokens, in] -> [tokens, out]"""
 
-    def gptq_linear(self, x: Tensor, weight: GptqWeight, bias: Tensor | None = None) -> Tensor: ...
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[tokens, 2 * size] -> silu(first half) * second half, [tokens, size]"""
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+    def attend(self, qkv: Tensor, step: StepTokens, cache: LayerCache, parts: AttentionParts) -> Tensor:
+        """Normalise and rotate q and k, write k and v to the cache, attend, causally: -> [tokens, heads * head_dim]
 
-    def attend(
-        self,
-        qkv: Tensor,
-        batch: AttentionBatch,
-        cache: LayerCache,
-        shape: HeadShape,
-        *,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-        window: int | None,
-    ) -> Tensor: ...
+        qkv [tokens, at least parts.shape.width]: queries, keys, values; more columns may follow, and are not read. The
+        blocks of the step's tokens are changed in ``cache``. A q and k are rotated by the row of ``step.cos_sin``, q is
+        multiplied by ``step.q_scale`` afterwards; scores are divided by sqrt(head_dim).
+        """
 
-    def add_experts(
-        self,
-        residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        router: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        *,
-        top_k: int,
-        normalize: bool,
-    ) -> None: ...
+    def add_experts(self, out: Tensor, residual: Tensor, norm: Norm, experts: ExpertsWeight) -> None:
+        """out [tokens, hidden] += for each token the sum over its top_k experts of chance * MLP_expert(x), in place,
+        where x = rms_norm(residual). ``out`` may be ``residual`` itself."""
 
-    def feed_forward_rows(self, tokens: int, width: int) -> int: ...
+    def feed_forward_rows(self, tokens: int, width: int) -> int:
+        """How many of a step's tokens to take through the feed-forward part at once, ``width`` numbers each."""

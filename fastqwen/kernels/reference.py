@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastqwen.kernels import AttentionBatch, GptqWeight, HeadShape, LayerCache
-
-UNPACKED_BYTES = 8 * 2**20  # of a packed matrix, unpacked at a time
+from fastqwen.kernels import (
+    AttentionParts,
+    DenseWeight,
+    ExpertsWeight,
+    GroupedWeight,
+    LayerCache,
+    Norm,
+    StepTokens,
+)
+from fastqwen.kernels.limits import UNPACK_BYTES
 
 
 class ReferenceOps:
@@ -16,166 +25,89 @@ class ReferenceOps:
 
     name = "reference"
 
-    def activation_dtype(self, weights_dtype: torch.dtype) -> torch.dtype:
-        return weights_dtype
-
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        """ids int32 [tokens], table [vocab, hidden] -> [tokens, hidden]"""
         return functional.embedding(ids, table)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., size] / rms(x) * weight [size]. Root Mean Square Layer Normalization, arXiv 1910.07467."""
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (wide.to(x.dtype) * weight).to(x.dtype)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+        return (wide.to(x.dtype) * norm.weight).to(x.dtype)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [tokens, in], weight [out, in] -> [tokens, out]"""
-        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
+        bias = weight.bias
+        return functional.linear(x, weight.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """linear(rms_norm(x))"""
-        return self.linear(self.rms_norm(x, norm, eps), weight, bias)
+    def norm_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
+        return self.linear(self.rms_norm(x, norm), weight)
 
-    def norm_gated_linear(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """silu(gate) * up of linear(rms_norm(x)); the first half of weight's rows is gate, the second up"""
-        return self.silu_mul(self.norm_linear(x, norm, eps, weight, bias))
+    def norm_gated_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
+        return self.silu_mul(self.norm_linear(x, norm, weight))
 
-    def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        """residual += linear(x), in place"""
-        residual += self.linear(x, weight, bias)
+    def linear_add(self, residual: Tensor, x: Tensor, weight: DenseWeight) -> None:
+        residual += self.linear(x, weight)
 
-    def gptq_linear(self, x: Tensor, weight: GptqWeight, bias: Tensor | None = None) -> Tensor:
-        """x [tokens, in] -> [tokens, out]. A few output columns are unpacked at a time, so that memory stays small."""
+    def grouped_linear(self, x: Tensor, weight: GroupedWeight) -> Tensor:
+        """A few output columns are unpacked at a time, so that memory stays small."""
         out = torch.empty((x.shape[0], weight.out_size), dtype=x.dtype, device=x.device)
-        width = max(1, UNPACKED_BYTES // (4 * weight.in_size))
+        width = max(1, UNPACK_BYTES // (4 * weight.in_size))
         for start in range(0, weight.out_size, width):
             stop = min(start + width, weight.out_size)
-            part = None if bias is None else bias[start:stop]
-            out[:, start:stop] = self.linear(x, gptq_unpack(weight, start, stop).to(x.dtype), part)
+            bias = None if weight.bias is None else weight.bias[start:stop]
+            out[:, start:stop] = self.linear(x, DenseWeight(unpack_grouped(weight, start, stop).to(x.dtype), bias))
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """[tokens, 2 * size] -> silu(first half) * second half, [tokens, size]"""
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
-    def attend(
-        self,
-        qkv: Tensor,
-        batch: AttentionBatch,
-        cache: LayerCache,
-        shape: HeadShape,
-        *,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-        window: int | None,
-    ) -> Tensor:
-        """attention(rope_and_cache(qkv)): [tokens, (heads + 2 kv_heads) * head_dim] -> [tokens, heads * head_dim]"""
-        q = self.rope_and_cache(qkv, batch, cache, shape, q_norm, k_norm, eps)
-        return self.attention(q, batch, cache, shape, window)
+    def attend(self, qkv: Tensor, step: StepTokens, cache: LayerCache, parts: AttentionParts) -> Tensor:
+        return self.attention(self.rope_and_cache(qkv, step, cache, parts), step, cache, parts)
 
-    def rope_and_cache(
-        self,
-        qkv: Tensor,
-        batch: AttentionBatch,
-        cache: LayerCache,
-        shape: HeadShape,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        """qkv [tokens, (heads + 2 kv_heads) * head_dim]: normalise heads, rotate q and k, write k and v to the cache.
-
-        Returns q [tokens, heads, head_dim]. The rotation pairs dimension i with i + head_dim/2 (RoFormer, arXiv
-        2104.09864, in the half-split layout that all Qwen and Llama checkpoints use).
-        """
-        tokens = qkv.shape[0]
-        heads = qkv.view(tokens, -1, shape.head_dim)
+    def rope_and_cache(self, qkv: Tensor, step: StepTokens, cache: LayerCache, parts: AttentionParts) -> Tensor:
+        """Normalise heads, rotate q and k, write k and v to the cache; q [tokens, heads, head_dim] is returned."""
+        shape = parts.shape
+        heads = qkv[:, : shape.width].unflatten(1, (-1, shape.head_dim))
         q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
-        if q_norm is not None:
-            q = self.rms_norm(q, q_norm, eps)
-        if k_norm is not None:
-            k = self.rms_norm(k, k_norm, eps)
-        q, k = _rotate(q, batch.cos_sin), _rotate(k, batch.cos_sin)
-        if batch.q_scale is not None:
-            q = q * batch.q_scale[:, None, None]
+        if parts.q_norm is not None and parts.k_norm is not None:
+            q, k = self.rms_norm(q, Norm(parts.q_norm, parts.eps)), self.rms_norm(k, Norm(parts.k_norm, parts.eps))
+        q, k = _rotate(q, step.cos_sin), _rotate(k, step.cos_sin)
+        if step.q_scale is not None:
+            q = q * step.q_scale[:, None, None]
         block_size = cache.k.shape[2]
-        assert batch.rows is not None
-        block, offset = batch.rows.cache_slots // block_size, batch.rows.cache_slots % block_size
-        cache.k[block, :, offset] = k.to(cache.k.dtype)
-        cache.v[block, :, offset] = v.to(cache.v.dtype)
+        block = step.block_tables[step.slots.long(), step.positions.long() // block_size].long()
+        offset = step.positions.long() % block_size
+        _store(cache.k, cache.k_scale, k, block, offset)
+        _store(cache.v, cache.v_scale, v.float(), block, offset)
         return q.to(qkv.dtype)
 
-    def attention(
-        self, q: Tensor, batch: AttentionBatch, cache: LayerCache, shape: HeadShape, window: int | None
-    ) -> Tensor:
-        """q [tokens, heads, head_dim] over the paged cache, causal -> [tokens, heads * head_dim]
-
-        A token at position p sees positions p - window + 1 to p, or all up to p without a window.
-        """
+    def attention(self, q: Tensor, step: StepTokens, cache: LayerCache, parts: AttentionParts) -> Tensor:
+        """q [tokens, heads, head_dim] over the paged cache -> [tokens, heads * head_dim]"""
         out = torch.empty_like(q)
-        block_size = cache.k.shape[2]
-        group = shape.num_heads // shape.num_kv_heads
-        assert batch.rows is not None
-        starts = batch.rows.starts.tolist()
-        for row, context in enumerate(batch.rows.context_lens.tolist()):
-            if starts[row] == starts[row + 1]:
-                continue
-            table = batch.block_tables[batch.rows.tables[row], : -(-context // block_size)].long()
-            k = cache.k[table].transpose(1, 2).reshape(-1, shape.num_kv_heads, shape.head_dim)[:context].float()
-            v = cache.v[table].transpose(1, 2).reshape(-1, shape.num_kv_heads, shape.head_dim)[:context].float()
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            row_q = q[starts[row] : starts[row + 1]].float()
-            scores = torch.einsum("qhd,khd->hqk", row_q, k) * shape.head_dim**-0.5
-            distance = batch.positions[starts[row] : starts[row + 1], None] - torch.arange(context, device=q.device)
-            hidden = distance < 0
-            if window is not None:
-                hidden |= distance >= window
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            out[starts[row] : starts[row + 1]] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+        for start, stop in itertools.pairwise(step.row_starts.tolist()):
+            if start < stop:
+                out[start:stop] = _attention_of_row(q[start:stop], step.part(start, stop), cache, parts)
         return out.flatten(1)
 
-    def add_experts(
-        self,
-        residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        router: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        *,
-        top_k: int,
-        normalize: bool,
-    ) -> None:
-        """residual += sum over each token's top_k experts of weight * MLP_expert(x), in place, x = rms_norm(residual)
-
-        residual [tokens, hidden], router [experts, hidden], gate_up [experts, 2 * size, hidden], down [experts, hidden,
-        size]. Weights are the experts' probabilities, ``normalize``d to a sum of 1 or not.
-        """
-        x = self.rms_norm(residual, norm, eps)
-        logits = self.linear(x, router)
-        chances, expert_ids = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
-        if normalize:
+    def add_experts(self, out: Tensor, residual: Tensor, norm: Norm, experts: ExpertsWeight) -> None:
+        x = self.rms_norm(residual, norm)
+        logits = self.linear(x, DenseWeight(experts.router))
+        chances, expert_ids = torch.topk(torch.softmax(logits.float(), dim=-1), experts.top_k, dim=-1)
+        if experts.normalize:
             chances = chances / chances.sum(-1, keepdim=True)
         weights = chances.to(x.dtype).float()
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        found = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in expert_ids.unique().tolist():
             token, choice = (expert_ids == expert).nonzero(as_tuple=True)
-            hidden = self.silu_mul(self.linear(x[token], gate_up[expert]))
-            result = self.linear(hidden, down[expert])
-            out.index_add_(0, token, result.float() * weights[token, choice, None])
-        residual += out.to(x.dtype)
+            hidden = self.silu_mul(self.linear(x[token], DenseWeight(experts.gate_up[expert])))
+            result = self.linear(hidden, DenseWeight(experts.down[expert]))
+            found.index_add_(0, token, result.float() * weights[token, choice, None])
+        out += found.to(x.dtype)
 
     def feed_forward_rows(self, tokens: int, width: int) -> int:
-        """How many of a step's tokens to take through the feed-forward part at once, ``width`` numbers each."""
         return tokens
 
 
-def gptq_unpack(weight: GptqWeight, start: int, stop: int) -> Tensor:
+def unpack_grouped(weight: GroupedWeight, start: int, stop: int) -> Tensor:
     """Output columns ``start`` to ``stop`` as a plain matrix, float32 [stop - start, in]."""
     codes = weight.codes[:, start:stop].t().contiguous().view(torch.uint8)  # the lowest byte of a word comes first
     if weight.bits == 4:
@@ -190,6 +122,39 @@ def gptq_unpack(weight: GptqWeight, start: int, stop: int) -> Tensor:
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """x [tokens, heads, head_dim]: its leading numbers turned by cos_sin [tokens, rotary_dim], float32"""
     cos, sin = cos_sin[:, None].chunk(2, dim=-1)
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned, rest = x.float().tensor_split([cos_sin.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _store(cache: Tensor, scales: Tensor | None, values: Tensor, block: Tensor, offset: Tensor) -> None:
+    """values float32 [tokens, kv_heads, head_dim] into a half of a LayerCache; with scales the largest becomes 127."""
+    if scales is not None:
+        scale = values.abs().amax(-1).clamp(min=1e-8) / 127
+        scales[block, :, offset] = scale
+        values = (values / scale[..., None]).round()
+    cache[block, :, offset] = values.to(cache.dtype)
+
+
+def _load(cache: Tensor, scales: Tensor | None, table: Tensor, context: int) -> Tensor:
+    """The first ``context`` keys or values of the blocks in ``table``, float32 [context, kv_heads, head_dim]"""
+    found = cache[table].float()
+    if scales is not None:
+        found = found * scales[table][..., None]
+    return found.transpose(1, 2).flatten(0, 1)[:context]
+
+
+def _attention_of_row(q: Tensor, row: StepTokens, cache: LayerCache, parts: AttentionParts) -> Tensor:
+    context, block_size = int(row.positions[-1]) + 1, cache.k.shape[2]
+    table = row.block_tables[int(row.slots[0]), : -(-context // block_size)].long()
+    k = _load(cache.k, cache.k_scale, table, context).repeat_interleave(parts.shape.group, dim=1)
+    v = _load(cache.v, cache.v_scale, table, context).repeat_interleave(parts.shape.group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k) * parts.shape.head_dim**-0.5
+    distance = row.positions[:, None] - torch.arange(context, device=q.device)
+    hidden = distance < 0
+    if parts.window is not None:
+        hidden |= distance >= parts.window
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache, Ops
-from fastqwen.layers.linear import Linear, Norm
+from fastqwen.kernels import AttentionParts, LayerCache, Norm, Ops, StateRoom, StepTokens
+from fastqwen.layers.linear import Linear
 
 
 @dataclass(frozen=True)
 class Attention:
     ops: Ops
-    shape: HeadShape
     norm: Norm
     qkv: Linear
     o: Linear
-    q_norm: Tensor | None  # [head_dim]
-    k_norm: Tensor | None  # [head_dim]
-    window: int | None
+    parts: AttentionParts
 
-    def add_to(self, residual: Tensor, batch: AttentionBatch, cache: LayerCache) -> None:
+    def make_state(self, room: StateRoom) -> LayerCache:
+        shape = self.parts.shape
+        size = (room.num_blocks, shape.num_kv_heads, room.block_size, shape.head_dim)
+        k, v = (torch.empty(size, dtype=room.cache_dtype, device=room.device) for _ in range(2))
+        if room.cache_dtype != torch.int8:
+            return LayerCache(k, v)
+        k_scale, v_scale = (torch.empty(size[:-1], device=room.device) for _ in range(2))
+        return LayerCache(k, v, k_scale, v_scale)
+
+    def add_to(self, residual: Tensor, step: StepTokens, state: LayerCache) -> None:
         """residual [tokens, hidden] += attention(norm(residual)), in place"""
-        qkv = self.qkv.of_norm(residual, self.norm)
-        out = self.ops.attend(
-            qkv,
-            batch,
-            cache,
-            self.shape,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            eps=self.norm.eps,
-            window=self.window,
-        )
-        self.o.add_to(residual, out)
+        qkv = self.qkv.of_norm(residual, self.norm, step)
+        self.o.add_to(residual, self.ops.attend(qkv, step, state, self.parts), step)

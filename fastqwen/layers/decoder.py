@@ -4,47 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastqwen.kernels import AttentionBatch, LayerCache, Ops
-from fastqwen.layers.attention import Attention
-from fastqwen.layers.linear import Linear, Norm
-from fastqwen.layers.mlp import Mlp
-from fastqwen.layers.moe import Moe
+from fastqwen.kernels import LayerState, Norm, Ops, StateRoom, StepTokens
+from fastqwen.layers.linear import Linear
+from fastqwen.sharding import World
+
+
+class Mixer(Protocol):
+    """The part of a layer that lets tokens of a sequence see each other, by a state of its own kind."""
+
+    def make_state(self, room: StateRoom) -> LayerState: ...
+
+    def add_to(self, residual: Tensor, step: StepTokens, state: Any) -> None: ...
+
+
+class FeedForward(Protocol):
+    """The part of a layer that looks at each token alone."""
+
+    def add_to(self, residual: Tensor, step: StepTokens) -> None: ...
 
 
 @dataclass(frozen=True)
 class Layer:
-    attention: Attention
-    mlp: Mlp | Moe
+    mixer: Mixer
+    feed_forward: FeedForward
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """``table`` [lines, hidden] has the vectors of ids from ``first_id`` on; other shards have the others."""
+
+    table: Tensor
+    first_id: int
+    world: World
+
+    def __call__(self, ids: Tensor, ops: Ops) -> Tensor:
+        """ids int32 [tokens] -> [tokens, hidden]"""
+        if self.world.count == 1:
+            return ops.embed(ids, self.table)
+        own = ids - self.first_id
+        here = (own >= 0) & (own < self.table.shape[0])
+        found = ops.embed(own.where(here, 0), self.table) * here[:, None]
+        self.world.all_reduce(found)
+        return found
 
 
 @dataclass(frozen=True)
 class Decoder:
     ops: Ops
-    embed: Tensor  # [vocab, hidden]
+    embed: Embedding
     layers: Sequence[Layer]
     norm: Norm
     head: Linear
     has_head: bool = True  # False: the checkpoint has none, and the embedding stands in its place
 
-    def hidden(self, ids: Tensor, batch: AttentionBatch, caches: Sequence[LayerCache]) -> Tensor:
-        """Advance the cache by a step's tokens: ids int32 [tokens] -> [tokens, hidden], before the final norm"""
-        residual = self.ops.embed(ids, self.embed)
-        self.advance(residual, batch, caches)
+    def make_states(self, room: StateRoom) -> list[LayerState]:
+        """What the layers keep between steps, one of each."""
+        return [layer.mixer.make_state(room) for layer in self.layers]
+
+    def hidden(self, ids: Tensor, step: StepTokens, states: Sequence[LayerState]) -> Tensor:
+        """Advance the states by a step's tokens: ids int32 [tokens] -> [tokens, hidden], before the final norm"""
+        residual = self.embed(ids, self.ops)
+        self.advance(residual, step, states)
         return residual
 
-    def advance(self, residual: Tensor, batch: AttentionBatch, caches: Sequence[LayerCache]) -> None:
+    def advance(self, residual: Tensor, step: StepTokens, states: Sequence[LayerState]) -> None:
         """All layers, in place: residual [tokens, hidden] comes in as embeddings"""
-        for layer, cache in zip(self.layers, caches, strict=True):
-            layer.attention.add_to(residual, batch, cache)
-            layer.mlp.add_to(residual)
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.mixer.add_to(residual, step, state)
+            layer.feed_forward.add_to(residual, step)
 
     def final(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> the same, after the final norm: what the head reads, and what embeddings are made of"""
-        return self.ops.rms_norm(hidden, self.norm.weight, self.norm.eps)
+        return self.ops.rms_norm(hidden, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the type that the device's sampler reads"""
-        return self.head.of_norm(hidden, self.norm)
+        return self.head.of_norm(hidden, self.norm, None)

@@ -1,24 +1,21 @@
-"""A matrix of weights and the three ways in which a decoder uses it.
+"""A matrix of weights and the ways in which a decoder uses it.
 
-A quantization method is a subclass that defines ``__call__``; it may replace the fused forms by faster ones.
+How a matrix is stored is a subclass that defines ``__call__``; it may replace the fused forms by faster ones. All forms
+see the step whose tokens x has; the output head, which reads some of them only, sees None.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from fastqwen.kernels import DenseWeight, GroupedWeight, Norm, Ops, StepTokens
+from fastqwen.sharding import World
 
-from fastqwen.kernels import Ops
-
-
-@dataclass(frozen=True)
-class Norm:
-    weight: Tensor  # [size]
-    eps: float
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Linear(ABC):
@@ -32,43 +29,84 @@ class Linear(ABC):
     def num_bytes(self) -> int: ...
 
     @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
         """x [tokens, in] -> [tokens, out]"""
 
-    def of_norm(self, x: Tensor, norm: Norm) -> Tensor:
+    def of_norm(self, x: Tensor, norm: Norm, step: StepTokens | None) -> Tensor:
         """self(rms_norm(x))"""
-        return self(self.ops.rms_norm(x, norm.weight, norm.eps))
+        return self(self.ops.rms_norm(x, norm), step)
 
-    def gated_of_norm(self, x: Tensor, norm: Norm) -> Tensor:
+    def gated_of_norm(self, x: Tensor, norm: Norm, step: StepTokens) -> Tensor:
         """silu(gate) * up, where gate and up are the two halves of self(rms_norm(x))"""
-        return self.ops.silu_mul(self.of_norm(x, norm))
+        return self.ops.silu_mul(self.of_norm(x, norm, step))
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
+    def add_to(self, residual: Tensor, x: Tensor, step: StepTokens) -> None:
         """residual += self(x), in place"""
-        residual += self(x)
+        residual += self(x, step)
+
+    def joined(self, other: Linear) -> Linear | None:
+        """Both as one matrix, this one's outputs first; None if they cannot be one."""
+        return None
 
 
 class DenseLinear(Linear):
-    def __init__(self, ops: Ops, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, ops: Ops, weight: DenseWeight) -> None:
         super().__init__(ops)
-        self.weight = weight  # [out, in]
-        self.bias = bias  # [out]
+        self.weight = weight
 
     @property
     def num_bytes(self) -> int:
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return _num_bytes(self.weight.weight, self.weight.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
+        return self.ops.linear(x, self.weight)
 
-    def of_norm(self, x: Tensor, norm: Norm) -> Tensor:
-        return self.ops.norm_linear(x, norm.weight, norm.eps, self.weight, self.bias)
+    def of_norm(self, x: Tensor, norm: Norm, step: StepTokens | None) -> Tensor:
+        return self.ops.norm_linear(x, norm, self.weight)
 
-    def gated_of_norm(self, x: Tensor, norm: Norm) -> Tensor:
-        return self.ops.norm_gated_linear(x, norm.weight, norm.eps, self.weight, self.bias)
+    def gated_of_norm(self, x: Tensor, norm: Norm, step: StepTokens) -> Tensor:
+        return self.ops.norm_gated_linear(x, norm, self.weight)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
-        self.ops.linear_add(residual, x, self.weight, self.bias)
+    def add_to(self, residual: Tensor, x: Tensor, step: StepTokens) -> None:
+        self.ops.linear_add(residual, x, self.weight)
+
+    def joined(self, other: Linear) -> Linear | None:
+        if not isinstance(other, DenseLinear):
+            return None
+        a, b = self.weight, other.weight
+        return DenseLinear(self.ops, DenseWeight(_cat(a.weight, b.weight), _cat_biases(a.bias, b.bias)))
+
+
+class GroupedLinear(Linear):
+    """Whole numbers, packed, with a scale and a zero for each group of inputs: GPTQ's, AWQ's."""
+
+    def __init__(self, ops: Ops, weight: GroupedWeight) -> None:
+        super().__init__(ops)
+        self.weight = weight
+
+    @property
+    def num_bytes(self) -> int:
+        return _num_bytes(self.weight.codes, self.weight.scales, self.weight.zeros, self.weight.bias)
+
+    def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
+        return self.ops.grouped_linear(x, self.weight)
+
+    def joined(self, other: Linear) -> Linear | None:
+        """One matrix if both group their inputs alike."""
+        if not isinstance(other, GroupedLinear):
+            return None
+        a, b = self.weight, other.weight
+        layouts = [(one.bits, one.group_size, one.scales.dtype) for one in (a, b)]
+        if layouts[0] != layouts[1] or not _same_order(a.group_of, b.group_of):
+            return None
+        weight = replace(
+            a,
+            codes=_cat(a.codes, b.codes, dim=1),
+            scales=_cat(a.scales, b.scales, dim=1),
+            zeros=_cat(a.zeros, b.zeros, dim=1),
+            bias=_cat_biases(a.bias, b.bias),
+        )
+        return GroupedLinear(self.ops, weight)
 
 
 class JoinedLinear(Linear):
@@ -82,5 +120,78 @@ class JoinedLinear(Linear):
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self.parts)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], dim=-1)
+    def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
+        first, *others = [part(x, step) for part in self.parts]
+        return _cat(first, *others, dim=-1)
+
+
+class SummedLinear(Linear):
+    """A product whose inputs are split over the shards."""
+
+    def __init__(self, part: Linear, world: World) -> None:
+        super().__init__(part.ops)
+        self.part = part
+        self.world = world
+
+    @property
+    def num_bytes(self) -> int:
+        return self.part.num_bytes
+
+    def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
+        out = self.part(x, step)
+        self.world.all_reduce(out)
+        return out
+
+    def add_to(self, residual: Tensor, x: Tensor, step: StepTokens) -> None:
+        if self.world.index == 0:
+            self.part.add_to(residual, x, step)
+        else:
+            residual.copy_(self.part(x, step))
+        self.world.all_reduce(residual)
+
+
+class GatheredLinear(Linear):
+    """A product whose outputs are split over the shards, and wanted by each of them: the head's."""
+
+    def __init__(self, part: Linear, world: World, out_size: int) -> None:
+        super().__init__(part.ops)
+        self.part = part
+        self.world = world
+        self.out_size = out_size
+
+    @property
+    def num_bytes(self) -> int:
+        return self.part.num_bytes
+
+    def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
+        return self.world.all_gather(self.part(x, step))[:, : self.out_size].contiguous()
+
+    def of_norm(self, x: Tensor, norm: Norm, step: StepTokens | None) -> Tensor:
+        return self.world.all_gather(self.part.of_norm(x, norm, step))[:, : self.out_size].contiguous()
+
+
+def join(ops: Ops, parts: Sequence[Linear]) -> Linear:
+    """Neighbours that can be one matrix are one; the others stay side by side."""
+    found = [parts[0]]
+    for part in parts[1:]:
+        together = found[-1].joined(part)
+        found[-1:] = [found[-1], part] if together is None else [together]
+    return found[0] if len(found) == 1 else JoinedLinear(ops, found)
+
+
+def _num_bytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _cat(*tensors: Tensor, dim: int = 0) -> Tensor:
+    import torch  # the planner asks quantization methods for sizes, and does without torch
+
+    return torch.cat(tensors, dim=dim)
+
+
+def _cat_biases(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else _cat(first, second)
+
+
+def _same_order(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is second if first is None or second is None else first.equal(second)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastqwen.kernels import Ops
-from fastqwen.layers.linear import Linear, Norm
+from fastqwen.kernels import Norm, Ops, StepTokens
+from fastqwen.layers.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,10 @@ class Mlp:
     gate_up: Linear
     down: Linear
 
-    def add_to(self, residual: Tensor) -> None:
+    def add_to(self, residual: Tensor, step: StepTokens) -> None:
         """residual [tokens, hidden] += mlp(norm(residual)), in place"""
-        for rows in residual.split(self.ops.feed_forward_rows(residual.shape[0], self.width)):
-            self.down.add_to(rows, self.gate_up.gated_of_norm(rows, self.norm))
+        tokens = residual.shape[0]
+        at_once = self.ops.feed_forward_rows(tokens, self.width)
+        for start in range(0, tokens, at_once):
+            rows, part = residual[start : start + at_once], step.part(start, start + at_once)
+            self.down.add_to(rows, self.gate_up.gated_of_norm(rows, self.norm, part), part)

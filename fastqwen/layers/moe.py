@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastqwen.kernels import Ops
-from fastqwen.layers.linear import Linear, Norm
+from fastqwen.kernels import DenseWeight, ExpertsWeight, Norm, Ops, StepTokens
+from fastqwen.layers.linear import Linear
+from fastqwen.sharding import World
+
+
+class Experts(Protocol):
+    """A layer's routed experts, however they are stored."""
+
+    def add_to(self, out: Tensor, residual: Tensor, norm: Norm, step: StepTokens) -> None:
+        """out [tokens, hidden] += experts(norm(residual)), in place; ``out`` may be ``residual``"""
+
+
+@dataclass(frozen=True)
+class DenseExperts:
+    ops: Ops
+    weight: ExpertsWeight
+
+    def add_to(self, out: Tensor, residual: Tensor, norm: Norm, step: StepTokens) -> None:
+        self.ops.add_experts(out, residual, norm, self.weight)
 
 
 @dataclass(frozen=True)
@@ -17,38 +35,30 @@ class SharedExpert:
 
     gate_up: Linear
     down: Linear
-    gate: Tensor  # [1, hidden]
+    gate: DenseWeight  # [1, hidden]
 
-    def __call__(self, ops: Ops, x: Tensor) -> Tensor:
+    def __call__(self, ops: Ops, x: Tensor, step: StepTokens) -> Tensor:
         weight = torch.sigmoid(ops.linear(x, self.gate))
-        return weight * self.down(ops.silu_mul(self.gate_up(x)))
+        return weight * self.down(ops.silu_mul(self.gate_up(x, step)), step)
 
 
 @dataclass(frozen=True)
 class Moe:
     ops: Ops
     norm: Norm
-    router: Tensor  # [experts, hidden]
-    gate_up: Tensor  # [experts, 2 * expert_size, hidden]
-    down: Tensor  # [experts, hidden, expert_size]
-    experts_per_token: int
-    normalize_top_k: bool
+    experts: Experts
     shared: SharedExpert | None
+    world: World
 
-    def add_to(self, residual: Tensor) -> None:
+    def add_to(self, residual: Tensor, step: StepTokens) -> None:
         """residual [tokens, hidden] += moe(norm(residual)), in place"""
         shared = None
         if self.shared is not None:
-            shared = self.shared(self.ops, self.ops.rms_norm(residual, self.norm.weight, self.norm.eps))
-        self.ops.add_experts(
-            residual,
-            self.norm.weight,
-            self.norm.eps,
-            self.router,
-            self.gate_up,
-            self.down,
-            top_k=self.experts_per_token,
-            normalize=self.normalize_top_k,
-        )
+            shared = self.shared(self.ops, self.ops.rms_norm(residual, self.norm), step)
+        out = residual if self.world.index == 0 else torch.zeros_like(residual)
+        self.experts.add_to(out, residual, self.norm, step)
         if shared is not None:
-            residual += shared
+            out += shared
+        if out is not residual:
+            residual.copy_(out)
+        self.world.all_reduce(residual)

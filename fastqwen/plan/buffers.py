@@ -9,10 +9,10 @@ import functools
 
 import msgspec
 
+from fastqwen.kernels.limits import FUSED_ROWS, SAMPLE_CHUNK, feed_forward_rows
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.allocator import Allocator
-from fastqwen.plan.facts import FUSED_ROWS, SAMPLE_CHUNK, feed_forward_rows
-from fastqwen.plan.weights import kv_heads_per_gpu, num_dense_layers
+from fastqwen.plan.weights import num_dense_layers
 
 LEAST_ROWS = 16  # fewer sampled rows are planned like so many: they are little beside the layers
 
@@ -23,7 +23,7 @@ class Sizes(msgspec.Struct, frozen=True):
     hidden: int
     queries: int
     keys: int  # of all key heads; values are as many
-    head_dim: int
+    rotary_dim: int
     inner: int  # of the dense feed-forward part, 0 if no layer has one
     experts: int
     chosen: int
@@ -36,17 +36,18 @@ class Sizes(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, model: ModelConfig, num_gpus: int, element: int, *, library_attention: bool) -> Sizes:
-        moe = model.moe
+        local = model.local(num_gpus)
+        moe = local.moe
         return cls(
-            hidden=model.hidden_size,
-            queries=model.q_size // num_gpus,
-            keys=kv_heads_per_gpu(model, num_gpus) * model.head_dim,
-            head_dim=model.head_dim,
-            inner=-(-model.intermediate_size // num_gpus) if num_dense_layers(model) else 0,
+            hidden=local.hidden_size,
+            queries=local.q_size,
+            keys=local.kv_size,
+            rotary_dim=local.rotary_dim,
+            inner=local.intermediate_size if num_dense_layers(model) else 0,
             experts=moe.num_experts if moe is not None else 0,
             chosen=moe.experts_per_token if moe is not None else 0,
-            expert_inner=-(-moe.expert_size // num_gpus) if moe is not None else 0,
-            shared_inner=-(-moe.shared_size // num_gpus) if moe is not None else 0,
+            expert_inner=moe.expert_size if moe is not None else 0,
+            shared_inner=moe.shared_size if moe is not None else 0,
             vocab=model.vocab_size,
             element=element,
             packed=model.quantization is not None,
@@ -103,7 +104,7 @@ def graph_buffers(sizes: Sizes, batches: tuple[int, ...], prompts: tuple[int, ..
     steps.append((max(batches), max(batches), True))
     for tokens, rows, decode in sorted(steps, reverse=True):
         memory.take("residual", tokens * sizes.hidden * sizes.element)
-        memory.take("cos_sin", tokens * sizes.head_dim * 4)
+        memory.take("cos_sin", tokens * sizes.rotary_dim * 4)
         _layer(memory, sizes, tokens, whole=False, fused=decode and tokens <= FUSED_ROWS)
         _logits(memory, sizes, rows, "logits")
         memory.drop("logits", "residual", "cos_sin")
@@ -111,7 +112,7 @@ def graph_buffers(sizes: Sizes, batches: tuple[int, ...], prompts: tuple[int, ..
 
 
 def _prompt_step(memory: Allocator, sizes: Sizes, tokens: int, rows: int, *, whole: bool, wishes: bool = False) -> None:
-    memory.take("cos_sin", tokens * sizes.head_dim * 4)
+    memory.take("cos_sin", tokens * sizes.rotary_dim * 4)
     memory.take("residual", tokens * sizes.hidden * sizes.element)
     for _ in range(2):  # the second layer finds what the first one left
         _layer(memory, sizes, tokens, whole=whole, fused=False)

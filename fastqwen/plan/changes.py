@@ -20,7 +20,6 @@ from fastqwen.plan.question import (
     trained_len,
 )
 from fastqwen.plan.served import is_quantization_served
-from fastqwen.plan.weights import check_num_gpus
 
 USEFUL_TOKENS = 2048  # advice does not go below this context
 LIST_TOKENS = 8192  # a list of models asks for a model's own length, but for no more than this
@@ -187,7 +186,7 @@ def _more_gpus(question: Question, packed: Question | None) -> Iterator[tuple[st
     count = question.num_gpus * 2
     while count <= MOST_GPUS:
         try:
-            check_num_gpus(question.model, count)
+            question.model.local(count)
         except BadConfig:
             return
         whole = replace(question, num_gpus=count)

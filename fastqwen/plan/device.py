@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastqwen import quant
 from fastqwen.errors import BadConfig
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.facts import GIB, DeviceFacts
@@ -23,8 +24,9 @@ def choose_dtype(wished: str, model: ModelConfig, facts: DeviceFacts) -> tuple[s
         return wished, []
     if model.dtype == "float32" and facts.kind == "cpu":
         return "float32", []
-    if model.quantization is not None and facts.kind == "cuda":
-        return "float16", []
+    preferred = quant.preferred_dtype(model.quantization)
+    if preferred is not None and facts.kind == "cuda":
+        return preferred, []
     if has_bf16:
         return "bfloat16", []
     return "float16", [f"{facts.name} does not compute in bfloat16, so float16 is used"]

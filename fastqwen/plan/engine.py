@@ -6,11 +6,12 @@ import msgspec
 
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit
+from fastqwen.kernels.limits import MAX_RECORDED_TOKENS
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import published
 from fastqwen.plan.changes import advise
 from fastqwen.plan.device import budget_bytes, choose_dtype
-from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, MAX_RECORDED_TOKENS, DeviceFacts
+from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 from fastqwen.plan.question import Question, is_fitting
 from fastqwen.plan.weights import num_parameters
@@ -25,6 +26,7 @@ class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
     """What the device and the model allow. Nobody changes it afterwards."""
 
     dtype: str
+    kv_cache_dtype: str
     block_size: int
     num_blocks: int
     max_model_len: int
@@ -79,6 +81,7 @@ def make_plan(
         notices.append(f"the KV cache holds {room} tokens, so the longest sequence is {room}, not {wished_len}")
     return EnginePlan(
         dtype=dtype,
+        kv_cache_dtype=dtype,
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=min(wished_len, room),

@@ -45,20 +45,9 @@ LIBRARY_BYTES = 76 * MIB
 GRAPH_NODE_BYTES = round(3.4 * KIB)
 KERNELS_PER_LAYER = 8
 
-# What fastqwen's GPU kernels set aside once; tests/plan/test_engine_facts.py compares with their sources.
-FUSED_ROWS = 64  # steps of up to so many rows use fused kernels, others cuBLAS
-SAMPLE_CHUNK = 4096  # entries of the vocabulary that one program of the sampler looks at
-SPLIT_PARTS = 4 * 2**20  # float32 numbers for products that are split
-SPLIT_BLOCKS = 16384  # int32 counters for them
-DECODE_PARTS = 16384  # parts of contexts in a decode step; each has an output and two numbers for each query head
-DECODE_ROWS = 2048  # int32 counters for each key-value head
-UNPACK_BYTES = 8 * MIB  # of a packed matrix, as float32, unpacked at a time
-UNPACK_COPIES = 3  # its codes as bytes and apart, its numbers, and the same in the model's type: less than this
-WIDE_BYTES = 200 * MIB  # activations of a step that are worth to be made in two parts
-CHUNK_ROWS = 4096
-MAX_RECORDED_TOKENS = 2048
-STEP_TILE = 64  # steps with prompts beside streams have a multiple of so many tokens, as recorded ones do
-LIBRARY_ATTENTION_CAPABILITY = (9, 0)  # from here on whole prompts go through cuDNN
+UNPACK_COPIES = (
+    3  # of limits.UNPACK_BYTES: codes as bytes and apart, numbers, and the same in the model's type: less than this
+)
 # torch's workspace for cuBLAS: 32 MiB from compute capability 9.0 on, else 8 MiB and 128 KiB; one for each stream, and
 # graphs are captured on a stream of their own.
 CUBLAS_CAPABILITY = (9, 0)
@@ -78,30 +67,6 @@ FASTQWEN_GPU = EngineProfile(
     rounding_bytes=MIB,
     is_fastqwen_gpu=True,
 )
-
-
-def graph_batches(max_num_seqs: int) -> tuple[int, ...]:
-    """Row counts for which a decode step is recorded; a step takes the next larger one and pads."""
-    sizes = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 2049, 32))
-    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
-
-
-def graph_tokens(most_tokens: int) -> tuple[int, ...]:
-    """Token counts for which a step with prompts is recorded. Larger ones are not: they keep the device busy for longer
-    than the host needs to launch them."""
-    most = min(most_tokens, MAX_RECORDED_TOKENS)
-    sizes = (*range(16, 65, 16), *range(96, 257, 32), *range(320, 1025, STEP_TILE), *range(1152, 2049, 2 * STEP_TILE))
-    return (*(size for size in sizes if size < most), most)
-
-
-def feed_forward_rows(tokens: int, width: int) -> int:
-    """How many of a step's tokens go through the feed-forward part at once, ``width`` 16-bit numbers each.
-
-    cuBLAS is faster with half of 8192 tokens at a time where activations are wide, and slower with less (8192 tokens of
-    Qwen3-8B on an H200: 668 TFLOP/s at once, 706 by 4096, 652 by 512; bench/results/h200-chunks.json).
-    """
-    return min(tokens, CHUNK_ROWS) if tokens * width * 2 > WIDE_BYTES else tokens
-
 
 FASTQWEN_CPU = EngineProfile(
     name="fastqwen on a CPU",

@@ -8,32 +8,32 @@ from math import ceil
 import msgspec
 
 from fastqwen.errors import BadConfig
+from fastqwen.kernels.limits import (
+    DECODE_PARTS,
+    DECODE_ROWS,
+    FUSED_ROWS,
+    LIBRARY_ATTENTION_CAPABILITY,
+    SPLIT_BLOCKS,
+    SPLIT_PARTS,
+    UNPACK_BYTES,
+    graph_batches,
+    graph_tokens,
+)
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.buffers import Sizes, graph_buffers, most_taken
 from fastqwen.plan.facts import (
     CUBLAS_BYTES,
     CUBLAS_CAPABILITY,
-    DECODE_PARTS,
-    DECODE_ROWS,
     DTYPE_BYTES,
     FASTQWEN_GPU,
-    FUSED_ROWS,
     GRAPH_NODE_BYTES,
     KERNELS_PER_LAYER,
-    LIBRARY_ATTENTION_CAPABILITY,
     OLD_CUBLAS_BYTES,
-    SPLIT_BLOCKS,
-    SPLIT_PARTS,
-    UNPACK_BYTES,
     UNPACK_COPIES,
     DeviceFacts,
     EngineProfile,
-    graph_batches,
-    graph_tokens,
 )
 from fastqwen.plan.weights import (
-    check_num_gpus,
-    kv_heads_per_gpu,
     largest_unpacked_bytes,
     num_dense_layers,
     num_tensors,
@@ -104,16 +104,14 @@ def kv_bytes_per_token(model: ModelConfig, dtype: str, *, num_gpus: int = 1, kv_
     """Keys and values of all layers, on one GPU. int8 has a float16 scale for each head's key and value."""
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise BadConfig(f"--kv-cache-dtype is {kv_cache_dtype!r}; possible: {', '.join(KV_CACHE_DTYPES)}")
-    heads = kv_heads_per_gpu(model, num_gpus)
-    per_head = model.head_dim * (DTYPE_BYTES[dtype] if kv_cache_dtype == "auto" else 1)
-    if kv_cache_dtype == "int8":
-        per_head += 2
-    return 2 * model.num_layers * heads * per_head
+    number = DTYPE_BYTES[dtype] if kv_cache_dtype == "auto" else 1
+    scale = 2 if kv_cache_dtype == "int8" else 0
+    local = model.local(num_gpus)
+    return sum(local.kv_bytes_per_token(layer, number, scale) for layer in range(model.num_layers))
 
 
 def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: DeviceFacts) -> Need:
     """Raises BadConfig for a number of GPUs that cannot be."""
-    check_num_gpus(model, load.num_gpus)
     gpus, element = load.num_gpus, DTYPE_BYTES[load.dtype]
     per_token = kv_bytes_per_token(model, load.dtype, num_gpus=gpus, kv_cache_dtype=load.kv_cache_dtype)
     block_size = load.block_size or profile.block_size
@@ -131,7 +129,7 @@ def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: Devic
     }
     if profile.is_fastqwen_gpu:
         # Each sequence has a slot, and there is one for padding, whose block is padding as well.
-        slot = 4 * (load.max_model_len + 2) + 4 * (blocks_each + 1) + 2 * model.head_dim + 32
+        slot = 4 * (load.max_model_len + 2) + 4 * (blocks_each + 1) + 2 * model.rotary_dim + 32
         state = (max_num_seqs + 1) * slot + block_size * per_token
         tokens = load.max_num_batched_tokens or profile.step_tokens or load.max_model_len
         capability = facts.compute_capability or LIBRARY_ATTENTION_CAPABILITY
@@ -206,9 +204,9 @@ def _fastqwen_terms(
 def _scratch(model: ModelConfig, num_gpus: int) -> int:
     """What kernels set aside once: parts of split products and split contexts; a piece of a packed matrix, unpacked."""
     split = 4 * (SPLIT_PARTS + SPLIT_BLOCKS)
-    kv_heads = kv_heads_per_gpu(model, num_gpus)
-    group = max(1, model.num_heads // num_gpus // kv_heads)
-    decode = 4 * (DECODE_PARTS * group * (model.head_dim + 2) + DECODE_ROWS * kv_heads)
+    local = model.local(num_gpus)
+    group = max(1, local.num_heads // local.num_kv_heads)
+    decode = 4 * (DECODE_PARTS * group * (model.head_dim + 2) + DECODE_ROWS * local.num_kv_heads)
     return split + decode + (UNPACK_COPIES * UNPACK_BYTES if model.quantization is not None else 0)
 
 
@@ -226,18 +224,16 @@ def activation_bytes_per_token(model: ModelConfig, num_gpus: int, element: int) 
 
     Residual, normed input and output have the model's full width on every GPU; the rest is split.
     """
-    hidden = model.hidden_size
-    queries = model.q_size // num_gpus
-    keys_values = 2 * kv_heads_per_gpu(model, num_gpus) * model.head_dim
-    attention = 3 * hidden + (queries + keys_values) + 2 * queries  # q, k, v; rotated q; what attention returns
+    local, hidden = model.local(num_gpus), model.hidden_size
+    # q, k, v; rotated q; what attention returns
+    attention = 3 * hidden + (local.q_size + 2 * local.kv_size) + 2 * local.q_size
     feed_forward = 0
     if num_dense_layers(model):
-        feed_forward = 3 * hidden + 3 * ceil(model.intermediate_size / num_gpus)  # gate and up; their product
-    if model.moe is not None:
-        moe = model.moe
-        chosen = moe.experts_per_token * (3 * ceil(moe.expert_size / num_gpus) + hidden)
-        shared = 3 * ceil(moe.shared_size / num_gpus)
+        feed_forward = 3 * hidden + 3 * local.intermediate_size  # gate and up; their product
+    if local.moe is not None:
+        moe = local.moe
+        chosen = moe.experts_per_token * (3 * moe.expert_size + hidden)
         router = ceil(4 * moe.num_experts / element)  # float32
-        feed_forward = max(feed_forward, 3 * hidden + chosen + shared + router)
+        feed_forward = max(feed_forward, 3 * hidden + chosen + 3 * moe.shared_size + router)
     tables = 4 * model.head_dim + 6 * 8  # cosines and sines in float32; ids, positions, rows, slots
     return max(attention, feed_forward) * element + tables

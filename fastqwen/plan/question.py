@@ -14,7 +14,6 @@ from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, DeviceFacts, EngineProfile
 from fastqwen.plan.memory import Load, Need, predict
 from fastqwen.plan.served import not_served_yet
-from fastqwen.plan.weights import check_num_gpus
 
 LENGTH_STEP = 256  # lengths that are advised are multiples of this
 UTILIZATION = 0.9
@@ -74,7 +73,7 @@ def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
         )
     if question.concurrency < 1:
         raise BadConfig(f"--concurrency is {question.concurrency}, but must be at least 1")
-    check_num_gpus(model, question.num_gpus)
+    model.local(question.num_gpus)
     dtype, notices = _dtype(question)
     notices += _notices(question)
     profile = question.profile or (FASTQWEN_CPU if question.facts.kind == "cpu" else FASTQWEN_GPU)

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
+from fastqwen import quant
 from fastqwen.config import EngineConfig
 from fastqwen.model_config import ModelConfig
 
-QUANT = Path(__file__).parent.parent / "quant"  # one file for each method; importing them would import torch
-
-
-@functools.cache
-def quantization_methods() -> frozenset[str]:
-    return frozenset(path.stem for path in QUANT.glob("*.py") if path.stem not in ("__init__", "dense"))
-
 
 def is_quantization_served(model: ModelConfig) -> bool:
-    return model.quantization is None or _method(model) in quantization_methods()
+    return quant.method_word(model.quantization) in quant.supported()
 
 
 def not_served_yet(model: ModelConfig, *, num_gpus: int, kv_cache_dtype: str) -> tuple[str, ...]:
@@ -28,9 +19,5 @@ def not_served_yet(model: ModelConfig, *, num_gpus: int, kv_cache_dtype: str) ->
     if kv_cache_dtype != "auto" and "kv_cache_dtype" not in EngineConfig.__struct_fields__:
         found.append("an 8-bit KV cache")
     if not is_quantization_served(model):
-        found.append(f"{_method(model).upper()} weights")
+        found.append(f"{quant.method_word(model.quantization).upper()} weights")
     return tuple(found)
-
-
-def _method(model: ModelConfig) -> str:
-    return str((model.quantization or {}).get("quant_method", "")).lower()

@@ -8,14 +8,13 @@ from typing import Any
 
 import msgspec
 
-from fastqwen.errors import BadConfig, Unsupported
+from fastqwen import quant
+from fastqwen.errors import Unsupported
 from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.plan.allocator import rounded_up_bytes
 from fastqwen.plan.facts import DTYPE_BYTES
 
 FP8_SCALE_BYTES = 4
-ZERO_BYTES = 2  # the engine holds the zeros of a GPTQ matrix as int16
-ORDER_BYTES = 8  # and the group of each input as int64, if they are out of order
 
 
 class Matrix(msgspec.Struct, frozen=True):
@@ -34,43 +33,25 @@ class Matrix(msgspec.Struct, frozen=True):
         return self.inputs * self.outputs
 
 
-def check_num_gpus(model: ModelConfig, num_gpus: int) -> None:
-    """Raises BadConfig for a number of GPUs over which the heads cannot be split."""
-    if num_gpus < 1:
-        raise BadConfig(f"--num-gpus is {num_gpus}, but must be at least 1")
-    if model.num_heads % num_gpus or (model.num_kv_heads % num_gpus and num_gpus % model.num_kv_heads):
-        raise BadConfig(
-            f"--num-gpus is {num_gpus}, but {model.num_heads} heads with {model.num_kv_heads} key-value heads do not "
-            "split evenly over so many"
-        )
-
-
-def kv_heads_per_gpu(model: ModelConfig, num_gpus: int) -> int:
-    """Where there are more GPUs than key-value heads, each head is kept several times."""
-    return max(1, model.num_kv_heads // num_gpus)
-
-
 def num_dense_layers(model: ModelConfig) -> int:
     return model.num_layers - (len(model.moe.sparse_layers) if model.moe is not None else 0)
 
 
 def matrices(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
-    hidden, layers = model.hidden_size, model.num_layers
-    queries = model.q_size // num_gpus
-    qkv = queries + 2 * kv_heads_per_gpu(model, num_gpus) * model.head_dim
-    yield Matrix(layers, hidden, qkv, model.qkv_bias)
-    yield Matrix(layers, queries, hidden, model.o_bias)
+    local, hidden, layers = model.local(num_gpus), model.hidden_size, model.num_layers
+    yield Matrix(layers, hidden, local.q_size + 2 * local.kv_size, model.qkv_bias)
+    yield Matrix(layers, local.q_size, hidden, model.o_bias)
     dense = num_dense_layers(model)
     if dense:
-        yield from _mlp(dense, hidden, ceil(model.intermediate_size / num_gpus), model.mlp_bias)
-    moe = model.moe
+        yield from _mlp(dense, hidden, local.intermediate_size, model.mlp_bias)
+    moe = local.moe
     if moe is not None:
         sparse = layers - dense
         share = moe.experts_per_token / moe.num_experts
         yield Matrix(sparse, hidden, moe.num_experts, packed=False)
-        yield from _mlp(sparse * moe.num_experts, hidden, ceil(moe.expert_size / num_gpus), False, share)
+        yield from _mlp(sparse * moe.num_experts, hidden, moe.expert_size, False, share)
         if moe.shared_size:
-            yield from _mlp(sparse, hidden, ceil(moe.shared_size / num_gpus), False)
+            yield from _mlp(sparse, hidden, moe.shared_size, False)
             yield Matrix(sparse, hidden, 1, packed=False)
 
 
@@ -86,33 +67,39 @@ def tables(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
 
 
 def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: int, *, as_in_file: bool = False) -> int:
-    """One matrix with its scales, zeros, order and bias: as the engine holds it, or as a GPTQ or AWQ file does."""
-    bias = matrix.outputs * element
-    plain = matrix.entries * element + (bias if matrix.bias else 0)
+    """One matrix with its bias: as the engine holds it, or as a file does."""
+    bias = matrix.outputs * element if matrix.bias else 0
     if quantization is None or not matrix.packed:
-        return plain
-    method = str(quantization.get("quant_method", "")).lower()
+        return matrix.entries * element + bias
+    if as_in_file or quant.method_word(quantization) not in quant.supported():
+        return _bytes_in_file(matrix, quantization) + bias
+    method = quant.find(quantization, "config.json")
+    held = method.held_bytes(matrix.inputs, matrix.outputs, element=element, is_expert=matrix.expert)
+    every_linear_has_one = (
+        quant.method_word(quantization) == "gptq" and not matrix.expert
+    )  # even where the model has none
+    return held + (matrix.outputs * element if every_linear_has_one else bias)
+
+
+def _bytes_in_file(matrix: Matrix, quantization: dict[str, Any]) -> int:
+    """Codes, scales, zeros and order, without a bias that the model has; of a method that the engine does not have yet,
+    too."""
+    method = quant.method_word(quantization)
     if method == "fp8":
         block = quantization.get("weight_block_size")
         scales = ceil(matrix.inputs / block[1]) * ceil(matrix.outputs / block[0]) if block else 1
-        return matrix.entries + scales * FP8_SCALE_BYTES + (bias if matrix.bias else 0)
+        return matrix.entries + scales * FP8_SCALE_BYTES
     if method not in ("gptq", "awq"):
         raise Unsupported(f"the planner knows no quantization method {method!r}; it knows gptq, awq and fp8")
-    if matrix.expert and method == "gptq" and not as_in_file:
-        return plain  # the engine unpacks experts while it loads them
     fields = Fields(quantization, "quantization_config")
     bits = fields.int("bits", default=4, high=16)
     group = fields.int("group_size", default=128, low=-1)
     groups = ceil(matrix.inputs / group) if group > 0 else 1
-    codes = matrix.entries * bits // 8
-    scales = groups * matrix.outputs * 2
+    packed = matrix.entries * bits // 8 + groups * matrix.outputs * 2 + groups * matrix.outputs * bits // 8
     if method == "awq":
-        return codes + scales + groups * matrix.outputs * bits // 8 + (bias if matrix.bias else 0)
-    # Every linear of a GPTQ file has a bias, even where the model has none, and the order of its inputs.
-    if as_in_file:
-        return codes + scales + groups * matrix.outputs * bits // 8 + 4 * matrix.inputs + matrix.outputs * 2
-    order = ORDER_BYTES * matrix.inputs if fields.flag("desc_act") else 0
-    return codes + scales + groups * matrix.outputs * ZERO_BYTES + order + bias
+        return packed
+    # The order of the inputs; and a bias of 16 bits, where the model has none as well.
+    return packed + 4 * matrix.inputs + (0 if matrix.bias else matrix.outputs * 2)
 
 
 def weights_bytes(model: ModelConfig, dtype: str, num_gpus: int = 1, *, as_in_file: bool = False) -> int:

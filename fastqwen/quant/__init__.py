@@ -1,43 +1,88 @@
 """One file per ``quant_method`` word of config.json; ``dense`` is for checkpoints that have none.
 
-A file has ``from_config(config: dict, source: str) -> method``; what a method has is said by QuantMethod.
+A file has ``from_config(config: dict, source: str) -> method``; what a method has is said by QuantMethod. The files load
+without torch, so that the planner can ask them for sizes.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any, Protocol
-
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastqwen.errors import Unsupported
 from fastqwen.kernels import Ops
 from fastqwen.layers.linear import Linear
 from fastqwen.model_config import short
-from fastqwen.weights.source import Weights
+from fastqwen.sharding import Ranges
+
+if TYPE_CHECKING:
+    from fastqwen.layers.moe import Experts
+    from fastqwen.weights.source import Weights
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A matrix that a decoder needs: what it is called in the checkpoint, and which part of it this shard holds."""
+
+    names: tuple[str, ...]  # joined along the outputs
+    in_size: int  # in the checkpoint, as the following
+    out_sizes: tuple[int, ...]  # of each name
+    bias: bool
+    inputs: Ranges | None = None  # None: all
+    outputs: tuple[Ranges, ...] | None = None  # of each name
+    adds_bias: bool = True  # False where another shard, whose product is added to this one's, adds it
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The same of a layer's routed experts, whose names contain {expert}."""
+
+    router: str
+    gate_up: tuple[str, str]
+    down: str
+    num_experts: int
+    hidden_size: int
+    expert_size: int
+    inner: Ranges | None  # of expert_size, what this shard holds; None: all
+    top_k: int
+    normalize: bool
 
 
 class QuantMethod(Protocol):
-    def linear(
-        self, weights: Weights, names: tuple[str, ...], in_size: int, out_sizes: tuple[int, ...], bias: bool, ops: Ops
-    ) -> Linear:
-        """One matrix from the checkpoint's ``names``, joined along the outputs."""
+    preferred_dtype: str | None  # of activations on a GPU, unless the user says otherwise; None: the device's usual one
 
-    def matrix(self, weights: Weights, name: str, out_size: int, in_size: int) -> Tensor:
-        """One matrix as plain numbers in the model's type, [out, in]: for parts that have no packed form."""
+    def held_bytes(self, in_size: int, out_size: int, *, element: int, is_expert: bool) -> int:
+        """What this process holds of a matrix without its bias; ``element`` is the bytes of a plain number."""
+
+    def linear(self, weights: Weights, spec: LinearSpec, ops: Ops) -> Linear: ...
+
+    def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts: ...
 
 
 def supported() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def method_word(quantization: dict[str, Any] | None) -> str:
+    """The method's file name, whether there is such a file or not."""
+    return "dense" if quantization is None else str(quantization.get("quant_method", "")).lower().replace("-", "_")
+
+
 def find(quantization: dict[str, Any] | None, source: str) -> QuantMethod:
     """The method that a config.json's quantization_config asks for. Raises Unsupported."""
-    word = "dense" if quantization is None else str(quantization.get("quant_method", "")).lower().replace("-", "_")
+    word = method_word(quantization)
     if word not in supported():
         raise Unsupported(
             f"{source}: quantization method {short(word)} is not supported; supported: {', '.join(supported())}"
         )
     method: QuantMethod = importlib.import_module(f"{__name__}.{word}").from_config(quantization or {}, source)
     return method
+
+
+def preferred_dtype(quantization: dict[str, Any] | None) -> str | None:
+    """What a method that is not there yet will prefer is not known: then as without one."""
+    if method_word(quantization) not in supported():
+        return None
+    return find(quantization, "config.json").preferred_dtype

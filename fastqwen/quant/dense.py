@@ -2,31 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
+from fastqwen.kernels import DenseWeight, ExpertsWeight, Ops
+from fastqwen.layers.linear import DenseLinear, Linear, join
+from fastqwen.quant import ExpertsSpec, LinearSpec
+from fastqwen.sharding import Part, Ranges
 
-from fastqwen.kernels import Ops
-from fastqwen.layers.linear import DenseLinear
-from fastqwen.weights.source import Weights
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastqwen.layers.moe import Experts
+    from fastqwen.weights.source import Weights
+
+Matrix = Callable[[str, tuple[int, int], Part | None], "Tensor"]  # name, whole shape, part -> plain numbers
 
 
 class Dense:
-    def matrix(self, weights: Weights, name: str, out_size: int, in_size: int) -> torch.Tensor:
-        return weights.tensor(f"{name}.weight", (out_size, in_size))
+    preferred_dtype = None
 
-    def linear(
-        self, weights: Weights, names: tuple[str, ...], in_size: int, out_sizes: tuple[int, ...], bias: bool, ops: Ops
-    ) -> DenseLinear:
-        parts = [weights.tensor(f"{name}.weight", (out, in_size)) for name, out in zip(names, out_sizes, strict=True)]
-        biases = (
-            [weights.tensor(f"{name}.bias", (out,)) for name, out in zip(names, out_sizes, strict=True)] if bias else []
-        )
-        return DenseLinear(ops, join(parts), join(biases) if bias else None)
+    def held_bytes(self, in_size: int, out_size: int, *, element: int, is_expert: bool) -> int:
+        return in_size * out_size * element
+
+    def linear(self, weights: Weights, spec: LinearSpec, ops: Ops) -> Linear:
+        parts = []
+        for index, name in enumerate(spec.names):
+            bias = read_bias(weights, spec, index) if spec.bias and spec.adds_bias else None
+            parts.append(DenseLinear(ops, DenseWeight(read_matrix(weights, spec, index, name), bias)))
+        return join(ops, parts)
+
+    def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
+        return stacked(weights, spec, ops, lambda name, shape, part: weights.tensor(f"{name}.weight", shape, part=part))
 
 
-def join(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def read_matrix(weights: Weights, spec: LinearSpec, index: int, name: str) -> Tensor:
+    return weights.tensor(f"{name}.weight", (spec.out_sizes[index], spec.in_size), part=part_of(spec, index))
+
+
+def read_bias(weights: Weights, spec: LinearSpec, index: int) -> Tensor:
+    part = None if spec.outputs is None else Part(0, spec.outputs[index])
+    return weights.tensor(f"{spec.names[index]}.bias", (spec.out_sizes[index],), part=part)
+
+
+def part_of(spec: LinearSpec, index: int) -> Part | None:
+    """Of [out, in]: a shard holds some of the outputs or some of the inputs."""
+    if spec.outputs is not None:
+        return Part(0, spec.outputs[index])
+    return None if spec.inputs is None else Part(1, spec.inputs)
+
+
+def stacked(weights: Weights, spec: ExpertsSpec, ops: Ops, matrix: Matrix) -> Experts:
+    """All experts' matrices as plain numbers, in two tensors that are filled in place."""
+    import torch
+
+    from fastqwen.layers.moe import DenseExperts
+
+    def part(dim: int, ranges: Ranges | None) -> Part | None:
+        return None if ranges is None else Part(dim, ranges)
+
+    hidden, whole, size = spec.hidden_size, spec.expert_size, spec.expert_size
+    if spec.inner is not None:
+        size = Part(0, spec.inner).size
+    dtype, device = weights.dtype, weights.device
+    gate_up = torch.empty((spec.num_experts, 2 * size, hidden), dtype=dtype, device=device)
+    down = torch.empty((spec.num_experts, hidden, size), dtype=dtype, device=device)
+    for expert in range(spec.num_experts):
+        for half, name in enumerate(spec.gate_up):
+            rows = gate_up[expert, half * size : (half + 1) * size]
+            rows.copy_(matrix(name.format(expert=expert), (whole, hidden), part(0, spec.inner)))
+        down[expert] = matrix(spec.down.format(expert=expert), (hidden, whole), part(1, spec.inner))
+    router = matrix(spec.router, (spec.num_experts, hidden), None)
+    return DenseExperts(ops, ExpertsWeight(router, gate_up, down, spec.top_k, spec.normalize))
 
 
 def from_config(config: dict[str, Any], source: str) -> Dense:

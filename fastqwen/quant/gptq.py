@@ -8,40 +8,32 @@ zero minus one, ``gptq_v2`` as it is. A module that has a plain ``weight`` inste
 from __future__ import annotations
 
 import logging
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fastqwen.errors import BadCheckpoint, Unsupported
-from fastqwen.kernels import GptqWeight, Ops
-from fastqwen.kernels.reference import gptq_unpack
-from fastqwen.layers.linear import DenseLinear, JoinedLinear, Linear
+from fastqwen.kernels import DenseWeight, GroupedWeight, Ops
+from fastqwen.layers.linear import DenseLinear, GroupedLinear, Linear, join
 from fastqwen.model_config import Fields, short
-from fastqwen.quant.dense import join
-from fastqwen.weights.source import Weights
+from fastqwen.quant import ExpertsSpec, LinearSpec
+from fastqwen.quant.dense import read_bias, read_matrix, stacked
+from fastqwen.sharding import Part, Ranges
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastqwen.layers.moe import Experts
+    from fastqwen.weights.source import Weights
 
 log = logging.getLogger(__name__)
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
-
-
-class GptqLinear(Linear):
-    def __init__(self, ops: Ops, weight: GptqWeight, bias: Tensor | None) -> None:
-        super().__init__(ops)
-        self.weight = weight
-        self.bias = bias  # [out]
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = (self.weight.codes, self.weight.scales, self.weight.zeros, self.bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.ops.gptq_linear(x, self.weight, self.bias)
+ZERO_BYTES, SCALE_BYTES = 2, 2  # zeros are held as int16, scales as the file has them, which is float16
+ORDER_BYTES = 8  # the group of each input as int64, where they are out of order
 
 
 class Gptq:
+    preferred_dtype = "float16"  # that of the scales
+
     def __init__(self, *, bits: int, group_size: int, desc_act: bool, zero_offset: int) -> None:
         self.bits = bits
         self.group_size = group_size  # -1: one group for all inputs
@@ -49,53 +41,92 @@ class Gptq:
         self.zero_offset = zero_offset
         self._told = False
 
-    def linear(
-        self, weights: Weights, names: tuple[str, ...], in_size: int, out_sizes: tuple[int, ...], bias: bool, ops: Ops
-    ) -> Linear:
-        """Parts with the same grouping of inputs become one matrix; others stay side by side."""
-        any_bias = bias or any(weights.has(f"{name}.bias") for name in names)
-        parts: list[DenseLinear | GptqLinear] = []
-        for name, out_size in zip(names, out_sizes, strict=True):
-            added = self._bias(weights, name, out_size, required=bias) if any_bias else None
+    def held_bytes(self, in_size: int, out_size: int, *, element: int, is_expert: bool) -> int:
+        if is_expert:
+            return in_size * out_size * element  # unpacked while loading
+        groups = self._num_groups(in_size)
+        order = ORDER_BYTES * in_size if self.desc_act else 0
+        return in_size * out_size * self.bits // 8 + groups * out_size * (SCALE_BYTES + ZERO_BYTES) + order
+
+    def linear(self, weights: Weights, spec: LinearSpec, ops: Ops) -> Linear:
+        any_bias = spec.adds_bias and (spec.bias or any(weights.has(f"{name}.bias") for name in spec.names))
+        parts: list[Linear] = []
+        for index, name in enumerate(spec.names):
+            bias = self._bias(weights, spec, index) if any_bias else None
             if weights.has(f"{name}.qweight") or not weights.has(f"{name}.weight"):
-                part: DenseLinear | GptqLinear = GptqLinear(ops, self._weight(weights, name, in_size, out_size), added)
+                outputs = None if spec.outputs is None else spec.outputs[index]
+                sizes = spec.in_size, spec.out_sizes[index]
+                parts.append(GroupedLinear(ops, self._weight(weights, name, *sizes, spec.inputs, outputs, bias)))
             else:
-                part = DenseLinear(ops, weights.tensor(f"{name}.weight", (out_size, in_size)), added)
-            joined = _joined(parts[-1], part) if parts else None
-            parts = [*parts, part] if joined is None else [*parts[:-1], joined]
-        return parts[0] if len(parts) == 1 else JoinedLinear(ops, parts)
+                parts.append(DenseLinear(ops, DenseWeight(read_matrix(weights, spec, index, name), bias)))
+        return join(ops, parts)
 
-    def matrix(self, weights: Weights, name: str, out_size: int, in_size: int) -> Tensor:
-        if not weights.has(f"{name}.qweight"):
-            return weights.tensor(f"{name}.weight", (out_size, in_size))
-        if not self._told:
-            log.warning("the experts' %d-bit weights are unpacked to %s while loading", self.bits, weights.dtype)
+    def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
+        if not self._told and weights.has(f"{spec.down.format(expert=0)}.qweight"):
             self._told = True
-        return gptq_unpack(self._weight(weights, name, in_size, out_size), 0, out_size).to(weights.dtype)
+            log.warning("the experts' %d-bit weights are unpacked to %s while loading", self.bits, weights.dtype)
+        return stacked(weights, spec, ops, lambda name, shape, part: self._plain(weights, name, shape, part))
 
-    def _bias(self, weights: Weights, name: str, out_size: int, *, required: bool) -> Tensor:
-        if required or weights.has(f"{name}.bias"):
-            return weights.tensor(f"{name}.bias", (out_size,))
-        return torch.zeros(out_size, dtype=weights.dtype, device=weights.device)
+    def _plain(self, weights: Weights, name: str, shape: tuple[int, int], part: Part | None) -> Tensor:
+        """One matrix as plain numbers in the model's type, [out, in] or the part of it."""
+        from fastqwen.kernels.reference import unpack_grouped
 
-    def _weight(self, weights: Weights, name: str, in_size: int, out_size: int) -> GptqWeight:
+        if not weights.has(f"{name}.qweight"):
+            return weights.tensor(f"{name}.weight", shape, part=part)
+        outputs, inputs = (part.ranges if part is not None and part.dim == dim else None for dim in (0, 1))
+        weight = self._weight(weights, name, shape[1], shape[0], inputs, outputs, None)
+        return unpack_grouped(weight, 0, weight.out_size).to(weights.dtype)
+
+    def _bias(self, weights: Weights, spec: LinearSpec, index: int) -> Tensor:
+        if spec.bias or weights.has(f"{spec.names[index]}.bias"):
+            return read_bias(weights, spec, index)
+        return weights.zeros(spec.out_sizes[index] if spec.outputs is None else Part(0, spec.outputs[index]).size)
+
+    def _num_groups(self, in_size: int) -> int:
+        return 1 if self.group_size == -1 else -(-in_size // self.group_size)
+
+    def _weight(
+        self,
+        weights: Weights,
+        name: str,
+        in_size: int,
+        out_size: int,
+        inputs: Ranges | None,
+        outputs: Ranges | None,
+        bias: Tensor | None,
+    ) -> GroupedWeight:
         per_word = 32 // self.bits
         group_size = in_size if self.group_size == -1 else self.group_size
         if in_size % per_word or out_size % per_word:
             raise weights.fault(f"{name}.qweight", f"cannot hold {in_size} x {out_size} numbers of {self.bits} bits")
-        num_groups = -(-in_size // group_size)
-        codes = weights.words(f"{name}.qweight", (in_size // per_word, out_size))
+        num_groups = self._num_groups(in_size)
+        groups = self._groups(weights, name, in_size, group_size, num_groups)
         packed_zeros = weights.words(f"{name}.qzeros", (num_groups, out_size // per_word))
-        return GptqWeight(
-            codes=codes,
-            scales=weights.tensor(f"{name}.scales", (num_groups, out_size), keep_type=True),
-            zeros=self._zeros(packed_zeros),
-            group_of=self._groups(weights, name, in_size, group_size, num_groups),
+        zeros = self._zeros(packed_zeros)
+        codes, scales = Part(1, ((0, out_size),)), Part(1, ((0, out_size),))
+        if outputs is not None:
+            codes = scales = Part(1, outputs)
+            zeros = weights.lines(zeros, scales)
+        elif inputs is not None:
+            codes = Part(0, _divided(weights, name, inputs, per_word, "numbers of a word"))
+            if groups is None and self.group_size != -1:
+                scales = Part(0, _divided(weights, name, inputs, group_size, "inputs of a group"))
+                zeros = weights.lines(zeros, scales)
+            elif groups is not None:
+                groups = weights.lines(groups, Part(0, inputs))
+        return GroupedWeight(
+            codes=weights.words(f"{name}.qweight", (in_size // per_word, out_size), part=codes),
+            scales=weights.tensor(f"{name}.scales", (num_groups, out_size), keep_type=True, part=scales),
+            zeros=zeros,
+            group_of=groups,
             bits=self.bits,
-            group_size=group_size,
+            group_size=group_size if inputs is None or self.group_size != -1 else Part(0, inputs).size,
+            bias=bias,
         )
 
     def _zeros(self, packed: Tensor) -> Tensor:
+        import torch
+
         shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=packed.device)
         zeros = (packed.unsqueeze(-1) >> shifts).bitwise_and_(2**self.bits - 1)
         return zeros.flatten(1).to(torch.int16) + self.zero_offset
@@ -106,35 +137,16 @@ class Gptq:
         groups = weights.words(f"{name}.g_idx", (in_size,)).long()
         if int(groups.min()) < 0 or int(groups.max()) >= num_groups:
             raise weights.fault(f"{name}.g_idx", f"names groups outside 0 to {num_groups - 1}")
-        in_order = torch.arange(in_size, device=groups.device) // group_size
-        return None if torch.equal(groups, in_order) else groups
+        in_order = groups.new_ones(in_size).cumsum(0).sub_(1) // group_size
+        return None if groups.equal(in_order) else groups
 
 
-def _joined(first: DenseLinear | GptqLinear, second: DenseLinear | GptqLinear) -> DenseLinear | GptqLinear | None:
-    """Both as one linear, or None if they are of different kinds or group their inputs differently."""
-    bias = None if first.bias is None or second.bias is None else join([first.bias, second.bias])
-    if isinstance(first, DenseLinear) and isinstance(second, DenseLinear):
-        return DenseLinear(first.ops, join([first.weight, second.weight]), bias)
-    if not isinstance(first, GptqLinear) or not isinstance(second, GptqLinear):
-        return None
-    a, b = first.weight, second.weight
-    if not _same_groups(a.group_of, b.group_of) or a.scales.dtype != b.scales.dtype:
-        return None
-    weight = GptqWeight(
-        codes=torch.cat([a.codes, b.codes], dim=1),
-        scales=torch.cat([a.scales, b.scales], dim=1),
-        zeros=torch.cat([a.zeros, b.zeros], dim=1),
-        group_of=a.group_of,
-        bits=a.bits,
-        group_size=a.group_size,
-    )
-    return GptqLinear(first.ops, weight, bias)
-
-
-def _same_groups(first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return torch.equal(first, second)
+def _divided(weights: Weights, name: str, ranges: Ranges, unit: int, what: str) -> Ranges:
+    if any(edge % unit for pair in ranges for edge in pair):
+        raise weights.fault(
+            f"{name}.qweight", f"cannot be split at {ranges}: the edges must be multiples of the {unit} {what}"
+        )
+    return tuple((start // unit, stop // unit) for start, stop in ranges)
 
 
 def from_config(config: dict[str, Any], source: str) -> Gptq:

@@ -9,66 +9,23 @@ import torch
 from torch import Tensor
 
 from fastqwen.engine.executor import StepHandle
-from fastqwen.kernels import AttentionBatch, PromptTiles
+from fastqwen.kernels import PromptTiles, StepTokens
+from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.kernels.triton import step
+from fastqwen.layers.attention import Attention
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
-from fastqwen.records import Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
-from fastqwen.runner import sampler
+from fastqwen.records import Row, ScheduledBatch
+from fastqwen.runner.choices import choices_of
 from fastqwen.runner.model_runner import ModelRunner
-from fastqwen.runner.pooling import NOT_FINITE, PooledStep, last_vectors
+from fastqwen.runner.pending import Extras, PendingStep
+from fastqwen.runner.pooling import PooledStep, last_vectors
 from fastqwen.runner.recording import Recording, alias, decode_layouts, prompt_layouts
-from fastqwen.runner.step_layout import TILE_TOKENS, Ints, StepInputs, StepLayout, count_decode_rows, cut_tiles
+from fastqwen.runner.step_layout import Ints, StepInputs, StepLayout, count_decode_rows, cut_tiles
 from fastqwen.runner.structured import StructuredOutput
 
 STEPS_IN_FLIGHT = 4  # host copies of a step's inputs and results; more than the steps that may be in flight
-
-
-# From the sampled tokens, log-probabilities and prompt log-probabilities by row; asked once the tokens are known.
-Extras = Callable[[list[int]], tuple[dict[int, TokenLogprobs], dict[int, list[TokenLogprobs]]]]
-
-
-class PendingStep:
-    """A launched step. ``result`` waits for its tokens, not for steps launched after it."""
-
-    def __init__(
-        self,
-        batch: ScheduledBatch,
-        tokens: Tensor,
-        done: torch.cuda.Event,
-        extras: Extras | None,
-        failed: dict[int, str],
-    ) -> None:
-        self._failed = failed  # by the place among the rows that sample
-        self._batch = batch
-        self._tokens = tokens  # int32 on the host, one for each row that samples, in order
-        self._done = done
-        self._extras = extras
-
-    def result(self) -> StepOutput:
-        self._done.synchronize()
-        tokens = self._tokens.tolist()
-        logprobs, prompt_logprobs = self._extras(tokens) if self._extras else ({}, {})
-        rows, at = [], 0
-        for index, row in enumerate(self._batch.rows):
-            if not row.samples:
-                rows.append(SampledRow(request_id=row.request_id, prompt_logprobs=prompt_logprobs.get(index)))
-                continue
-            token, failure = tokens[at], self._failed.get(at)
-            at += 1
-            if token == step.CORRUPT or failure is not None:
-                rows.append(SampledRow(request_id=row.request_id, error=failure or NOT_FINITE))
-                continue
-            rows.append(
-                SampledRow(
-                    request_id=row.request_id,
-                    token_id=token,
-                    logprobs=logprobs.get(index),
-                    prompt_logprobs=prompt_logprobs.get(index),
-                )
-            )
-        return StepOutput(step_id=self._batch.step_id, rows=rows)
 
 
 class CudaRunner(ModelRunner):
@@ -83,15 +40,17 @@ class CudaRunner(ModelRunner):
         structured: StructuredOutput | None = None,
     ) -> None:
         super().__init__(model, decoder, plan, device, structured)
+        assert decoder.embed.world.count == 1, "one GPU computes all of a step"
         self._untaken: tuple[list[int], Tensor, torch.cuda.Event] | None = None  # slots and tokens of the last step
         self.slots.block_tables[self.slots.spare] = plan.num_blocks  # padding writes into a block of its own
         self._library = getattr(decoder.ops, "library_prefill", False) and all(
-            layer.attention.window is None for layer in decoder.layers
+            isinstance(layer.mixer, Attention) and layer.mixer.parts.window is None for layer in decoder.layers
         )
         decode, prompts = self._layouts()
         most = plan.max_num_batched_tokens
         sizes = [layout.size for layout in decode + prompts]
-        sizes.append(StepLayout(most, most // TILE_TOKENS + plan.max_num_seqs, plan.max_num_seqs).size)
+        rows = plan.max_num_seqs
+        sizes.append(StepLayout(most, most // TILE_TOKENS + rows, rows, rows).size)
         self._inputs = torch.zeros(max(sizes), dtype=torch.int32, device=device)
         self._decode_steps: list[Recording] = []  # by growing size, as the next
         self._prompt_steps: list[Recording] = []
@@ -106,7 +65,11 @@ class CudaRunner(ModelRunner):
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Record steps of each size, the largest first, so that the others fit into its memory."""
+        """Record steps of each size, the largest first, so that the others fit into its memory.
+
+        The model is in ``_compute``, which is called here and nowhere else for steps that are recorded: a replay launches
+        the same kernels on what ``_upload`` has put into the same memory.
+        """
         self._warm_up()
         decode, prompts = self._layouts()
         pool = torch.cuda.graph_pool_handle()
@@ -115,7 +78,7 @@ class CudaRunner(ModelRunner):
             empty = np.zeros(self._inputs.shape[0], dtype=np.int32)
             inputs = layout.views(self._inputs)
             self._inputs.copy_(torch.from_numpy(empty))
-            for slots in (inputs.token_slots, inputs.sample_slots):
+            for slots in (inputs.slots, inputs.sample_slots):
                 slots.fill_(self.slots.spare)
             self._recorded_step(layout)  # compiles what this size needs, outside of the recording
             torch.cuda.synchronize()
@@ -134,18 +97,14 @@ class CudaRunner(ModelRunner):
         longest = min(self._plan.max_model_len, self._plan.max_num_batched_tokens)
         for start, num_tokens in ((64, 2), (0, 17), (0, 512)):
             if start + num_tokens <= longest:
-                row = Row(
-                    slot=self.slots.spare,
-                    request_id="",
-                    start=start,
-                    num_tokens=num_tokens,
-                    new_blocks=[],
-                    samples=True,
-                )
+                slot = self.slots.spare
+                row = Row(slot=slot, request_id="", start=start, num_tokens=num_tokens, new_blocks=[], num_logits=1)
                 self._launch([row])
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> StepHandle:
+        """The model is in ``_launch``: a recorded step replayed, or ``_compute``; both end with the tokens of rows that
+        ask for no more than the plain sampler. The others are chosen again from the same logits."""
         if self._structured is not None:
             self._take_last_step(self._structured)
             self._structured.admit(batch.admissions)
@@ -153,11 +112,12 @@ class CudaRunner(ModelRunner):
         rows = batch.rows
         hidden, logits, tokens = self._launch(rows)
         extras = None
-        failed: dict[int, str] = {}
-        if any(self.slots.has_wishes[row.slot] and self._is_special(row) for row in rows):
-            tokens, extras, failed = self._special(rows, hidden, logits, tokens)
+        if any(not self.slots.is_plain[row.slot] and self._needs_more(row) for row in rows):
+            extras = Extras(rows, choices_of(rows), hidden, logits, self._decoder, self.slots)
+            if extras.choices:
+                tokens = self._choose_again(logits, extras)
         vectors = last_vectors(self._decoder, rows, hidden)
-        pending = self._pending(batch, tokens, extras, failed)
+        pending = self._pending(batch, tokens, extras)
         return pending if vectors is None else PooledStep(pending, rows, vectors)
 
     def _take_last_step(self, structured: StructuredOutput) -> None:
@@ -177,20 +137,22 @@ class CudaRunner(ModelRunner):
         if found is not None:
             self._upload(found.layout, rows, tiles, num_decode)
             found.graph.replay()
-            num_samples = sum(row.samples for row in rows)
+            num_samples = sum(row.num_logits for row in rows)
             return found.hidden, found.logits[:num_samples], found.tokens[:num_samples]
-        layout = StepLayout(sum(row.num_tokens for row in rows), len(tiles), sum(row.samples for row in rows))
+        layout = StepLayout.of(rows, len(tiles))
         self._upload(layout, rows, tiles, num_decode)
         inputs = layout.views(self._inputs)
         where = PromptTiles(inputs.tiles, TILE_TOKENS, fresh) if prompts else None
         return self._compute(inputs, num_decode, where, None)
 
     def _recorded_for(self, rows: list[Row], num_tiles: int) -> Recording | None:
-        if not num_tiles and all(row.samples for row in rows):
+        if not num_tiles and all(row.num_logits == 1 for row in rows):
             return next((one for one in self._decode_steps if one.layout.tokens >= len(rows)), None)
         num_tokens = sum(row.num_tokens for row in rows)
         found = next((one for one in self._prompt_steps if one.layout.tokens >= num_tokens), None)
-        return found if found is not None and num_tiles <= found.layout.tiles else None
+        if found is None or num_tiles > found.layout.tiles or len(rows) > found.layout.rows:
+            return None
+        return found if sum(row.num_logits for row in rows) <= found.layout.samples else None
 
     def _upload(self, layout: StepLayout, rows: list[Row], tiles: Ints, num_decode: int) -> None:
         host = self._staging[self._num_steps % STEPS_IN_FLIGHT]
@@ -201,32 +163,33 @@ class CudaRunner(ModelRunner):
         inputs = layout.views(self._inputs)
         if not layout.tiles:
             return self._compute(inputs, layout.tokens, None, None)
-        return self._compute(inputs, layout.samples, PromptTiles(inputs.tiles, TILE_TOKENS), inputs.decode_count)
+        return self._compute(inputs, layout.rows, PromptTiles(inputs.tiles, TILE_TOKENS), inputs.decode_count)
 
     def _compute(
         self, inputs: StepInputs, num_decode_rows: int, prompts: PromptTiles | None, decode_count: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         slots, decoder = self.slots, self._decoder
         residual, cos_sin, q_scale = step.prepare(
-            inputs.token_slots,
+            inputs.slots,
             inputs.positions,
             token_ids=slots.token_ids,
             frequencies=slots.inverse_frequencies,
             rope_scale=slots.rope_scale,
-            embed=decoder.embed,
+            embed=decoder.embed.table,
             logn_len=self._model.logn_len,
         )
-        where = AttentionBatch(
+        where = StepTokens(
             positions=inputs.positions,
+            slots=inputs.slots,
+            row_starts=inputs.row_starts,
             cos_sin=cos_sin,
             q_scale=q_scale,
-            token_tables=inputs.token_slots,
             block_tables=slots.block_tables,
             num_decode_rows=num_decode_rows,
             prompts=prompts,
             decode_count=decode_count,
         )
-        decoder.advance(residual, where, self.caches)
+        decoder.advance(residual, where, self.states)
         picked = (
             residual
             if prompts is None and len(inputs.sample_tokens) == len(residual)
@@ -251,65 +214,29 @@ class CudaRunner(ModelRunner):
             token_ids=slots.token_ids,
         )
 
-    def _is_special(self, row: Row) -> bool:
-        """Whether a row with wishes needs more than the graph's sampler does in this step."""
-        if not row.samples:  # the beginning of a long prompt, say
+    def _needs_more(self, row: Row) -> bool:
+        """Whether the row asks in this step for more than the recorded sampler does."""
+        if row.prompt_logprobs or not row.num_logits:  # without logits: the beginning of a long prompt, say
             return row.prompt_logprobs
-        wish = self.slots.sampling[row.slot]
-        return (
-            (self._structured is not None and self._structured.constrains(row.slot))
-            or wish.needs_history
-            or wish.logit_bias is not None
-            or wish.logprobs is not None
-            or row.prompt_logprobs
-            or row.start + row.num_tokens - self.slots.num_prompt[row.slot] < wish.min_tokens
+        slots = self.slots
+        return slots.sampling[row.slot].needs_more(row.end - row.num_logits + 1 - slots.num_prompt[row.slot]) or (
+            self._structured is not None and self._structured.constrains(row.slot)
         )
 
-    def _special(
-        self, rows: list[Row], hidden: Tensor, logits: Tensor, tokens: Tensor
-    ) -> tuple[Tensor, Extras, dict[int, str]]:
-        """Adjust the logits, sample again, and keep what log-probabilities will be made of; and which rows failed."""
-        failed: dict[int, str] = {}
-        sampling = [row for row in rows if row.samples]
-        wishes = [self.slots.sampling[row.slot] for row in sampling]
-        asked = [index for index, wish in enumerate(wishes) if wish.logprobs is not None]
-        raw = logits[asked].float() if asked else None
-        if sampling:
-            adjusted = logits.float()
-            self._adjust(adjusted, sampling)
-            if self._structured is not None:
-                failed = self._structured.mask(adjusted, [row.slot for row in sampling])
-            host = np.array([(row.slot, row.start + row.num_tokens) for row in sampling], dtype=np.int32)
-            row_slots, positions = self.slots.upload(np.ascontiguousarray(host.T)).unbind(0)
-            tokens = self._next_tokens(adjusted, row_slots, positions)
-        prompts: dict[int, list[TokenLogprobs]] = {}
-        start = 0
-        for index, row in enumerate(rows):
-            if row.prompt_logprobs:
-                prompts[index] = self._prompt_logprobs(row, hidden[start : start + row.num_tokens])
-            start += row.num_tokens
-        places = [index for index, row in enumerate(rows) if row.samples]
+    def _choose_again(self, logits: Tensor, extras: Extras) -> Tensor:
+        adjusted = extras.bent(logits, self._structured)
+        host = np.array([(choice.slot, choice.position) for choice in extras.choices], dtype=np.int32)
+        row_slots, positions = self.slots.upload(np.ascontiguousarray(host.T)).unbind(0)
+        return self._next_tokens(adjusted, row_slots, positions)
 
-        def extras(chosen: list[int]) -> tuple[dict[int, TokenLogprobs], dict[int, list[TokenLogprobs]]]:
-            if raw is None:
-                return {}, prompts
-            ids = torch.tensor([max(0, chosen[index]) for index in asked], device=raw.device)
-            counts = [wishes[index].logprobs or 0 for index in asked]
-            found = sampler.top_logprobs(raw, ids, counts)
-            return {places[index]: one for index, one in zip(asked, found, strict=True)}, prompts
-
-        return tokens, extras, failed
-
-    def _pending(
-        self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None, failed: dict[int, str]
-    ) -> PendingStep:
+    def _pending(self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None) -> PendingStep:
         place = self._num_steps % STEPS_IN_FLIGHT
         self._num_steps += 1
         host, event = self._results[place][: tokens.shape[0]], self._events[place]
         host.copy_(tokens, non_blocking=True)
         event.record()
         if self._structured is not None and extras is not None:
-            slots = [row.slot for row in batch.rows if row.samples]
+            slots = [choice.slot for choice in extras.choices]
             if any(map(self._structured.constrains, slots)):
                 self._untaken = slots, host, event
-        return PendingStep(batch, host, event, extras, failed)
+        return PendingStep(batch, host, event, extras)

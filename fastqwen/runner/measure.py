@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from fastqwen.config import EngineConfig
-from fastqwen.kernels import AttentionBatch, LayerCache, PromptTiles
+from fastqwen.kernels import PromptTiles, StateRoom, StepTokens
+from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.runner.device import TORCH_DTYPES
-from fastqwen.runner.step_layout import TILE_TOKENS, cut_tiles
+from fastqwen.runner.step_layout import cut_tiles
 
 GRAPH_RESERVE_BYTES = 512 * 2**20  # graphs are captured after the cache was made; the planner's estimate, rounded up
 
@@ -47,22 +48,21 @@ def measure_room(
 def _largest_step(model: ModelConfig, plan: EnginePlan, decoder: Decoder, device: torch.device) -> None:
     """A prompt of max_num_batched_tokens, all in one block, and logits for max_num_seqs rows."""
     tokens = plan.max_num_batched_tokens
-
-    shape = (2, model.num_kv_heads, plan.block_size, model.head_dim)
-    cache = LayerCache(
-        torch.zeros(shape, dtype=TORCH_DTYPES[plan.dtype], device=device),
-        torch.zeros(shape, dtype=TORCH_DTYPES[plan.dtype], device=device),
-    )
+    room = StateRoom(2, plan.block_size, 1, TORCH_DTYPES[plan.kv_cache_dtype], device)
     zeros = torch.zeros(tokens, dtype=torch.int32, device=device)
     tiles, fresh = cut_tiles([(0, 0, tokens)], 0, library=getattr(decoder.ops, "library_prefill", False))
-    batch = AttentionBatch(
+    step = StepTokens(
         positions=torch.arange(tokens, dtype=torch.int32, device=device),
-        cos_sin=torch.zeros((tokens, model.head_dim), device=device),
+        slots=zeros,
+        row_starts=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+        cos_sin=torch.zeros((tokens, model.rotary_dim), device=device),
         q_scale=None if model.logn_len is None else torch.ones(tokens, device=device),
-        token_tables=zeros,
         block_tables=torch.zeros((1, tokens // plan.block_size + 2), dtype=torch.int32, device=device),
         num_decode_rows=0,
         prompts=PromptTiles(torch.from_numpy(tiles).to(device), TILE_TOKENS, fresh),
     )
-    hidden = decoder.hidden(zeros, batch, [cache] * len(decoder.layers))
-    decoder.logits(hidden[: min(tokens, plan.max_num_seqs)]).float()
+    residual = decoder.embed(zeros, decoder.ops)
+    for layer in decoder.layers:  # one layer's state at a time, which is not what is measured here
+        layer.mixer.add_to(residual, step, layer.mixer.make_state(room))
+        layer.feed_forward.add_to(residual, step)
+    decoder.logits(residual[: min(tokens, plan.max_num_seqs)]).float()

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fastqwen.engine.blocks import BlockHash
 from fastqwen.engine.executor import StepHandle
-from fastqwen.kernels import LayerCache
+from fastqwen.kernels import StateRoom
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
-from fastqwen.records import Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.records import ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner import sampler
+from fastqwen.runner.choices import Choice, adjust, choices_of
 from fastqwen.runner.device import TORCH_DTYPES
+from fastqwen.runner.logprobs import ChosenLogprobs, prompt_logprobs
 from fastqwen.runner.packing import pack
-from fastqwen.runner.pooling import NOT_FINITE, PooledStep, last_vectors
+from fastqwen.runner.pooling import PooledStep, last_vectors
+from fastqwen.runner.results import NOT_FINITE, step_output
 from fastqwen.runner.slots import Slots
 from fastqwen.runner.structured import StructuredOutput
-
-LOGITS_AT_ONCE = 256  # rows of logits that prompt log-probabilities keep in memory
 
 
 class FinishedStep:
@@ -54,66 +58,60 @@ class ModelRunner:
             device=device,
         )
         # One block more than the plan's: what only pads a batch is written there.
-        shape = (plan.num_blocks + 1, model.num_kv_heads, plan.block_size, model.head_dim)
-        dtype = TORCH_DTYPES[plan.dtype]
-        self.caches = [
-            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(model.num_layers)
-        ]
+        room = StateRoom(
+            plan.num_blocks + 1, plan.block_size, plan.max_num_seqs + 1, TORCH_DTYPES[plan.kv_cache_dtype], device
+        )
+        self.states = decoder.make_states(room)
+
+    def num_resumable(self, block_hashes: Sequence[BlockHash]) -> int:
+        return min((state.num_resumable(block_hashes) for state in self.states), default=len(block_hashes))
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> StepHandle:
+        """The model is in ``Decoder.hidden``, which advances all layers' states by the step's tokens, and in
+        ``Decoder.logits``; around it stand packing and sampling."""
         self.slots.update(batch.admissions, batch.rows)
         if self._structured is not None:
             self._structured.admit(batch.admissions)
-        ids, where = pack(batch.rows, self.slots, block_size=self._plan.block_size, logn_len=self._model.logn_len)
-        hidden = self._decoder.hidden(ids, where, self.caches)
-        assert where.rows is not None
-        ends = where.rows.starts[1:].long() - 1
-        sampling = [index for index, row in enumerate(batch.rows) if row.samples]
-        tokens, logprobs, errors = self._sample([batch.rows[i] for i in sampling], hidden[ends[sampling]])
-        results = dict(zip(sampling, zip(tokens, logprobs, errors, strict=True), strict=True))
-        starts = where.rows.starts.tolist()
+        ids, step = pack(batch.rows, self.slots, logn_len=self._model.logn_len)
+        hidden = self._decoder.hidden(ids, step, self.states)
+        done = FinishedStep(self._finish(batch, hidden))
         vectors = last_vectors(self._decoder, batch.rows, hidden)
-        output = StepOutput(
-            step_id=batch.step_id,
-            rows=[
-                self._result(row, results.get(index), hidden[starts[index] : starts[index + 1]])
-                for index, row in enumerate(batch.rows)
-            ],
-        )
-        step = FinishedStep(output)
-        return step if vectors is None else PooledStep(step, batch.rows, vectors)
+        return done if vectors is None else PooledStep(done, batch.rows, vectors)
 
-    def _result(
-        self, row: Row, sampled: tuple[int, TokenLogprobs | None, str | None] | None, hidden: Tensor
-    ) -> SampledRow:
-        token, logprobs, error = sampled or (None, None, None if bool(torch.isfinite(hidden).all()) else NOT_FINITE)
-        if error is not None:
-            return SampledRow(request_id=row.request_id, error=error)
-        prompt_logprobs = self._prompt_logprobs(row, hidden) if row.prompt_logprobs else None
-        return SampledRow(request_id=row.request_id, token_id=token, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-
-    def _sample(
-        self, rows: list[Row], hidden: Tensor
-    ) -> tuple[list[int], list[TokenLogprobs | None], list[str | None]]:
-        """The next token of each row, its log-probabilities if asked for, and why it cannot have one."""
-        if not rows:
-            return [], [], []
-        slots = self.slots
-        logits = self._decoder.logits(hidden).float()
+    def _finish(self, batch: ScheduledBatch, hidden: Tensor) -> StepOutput:
+        """Sample, and look for rows that failed: hidden [tokens, hidden], row after row"""
+        choices, start = choices_of(batch.rows), 0
+        places: list[int] = []
+        errors: dict[int, str] = {}
+        reported: dict[int, list[TokenLogprobs]] = {}
+        for index, row in enumerate(batch.rows):
+            part = hidden[start : start + row.num_tokens]
+            start += row.num_tokens
+            places += range(start - row.num_logits, start)
+            if not row.num_logits and not bool(torch.isfinite(part).all()):
+                errors[index] = NOT_FINITE
+            elif row.prompt_logprobs:
+                reported[index] = prompt_logprobs(row, part, self._decoder, self.slots)
+        if not choices:
+            return step_output(batch, [], logprobs={}, prompt_logprobs=reported, errors=errors)
+        logits = self._decoder.logits(hidden[places]).float()
         lowest, highest = logits.aminmax(dim=-1)
-        finite = (torch.isfinite(lowest) & torch.isfinite(highest)).tolist()
-        errors: list[str | None] = [None if fine else NOT_FINITE for fine in finite]
-        params = [slots.sampling[row.slot] for row in rows]
-        row_slots = torch.tensor([row.slot for row in rows])
-        positions = torch.tensor([row.start + row.num_tokens for row in rows])
-        asked = [index for index, one in enumerate(params) if one.logprobs is not None]
-        raw = logits[asked] if asked else None  # a copy: reported are the model's own probabilities
-        self._adjust(logits, rows)
+        for choice, fine in zip(choices, (torch.isfinite(lowest) & torch.isfinite(highest)).tolist(), strict=True):
+            if not fine:
+                errors[choice.row] = NOT_FINITE
+        logprobs = ChosenLogprobs(logits, choices, self.slots)
+        tokens = self._sample(logits, choices, errors)
+        return step_output(batch, tokens, logprobs=logprobs.of(tokens), prompt_logprobs=reported, errors=errors)
+
+    def _sample(self, logits: Tensor, choices: list[Choice], errors: dict[int, str]) -> list[int]:
+        """logits float32 [choices, vocab], changed in place; rows whose grammar fails are added to ``errors``"""
+        slots = self.slots
+        adjust(logits, choices, slots)
+        row_slots = torch.tensor([choice.slot for choice in choices])
+        positions = torch.tensor([choice.position for choice in choices])
         if self._structured is not None:
-            for index, failure in self._structured.mask(logits, [row.slot for row in rows]).items():
-                errors[index] = errors[index] or failure
+            self._structured.mask(logits, choices, errors)
         tokens = sampler.sample(
             logits,
             temperature=slots.temperature[row_slots],
@@ -122,47 +120,10 @@ class ModelRunner:
             min_p=slots.min_p[row_slots],
             seed=slots.seed[row_slots],
             position=positions,
-            params=params,
+            params=[slots.sampling[choice.slot] for choice in choices],
         )
         slots.token_ids[row_slots, positions] = tokens.int()
+        chosen = tokens.tolist()
         if self._structured is not None:
-            self._structured.take([row.slot for row in rows], tokens.tolist())
-        logprobs: list[TokenLogprobs | None] = [None] * len(rows)
-        if raw is not None:
-            counts = [params[index].logprobs or 0 for index in asked]
-            for index, found in zip(asked, sampler.top_logprobs(raw, tokens[asked], counts), strict=True):
-                logprobs[index] = found
-        return tokens.tolist(), logprobs, errors
-
-    def _adjust(self, logits: Tensor, rows: list[Row]) -> None:
-        """Bias, penalties and forbidden stops, in place, where a row asks for them."""
-        slots = self.slots
-        for index, row in enumerate(rows):
-            sampling = slots.sampling[row.slot]
-            num_known = row.start + row.num_tokens
-            if sampling.needs_history:
-                sampler.penalize(
-                    logits[index : index + 1],
-                    slots.token_ids[row.slot : row.slot + 1, :num_known],
-                    torch.tensor([slots.num_prompt[row.slot]], device=logits.device),
-                    torch.tensor([num_known], device=logits.device),
-                    [sampling],
-                )
-            if sampling.logit_bias:
-                ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-                logits[index, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
-            if num_known - slots.num_prompt[row.slot] < sampling.min_tokens and slots.stop_token_ids[row.slot]:
-                logits[index, slots.stop_token_ids[row.slot]] = sampler.FORBIDDEN
-
-    def _prompt_logprobs(self, row: Row, hidden: Tensor) -> list[TokenLogprobs]:
-        """How likely the model thought each prompt token that follows one of this row's tokens."""
-        slots = self.slots
-        count = min(row.num_tokens, slots.num_prompt[row.slot] - 1 - row.start)
-        following = slots.token_ids[row.slot, row.start + 1 : row.start + 1 + count].long()
-        alternatives = slots.sampling[row.slot].prompt_logprobs or 0
-        found = []
-        for start in range(0, count, LOGITS_AT_ONCE):
-            stop = min(start + LOGITS_AT_ONCE, count)
-            logits = self._decoder.logits(hidden[start:stop])
-            found += sampler.top_logprobs(logits, following[start:stop], [alternatives] * (stop - start))
-        return found
+            self._structured.take([choice.slot for choice in choices], chosen)
+        return chosen

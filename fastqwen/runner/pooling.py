@@ -12,8 +12,7 @@ from torch import Tensor
 from fastqwen.engine.executor import StepHandle
 from fastqwen.layers.decoder import Decoder
 from fastqwen.records import Row, SampledRow, StepOutput
-
-NOT_FINITE = "the model computed values that are not finite numbers"
+from fastqwen.runner.results import NOT_FINITE
 
 
 def last_vectors(decoder: Decoder, rows: list[Row], hidden: Tensor | None) -> Tensor | None:

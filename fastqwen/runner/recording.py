@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastqwen.plan.facts import graph_batches, graph_tokens
-from fastqwen.runner.step_layout import TILE_TOKENS, StepLayout
+from fastqwen.kernels.limits import TILE_TOKENS, graph_batches, graph_tokens
+from fastqwen.runner.step_layout import StepLayout
 
 MAX_PROMPT_ROWS = 64  # of a recorded step: each may add one tile that is not full
 
 
 def decode_layouts(max_num_seqs: int) -> list[StepLayout]:
-    return [StepLayout(tokens=size, tiles=0, samples=size) for size in graph_batches(max_num_seqs)]
+    return [StepLayout(tokens=size, tiles=0, rows=size, samples=size) for size in graph_batches(max_num_seqs)]
 
 
 def prompt_layouts(most_tokens: int, max_num_seqs: int) -> list[StepLayout]:
     """Steps that have prompts, or parts of them, beside decode rows."""
-    return [
-        StepLayout(tokens=tokens, tiles=tokens // TILE_TOKENS + MAX_PROMPT_ROWS, samples=min(tokens, max_num_seqs))
-        for tokens in graph_tokens(most_tokens)
-    ]
+    found = []
+    for tokens in graph_tokens(most_tokens):
+        rows = min(tokens, max_num_seqs)
+        found.append(StepLayout(tokens, tokens // TILE_TOKENS + MAX_PROMPT_ROWS, rows, samples=rows))
+    return found
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastqwen.records import SamplingParams, TokenLogprobs
+from fastqwen.records import Sampling, TokenLogprobs
 
 FORBIDDEN = -1e30  # finite, because an infinite logit means that the model has failed
 _MASK32 = 0xFFFFFFFF
@@ -21,11 +21,11 @@ def sample(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
-    params: list[SamplingParams],
+    params: list[Sampling],
 ) -> Tensor:
     """logits float32 [rows, vocab], the other tensors [rows] -> token ids int64 [rows]
 
-    A row of temperature 0 takes the largest logit, the lowest id among equals. ``params`` are the same wishes on the
+    A row of temperature 0 takes the largest logit, the lowest id among equals. ``params`` say the same on the
     host; they only decide which steps can be left out.
     """
     if all(one.greedy for one in params):
@@ -40,7 +40,7 @@ def sample(
     return torch.where((temperature > 0)[:, None], noisy, logits).argmax(-1)
 
 
-def _cut_top(scaled: Tensor, top_k: Tensor, top_p: Tensor, params: list[SamplingParams]) -> Tensor:
+def _cut_top(scaled: Tensor, top_k: Tensor, top_p: Tensor, params: list[Sampling]) -> Tensor:
     """Keep each row's top_k largest, of these the fewest that have top_p of the mass. Equal logits stay together."""
     vocab = scaled.shape[-1]
     top_k = torch.where(top_k < vocab, top_k, 0)
@@ -96,9 +96,7 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def penalize(
-    logits: Tensor, token_ids: Tensor, num_prompt: Tensor, num_known: Tensor, params: list[SamplingParams]
-) -> None:
+def penalize(logits: Tensor, token_ids: Tensor, num_prompt: Tensor, num_known: Tensor, params: list[Sampling]) -> None:
     """Repetition, presence and frequency penalties, in place.
 
     logits [rows, vocab]; token_ids [rows, length] known tokens, the prompt's first; num_prompt, num_known [rows].

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastqwen.layers.rotary import inverse_frequencies
 from fastqwen.model_config import ModelConfig
-from fastqwen.records import Admission, Row, SamplingParams
+from fastqwen.records import Admission, Row, Sampling
 
 MAX_CACHED_PROFILES = 64
 ALIGNED_WORDS = 4  # kernels are compiled for fields that begin at multiples of 16 bytes
@@ -36,13 +36,13 @@ class Slots:
         self.device = device
         self.spare = num_slots
         self._rope = model.rope
-        self._head_dim = model.head_dim
+        self._rotary_dim = model.rotary_dim
         self._vocab_size = model.vocab_size
         self._profiles: dict[str, tuple[Words, float]] = {}
         self._widths = {  # words of a slot
             "token_ids": max_model_len + 2,
             "block_tables": -(-max_model_len // block_size) + 1,
-            "inverse_frequencies": model.head_dim // 2,
+            "inverse_frequencies": model.rotary_dim // 2,
             "seed": 2,
             **dict.fromkeys(("rope_scale", "temperature", "top_k", "top_p", "min_p"), 1),
         }
@@ -62,8 +62,8 @@ class Slots:
         self.top_p = self._field("top_p").view(torch.float32)[:, 0]
         self.min_p = self._field("min_p").view(torch.float32)[:, 0]
         # What the host looks up to decide which parts of the sampler a step needs.
-        self.sampling: list[SamplingParams] = [SamplingParams()] * num_slots
-        self.has_wishes = [False] * (num_slots + 1)  # any that a sampler of temperature and cuts cannot fulfil
+        self.sampling: list[Sampling] = [Sampling()] * num_slots
+        self.is_plain = [True] * (num_slots + 1)  # temperature and cuts say all, in every step
         self.num_prompt = [0] * num_slots
         self.stop_token_ids: list[list[int]] = [[]] * num_slots
         self._num_blocks = [0] * num_slots
@@ -80,17 +80,19 @@ class Slots:
 
         for one in admissions:
             frequencies, rope_scale = self._profile(one.rope_key)
-            wish = one.sampling
+            sampling = one.sampling
             put("token_ids", one.slot, np.array(one.token_ids, dtype=np.int32))
             put("inverse_frequencies", one.slot, frequencies)
             put("seed", one.slot, np.array([one.seed], dtype=np.int64).view(np.int32))
             put("rope_scale", one.slot, _float_word(rope_scale))
-            put("temperature", one.slot, _float_word(0.0 if wish.greedy else wish.temperature))
-            put("top_k", one.slot, np.array([min(max(0, wish.top_k), self._vocab_size)], dtype=np.int32))
-            put("top_p", one.slot, _float_word(wish.top_p))
-            put("min_p", one.slot, _float_word(wish.min_p))
-            self.sampling[one.slot] = wish
-            self.has_wishes[one.slot] = wish.needs_more or one.grammar is not None
+            put("temperature", one.slot, _float_word(0.0 if sampling.greedy else sampling.temperature))
+            put("top_k", one.slot, np.array([min(max(0, sampling.top_k), self._vocab_size)], dtype=np.int32))
+            put("top_p", one.slot, _float_word(sampling.top_p))
+            put("min_p", one.slot, _float_word(sampling.min_p))
+            self.sampling[one.slot] = sampling
+            self.is_plain[one.slot] = (
+                not sampling.needs_more(0) and sampling.prompt_logprobs is None and one.grammar is None
+            )
             self.num_prompt[one.slot] = one.num_prompt_tokens
             self.stop_token_ids[one.slot] = one.stop_token_ids
             self._num_blocks[one.slot] = 0
@@ -136,7 +138,7 @@ class Slots:
         if key not in self._profiles:
             if len(self._profiles) >= MAX_CACHED_PROFILES:
                 self._profiles.clear()
-            frequencies, scale = inverse_frequencies(self._rope, self._head_dim, key)
+            frequencies, scale = inverse_frequencies(self._rope, self._rotary_dim, key)
             self._profiles[key] = frequencies.numpy().view(np.int32), scale
         return self._profiles[key]
 

@@ -18,13 +18,14 @@ from fastqwen.build import build_decoder
 from fastqwen.config import EngineConfig
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
+from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
 from fastqwen.kernels import Ops
+from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary_key import rope_key
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan, Line, Measured, compare, make_plan
-from fastqwen.plan.facts import STEP_TILE
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
@@ -75,13 +76,16 @@ def start_engine(
         executor, step_bytes = ModelRunner(checkpoint.model, decoder, plan, device, structured), 0
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, plan.block_size),
+        StepPolicy(
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_num_mixed_tokens=plan.max_num_mixed_tokens,
+            tile_tokens=TILE_TOKENS if device.type == "cuda" else 1,
+            prompts_first=bool(config.prompts_first),
+        ),
         max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens,
-        max_num_mixed_tokens=plan.max_num_mixed_tokens,
-        tile_tokens=STEP_TILE if device.type == "cuda" else 1,
-        prompts_first=bool(config.prompts_first),
         enable_prefix_caching=config.enable_prefix_caching,
         rope_key_of=partial(rope_key, checkpoint.model.rope, per_request=config.rope_per_request),
+        num_resumable=executor.num_resumable,
     )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again

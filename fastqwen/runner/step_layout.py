@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.records import Row
 
-TILE_TOKENS = 64
 MIN_LIBRARY_TOKENS = 1024  # shorter fresh prompts are cheaper as tiles of one launch than as launches of their own
 
 Ints = NDArray[np.int32]
@@ -26,59 +26,74 @@ Ints = NDArray[np.int32]
 class StepInputs:
     """Views of the array on the device."""
 
-    token_slots: Tensor  # int32 [tokens]
+    slots: Tensor  # int32 [tokens]
     positions: Tensor  # int32 [tokens]
     tiles: Tensor  # int32 [tiles, 4], as PromptTiles has them
     decode_count: Tensor  # int32 [1]
     sample_tokens: Tensor  # int32 [samples]: the token whose hidden state gives the row's logits
     sample_slots: Tensor  # int32 [samples]
     sample_positions: Tensor  # int32 [samples]: of the token that is to be sampled
+    row_starts: Tensor  # int32 [rows + 1], as StepTokens has them
 
 
 @dataclass(frozen=True)
 class StepLayout:
     tokens: int
     tiles: int
+    rows: int
     samples: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], num_tiles: int) -> StepLayout:
+        """Exactly as large as a step."""
+        num_tokens, num_samples = sum(row.num_tokens for row in rows), sum(row.num_logits for row in rows)
+        return cls(num_tokens, num_tiles, len(rows), num_samples)
 
     @property
     def size(self) -> int:
-        return 2 * self.tokens + 4 * self.tiles + 1 + 3 * self.samples
+        return sum(self._sizes())
+
+    def _sizes(self) -> tuple[int, ...]:
+        samples = self.samples
+        return self.tokens, self.tokens, 4 * self.tiles, 1, samples, samples, samples, self.rows + 1
 
     def _cuts(self) -> list[int]:
-        sizes = (self.tokens, self.tokens, 4 * self.tiles, 1, self.samples, self.samples, self.samples)
-        return list(itertools.accumulate(sizes))
+        return list(itertools.accumulate(self._sizes()))[:-1]
 
     def views(self, array: Tensor) -> StepInputs:
         """``array`` int32 [at least size], on the device."""
-        slots, positions, tiles, count, *samples = array[: self.size].tensor_split(self._cuts()[:-1])
-        return StepInputs(slots, positions, tiles.view(self.tiles, 4), count, *samples)
+        slots, positions, tiles, *others = array[: self.size].tensor_split(self._cuts())
+        return StepInputs(slots, positions, tiles.view(self.tiles, 4), *others)
 
     def fill(self, out: Ints, rows: Sequence[Row], tiles: Ints, num_decode_rows: int, spare: int) -> None:
         """Write a step into ``out`` int32 [at least size]. The step's own sizes may be smaller than the layout's."""
-        slots = np.fromiter((row.slot for row in rows), np.int32, len(rows))
+        row_slots = np.fromiter((row.slot for row in rows), np.int32, len(rows))
         starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
         counts = np.fromiter((row.num_tokens for row in rows), np.int32, len(rows))
+        logits = np.fromiter((row.num_logits for row in rows), np.int32, len(rows))
         ends = np.cumsum(counts, dtype=np.int32)
-        num_tokens = int(ends[-1])
-        samples = np.fromiter((row.samples for row in rows), np.bool_, len(rows))
-        num_samples = int(samples.sum())
-        token_slots, positions, tile_part, count, sample_tokens, sample_slots, sample_positions = np.split(
-            out[: self.size], self._cuts()[:-1]
+        num_tokens, num_samples = int(ends[-1]), int(logits.sum())
+        slots, positions, tile_part, count, sample_tokens, sample_slots, sample_positions, row_starts = np.split(
+            out[: self.size], self._cuts()
         )
-        token_slots[:num_tokens] = np.repeat(slots, counts)
-        token_slots[num_tokens:] = spare
+        slots[:num_tokens] = np.repeat(row_slots, counts)
+        slots[num_tokens:] = spare
         positions[:num_tokens] = np.arange(num_tokens, dtype=np.int32) + np.repeat(starts - ends + counts, counts)
         positions[num_tokens:] = 0
         tile_part[: tiles.size] = tiles.ravel()
         tile_part[tiles.size :] = 0
         count[0] = num_decode_rows
-        sample_tokens[:num_samples] = ends[samples] - 1
+        # A row's logits are of its last tokens, one behind the other; each is of the token at the next position.
+        of_row = np.arange(num_samples, dtype=np.int32) - np.repeat(np.cumsum(logits, dtype=np.int32), logits)
+        sample_tokens[:num_samples] = np.repeat(ends, logits) + of_row
         sample_tokens[num_samples:] = 0
-        sample_slots[:num_samples] = slots[samples]
+        sample_slots[:num_samples] = np.repeat(row_slots, logits)
         sample_slots[num_samples:] = spare
-        sample_positions[:num_samples] = (starts + counts)[samples]
+        sample_positions[:num_samples] = np.repeat(starts + counts + 1, logits) + of_row
         sample_positions[num_samples:] = 0
+        row_starts[0] = 0
+        row_starts[1 : len(rows) + 1] = ends
+        row_starts[len(rows) + 1 :] = num_tokens
 
 
 def count_decode_rows(rows: Sequence[Row]) -> int:
@@ -89,7 +104,7 @@ def count_decode_rows(rows: Sequence[Row]) -> int:
 def cut_tiles(
     rows: Sequence[tuple[int, int, int]], first_token: int, *, height: int = TILE_TOKENS, library: bool = False
 ) -> tuple[Ints, tuple[tuple[int, int], ...]]:
-    """Rows behind the decode rows, as (line of block_tables, first position, tokens), cut into tiles int32 [n, 4].
+    """Rows behind the decode rows, as (slot, first position, tokens), cut into tiles int32 [n, 4].
 
     With ``library``, fresh rows at the end that are long enough are left to a library: their (first token, count) come
     second. Tiles that see more keys come first, so that none of the long ones is left over at the end.
@@ -101,8 +116,8 @@ def cut_tiles(
             break
         first_fresh -= 1
     tiles = [
-        (begin + at, min(height, count - at), start + at, table)
-        for begin, (table, start, count) in zip(begins, rows[:first_fresh], strict=False)
+        (begin + at, min(height, count - at), start + at, slot)
+        for begin, (slot, start, count) in zip(begins, rows[:first_fresh], strict=False)
         for at in range(0, count, height)
     ]
     tiles.sort(key=lambda tile: -tile[2])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastqwen.records import GRAMMAR_FAILED, Admission, Grammar
+from fastqwen.runner.choices import Choice
 from fastqwen.runner.sampler import FORBIDDEN
 
 MAX_CACHED_GRAMMARS = 64
@@ -105,23 +106,25 @@ class StructuredOutput:
     def constrains(self, slot: int) -> bool:
         return slot in self._constraints
 
-    def mask(self, logits: Tensor, slots: Sequence[int]) -> dict[int, str]:
-        """Forbid tokens in place, logits [rows, vocab]. Gives the rows that cannot go on, and why."""
-        failed = {}
-        for row, slot in enumerate(slots):
-            constraint = self._constraints.get(slot)
+    def mask(self, logits: Tensor, choices: Sequence[Choice], errors: dict[int, str]) -> None:
+        """Forbid tokens in place, logits [choices, vocab]. Rows that cannot go on are added to ``errors``, with the reason.
+
+        A row with a grammar has one choice in a step: the next one depends on it.
+        """
+        for index, choice in enumerate(choices):
+            constraint = self._constraints.get(choice.slot)
             if constraint is None or not constraint.active:
                 continue
             bits = constraint.mask()
             if constraint.error is not None:
-                failed[row] = f"{GRAMMAR_FAILED} {constraint.error.partition(chr(10))[0][:300]}"
+                failure = f"{GRAMMAR_FAILED} {constraint.error.partition(chr(10))[0][:300]}"
+                errors.setdefault(choice.row, failure)
                 continue
             allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
             flags = torch.zeros(logits.shape[1], dtype=torch.bool)
             count = min(logits.shape[1], allowed.numel())
             flags[:count] = allowed.flatten()[:count].bool()
-            logits[row].masked_fill_(~flags.to(logits.device), FORBIDDEN)
-        return failed
+            logits[index].masked_fill_(~flags.to(logits.device), FORBIDDEN)
 
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """What was sampled in these slots."""

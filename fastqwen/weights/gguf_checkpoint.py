@@ -17,6 +17,7 @@ from fastqwen import models
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.model_config import ModelConfig, RopeConfig
 from fastqwen.models.names import Names
+from fastqwen.sharding import Part
 from fastqwen.weights.gguf_file import GgufFile, short
 
 if TYPE_CHECKING:
@@ -297,14 +298,17 @@ class GgufCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._places[name].shape
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """A packed tensor is unpacked as a whole."""
+        from fastqwen.weights.source import cut  # needs torch, and reading a configuration does not
+
         place = self._places[name]
         if place.expert is not None:
-            return self._file.read_part(place.tensor, place.expert)
+            return cut(self._file.read_part(place.tensor, place.expert), part)
         tensor = self._file.read(place.tensor)
         if place.rotary_heads is not None:
             tensor = _halves(tensor, place.rotary_heads)
-        return tensor.view(place.shape)
+        return cut(tensor.view(place.shape), part)
 
     def _refuse_unknown_tensors(self, model_type: str) -> None:
         known = {place.tensor for place in self._places.values()} | {ROPE_FACTORS}

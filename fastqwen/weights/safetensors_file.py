@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastqwen.errors import BadCheckpoint, ModelNotFound, Unsupported
 from fastqwen.model_config import read_json
+from fastqwen.sharding import Part
+from fastqwen.weights.source import cut
 
 INDEX = "model.safetensors.index.json"
 
@@ -35,9 +37,9 @@ class SafetensorsCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
 
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
-        return tensor
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)  # a view: only what is used is read
+        return cut(tensor, part)
 
     def _check_index(self) -> None:
         index = self._folder / INDEX

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastqwen.errors import BadCheckpoint
+from fastqwen.sharding import Part
 
 
 class TensorFile(Protocol):
@@ -19,8 +20,9 @@ class TensorFile(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in the file's own type, or float32 where that type is packed; a view of the file if possible."""
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """The tensor, or part of it, in the file's own type, or float32 where that type is packed; a view of the file if
+        possible. Nothing else of the file is read; a part's lines behind the end are left out."""
 
 
 class Weights:
@@ -36,22 +38,22 @@ class Weights:
     def has(self, name: str) -> bool:
         return name in self._names
 
-    def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False) -> Tensor:
-        """A floating-point tensor in this model's type, or in the file's own one."""
-        found = self.raw(name, shape)
+    def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False, part: Part | None = None) -> Tensor:
+        """A floating-point tensor in this model's type, or in the file's own one: all of it, or a part."""
+        found = self.raw(name, shape, part)
         if not found.is_floating_point():
             raise BadCheckpoint(
                 f"{self._file.location(name)}: tensor {name} holds {_type_name(found)}, expected floating-point numbers"
             )
         found = found.to(device=self.device, dtype=found.dtype if keep_type else self.dtype)
-        if not bool(torch.isfinite(found).all()):
+        if not _is_finite(found):
             raise BadCheckpoint(f"{self._file.location(name)}: tensor {name} contains NaN or infinity")
         self.num_bytes += found.nbytes
         return found
 
-    def words(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def words(self, name: str, shape: tuple[int, ...], *, part: Part | None = None) -> Tensor:
         """An int32 tensor on this model's device."""
-        found = self.raw(name, shape)
+        found = self.raw(name, shape, part)
         if found.dtype != torch.int32:
             raise BadCheckpoint(
                 f"{self._file.location(name)}: tensor {name} holds {_type_name(found)}, expected 32-bit whole numbers"
@@ -59,12 +61,21 @@ class Weights:
         self.num_bytes += found.nbytes
         return found.to(self.device)
 
+    def zeros(self, size: int) -> Tensor:
+        """A vector that the checkpoint does not have, [size]"""
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
+
+    @staticmethod
+    def lines(tensor: Tensor, part: Part) -> Tensor:
+        """A part of a tensor that was read as a whole; lines behind its end are zeros."""
+        return _with_zeros(cut(tensor, part), part)
+
     def fault(self, name: str, what: str) -> BadCheckpoint:
         """The error for a tensor whose values cannot be right."""
         return BadCheckpoint(f"{self._file.location(name)}: tensor {name} {what}")
 
-    def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor in the file's own type, on the CPU, possibly a view of the mapped file."""
+    def raw(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
+        """A tensor in the file's own type, on the CPU, possibly a view of the mapped file. ``shape`` is the whole one's."""
         if name not in self._names:
             raise BadCheckpoint(f"{self._file.location('')}: tensor {name} is missing")
         found = self._file.shape(name)
@@ -72,7 +83,33 @@ class Weights:
             raise BadCheckpoint(
                 f"{self._file.location(name)}: tensor {name} has shape {list(found)}, config.json says {list(shape)}"
             )
-        return self._file.read(name)
+        read = self._file.read(name, part)
+        return read if part is None else _with_zeros(read, part)
+
+
+def cut(tensor: Tensor, part: Part | None) -> Tensor:
+    """The part's lines that the tensor has."""
+    if part is None:
+        return tensor
+    size = tensor.shape[part.dim]
+    pieces = [
+        tensor.narrow(part.dim, start, min(stop, size) - start) for start, stop in part.ranges if start < size
+    ] or [tensor.narrow(part.dim, 0, 0)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=part.dim)
+
+
+def _with_zeros(found: Tensor, part: Part) -> Tensor:
+    """What is behind the end of the file's tensor is the end of the part, too: ranges are in order."""
+    missing = part.size - found.shape[part.dim]
+    if not missing:
+        return found
+    shape = (*found.shape[: part.dim], missing, *found.shape[part.dim + 1 :])
+    return torch.cat([found, torch.zeros(shape, dtype=found.dtype, device=found.device)], dim=part.dim)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """torch has no arithmetic on numbers of 8 bits."""
+    return bool(torch.isfinite(tensor.half() if tensor.element_size() == 1 else tensor).all())
 
 
 def _type_name(tensor: Tensor) -> str:
@@ -91,21 +128,18 @@ class DummyWeights(Weights):
     def has(self, name: str) -> bool:
         return not name.endswith((".bias", ".g_idx"))
 
-    def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False, part: Part | None = None) -> Tensor:
         dtype = torch.float16 if keep_type else self.dtype
-        out = torch.empty(shape, dtype=dtype, device=self.device)
+        out = torch.empty(shape if part is None else part.shape(shape), dtype=dtype, device=self.device)
         self.num_bytes += out.nbytes
         if len(shape) == 1 and not name.endswith(".bias"):
             return out.fill_(1.0)
         spread = 2e-4 if name.endswith(".scales") else 0.02  # scales are multiplied by codes of up to 8 bits
         return out.normal_(0.0, spread, generator=self._generator)
 
-    def words(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        out = torch.zeros(shape, dtype=torch.int32, device=self.device)
+    def words(self, name: str, shape: tuple[int, ...], *, part: Part | None = None) -> Tensor:
+        out = torch.zeros(shape if part is None else part.shape(shape), dtype=torch.int32, device=self.device)
         self.num_bytes += out.nbytes
         if name.endswith(".g_idx"):
             return out
         return out.random_(-(2**31), 2**31 - 1, generator=self._generator)
-
-    def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.tensor(name, shape)

@@ -6,8 +6,9 @@ import hashlib
 
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
+from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
-from fastqwen.records import EngineRequest, SampledRow, SamplingParams, ScheduledBatch, StepOutput
+from fastqwen.records import EngineRequest, SampledRow, Sampling, ScheduledBatch, StepOutput
 
 VOCAB = 997
 
@@ -64,15 +65,15 @@ class FakeExecutor:
             place = (table[position // self.block_size], position % self.block_size)
             assert self._contents[place] == tuple(tokens[: position + 1]), "a block holds another sequence's tokens"
         if row.request_id in self.fail:
-            return SampledRow(request_id=row.request_id, token_id=0 if row.samples else None, error="not finite")
+            return SampledRow(request_id=row.request_id, token_ids=[0] * row.num_logits, error="not finite")
         if row.pools:
-            assert end == len(tokens) and not row.samples
+            assert end == len(tokens) and not row.num_logits
             return SampledRow(request_id=row.request_id, embedding=vector_at(tokens))
-        if not row.samples:
+        if not row.num_logits:
             return SampledRow(request_id=row.request_id)
         assert end == len(tokens)
         tokens.append(token_at(self._seed[row.slot], end))
-        return SampledRow(request_id=row.request_id, token_id=tokens[-1])
+        return SampledRow(request_id=row.request_id, token_ids=[tokens[-1]])
 
 
 def make_engine(
@@ -90,11 +91,13 @@ def make_engine(
     executor = FakeExecutor(run_ahead, block_size)
     scheduler = Scheduler(
         BlockPool(blocks, block_size),
+        StepPolicy(
+            max_num_batched_tokens=budget,
+            max_num_mixed_tokens=mixed_budget,
+            tile_tokens=tile,
+            prompts_first=prompts_first,
+        ),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        max_num_mixed_tokens=mixed_budget,
-        tile_tokens=tile,
-        prompts_first=prompts_first,
         enable_prefix_caching=caching,
     )
     return EngineCore(scheduler, executor), executor
@@ -113,7 +116,7 @@ def request(
     return EngineRequest(
         request_id=name,
         prompt_token_ids=ids,
-        sampling=more.pop("sampling", SamplingParams()),
+        sampling=more.pop("sampling", Sampling()),
         stop_token_ids=stop or [],
         max_tokens=max_tokens,
         seed=seed,

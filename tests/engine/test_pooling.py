@@ -17,7 +17,7 @@ def test_one_delta_with_the_vector_and_no_token(run_ahead: int):
     assert run(engine)["a"] == [
         RequestDelta(request_id="a", finish_reason="stop", embedding=vector_at(list(range(10))))
     ]
-    assert not any(row.samples for batch in executor.batches for row in batch.rows)
+    assert not any(row.num_logits for batch in executor.batches for row in batch.rows)
 
 
 @pytest.mark.parametrize("run_ahead", [1, 2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache, PromptTiles, RowSpans
+from fastqwen.kernels import HeadShape, LayerCache, PromptTiles, StepTokens
 from fastqwen.runner.step_layout import cut_tiles
 
 
@@ -17,44 +17,38 @@ def make_batch(
     device: str = "cpu",
     logn: bool = False,
     library: bool = False,
-) -> tuple[AttentionBatch, LayerCache]:
-    """``rows`` are (tokens in the cache before, new tokens). The cache is full of random keys and values."""
+) -> tuple[StepTokens, LayerCache]:
+    """``rows`` are (tokens in the cache before, new tokens). The cache is full of random keys and values, of type ``dtype``."""
     contexts = [start + new for start, new in rows]
     width = max(-(-context // block_size) for context in contexts) + 1
     num_blocks = sum(-(-context // block_size) for context in contexts) + 2
     order = torch.randperm(num_blocks).tolist()
     line = torch.randperm(len(rows) + 2).tolist()[: len(rows)]  # the block tables are not in the rows' order
     tables = torch.full((len(rows) + 2, width), -1, dtype=torch.int32)
-    positions, token_rows, slots, starts = [], [], [], [0]
+    positions, slots, starts = [], [], [0]
     for row, (start, new) in enumerate(rows):
         count = -(-contexts[row] // block_size)
         blocks = [order.pop() for _ in range(count)]
         tables[line[row], :count] = torch.tensor(blocks, dtype=torch.int32)
         for position in range(start, start + new):
             positions.append(position)
-            token_rows.append(row)
-            slots.append(blocks[position // block_size] * block_size + position % block_size)
+            slots.append(line[row])
         starts.append(len(positions))
-    angles = torch.tensor(positions)[:, None] / (100.0 ** (torch.arange(shape.head_dim // 2) / shape.head_dim * 2))
+    angles = torch.tensor(positions)[:, None] / (100.0 ** (torch.arange(shape.rotary_dim // 2) / shape.rotary_dim * 2))
     size = (num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
     cache = LayerCache(torch.randn(size).to(dtype).to(device), torch.randn(size).to(dtype).to(device))
     decode = next((index for index, (_, new) in enumerate(rows) if new > 1), len(rows))
     tiles, fresh = cut_tiles(
         [(line[row], *rows[row]) for row in range(decode, len(rows))], decode, height=16, library=library
     )
-    batch = AttentionBatch(
+    step = StepTokens(
         positions=torch.tensor(positions, dtype=torch.int32, device=device),
+        slots=torch.tensor(slots, dtype=torch.int32, device=device),
+        row_starts=torch.tensor(starts, dtype=torch.int32, device=device),
         cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1).float().to(device),
         q_scale=(1 + torch.rand(len(positions))).to(device) if logn else None,
-        token_tables=torch.tensor([line[row] for row in token_rows], dtype=torch.int32, device=device),
         block_tables=tables.to(device),
         num_decode_rows=decode,
-        rows=RowSpans(
-            tables=torch.tensor(line, dtype=torch.int32, device=device),
-            starts=torch.tensor(starts, dtype=torch.int32, device=device),
-            context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
-            cache_slots=torch.tensor(slots, dtype=torch.int64, device=device),
-        ),
         prompts=PromptTiles(torch.from_numpy(tiles).to(device), 16, fresh) if decode < len(rows) else None,
     )
-    return batch, cache
+    return step, cache

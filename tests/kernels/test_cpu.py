@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from fastqwen.kernels import HeadShape, LayerCache
+from fastqwen.kernels import AttentionParts, DenseWeight, HeadShape, LayerCache, Norm
 from fastqwen.kernels.cpu import build
 from fastqwen.kernels.cpu.ops import CpuOps
 from fastqwen.kernels.reference import ReferenceOps
@@ -28,51 +28,74 @@ def ops() -> CpuOps:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "k", "n"), [(1, 64, 7), (5, 576, 64), (70, 40, 33), (3, 7, 5)])
 def test_linear(ops: CpuOps, dtype: torch.dtype, tokens: int, k: int, n: int) -> None:
-    x, weight, bias = torch.randn(tokens, k), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
-    expected = REFERENCE.linear(x, weight, bias)
-    torch.testing.assert_close(ops.linear(x, weight, bias), expected, rtol=1e-4, atol=1e-4)
+    x, weight = torch.randn(tokens, k), DenseWeight(torch.randn(n, k).to(dtype), torch.randn(n).to(dtype))
+    expected = REFERENCE.linear(x, weight)
+    torch.testing.assert_close(ops.linear(x, weight), expected, rtol=1e-4, atol=1e-4)
     residual = torch.randn(tokens, n)
     added = residual + expected
-    ops.linear_add(residual, x, weight, bias)
+    ops.linear_add(residual, x, weight)
     torch.testing.assert_close(residual, added, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_and_gate(ops: CpuOps, dtype: torch.dtype) -> None:
-    x, norm = torch.randn(9, 72), torch.rand(72).to(dtype)
-    torch.testing.assert_close(ops.rms_norm(x, norm, 1e-6), REFERENCE.rms_norm(x, norm, 1e-6), rtol=1e-5, atol=1e-6)
+    x, norm = torch.randn(9, 72), Norm(torch.rand(72).to(dtype), 1e-6)
+    torch.testing.assert_close(ops.rms_norm(x, norm), REFERENCE.rms_norm(x, norm), rtol=1e-5, atol=1e-6)
     gate_up = torch.randn(9, 2 * 40) * 30  # far into both tails of the exponential
     torch.testing.assert_close(ops.silu_mul(gate_up), REFERENCE.silu_mul(gate_up), rtol=1e-5, atol=1e-6)
-    weight = torch.randn(80, 72).to(dtype)
-    expected = REFERENCE.norm_gated_linear(x, norm, 1e-6, weight)
-    torch.testing.assert_close(ops.norm_gated_linear(x, norm, 1e-6, weight), expected, rtol=1e-4, atol=1e-4)
+    weight = DenseWeight(torch.randn(80, 72).to(dtype))
+    expected = REFERENCE.norm_gated_linear(x, norm, weight)
+    torch.testing.assert_close(ops.norm_gated_linear(x, norm, weight), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 64), (8, 2, 128), (2, 1, 24)])
+SHAPES = [
+    HeadShape(9, 3, 64, 64), HeadShape(4, 4, 64, 64), HeadShape(8, 2, 128, 128), HeadShape(2, 1, 24, 24),
+    HeadShape(8, 2, 256, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("window", [None, 5])
-def test_rope_cache_attention(
-    ops: CpuOps, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, window: int | None
+def test_attention_over_a_cache_of_its_own_type(
+    ops: CpuOps, dtype: torch.dtype, shape: HeadShape, window: int | None
 ) -> None:
-    shape = HeadShape(heads, kv_heads, head_dim)
-    batch, cache = make_batch([(0, 1), (33, 1), (0, 40), (17, 5)], shape, dtype=dtype, logn=heads == 4)
-    tokens = batch.positions.shape[0]
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim)
-    norms = (torch.rand(head_dim).to(dtype), torch.rand(head_dim).to(dtype)) if heads == 8 else (None, None)
-    other = LayerCache(cache.k.clone(), cache.v.clone())
-    q = ops.rope_and_cache(qkv, batch, cache, shape, *norms, 1e-6)
-    expected_q = REFERENCE.rope_and_cache(qkv, batch, other, shape, *norms, 1e-6)
-    torch.testing.assert_close(q, expected_q, rtol=1e-5, atol=1e-5)
-    step = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]  # one rounding step of the cache
-    torch.testing.assert_close(cache.k, other.k, rtol=step, atol=step)
+    """The arithmetic is in float32 whatever the cache is; behind the values stand numbers that attention does not read."""
+    step, cache = make_batch([(0, 1), (33, 1), (0, 40), (17, 5)], shape, dtype=dtype, logn=shape.num_heads == 4)
+    if dtype == torch.int8:
+        scales = [0.01 + 0.01 * torch.rand(cache.k.shape[:3]) for _ in range(2)]
+        cache = LayerCache(*(torch.randint_like(one, -127, 128) for one in (cache.k, cache.v)), *scales)
+    qkv = torch.randn(step.positions.shape[0], shape.width + 7)
+    norms = (1 + torch.rand(2, shape.head_dim)).to(torch.float32 if dtype == torch.int8 else dtype)
+    parts = AttentionParts(shape, *(norms if shape.num_heads == 8 else (None, None)), 1e-6, window)
+    other = LayerCache(
+        *(None if one is None else one.clone() for one in (cache.k, cache.v, cache.k_scale, cache.v_scale))
+    )
+    found = ops.attend(qkv, step, cache, parts)
+    expected = REFERENCE.attend(qkv, step, other, parts)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.int8: 0}[dtype]
+    torch.testing.assert_close(cache.k, other.k, rtol=rounding, atol=rounding)
     torch.testing.assert_close(cache.v, other.v, rtol=0, atol=0)
-    out = ops.attention(q, batch, cache, shape, window)
-    torch.testing.assert_close(out, REFERENCE.attention(q, batch, cache, shape, window), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=max(rounding, 1e-4), atol=max(rounding, 1e-5))
+
+
+def test_an_8_bit_cache_is_wrong_by_its_rounding_only() -> None:
+    """Queries stay in the arithmetic's type: cast down to the cache's they would be wrong three times as much."""
+    shape = HeadShape(8, 2, 64, 64)
+    step, exact = make_batch([(0, 200)], shape)
+    size = exact.k.shape
+    cache = LayerCache(
+        *(torch.zeros(size, dtype=torch.int8) for _ in range(2)), *(torch.zeros(size[:3]) for _ in range(2))
+    )
+    qkv, parts = torch.randn(200, shape.width), AttentionParts(shape)
+    expected = REFERENCE.attend(qkv, step, exact, parts)
+    error = (REFERENCE.attend(qkv, step, cache, parts) - expected).norm() / expected.norm()
+    assert 0 < error < 0.02
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_in_any_batch(ops: CpuOps, dtype: torch.dtype) -> None:
-    x, weight = torch.randn(131, 200), torch.randn(50, 200).to(dtype)
+    x, weight = torch.randn(131, 200), DenseWeight(torch.randn(50, 200).to(dtype))
     whole = ops.linear(x, weight)
     for size in (1, 3, 4, 7, 64, 65):
         assert torch.equal(torch.cat([ops.linear(part, weight) for part in x.split(size)]), whole)

@@ -16,6 +16,7 @@ from fastqwen.build import build_decoder
 from fastqwen.config import EngineConfig
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
+from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
 from fastqwen.kernels.triton.ops import TritonOps
 from fastqwen.layers.rotary_key import rope_key
@@ -77,8 +78,8 @@ def gpu_core(folder: Path, *, recorded: bool, **wishes: Any) -> tuple[EngineCore
         runner._prompt_steps = [recording(runner, layout) for layout in prompts]
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, plan.block_size),
+        StepPolicy(max_num_batched_tokens=plan.max_num_batched_tokens),
         max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         rope_key_of=lambda length, limit: rope_key(model.rope, length, limit),
     )
@@ -113,7 +114,7 @@ def test_the_same_tokens_as_on_the_cpu(tmp_path: Path, kind: str, recorded: bool
         assert sum(one.graph.count for one in runner._decode_steps) > 2
 
 
-def test_parts_of_prompts_have_no_wishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_parts_of_prompts_ask_for_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Greedy requests are sampled by the recorded step alone, also while a prompt beside them is not yet complete."""
     make(tmp_path, "Qwen3Config", head_dim=32, num_hidden_layers=1)
     core, runner = gpu_core(tmp_path, recorded=True, max_num_batched_tokens=32)
@@ -124,8 +125,8 @@ def test_parts_of_prompts_have_no_wishes(tmp_path: Path, monkeypatch: pytest.Mon
         calls += 1
         return special(*arguments)
 
-    special = runner._special
-    monkeypatch.setattr(runner, "_special", counted)
+    special = runner._choose_again
+    monkeypatch.setattr(runner, "_choose_again", counted)
     prompts = [prompt(40), prompt(5), prompt(70)]
     found = greedy(core, prompts, max_tokens=3)
     assert calls == 0

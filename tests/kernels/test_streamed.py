@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("needs a GPU with compute capability 9.0", allow_module_level=True)
 
-from fastqwen.kernels import HeadShape, LayerCache
+from fastqwen.kernels import AttentionParts, DenseWeight, HeadShape, LayerCache
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.kernels.triton.attention import DecodeWorkspace
 from fastqwen.kernels.triton.streamed import StreamTiling, streamed_linear
@@ -41,19 +41,20 @@ def test_products(dtype: torch.dtype, tiling: StreamTiling, rows: int, n: int, k
     bias, residual = random(2 * n, dtype=dtype), random(rows, n, dtype=dtype)
     wide = x.double() @ weight.double().t() + bias.double()
     for _ in range(2):  # the second time with the counters that the first one left
-        plain = streamed_linear(x, weight[:n].contiguous(), space, bias=bias[:n].contiguous(), tiling=tiling)
+        half = weight[:n].contiguous()
+        plain = streamed_linear(x, DenseWeight(half, bias[:n].contiguous()), space, tiling=tiling)
         close(plain, wide[:, :n])
-        gated = streamed_linear(x, weight, space, bias=bias, gated=True, tiling=tiling)
+        gated = streamed_linear(x, DenseWeight(weight, bias), space, gated=True, tiling=tiling)
         close(gated, torch.nn.functional.silu(wide[:, :n]) * wide[:, n:])
         total = residual.clone()
-        streamed_linear(x, weight[:n].contiguous(), space, add_to=total, tiling=tiling)
+        streamed_linear(x, DenseWeight(half), space, add_to=total, tiling=tiling)
         close(total, residual.double() + x.double() @ weight[:n].double().t())
     assert not space.counter.any()
 
 
 def test_a_row_that_is_not_finite_stays_alone():
     space = Workspace(DEVICE)
-    x, weight = random(9, 512, dtype=torch.bfloat16), random(128, 512, dtype=torch.bfloat16)
+    x, weight = random(9, 512, dtype=torch.bfloat16), DenseWeight(random(128, 512, dtype=torch.bfloat16))
     expected = streamed_linear(x, weight, space)
     x[4] = float("nan")
     found = streamed_linear(x, weight, space)
@@ -70,7 +71,7 @@ def test_a_chain_sees_what_each_kernel_left():
     def chain() -> torch.Tensor:
         x = first
         for weight in weights:
-            x = streamed_linear(x, weight, space, tiling=StreamTiling(128, 2, 3))
+            x = streamed_linear(x, DenseWeight(weight), space, tiling=StreamTiling(128, 2, 3))
         return x
 
     expected = chain()
@@ -89,7 +90,7 @@ def test_a_chain_sees_what_each_kernel_left():
 
 
 CONTEXTS = [(199, 1), (3, 1), (64, 1), (1000, 1), (0, 1), (127, 1), (129, 1)]
-SHAPES = [HeadShape(4, 4, 64), HeadShape(6, 2, 128), HeadShape(16, 1, 128), HeadShape(16, 8, 128)]
+SHAPES = [HeadShape(4, 4, 64, 64), HeadShape(6, 2, 128, 128), HeadShape(16, 1, 128, 128), HeadShape(16, 8, 128, 128)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -103,16 +104,18 @@ def test_attention(dtype: torch.dtype, shape: HeadShape, window: int | None, til
     exact = LayerCache(cache.k.double(), cache.v.double())
     _spoil_unused(batch, cache)
     dim = shape.head_dim
-    qkv = random(len(CONTEXTS), (shape.num_heads + 2 * shape.num_kv_heads) * dim, dtype=dtype)
-    norms = [1 + 0.2 * random(dim).float() for _ in range(2)] if normed else [None, None]
-    q_norm, k_norm = (None if one is None else one.to(dtype) for one in norms)
-    more = {"eps": 1e-6, "window": window}
-    doubled = [None if one is None else one.double() for one in (q_norm, k_norm)]
-    expected = ReferenceOps().attend(qkv.double(), batch, exact, shape, q_norm=doubled[0], k_norm=doubled[1], **more)
+    qkv = random(len(CONTEXTS), shape.width, dtype=dtype)
+    norms = [(1 + 0.2 * random(dim)).to(dtype) if normed else None for _ in range(2)]
+    parts = AttentionParts(shape, *norms, 1e-6, window)
+    doubled = replace(
+        parts,
+        **{name: None if one is None else one.double() for name, one in zip(("q_norm", "k_norm"), norms, strict=True)},
+    )
+    expected = ReferenceOps().attend(qkv.double(), batch, exact, doubled)
     space = DecodeWorkspace(DEVICE, max_rows=16, shape=shape, max_parts=4096)
     for _ in range(2):
         out = torch.full((len(CONTEXTS), shape.num_heads * dim), float("nan"), dtype=dtype, device=DEVICE)
-        decode_attention(qkv, batch, cache, shape, space, q_norm=q_norm, k_norm=k_norm, out=out, tiling=tiling, **more)
+        decode_attention(qkv, batch, cache, parts, space, out=out, tiling=tiling)
         close(out, expected, factor=2.0)  # queries, keys and chances are rounded on the way
         assert not space.counter.any()
     used = _used(batch, cache, CONTEXTS, block_size)
@@ -121,16 +124,16 @@ def test_attention(dtype: torch.dtype, shape: HeadShape, window: int | None, til
 
 
 def test_only_the_counted_rows_are_computed():
-    shape = HeadShape(6, 2, 128)
+    shape = HeadShape(6, 2, 128, 128)
     batch, cache = make_batch(CONTEXTS, shape, dtype=torch.bfloat16, device="cuda", block_size=64)
     qkv = random(len(CONTEXTS), 10 * 128, dtype=torch.bfloat16)
     space = DecodeWorkspace(DEVICE, max_rows=16, shape=shape, max_parts=4096)
-    more = {"q_norm": None, "k_norm": None, "eps": 1e-6, "window": None, "tiling": DecodeTiling(4, 64)}
+    parts, tiling = AttentionParts(shape), DecodeTiling(4, 64)
     whole = torch.zeros(len(CONTEXTS), 6 * 128, dtype=torch.bfloat16, device=DEVICE)
-    decode_attention(qkv, batch, cache, shape, space, out=whole, **more)
+    decode_attention(qkv, batch, cache, parts, space, out=whole, tiling=tiling)
     some = torch.zeros_like(whole)
     counted = replace(batch, decode_count=torch.tensor([3], dtype=torch.int32, device=DEVICE))
-    decode_attention(qkv, counted, cache, shape, space, out=some, **more)
+    decode_attention(qkv, counted, cache, parts, space, out=some, tiling=tiling)
     assert torch.equal(some[:3], whole[:3]) and not some[3:].any()
 
 
@@ -139,7 +142,7 @@ def _used(batch, cache: LayerCache, rows, block_size: int) -> torch.Tensor:
     used = torch.zeros(cache.k.shape[0], block_size, dtype=torch.bool, device=DEVICE)
     for index, (start, new) in enumerate(rows):
         places = torch.arange(start + new, device=DEVICE)
-        table = batch.block_tables[batch.rows.tables[index].item()]
+        table = batch.block_tables[batch.slots[index].item()]
         used[table[places // block_size].long(), places % block_size] = True
     return used
 

@@ -98,7 +98,7 @@ def logits(folder: Path, ids: list[int], **wishes: Any) -> torch.Tensor:
         stop_token_ids=[],
         rope_key="",
     )
-    row = Row(slot=0, request_id="x", start=0, num_tokens=len(ids), new_blocks=blocks, samples=False)
+    row = Row(slot=0, request_id="x", start=0, num_tokens=len(ids), new_blocks=blocks, num_logits=0)
     with torch.inference_mode():
         runner.slots.update([admission], [row])
         return runner._decoder.logits(hidden_of(runner, row)).float().cpu()
@@ -108,8 +108,8 @@ def hidden_of(runner: Any, row: Row) -> torch.Tensor:
     """[tokens, hidden] of a step with this one row, on whichever device."""
     if isinstance(runner, ModelRunner) and type(runner) is not ModelRunner:  # the GPU's lays its steps out by itself
         return runner._launch([row])[0][: row.num_tokens]
-    flat, where = pack([row], runner.slots, block_size=runner._plan.block_size, logn_len=runner._model.logn_len)
-    return runner._decoder.hidden(flat, where, runner.caches)
+    flat, where = pack([row], runner.slots, logn_len=runner._model.logn_len)
+    return runner._decoder.hidden(flat, where, runner.states)
 
 
 def greedy(core: EngineCore, prompts: list[list[int]], max_tokens: int = 64) -> list[list[int]]:

@@ -1,60 +1,13 @@
-"""The planner imports nothing of the engine, so what it says of the engine's habits is compared with the sources here."""
+"""What the planner says of the engine's habits."""
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
 
-from fastqwen.plan import facts
+from fastqwen.kernels.limits import MIB, feed_forward_rows, graph_batches, graph_tokens
 from fastqwen.plan.allocator import Allocator, rounded_up_bytes, segment_bytes
 from fastqwen.plan.buffers import Sizes, graph_buffers, largest_steps
 from fastqwen.plan.catalog import find_published
-from fastqwen.plan.facts import MIB, feed_forward_rows
-
-PACKAGE = Path(facts.__file__).parents[1]
-
-
-def constant(path: str, name: str) -> int:
-    """A module's constant, or a parameter's default, of a source that cannot be imported here."""
-    tree = ast.parse((PACKAGE / path).read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
-            return _value(node.value)
-        if isinstance(node, ast.FunctionDef):
-            arguments = [*node.args.posonlyargs, *node.args.args]
-            for argument, default in zip(
-                arguments[-len(node.args.defaults) or None :], node.args.defaults, strict=False
-            ):
-                if argument.arg == name:
-                    return _value(default)
-    raise AssertionError(f"{path} has no {name}")
-
-
-def _value(node: ast.expr) -> int:
-    """Products and powers of numbers."""
-    if isinstance(node, ast.BinOp):
-        left, right = _value(node.left), _value(node.right)
-        return left**right if isinstance(node.op, ast.Pow) else left * right
-    assert isinstance(node, ast.Constant)
-    return int(node.value)
-
-
-@pytest.mark.parametrize(
-    ("fact", "path", "name"),
-    [
-        ("FUSED_ROWS", "kernels/triton/linear.py", "MAX_ROWS"),
-        ("SPLIT_PARTS", "kernels/triton/workspace.py", "max_parts"),
-        ("SPLIT_BLOCKS", "kernels/triton/workspace.py", "max_blocks"),
-        ("DECODE_PARTS", "kernels/triton/ops.py", "MAX_DECODE_PARTS"),
-        ("DECODE_ROWS", "kernels/triton/ops.py", "MAX_DECODE_ROWS"),
-        ("SAMPLE_CHUNK", "kernels/triton/step.py", "CHUNK"),
-        ("UNPACK_BYTES", "kernels/reference.py", "UNPACKED_BYTES"),
-    ],
-)
-def test_scratch_is_as_large_as_the_kernels_make_it(fact: str, path: str, name: str):
-    assert getattr(facts, fact) == constant(path, name)
 
 
 def test_segments_of_the_allocator():
@@ -114,10 +67,10 @@ def test_wide_activations_are_made_in_chunks():
 
 def test_graphs_share_what_they_leave_behind():
     sizes = sizes_of("Qwen3-8B")
-    batches = facts.graph_batches(256)
+    batches = graph_batches(256)
     logits = 256 * 151936 * 2
     alone = graph_buffers(sizes, (256,), (), 256)
     assert logits < alone < 2 * logits
     assert graph_buffers(sizes, batches, (), 256) < 1.2 * alone
     assert graph_buffers(sizes, (1,), (), 1) < 8 * MIB
-    assert graph_buffers(sizes, batches, facts.graph_tokens(8192), 256) < 2048 * 2 * 60_000 + logits
+    assert graph_buffers(sizes, batches, graph_tokens(8192), 256) < 2048 * 2 * 60_000 + logits

@@ -11,7 +11,6 @@ import pytest
 import torch
 import typer
 
-from fastqwen import quant
 from fastqwen.cli.main import app
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit
@@ -19,7 +18,7 @@ from fastqwen.plan.advice import Answer, answer, list_models
 from fastqwen.plan.catalog import catalog, find_published
 from fastqwen.plan.gpus import find_target
 from fastqwen.plan.question import Question, Wishes
-from fastqwen.plan.served import not_served_yet, quantization_methods
+from fastqwen.plan.served import not_served_yet
 from fastqwen.runner import start
 
 CARDS = ["6GB", "T4", "24GB", "H200"]
@@ -74,10 +73,6 @@ def test_the_parser_of_these_tests_refuses_what_serve_refuses():
         parsed("fastqwen serve demo --tensor-parallel-size 2")
     with pytest.raises(BadConfig):
         parsed("fastqwen serve demo --enforce-eager --max-num-seqs 0")
-
-
-def test_methods_are_those_of_the_engine():
-    assert quantization_methods() == set(quant.supported()) - {"dense"}
 
 
 def test_what_stands_in_the_way():

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from fastqwen import LLM, SamplingParams
 from fastqwen.errors import BadCheckpoint, Unsupported
-from fastqwen.kernels import GptqWeight
+from fastqwen.kernels import GroupedWeight
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.model_config import read_json
 from fastqwen.models import parse_config
@@ -156,20 +156,22 @@ def test_the_op_in_many_small_chunks(bits: int, monkeypatch: pytest.MonkeyPatch)
     matrix = np.random.default_rng(1).standard_normal((56, 96)).astype(np.float32)
     tensors, dense = quantize(matrix, layout)
     zeros = np.stack([tensors["qzeros"] >> shift & 2**bits - 1 for shift in range(0, 32, bits)], -1).reshape(3, 56) + 1
-    weight = GptqWeight(
+    bias = torch.randn(56)
+    weight = GroupedWeight(
         codes=torch.from_numpy(tensors["qweight"]),
         scales=torch.from_numpy(tensors["scales"]),
         zeros=torch.from_numpy(zeros.astype(np.int16)),
         group_of=torch.from_numpy(tensors["g_idx"]).long(),
         bits=bits,
         group_size=32,
+        bias=bias,
     )
     assert (weight.in_size, weight.out_size) == (96, 56)
-    x, bias = torch.randn(5, 96), torch.randn(56)
+    x = torch.randn(5, 96)
     expected = torch.nn.functional.linear(x, torch.from_numpy(dense), bias)
     for unpacked_bytes in (1, 4 * 96 * 9, 2**23):
-        monkeypatch.setattr("fastqwen.kernels.reference.UNPACKED_BYTES", unpacked_bytes)
-        torch.testing.assert_close(ReferenceOps().gptq_linear(x, weight, bias), expected, rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr("fastqwen.kernels.reference.UNPACK_BYTES", unpacked_bytes)
+        torch.testing.assert_close(ReferenceOps().grouped_linear(x, weight), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,13 @@ import torch
 from fastqwen.config import EngineConfig
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
+from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
 from fastqwen.ipc import wire
 from fastqwen.ipc.engine_main import main
 from fastqwen.plan import EnginePlan
 from fastqwen.records import Admission, Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.runner.choices import choices_of
 from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.start import Engine
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
@@ -72,7 +74,7 @@ class MockExecutor:
         if row.pools:
             unit = struct.pack(f"<{HIDDEN_SIZE}f", 1.0, *[0.0] * (HIDDEN_SIZE - 1))
             return SampledRow(request_id=row.request_id, embedding=unit)
-        if not row.samples:
+        if not row.num_logits:
             return SampledRow(request_id=row.request_id)
         admission = self._admissions[row.slot]
         prompt = admission.token_ids[: admission.num_prompt_tokens]
@@ -80,7 +82,8 @@ class MockExecutor:
         token = token_at(prompt, seed, row.start + row.num_tokens)
         if self._structured.constrains(row.slot):
             logits = torch.zeros((1, self._vocab_size))
-            failed = self._structured.mask(logits, [row.slot])
+            failed: dict[int, str] = {}
+            self._structured.mask(logits, choices_of([row]), failed)
             if failed:
                 return SampledRow(request_id=row.request_id, error=failed[0])
             token = self._allowed(logits[0], token, admission)
@@ -88,7 +91,7 @@ class MockExecutor:
         asked = admission.sampling.logprobs
         others = [one for one in LETTERS if one != token][: max(0, (asked or 0) - 1)]
         logprobs = TokenLogprobs(token, -0.1, 1, [token, *others][:asked], [-0.1, *[-3.0] * len(others)][:asked])
-        return SampledRow(request_id=row.request_id, token_id=token, logprobs=None if asked is None else logprobs)
+        return SampledRow(request_id=row.request_id, token_ids=[token], logprobs=None if asked is None else [logprobs])
 
     @staticmethod
     def _allowed(logits: torch.Tensor, token: int, admission: Admission) -> int:
@@ -105,10 +108,11 @@ def start(message: wire.Start, progress: Callable[[int, int], None]) -> Engine:
     model = open_checkpoint(Path(message.path), with_tensors=False).model
     blocks = int(os.environ.get("MOCK_BLOCKS", "20000"))
     plan = EnginePlan(
-        dtype="float32", block_size=16, num_blocks=blocks, max_model_len=config.max_model_len or 4096,
+        dtype="float32", kv_cache_dtype="float32", block_size=16, num_blocks=blocks, max_model_len=config.max_model_len or 4096,
         max_num_seqs=config.max_num_seqs or 1024, max_num_batched_tokens=4096, weights_bytes=0, kv_bytes_per_token=1,
     )  # fmt: skip
-    scheduler = Scheduler(BlockPool(blocks, 16), max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=4096)
+    policy = StepPolicy(max_num_batched_tokens=4096)
+    scheduler = Scheduler(BlockPool(blocks, 16), policy, max_num_seqs=plan.max_num_seqs)
     text = load_text(Path(message.path), model, config)
     compiler = GrammarCompiler(lambda: grammar_tokenizer(text.tokenizer, text.stop_token_ids, model.vocab_size))
     executor = MockExecutor(float(os.environ.get("MOCK_STEP_S", "0.005")), compiler, model.vocab_size)

@@ -8,6 +8,7 @@ import torch
 from fastqwen.ipc.arrivals import Arrivals
 from fastqwen.records import Admission, EngineRequest, Grammar, SamplingParams, StructuredOutputs
 from fastqwen.runner import structured
+from fastqwen.runner.choices import Choice
 from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
 from fastqwen.text.grammar import grammar_tokenizer, to_grammar
@@ -35,9 +36,15 @@ def admission(regex: str, said: bytes = b"", after: str = "", slot: int = 0) -> 
     )
 
 
+def failures(output: StructuredOutput, logits: torch.Tensor, slot: int = 0) -> dict[int, str]:
+    found: dict[int, str] = {}
+    output.mask(logits, [Choice(row=0, slot=slot, position=5)], found)
+    return found
+
+
 def allowed(output: StructuredOutput, slot: int = 0) -> set[str]:
     logits = torch.zeros((1, VOCAB + 10))  # the embedding may have more rows than the tokenizer has tokens
-    assert output.mask(logits, [slot]) == {}
+    assert failures(output, logits, slot) == {}
     ids = (logits[0] != FORBIDDEN).nonzero().flatten().tolist()
     return {chr(token) if token < 256 else str(token) for token in ids}
 
@@ -80,7 +87,7 @@ def test_a_row_whose_grammar_fails_is_reported_and_not_let_free(compiler: Gramma
     output = StructuredOutput(compiler)
     output.admit([admission("ab")])
     output.take([0], list(b"z"))
-    assert "cannot be used" in output.mask(torch.zeros((1, VOCAB)), [0])[0]
+    assert "cannot be used" in failures(output, torch.zeros((1, VOCAB)))[0]
 
 
 def test_compiled_grammars_are_bounded(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):

@@ -21,12 +21,14 @@ import torch
 from fastqwen.config import EngineConfig
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore, EngineStats
+from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
 from fastqwen.ipc import wire
 from fastqwen.ipc.engine_client import DeltaQueue, EngineClient
 from fastqwen.model_config import ModelConfig, RopeConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.records import EngineRequest, RequestDelta, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.runner.choices import choices_of
 from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
 from fastqwen.server.answer.cache_story import CacheStories
@@ -120,10 +122,11 @@ class Speaker:
         if row.pools:
             numbers = np.array([hash((tuple(tokens), place)) % 997 - 498 for place in range(8)], dtype=np.float32)
             return SampledRow(request_id=row.request_id, embedding=(numbers / np.linalg.norm(numbers)).tobytes())
-        if not row.samples:
+        if not row.num_logits:
             return SampledRow(request_id=row.request_id, prompt_logprobs=scored)
         logits = self._logits(admission, tokens)
-        failed = self.structured.mask(logits, [row.slot])
+        failed: dict[int, str] = {}
+        self.structured.mask(logits, choices_of([row]), failed)
         if failed:
             return SampledRow(request_id=row.request_id, error=failed[0])
         token = int(logits.argmax())
@@ -132,8 +135,8 @@ class Speaker:
         asked = admission.sampling.logprobs
         return SampledRow(
             request_id=row.request_id,
-            token_id=token,
-            logprobs=None if asked is None else self._logprobs(token, asked),
+            token_ids=[token],
+            logprobs=None if asked is None else [self._logprobs(token, asked)],
             prompt_logprobs=scored,
         )
 
@@ -178,8 +181,8 @@ class LocalEngine(EngineClient):
         self.core = EngineCore(
             Scheduler(
                 BlockPool(plan.num_blocks, plan.block_size),
+                StepPolicy(max_num_batched_tokens=plan.max_num_batched_tokens),
                 max_num_seqs=plan.max_num_seqs,
-                max_num_batched_tokens=plan.max_num_batched_tokens,
                 enable_prefix_caching=config.enable_prefix_caching,
             ),
             speaker,
@@ -265,7 +268,8 @@ def make_state(
     tokenizer.limit_length(max_model_len)
     config = EngineConfig(model="mock", **(engine or {}))
     plan = EnginePlan(
-        dtype="float32", block_size=16, num_blocks=blocks or 8 * max_model_len // 16, max_model_len=max_model_len,
+        dtype="float32", kv_cache_dtype="float32", block_size=16,
+        num_blocks=blocks or 8 * max_model_len // 16, max_model_len=max_model_len,
         max_num_seqs=64, max_num_batched_tokens=512, weights_bytes=0, kv_bytes_per_token=1,
     )  # fmt: skip
     words = grammar_tokenizer(tokenizer, text.stop_token_ids, VOCAB)

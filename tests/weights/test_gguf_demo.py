@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastqwen.build import build_decoder
-from fastqwen.kernels import AttentionBatch, LayerCache, RowSpans
+from fastqwen.kernels import StateRoom, StepTokens
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary import inverse_frequencies
@@ -96,23 +96,17 @@ def predictions(decoder: Decoder, config: ModelConfig, ids: list[int]) -> list[i
     count, inverse = len(ids), inverse_frequencies(config.rope, config.head_dim)[0]
     positions = torch.arange(count, dtype=torch.int32)
     angles = positions[:, None] * inverse
-    batch = AttentionBatch(
+    step = StepTokens(
         positions=positions,
+        slots=torch.zeros(count, dtype=torch.int32),
+        row_starts=torch.tensor([0, count], dtype=torch.int32),
         cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1),
         q_scale=None,
-        token_tables=torch.zeros(count, dtype=torch.int32),
         block_tables=torch.zeros(1, 1, dtype=torch.int32),
         num_decode_rows=0,
-        rows=RowSpans(
-            tables=torch.zeros(1, dtype=torch.int32),
-            starts=torch.tensor([0, count], dtype=torch.int32),
-            context_lens=torch.tensor([count], dtype=torch.int32),
-            cache_slots=torch.arange(count),
-        ),
     )
-    size = (1, config.num_kv_heads, count, config.head_dim)
-    caches = [LayerCache(torch.zeros(size), torch.zeros(size)) for _ in decoder.layers]
-    hidden = decoder.hidden(torch.tensor(ids, dtype=torch.int32), batch, caches)
+    states = decoder.make_states(StateRoom(1, count, 1, torch.float32, torch.device("cpu")))
+    hidden = decoder.hidden(torch.tensor(ids, dtype=torch.int32), step, states)
     return decoder.logits(hidden).argmax(dim=-1).tolist()
 
 

@@ -162,36 +162,45 @@ void norm_typed(const float* x, const W* weight, float* y, int64_t rows, int64_t
 
 // ---- rotation and cache ----
 
-struct Shape { int64_t heads, kv_heads, head_dim, block_size; };
+struct Shape { int64_t heads, kv_heads, head_dim, rotary_dim, block_size; };
 
-inline void rotate(float* x, const float* cos_sin, int64_t head_dim, float scale) {
-  const int64_t half = head_dim / 2;
+// The paged cache: where each token's sequence has its blocks.
+struct Pages {
+  const int32_t *positions, *slots, *tables;  // [tokens], [tokens], [slots, width]
+  int64_t width;
+  const int32_t* of(int64_t token) const { return tables + slots[token] * width; }
+};
+
+inline void rotate(float* x, const float* cos_sin, const Shape& s, float scale) {
+  const int64_t half = s.rotary_dim / 2;
   for (int64_t i = 0; i < half; i++) {
-    const float a = x[i], b = x[i + half], c = cos_sin[i], s = cos_sin[i + half];
-    x[i] = (a * c - b * s) * scale;
-    x[i + half] = (b * c + a * s) * scale;
+    const float a = x[i], b = x[i + half], cosine = cos_sin[i], sine = cos_sin[i + half];
+    x[i] = (a * cosine - b * sine) * scale;
+    x[i + half] = (b * cosine + a * sine) * scale;
   }
+  for (int64_t i = s.rotary_dim; i < s.head_dim; i++) x[i] *= scale;
 }
 
 template <typename W, typename C>
-void rope_typed(const float* qkv, const float* cos_sin, const float* q_scale, const int64_t* slots, const W* q_norm,
-                const W* k_norm, float eps, C* k_cache, C* v_cache, float* q_out, int64_t tokens, Shape s) {
-  const int64_t d = s.head_dim, width = (s.heads + 2 * s.kv_heads) * d;
+void rope_typed(const float* qkv, int64_t width, const float* cos_sin, const float* q_scale, Pages pages,
+                const W* q_norm, const W* k_norm, float eps, C* k_cache, C* v_cache, float* q_out, int64_t tokens,
+                Shape s) {
+  const int64_t d = s.head_dim;
 #pragma omp parallel for schedule(static) if (tokens * width > 16384)
   for (int64_t t = 0; t < tokens; t++) {
     const float* row = qkv + t * width;
-    const float* angles = cos_sin + t * d;
+    const float* angles = cos_sin + t * s.rotary_dim;
     for (int64_t h = 0; h < s.heads; h++) {
       float* q = q_out + (t * s.heads + h) * d;
       if (q_norm) norm_row(row + h * d, q_norm, q, d, eps); else std::memcpy(q, row + h * d, d * sizeof(float));
-      rotate(q, angles, d, q_scale ? q_scale[t] : 1.0f);
+      rotate(q, angles, s, q_scale ? q_scale[t] : 1.0f);
     }
     std::vector<float> k(d);
     for (int64_t h = 0; h < s.kv_heads; h++) {
       const float* key = row + (s.heads + h) * d;
       if (k_norm) norm_row(key, k_norm, k.data(), d, eps); else std::memcpy(k.data(), key, d * sizeof(float));
-      rotate(k.data(), angles, d, 1.0f);
-      const int64_t block = slots[t] / s.block_size, offset = slots[t] % s.block_size;
+      rotate(k.data(), angles, s, 1.0f);
+      const int64_t block = pages.of(t)[pages.positions[t] / s.block_size], offset = pages.positions[t] % s.block_size;
       const int64_t at = ((block * s.kv_heads + h) * s.block_size + offset) * d;
       const float* value = row + (s.heads + s.kv_heads + h) * d;
       for (int64_t i = 0; i < d; i++) { narrow(k[i], k_cache + at + i); narrow(value[i], v_cache + at + i); }
@@ -256,8 +265,7 @@ void attend(const Task<C>& t, const Shape& s, std::vector<float>& scratch) {
 }
 
 template <typename C>
-void attention_typed(const float* q, const C* k_cache, const C* v_cache, const int32_t* positions,
-                     const int32_t* token_tables, const int32_t* tables, int64_t table_width, float* out, int64_t tokens,
+void attention_typed(const float* q, const C* k_cache, const C* v_cache, Pages pages, float* out, int64_t tokens,
                      int64_t window, Shape s) {
   const int64_t group = s.heads / s.kv_heads;
 #pragma omp parallel
@@ -265,9 +273,9 @@ void attention_typed(const float* q, const C* k_cache, const C* v_cache, const i
     std::vector<float> scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tokens * s.kv_heads; i++) {
-      const int64_t token = i / s.kv_heads, kv_head = i % s.kv_heads, last = positions[token] + 1;
+      const int64_t token = i / s.kv_heads, kv_head = i % s.kv_heads, last = pages.positions[token] + 1;
       const int64_t at = (token * s.heads + kv_head * group) * s.head_dim;
-      const Task<C> task{q + at, k_cache, v_cache, tables + token_tables[token] * table_width, out + at, kv_head, group,
+      const Task<C> task{q + at, k_cache, v_cache, pages.of(token), out + at, kv_head, group,
                          window > 0 && last > window ? last - window : 0, last};
       attend(task, s, scratch);
     }
@@ -308,23 +316,26 @@ void fq_silu_mul(const float* gate_up, float* y, int64_t rows, int64_t size) {
   }
 }
 
-void fq_rope_and_cache(const float* qkv, const float* cos_sin, const float* q_scale, const int64_t* slots,
+void fq_rope_and_cache(const float* qkv, int64_t width, const float* cos_sin, const float* q_scale,
+                       const int32_t* positions, const int32_t* slots, const int32_t* tables, int64_t table_width,
                        const void* q_norm, const void* k_norm, float eps, void* k_cache, void* v_cache, float* q_out,
-                       int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size,
-                       int norm_type, int cache_type) {
-  const Shape s{heads, kv_heads, head_dim, block_size};
-  BY_TYPE(norm_type, W, BY_TYPE(cache_type, C, rope_typed(qkv, cos_sin, q_scale, slots,
+                       int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rotary_dim,
+                       int64_t block_size, int norm_type, int cache_type) {
+  const Shape s{heads, kv_heads, head_dim, rotary_dim, block_size};
+  const Pages pages{positions, slots, tables, table_width};
+  BY_TYPE(norm_type, W, BY_TYPE(cache_type, C, rope_typed(qkv, width, cos_sin, q_scale, pages,
       static_cast<const W*>(q_norm), static_cast<const W*>(k_norm), eps, static_cast<C*>(k_cache),
       static_cast<C*>(v_cache), q_out, tokens, s)))
 }
 
 void fq_attention(const float* q, const void* k_cache, const void* v_cache, const int32_t* positions,
-                  const int32_t* token_tables, const int32_t* tables, int64_t table_width, float* out, int64_t tokens,
-                  int64_t window, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size,
-                  int cache_type) {
-  const Shape s{heads, kv_heads, head_dim, block_size};
-  BY_TYPE(cache_type, C, attention_typed(q, static_cast<const C*>(k_cache), static_cast<const C*>(v_cache), positions,
-      token_tables, tables, table_width, out, tokens, window, s))
+                  const int32_t* slots, const int32_t* tables, int64_t table_width, float* out, int64_t tokens,
+                  int64_t window, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rotary_dim,
+                  int64_t block_size, int cache_type) {
+  const Shape s{heads, kv_heads, head_dim, rotary_dim, block_size};
+  const Pages pages{positions, slots, tables, table_width};
+  BY_TYPE(cache_type, C, attention_typed(q, static_cast<const C*>(k_cache), static_cast<const C*>(v_cache), pages, out,
+      tokens, window, s))
 }
 
 }

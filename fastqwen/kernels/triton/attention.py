@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels import AttentionParts, HeadShape, LayerCache, StepTokens
+from fastqwen.kernels.limits import DECODE_PARTS, DECODE_ROWS
 from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
-from fastqwen.kernels.triton.pointwise import normed_and_rotated
+from fastqwen.kernels.triton.pointwise import normed_and_rotated, turn_of
 
 LOG2_E = 1.4426950408889634
 
@@ -30,10 +31,10 @@ def _load_tile(k_cache_ptr, v_cache_ptr, base, keys, at, HALF: tl.constexpr):
 @triton.jit
 def _add_tile(q_low, q_high, k_low, k_high, v, seen, scale, top, total, acc, PRECISION: tl.constexpr):
     """Online softmax (arXiv 1805.02867): the maximum, the sum and the weighted values with one more tile in them."""
-    scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
-    scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION) * scale
+    scores = tl.dot(q_low, tl.trans(k_low.to(q_low.dtype)), input_precision=PRECISION)
+    scores = tl.dot(q_high, tl.trans(k_high.to(q_high.dtype)), scores, input_precision=PRECISION) * scale
     scores = tl.where(seen[None, :], scores, float("-inf"))
-    v = tl.where(seen[:, None], v, 0.0)  # beyond the context a block may hold anything, even NaN
+    v = tl.where(seen[:, None], v.to(q_low.dtype), 0.0)  # beyond the context a block may hold anything, even NaN
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     fade = tl.exp2(top - new_top)
     weights = tl.exp2(scores - new_top[:, None])
@@ -73,16 +74,13 @@ def _combine(partial_ptr, stats_ptr, out_ptr, slab, parts, GROUP: tl.constexpr, 
 
 
 @triton.jit
-def _query(qkv, kv_head, cos, sin, stretch_ptr, row, norm_ptr, eps, HALF: tl.constexpr, GROUP: tl.constexpr,
-           NORM: tl.constexpr, LOGN: tl.constexpr):  # fmt: skip
+def _query(qkv, kv_head, cos, sin, stretch_ptr, row, norm_ptr, eps, HALF: tl.constexpr, ROTARY: tl.constexpr,
+           GROUP: tl.constexpr, NORM: tl.constexpr, LOGN: tl.constexpr):  # fmt: skip
     """A row's query heads for one key head, normalised, rotated and, with logN, stretched: two halves [16, HALF]."""
-    at = tl.arange(0, HALF)
     group = tl.arange(0, 16)
     live = (group < GROUP)[:, None]
-    place = (kv_head * GROUP + group)[:, None] * 2 * HALF + at[None, :]
-    low = tl.load(qkv + place, mask=live, other=0.0).to(tl.float32)
-    high = tl.load(qkv + place + HALF, mask=live, other=0.0).to(tl.float32)
-    low, high = normed_and_rotated(low, high, norm_ptr, cos, sin, eps, HALF, NORM)
+    place = (kv_head * GROUP + group)[:, None] * 2 * HALF + tl.arange(0, HALF)[None, :]
+    low, high = normed_and_rotated(qkv, place, live, norm_ptr, cos, sin, eps, HALF, ROTARY, NORM)
     if LOGN:
         stretch = tl.load(stretch_ptr + row)
         low *= stretch
@@ -91,12 +89,11 @@ def _query(qkv, kv_head, cos, sin, stretch_ptr, row, norm_ptr, eps, HALF: tl.con
 
 
 @triton.jit
-def _store_new_token(k, v, k_home, v_home, cos, sin, norm_ptr, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+def _store_new_token(k, v, k_home, v_home, cos, sin, norm_ptr, eps, HALF: tl.constexpr, ROTARY: tl.constexpr,
+                     NORM: tl.constexpr):  # fmt: skip
     """The new token's key, normalised and rotated, and its value go to the cache; returned as they are there."""
-    at = tl.arange(0, HALF)
-    place = tl.arange(0, 1)[:, None] + at[None, :]
-    low, high = tl.load(k + place).to(tl.float32), tl.load(k + place + HALF).to(tl.float32)
-    low, high = normed_and_rotated(low, high, norm_ptr, cos, sin, eps, HALF, NORM)
+    place = tl.arange(0, 1)[:, None] + tl.arange(0, HALF)[None, :]
+    low, high = normed_and_rotated(k, place, True, norm_ptr, cos, sin, eps, HALF, ROTARY, NORM)
     low, high = low.to(k_home.dtype.element_ty), high.to(k_home.dtype.element_ty)
     value = tl.load(v + tl.arange(0, 2 * HALF)).to(v_home.dtype.element_ty)
     tl.store(k_home + place, low)
@@ -107,12 +104,12 @@ def _store_new_token(k, v, k_home, v_home, cos, sin, norm_ptr, eps, HALF: tl.con
 
 @triton.jit(do_not_specialize=["splits"])
 def _decode(
-    qkv_ptr,  # [rows, (HEADS + 2 * KV_HEADS) * 2 * HALF]
-    cos_sin_ptr,  # float32 [rows, 2 * HALF]
+    qkv_ptr,  # [rows, WIDTH]
+    cos_sin_ptr,  # float32 [rows, ROTARY]
     q_scale_ptr,  # float32 [rows]
     q_norm_ptr,
     k_norm_ptr,
-    table_rows_ptr,  # int32 [rows]: row of the block tables
+    slots_ptr,  # int32 [rows]
     tables_ptr,  # int32 [slots, table_width]
     positions_ptr,  # int32 [rows]
     count_ptr,  # int32 [1], if COUNTED: how many of the rows there are
@@ -129,6 +126,8 @@ def _decode(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    ROTARY: tl.constexpr,
+    WIDTH: tl.constexpr,  # from one row's numbers to the next one's
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_2: tl.constexpr,  # the next power of two
@@ -174,7 +173,7 @@ def _decode(
     at = tl.arange(0, HALF)
     wide = tl.arange(0, DIM)
     keys = tl.arange(0, BLOCK_SIZE)
-    table = tables_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_width
+    table = tables_ptr + tl.load(slots_ptr + row).to(tl.int64) * table_width
     head_stride = BLOCK_SIZE * DIM
     if HOLD:
         base = (tl.load(table + start).to(tl.int64) * KV_HEADS + kv_head) * head_stride
@@ -187,11 +186,9 @@ def _decode(
         prefetch(v_cache_ptr + base + lines * step)
     if PDL:
         gdc_wait()
-    cos = tl.load(cos_sin_ptr + row * DIM + at)[None, :]
-    sin = tl.load(cos_sin_ptr + row * DIM + HALF + at)[None, :]
-    qkv = qkv_ptr + row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM
-    q_low, q_high = _query(qkv, kv_head, cos, sin, q_scale_ptr, row, q_norm_ptr, eps, HALF, GROUP, NORM, LOGN)
-    q_low, q_high = q_low.to(k_cache_ptr.dtype.element_ty), q_high.to(k_cache_ptr.dtype.element_ty)
+    cos, sin = turn_of(cos_sin_ptr + row * ROTARY, HALF, ROTARY)
+    qkv = qkv_ptr + row.to(tl.int64) * WIDTH
+    q_low, q_high = _query(qkv, kv_head, cos, sin, q_scale_ptr, row, q_norm_ptr, eps, HALF, ROTARY, GROUP, NORM, LOGN)
 
     top = tl.full((16,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((16,), dtype=tl.float32)
@@ -201,7 +198,7 @@ def _decode(
         home = (block * KV_HEADS + kv_head) * head_stride + (position % BLOCK_SIZE) * DIM
         k, v = qkv + (HEADS + kv_head) * DIM, qkv + (HEADS + KV_HEADS + kv_head) * DIM
         k_low, k_high, v_new = _store_new_token(
-            k, v, k_cache_ptr + home, v_cache_ptr + home, cos, sin, k_norm_ptr, eps, HALF, NORM
+            k, v, k_cache_ptr + home, v_cache_ptr + home, cos, sin, k_norm_ptr, eps, HALF, ROTARY, NORM
         )
         products = q_low.to(tl.float32) * k_low.to(tl.float32) + q_high.to(tl.float32) * k_high.to(tl.float32)
         top = tl.sum(products, axis=1) * scale
@@ -247,11 +244,12 @@ def _decode(
 class DecodeWorkspace:
     """Scratch for split contexts: room for ``max_parts`` parts of all rows and KV heads of a step."""
 
-    def __init__(self, device: torch.device, *, max_rows: int, shape: HeadShape, max_parts: int) -> None:
-        group = shape.num_heads // shape.num_kv_heads
+    def __init__(
+        self, device: torch.device, *, shape: HeadShape, max_rows: int = DECODE_ROWS, max_parts: int = DECODE_PARTS
+    ) -> None:
         self.max_parts = max_parts
-        self.partial = torch.empty(max_parts * group * shape.head_dim, dtype=torch.float32, device=device)
-        self.stats = torch.empty(max_parts * 2 * group, dtype=torch.float32, device=device)
+        self.partial = torch.empty(max_parts * shape.group * shape.head_dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(max_parts * 2 * shape.group, dtype=torch.float32, device=device)
         self.counter = torch.zeros(max_rows * shape.num_kv_heads, dtype=torch.int32, device=device)
         self.overlap = supports_overlap(device)
 
@@ -272,41 +270,36 @@ RECORDED_SPLITS = 8
 PROGRAMS_WANTED = 528  # four for each of an H200's multiprocessors
 
 
-def expected_rows(rows: int, batch: AttentionBatch) -> int:
+def expected_rows(rows: int, step: StepTokens) -> int:
     """Of a recorded step's rows most are not there: more parts for those that are cost little."""
-    return rows if batch.decode_count is None else -(-rows // RECORDED_SPLITS)
+    return rows if step.decode_count is None else -(-rows // RECORDED_SPLITS)
 
 
 def decode_attention(
     qkv: Tensor,
-    batch: AttentionBatch,
+    step: StepTokens,
     cache: LayerCache,
-    shape: HeadShape,
+    parts: AttentionParts,
     workspace: DecodeWorkspace,
     *,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    window: int | None,
     out: Tensor,
     splits: int | None = None,
     hold: bool = False,
 ) -> None:
     """Rotation, cache write and attention of rows that have one token each: qkv [rows, ...] -> out [rows, heads * dim]"""
-    rows = qkv.shape[0]
+    rows, shape = qkv.shape[0], parts.shape
     if splits is None:
-        splits, hold = workspace.splits(expected_rows(rows, batch), shape.num_kv_heads)
+        splits, hold = workspace.splits(expected_rows(rows, step), shape.num_kv_heads)
         splits = min(splits, workspace.max_parts // (rows * shape.num_kv_heads) or 1)
-    group = shape.num_heads // shape.num_kv_heads
-    assert group <= 16, "more than 16 query heads for a KV head"
-    pdl, counted = workspace.overlap, batch.decode_count is not None
+    assert shape.group <= 16, "more than 16 query heads for a KV head"
+    pdl, counted = workspace.overlap, step.decode_count is not None
     _decode[(shape.num_kv_heads, rows, splits)](
-        qkv, batch.cos_sin, batch.q_scale, q_norm, k_norm, batch.token_tables, batch.block_tables, batch.positions,
-        batch.decode_count, cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
-        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps, splits,
-        HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
-        GROUP=group, GROUP_2=triton.next_power_of_2(group), MAX_SPLITS=triton.next_power_of_2(splits),
-        WINDOW=window or 0, NORM=q_norm is not None, LOGN=batch.q_scale is not None, COUNTED=counted,
-        HOLD=hold, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-        STAGES=3, PDL=pdl, num_warps=4, **overlapping(pdl),
+        qkv, step.cos_sin, step.q_scale, parts.q_norm, parts.k_norm, step.slots, step.block_tables, step.positions,
+        step.decode_count, cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
+        step.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, parts.eps, splits,
+        HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, ROTARY=shape.rotary_dim,
+        WIDTH=qkv.stride(0), BLOCK_SIZE=cache.k.shape[2], GROUP=shape.group, GROUP_2=triton.next_power_of_2(shape.group),
+        MAX_SPLITS=triton.next_power_of_2(splits), WINDOW=parts.window or 0, NORM=parts.q_norm is not None,
+        LOGN=step.q_scale is not None, COUNTED=counted, HOLD=hold,
+        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=3, PDL=pdl, num_warps=4, **overlapping(pdl),
     )  # fmt: skip

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fastqwen.kernels import ExpertsWeight, Norm
 from fastqwen.kernels.triton.launch import overlapping, supports_overlap
 
 
@@ -90,7 +91,7 @@ def _tile(x_ptr, w_ptr, out_ptr, weights_ptr, members_ptr, tokens, k_size, n_siz
     x_rows = x_ptr + source.to(tl.int64)[:, None] * k_size
     heights = 2 if GATED else 1
     w_rows = w_ptr + (expert * n_size * heights + n)[:, None] * k_size
-    up_rows = w_rows + n_size.to(tl.int64) * k_size
+    up_rows = w_rows + tl.cast(n_size, tl.int64) * k_size
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for begin in range(0, k_size, BLOCK_K):
@@ -214,7 +215,7 @@ def _one_token_up(
     expert = tl.load(ids_ptr + tl.program_id(1), cache_modifier=".cg").to(tl.int64)
     rows = w_ptr + (expert * 2 * n_size + n)[:, None] * K + k[None, :]
     gate = tl.load(rows, mask=inside, other=0.0)
-    up = tl.load(rows + n_size.to(tl.int64) * K, mask=inside, other=0.0)
+    up = tl.load(rows + tl.cast(n_size, tl.int64) * K, mask=inside, other=0.0)
     x = tl.load(residual_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
     x = (x * scale * gain).to(residual_ptr.dtype.element_ty).to(tl.float32)
@@ -229,7 +230,7 @@ def _one_token_down(
     ids_ptr,  # int32 [TOP_K]
     weights_ptr,  # float32 [TOP_K]
     w_ptr,  # [EXPERTS, n, K]
-    residual_ptr,  # [n], changed in place
+    out_ptr,  # [n], added to in place
     n_size,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -256,8 +257,8 @@ def _one_token_down(
     known = given[:, None] & (k < K)[None, :]
     inner = tl.load(inner_ptr + choice[:, None] * K + k[None, :], mask=known, other=0.0) * weight[:, None]
     y = tl.sum(tl.sum(w.to(tl.float32) * inner[:, None, :], axis=2), axis=0)
-    y += tl.load(residual_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
-    tl.store(residual_ptr + n, y.to(residual_ptr.dtype.element_ty), mask=n < n_size)
+    y += tl.load(out_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < n_size)
 
 
 @dataclass(frozen=True)
@@ -305,25 +306,23 @@ def route(
 
 
 def add_experts(
-    residual: Tensor,
+    out: Tensor,
     x: Tensor,
     logits: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    experts: ExpertsWeight,
     counts: Tensor,
     *,
-    top_k: int,
-    normalize: bool,
     tiling: GroupTiling | None = None,
 ) -> None:
-    """residual [tokens, hidden] += the chosen experts of x, in place; shapes as in the Ops table's op, x is normed
+    """out [tokens, hidden] += the chosen experts of x [tokens, hidden], in place; logits [tokens, experts]
 
     counts int32 [experts] is scratch that must be zero, and is again afterwards.
     """
+    gate_up, down, top_k = experts.gate_up, experts.down, experts.top_k
     tokens, hidden = x.shape
     num_experts, size = gate_up.shape[0], gate_up.shape[1] // 2
     pairs = tokens * top_k
-    _, weights, members = route(logits, counts, top_k=top_k, normalize=normalize, lists=True)
+    _, weights, members = route(logits, counts, top_k=top_k, normalize=experts.normalize, lists=True)
     pdl = supports_overlap(x.device)
     launch = overlapping(pdl)
     padded = triton.next_power_of_2(num_experts)
@@ -344,7 +343,7 @@ def add_experts(
         BLOCK_N=t.block_n, GATED=False, PER_PAIR=True, EVEN_K=size % t.block_k == 0, **many, **launch,
     )  # fmt: skip
     _sum_pairs[(tokens, triton.cdiv(hidden, 1024))](
-        parts, residual, counts, hidden,
+        parts, out, counts, hidden,
         TOP_K=top_k, BLOCK=1024, EXPERTS=num_experts, PADDED=padded, PDL=pdl, **overlapping(pdl),
     )  # fmt: skip
 
@@ -361,29 +360,26 @@ ONE_TILING = OneTiling(4, 8, 2, 8)
 
 
 def add_experts_of_one(
+    out: Tensor,
     residual: Tensor,
-    norm: Tensor,
-    eps: float,
+    norm: Norm,
     logits: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    experts: ExpertsWeight,
     *,
-    top_k: int,
-    normalize: bool,
     tiling: OneTiling = ONE_TILING,
 ) -> None:
     """The same for a single token, residual [1, hidden], with the norm inside."""
-    hidden, size = residual.shape[1], gate_up.shape[1] // 2
-    ids, weights, _ = route(logits, None, top_k=top_k, normalize=normalize, lists=False)
+    hidden, size, top_k = residual.shape[1], experts.gate_up.shape[1] // 2, experts.top_k
+    ids, weights, _ = route(logits, None, top_k=top_k, normalize=experts.normalize, lists=False)
     inner = torch.empty((top_k, size), dtype=torch.float32, device=residual.device)
     pdl = supports_overlap(residual.device)
     _one_token_up[(triton.cdiv(size, tiling.up_n), top_k)](
-        residual, norm, ids, gate_up, inner, size, eps,
+        residual, norm.weight, ids, experts.gate_up, inner, size, norm.eps,
         K=hidden, BLOCK_K=triton.next_power_of_2(hidden), BLOCK_N=tiling.up_n, PDL=pdl,
         num_warps=tiling.up_warps, num_stages=1, **overlapping(pdl),
     )  # fmt: skip
     _one_token_down[(triton.cdiv(hidden, tiling.down_n),)](
-        inner, ids, weights, down, residual, hidden,
+        inner, ids, weights, experts.down, out, hidden,
         K=size, BLOCK_K=triton.next_power_of_2(size), BLOCK_N=tiling.down_n, TOP_K=top_k,
         TOP_K_2=triton.next_power_of_2(top_k), PDL=pdl,
         num_warps=tiling.down_warps, num_stages=1, **overlapping(pdl),

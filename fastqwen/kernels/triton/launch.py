@@ -19,8 +19,13 @@ def prefetch(pointers):
 
 
 @cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability; (0, 0) where there is no GPU and Triton interprets."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def supports_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)
 
 
 def overlapping(enabled: bool) -> dict[str, Any]:

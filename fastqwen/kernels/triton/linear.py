@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fastqwen.kernels import DenseWeight, Norm
+from fastqwen.kernels.limits import FUSED_ROWS
 from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
 from fastqwen.kernels.triton.workspace import Workspace
 
-MAX_ROWS = 64
 RING_BYTES = 200 * 1024  # of a program's shared memory for what is on its way
 
 
@@ -50,7 +51,7 @@ def _gemv(
         gdc_launch_dependents()
     w = tl.load(w_ptr + place, mask=inside, other=0.0)
     if GATED:
-        up = tl.load(w_ptr + n_size.to(tl.int64) * K + place, mask=inside, other=0.0)
+        up = tl.load(w_ptr + tl.cast(n_size, tl.int64) * K + place, mask=inside, other=0.0)
     if NORM:
         gain = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     if PDL:
@@ -107,7 +108,7 @@ def _skinny(
     m = tl.arange(0, BLOCK_M)
     live_n, live_m = n < n_size, m < m_size
     w_rows = w_ptr + n.to(tl.int64)[:, None] * k_size
-    up_rows = w_rows + n_size.to(tl.int64) * k_size
+    up_rows = w_rows + tl.cast(n_size, tl.int64) * k_size
     x_rows = x_ptr + m[None, :] * k_size
     if PDL:
         gdc_launch_dependents()
@@ -201,28 +202,27 @@ def sizes_and_output(x: Tensor, weight: Tensor, *, gated: bool, add_to: Tensor |
     """m, n, k and where the product [m, n] goes: onto the residual, if there is one."""
     (m_size, k_size), n_size = x.shape, weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((m_size, n_size), dtype=x.dtype, device=x.device) if add_to is None else add_to
-    assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous() and m_size <= MAX_ROWS
+    assert x.is_contiguous() and weight.is_contiguous() and out.is_contiguous() and m_size <= FUSED_ROWS
     return m_size, n_size, k_size, out
 
 
 def gemv(
     x: Tensor,
-    weight: Tensor,
+    weight: DenseWeight,
     *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    bias: Tensor | None = None,
+    norm: Norm | None = None,
     gated: bool = False,
     add_to: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> Tensor:
     """x [1, k], weight [n, k] ([2n, k] if gated) -> [1, n]; norm in front, SiLU or the residual behind."""
-    m_size, n_size, k_size, out = sizes_and_output(x, weight, gated=gated, add_to=add_to)
+    m_size, n_size, k_size, out = sizes_and_output(x, weight.weight, gated=gated, add_to=add_to)
     assert m_size == 1
     t = tiling or gemv_tiling(n_size, k_size, gated=gated)
-    pdl = supports_overlap(x.device)
+    pdl, bias = supports_overlap(x.device), weight.bias
+    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     _gemv[(triton.cdiv(n_size, t.block_n),)](
-        x, weight, norm, bias, out, n_size, eps,
+        x, weight.weight, gain, bias, out, n_size, eps,
         K=k_size, BLOCK_N=t.block_n, BLOCK_K=triton.next_power_of_2(k_size), NORM=norm is not None, GATED=gated,
         ADD=add_to is not None, BIAS=bias is not None, PDL=pdl, num_warps=t.num_warps, num_stages=1, **overlapping(pdl),
     )  # fmt: skip
@@ -231,23 +231,22 @@ def gemv(
 
 def skinny_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: DenseWeight,
     workspace: Workspace,
     *,
-    bias: Tensor | None = None,
     gated: bool = False,
     add_to: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> Tensor:
     """x [m <= 64, k], weight [n, k] ([2n, k] if gated) -> [m, n], with SiLU or the residual behind."""
-    m_size, n_size, k_size, out = sizes_and_output(x, weight, gated=gated, add_to=add_to)
-    pdl = workspace.overlap
+    m_size, n_size, k_size, out = sizes_and_output(x, weight.weight, gated=gated, add_to=add_to)
+    pdl, bias = workspace.overlap, weight.bias
     t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated, element_bytes=x.element_size())
     block_m = max(16, triton.next_power_of_2(m_size))
     blocks = triton.cdiv(n_size, t.block_n)
     assert t.split_k == 1 or t.split_k * blocks * t.block_n * block_m <= workspace.partial.numel()
     _skinny[(blocks, t.split_k)](
-        x, weight, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size,
+        x, weight.weight, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size,
         BLOCK_M=block_m, BLOCK_N=t.block_n, BLOCK_K=t.block_k, SPLIT_K=t.split_k, EVEN_K=k_size % t.block_k == 0,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PREFETCH=t.prefetch, GATED=gated,
         ADD=add_to is not None, BIAS=bias is not None, PDL=pdl,

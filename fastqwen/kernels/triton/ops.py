@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels import AttentionParts, DenseWeight, ExpertsWeight, HeadShape, LayerCache, Norm, StepTokens
+from fastqwen.kernels.limits import FUSED_ROWS, LIBRARY_ATTENTION_CAPABILITY, feed_forward_rows
 from fastqwen.kernels.reference import ReferenceOps
-from fastqwen.kernels.triton import attention, experts, linear, pointwise, prefill
+from fastqwen.kernels.triton import attention, linear, pointwise, prefill
+from fastqwen.kernels.triton.experts import add_experts, add_experts_of_one
+from fastqwen.kernels.triton.launch import capability
 from fastqwen.kernels.triton.workspace import Workspace
-from fastqwen.plan.facts import feed_forward_rows
 
 log = logging.getLogger(__name__)
 
-MAX_DECODE_PARTS = 16384
 LIBRARY_STEP = 512
 
 
@@ -32,126 +33,90 @@ class TritonOps(ReferenceOps):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         # cuDNN's kernel reached 450 to 580 TFLOP/s on an H200 where ours, which reads the paged cache, reaches half of it.
-        self.library_prefill = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.library_prefill = capability(device) >= LIBRARY_ATTENTION_CAPABILITY
         self._linear_space = Workspace(device)
         self._streamed, self._streamed_attention = _streamed_if_they_run(device)
         self._decode_spaces: dict[HeadShape, attention.DecodeWorkspace] = {}
         self._counts: dict[int, Tensor] = {}
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return pointwise.rms_norm(x, weight, eps)
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return pointwise.rms_norm(x, norm)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.shape[0] > linear.MAX_ROWS:
-            return functional.linear(x, weight, bias)
-        return self._small(x, weight, bias=bias)
+    def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
+        if x.shape[0] > FUSED_ROWS:
+            return functional.linear(x, weight.weight, weight.bias)
+        return self._small(x, weight)
 
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if x.shape[0] > linear.MAX_ROWS:
-            return functional.linear(pointwise.rms_norm(x, norm, eps), weight, bias)
-        return self._small(x, weight, norm=norm, eps=eps, bias=bias)
+    def norm_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
+        if x.shape[0] > FUSED_ROWS:
+            return self.linear(pointwise.rms_norm(x, norm), weight)
+        return self._small(x, weight, norm=norm)
 
-    def norm_gated_linear(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        if x.shape[0] > linear.MAX_ROWS:
-            return pointwise.silu_mul(functional.linear(pointwise.rms_norm(x, norm, eps), weight, bias))
-        return self._small(x, weight, norm=norm, eps=eps, bias=bias, gated=True)
+    def norm_gated_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
+        if x.shape[0] > FUSED_ROWS:
+            return pointwise.silu_mul(self.norm_linear(x, norm, weight))
+        return self._small(x, weight, norm=norm, gated=True)
 
-    def linear_add(self, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        if x.shape[0] <= linear.MAX_ROWS:
-            self._small(x, weight, bias=bias, add_to=residual)
+    def linear_add(self, residual: Tensor, x: Tensor, weight: DenseWeight) -> None:
+        if x.shape[0] <= FUSED_ROWS:
+            self._small(x, weight, add_to=residual)
             return
-        torch.addmm(residual, x, weight.t(), out=residual)
-        if bias is not None:
-            residual += bias
+        torch.addmm(residual, x, weight.weight.t(), out=residual)
+        if weight.bias is not None:
+            residual += weight.bias
 
     def _small(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: DenseWeight,
         *,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-        bias: Tensor | None = None,
+        norm: Norm | None = None,
         gated: bool = False,
         add_to: Tensor | None = None,
     ) -> Tensor:
         """Products of at most 64 rows. Of several rows the norm is a kernel of its own: every program would repeat it."""
         x = x.contiguous()
-        streamed = self._streamed if self._streamed and self._streamed.is_faster(x, weight, gated=gated) else None
         if x.shape[0] == 1:
-            return linear.gemv(x, weight, norm=norm, eps=eps, bias=bias, gated=gated, add_to=add_to)
+            return linear.gemv(x, weight, norm=norm, gated=gated, add_to=add_to)
         if norm is not None:
-            x = pointwise.rms_norm(x, norm, eps)
-        product = streamed.streamed_linear if streamed is not None else linear.skinny_linear
-        return product(x, weight, self._linear_space, bias=bias, gated=gated, add_to=add_to)
+            x = pointwise.rms_norm(x, norm)
+        early = self._streamed
+        is_early = early is not None and early.is_faster(x, weight.weight, gated=gated)
+        product = early.streamed_linear if early is not None and is_early else linear.skinny_linear
+        return product(x, weight, self._linear_space, gated=gated, add_to=add_to)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return pointwise.silu_mul(gate_up)
 
-    def attend(
-        self,
-        qkv: Tensor,
-        batch: AttentionBatch,
-        cache: LayerCache,
-        shape: HeadShape,
-        *,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-        window: int | None,
-    ) -> Tensor:
-        decode, prompts = batch.num_decode_rows, batch.prompts
+    def attend(self, qkv: Tensor, step: StepTokens, cache: LayerCache, parts: AttentionParts) -> Tensor:
+        assert cache.k_scale is None, "these kernels know no scales"
+        shape, decode, prompts = parts.shape, step.num_decode_rows, step.prompts
         out = torch.empty((qkv.shape[0], shape.num_heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
         if decode:
             early = self._streamed_attention
             kernels = early if early is not None and early.takes(qkv, cache, shape) else attention
-            kernels.decode_attention(
-                qkv[:decode],
-                batch,
-                cache,
-                shape,
-                self._decode_space(shape),
-                q_norm=q_norm,
-                k_norm=k_norm,
-                eps=eps,
-                window=window,
-                out=out,
-            )
+            kernels.decode_attention(qkv[:decode], step, cache, parts, self._decode_space(shape), out=out)
         if prompts is None:
             return out
         # A recorded step does not know beforehand where its decode rows end: there the kernel looks.
-        first = 0 if batch.decode_count is not None else decode
+        first = 0 if step.decode_count is not None else decode
         room = max([qkv.shape[0], *(begin + library_length(count) for begin, count in prompts.fresh)])
         q, k, v = pointwise.rope_and_cache(
-            qkv, batch, cache, shape, q_norm, k_norm, eps, first_token=first, room=room, keep=bool(prompts.fresh)
+            qkv, step, cache, parts, first_token=first, room=room, keep=bool(prompts.fresh)
         )
-        prefill.prefill_attention(q, batch, cache, shape, window=window, out=out)
+        prefill.prefill_attention(q, step, cache, parts, out=out)
         if k is not None and v is not None:
             return fresh_prompts(q, k, v, prompts.fresh, out)
         return out
 
-    def add_experts(
-        self,
-        residual: Tensor,
-        norm: Tensor,
-        eps: float,
-        router: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        *,
-        top_k: int,
-        normalize: bool,
-    ) -> None:
+    def add_experts(self, out: Tensor, residual: Tensor, norm: Norm, experts: ExpertsWeight) -> None:
+        router = DenseWeight(experts.router)
         if residual.shape[0] == 1:
-            logits = self.norm_linear(residual, norm, eps, router)
-            experts.add_experts_of_one(residual, norm, eps, logits, gate_up, down, top_k=top_k, normalize=normalize)
+            logits = self.norm_linear(residual, norm, router)
+            add_experts_of_one(out, residual, norm, logits, experts)
             return
-        x = pointwise.rms_norm(residual, norm, eps)
-        logits = self.linear(x, router)
-        counts = self._expert_counts(router.shape[0])
-        experts.add_experts(residual, x, logits, gate_up, down, counts, top_k=top_k, normalize=normalize)
+        x = pointwise.rms_norm(residual, norm)
+        add_experts(out, x, self.linear(x, router), experts, self._expert_counts(experts.router.shape[0]))
 
     def feed_forward_rows(self, tokens: int, width: int) -> int:
         return feed_forward_rows(tokens, width)
@@ -163,16 +128,14 @@ class TritonOps(ReferenceOps):
 
     def _decode_space(self, shape: HeadShape) -> attention.DecodeWorkspace:
         if shape not in self._decode_spaces:
-            self._decode_spaces[shape] = attention.DecodeWorkspace(
-                self._device, max_rows=MAX_DECODE_ROWS, shape=shape, max_parts=MAX_DECODE_PARTS
-            )
+            self._decode_spaces[shape] = attention.DecodeWorkspace(self._device, shape=shape)
         return self._decode_spaces[shape]
 
 
 def _streamed_if_they_run(device: torch.device) -> tuple[ModuleType | None, ModuleType | None]:
     """The modules of products and attention in Gluon, on a GPU with their instructions. Gluon is experimental and its
     names change between Triton's versions: where it does not run, nothing but speed is lost."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if capability(device)[0] != 9:
         return None, None
     try:
         from fastqwen.kernels.triton import streamed, streamed_attention
@@ -221,6 +184,3 @@ def _alike(fresh: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
             yield prompts[0][0], count, len(prompts)
         else:
             yield from ((begin, count, 1) for begin, _ in prompts)
-
-
-MAX_DECODE_ROWS = 2048

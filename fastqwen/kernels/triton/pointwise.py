@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels import AttentionParts, LayerCache, Norm, StepTokens
 from fastqwen.kernels.triton.launch import overlapping, supports_overlap
 
 
@@ -25,7 +25,7 @@ def _rms_norm(x_ptr, weight_ptr, out_ptr, size, eps, BLOCK: tl.constexpr, PDL: t
     tl.store(out_ptr + row * size + at, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=at < size)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     """x [..., size] -> the same shape"""
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     pdl = supports_overlap(x.device)
     warps = min(16, max(1, block // 512))
     _rms_norm[(x.numel() // size,)](
-        x, weight, out, size, eps, BLOCK=block, PDL=pdl, num_warps=warps, **overlapping(pdl)
+        x, norm.weight, out, size, norm.eps, BLOCK=block, PDL=pdl, num_warps=warps, **overlapping(pdl)
     )
     return out
 
@@ -59,24 +59,50 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def normed_and_rotated(low, high, norm_ptr, cos, sin, eps, HALF: tl.constexpr, NORM: tl.constexpr):
-    """Heads as two halves [heads, HALF] of float32: RMSNorm over both, then the half-split rotation."""
+def turn_of(cos_sin_ptr, HALF: tl.constexpr, ROTARY: tl.constexpr):
+    """A token's cosines and sines, float32 [1, HALF]; beyond the numbers that are rotated, those of an angle of zero."""
+    at = tl.arange(0, HALF)
+    if ROTARY == 2 * HALF:
+        return tl.load(cos_sin_ptr + at)[None, :], tl.load(cos_sin_ptr + HALF + at)[None, :]
+    tl.static_assert(ROTARY <= HALF, "of a head, half or less is rotated, or all of it")
+    turned, angle = at < ROTARY, at % (ROTARY // 2)
+    sin = tl.load(cos_sin_ptr + ROTARY // 2 + angle, mask=turned, other=0.0)
+    cos = tl.load(cos_sin_ptr + angle, mask=turned, other=1.0)
+    return cos[None, :], tl.where(at < ROTARY // 2, sin, -sin)[None, :]
+
+
+@triton.jit
+def normed_and_rotated(x_ptr, place, live, norm_ptr, cos, sin, eps, HALF: tl.constexpr, ROTARY: tl.constexpr,
+                       NORM: tl.constexpr):  # fmt: skip
+    """Heads at x_ptr + place [heads, HALF], which are their first halves: RMSNorm over whole heads, then the rotation.
+
+    Both halves, float32 [heads, HALF]. All of a head is rotated, the first half with the second; or some of its first
+    half, each number with one of the same half, which is loaded again.
+    """
+    at = tl.arange(0, HALF)
+    low = tl.load(x_ptr + place, mask=live, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + place + HALF, mask=live, other=0.0).to(tl.float32)
     if NORM:
-        at = tl.arange(0, HALF)
         mean = (tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / (2 * HALF)
         scale = tl.rsqrt(mean + eps)[:, None]
         low = low * scale * tl.load(norm_ptr + at).to(tl.float32)[None, :]
         high = high * scale * tl.load(norm_ptr + HALF + at).to(tl.float32)[None, :]
-    return low * cos - high * sin, high * cos + low * sin
+    if ROTARY == 2 * HALF:
+        return low * cos - high * sin, high * cos + low * sin
+    other = tl.where(at < ROTARY, (at + ROTARY // 2) % ROTARY, at)
+    mate = tl.load(x_ptr + place + (other - at)[None, :], mask=live, other=0.0).to(tl.float32)
+    if NORM:
+        mate = mate * scale * tl.load(norm_ptr + other).to(tl.float32)[None, :]
+    return low * cos - mate * sin, high
 
 
 @triton.jit(do_not_specialize=["first_token"])
 def _rope_and_cache(
-    qkv_ptr,  # [tokens, (HEADS + 2 * KV_HEADS) * 2 * HALF]
-    cos_sin_ptr,  # float32 [tokens, 2 * HALF]
+    qkv_ptr,  # [tokens, WIDTH]
+    cos_sin_ptr,  # float32 [tokens, ROTARY]
     q_scale_ptr,  # float32 [tokens]
     positions_ptr,  # int32 [tokens]
-    token_tables_ptr,  # int32 [tokens]
+    slots_ptr,  # int32 [tokens]
     tables_ptr,  # int32 [slots, table_width]
     count_ptr,  # int32 [1], if COUNTED: leading tokens to leave out
     q_norm_ptr,
@@ -92,6 +118,8 @@ def _rope_and_cache(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    ROTARY: tl.constexpr,
+    WIDTH: tl.constexpr,  # from one token's numbers to the next one's
     BLOCK_SIZE: tl.constexpr,
     PADDED_HEADS: tl.constexpr,
     PADDED_KV: tl.constexpr,
@@ -105,16 +133,13 @@ def _rope_and_cache(
         if token < tl.load(count_ptr):
             return
     at = tl.arange(0, HALF)
-    cos = tl.load(cos_sin_ptr + token * 2 * HALF + at)[None, :]
-    sin = tl.load(cos_sin_ptr + token * 2 * HALF + HALF + at)[None, :]
-    row = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * 2 * HALF
+    cos, sin = turn_of(cos_sin_ptr + token * ROTARY, HALF, ROTARY)
+    row = qkv_ptr + token * WIDTH
 
     heads = tl.arange(0, PADDED_HEADS)
     live = (heads < HEADS)[:, None]
     place = heads[:, None] * 2 * HALF + at[None, :]
-    low = tl.load(row + place, mask=live, other=0.0).to(tl.float32)
-    high = tl.load(row + place + HALF, mask=live, other=0.0).to(tl.float32)
-    low, high = normed_and_rotated(low, high, q_norm_ptr, cos, sin, eps, HALF, NORM)
+    low, high = normed_and_rotated(row, place, live, q_norm_ptr, cos, sin, eps, HALF, ROTARY, NORM)
     if LOGN:
         scale = tl.load(q_scale_ptr + token)
         low *= scale
@@ -127,20 +152,18 @@ def _rope_and_cache(
     live = (kv_heads < KV_HEADS)[:, None]
     place = kv_heads[:, None] * 2 * HALF + at[None, :]
     keys = row + HEADS * 2 * HALF
-    low = tl.load(keys + place, mask=live, other=0.0).to(tl.float32)
-    high = tl.load(keys + place + HALF, mask=live, other=0.0).to(tl.float32)
-    low, high = normed_and_rotated(low, high, k_norm_ptr, cos, sin, eps, HALF, NORM)
+    low, high = normed_and_rotated(keys, place, live, k_norm_ptr, cos, sin, eps, HALF, ROTARY, NORM)
     values = keys + KV_HEADS * 2 * HALF
     position = tl.load(positions_ptr + token)
-    table = tables_ptr + tl.load(token_tables_ptr + token).to(tl.int64) * table_width
+    table = tables_ptr + tl.load(slots_ptr + token).to(tl.int64) * table_width
     block, offset = tl.load(table + position // BLOCK_SIZE).to(tl.int64), position % BLOCK_SIZE
     home = ((block * KV_HEADS + kv_heads) * BLOCK_SIZE + offset)[:, None] * 2 * HALF + at[None, :]
     tl.store(k_cache_ptr + home, low.to(k_cache_ptr.dtype.element_ty), mask=live)
     tl.store(k_cache_ptr + home + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=live)
     v_low = tl.load(values + place, mask=live, other=0.0)
     v_high = tl.load(values + place + HALF, mask=live, other=0.0)
-    tl.store(v_cache_ptr + home, v_low, mask=live)
-    tl.store(v_cache_ptr + home + HALF, v_high, mask=live)
+    tl.store(v_cache_ptr + home, v_low.to(v_cache_ptr.dtype.element_ty), mask=live)
+    tl.store(v_cache_ptr + home + HALF, v_high.to(v_cache_ptr.dtype.element_ty), mask=live)
     if KEEP:
         spot = token * KV_HEADS * 2 * HALF + place
         tl.store(k_out_ptr + spot, low.to(k_out_ptr.dtype.element_ty), mask=live)
@@ -151,23 +174,20 @@ def _rope_and_cache(
 
 def rope_and_cache(
     qkv: Tensor,
-    batch: AttentionBatch,
+    step: StepTokens,
     cache: LayerCache,
-    shape: HeadShape,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    parts: AttentionParts,
     *,
     first_token: int = 0,
     room: int = 0,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The Ops table's op for tokens from ``first_token`` on, and in a recorded step for those behind its decode rows.
+    """For tokens from ``first_token`` on, and in a recorded step for those behind its decode rows.
 
     Returns q [tokens, heads, head_dim], undefined for other tokens; with ``keep`` rotated k and v [tokens, kv_heads,
     head_dim] as well. All have at least ``room`` rows; k and v are zero behind the tokens.
     """
-    tokens = qkv.shape[0]
+    tokens, shape = qkv.shape[0], parts.shape
     rows = max(tokens, room)
     q = torch.empty((rows, shape.num_heads, shape.head_dim), dtype=qkv.dtype, device=qkv.device)
     k = v = None
@@ -181,11 +201,11 @@ def rope_and_cache(
     if tokens == first_token:
         return q, k, v
     _rope_and_cache[(tokens - first_token,)](
-        qkv, batch.cos_sin, batch.q_scale, batch.positions, batch.token_tables, batch.block_tables, batch.decode_count,
-        q_norm, k_norm, cache.k, cache.v, q, k, v, batch.block_tables.shape[1], first_token, eps,
-        HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, BLOCK_SIZE=cache.k.shape[2],
-        PADDED_HEADS=triton.next_power_of_2(shape.num_heads), PADDED_KV=triton.next_power_of_2(shape.num_kv_heads),
-        NORM=q_norm is not None, LOGN=batch.q_scale is not None, COUNTED=batch.decode_count is not None,
-        KEEP=keep, num_warps=4,
+        qkv, step.cos_sin, step.q_scale, step.positions, step.slots, step.block_tables, step.decode_count,
+        parts.q_norm, parts.k_norm, cache.k, cache.v, q, k, v, step.block_tables.shape[1], first_token, parts.eps,
+        HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, ROTARY=shape.rotary_dim,
+        WIDTH=qkv.stride(0), BLOCK_SIZE=cache.k.shape[2], PADDED_HEADS=triton.next_power_of_2(shape.num_heads),
+        PADDED_KV=triton.next_power_of_2(shape.num_kv_heads), NORM=parts.q_norm is not None,
+        LOGN=step.q_scale is not None, COUNTED=step.decode_count is not None, KEEP=keep, num_warps=4,
     )  # fmt: skip
     return q, k, v

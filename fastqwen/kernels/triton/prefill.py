@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels import AttentionParts, LayerCache, StepTokens
 from fastqwen.kernels.triton.attention import LOG2_E
 
 
@@ -21,7 +21,7 @@ def _add_keys(q, k_cache_ptr, v_cache_ptr, table, kv_head, first, last, position
     spot = first + tl.arange(0, KEYS)
     block = tl.load(table + spot // BLOCK_SIZE).to(tl.int64)
     place = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + spot % BLOCK_SIZE)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    k = tl.load(k_cache_ptr + place)
+    k = tl.load(k_cache_ptr + place).to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASKED:
         seen = spot[None, :] <= position[:, None]
@@ -31,6 +31,7 @@ def _add_keys(q, k_cache_ptr, v_cache_ptr, table, kv_head, first, last, position
         v = tl.load(v_cache_ptr + place, mask=(spot < last)[:, None], other=0.0)  # behind the end may be anything
     else:
         v = tl.load(v_cache_ptr + place)
+    v = v.to(q.dtype)
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     floor = new_top
     if WINDOW > 0:
@@ -48,7 +49,7 @@ def _prefill(
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, DIM]
     v_cache_ptr,
     out_ptr,  # [tokens, HEADS * DIM]
-    tiles_ptr,  # int32 [tiles, 4]: first token, tokens, first position, row of the block tables
+    tiles_ptr,  # int32 [tiles, 4]: first token, tokens, first position, slot
     tables_ptr,
     table_width,
     scale,
@@ -73,7 +74,7 @@ def _prefill(
     m = tl.arange(0, BLOCK_M)
     live = (m < count)[:, None]
     place = ((begin + m).to(tl.int64) * HEADS + head)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    q = tl.load(q_ptr + place, mask=live, other=0.0).to(k_cache_ptr.dtype.element_ty)
+    q = tl.load(q_ptr + place, mask=live, other=0.0)
     position = before + m
     table = tables_ptr + tl.load(tile_ptr + 3).to(tl.int64) * table_width
     kv_head = head // (HEADS // KV_HEADS)
@@ -114,24 +115,23 @@ def prefill_tiling(head_dim: int, element_bytes: int) -> PrefillTiling:
 
 def prefill_attention(
     q: Tensor,
-    batch: AttentionBatch,
+    step: StepTokens,
     cache: LayerCache,
-    shape: HeadShape,
+    parts: AttentionParts,
     *,
-    window: int | None,
     out: Tensor,
     tiling: PrefillTiling | None = None,
 ) -> None:
-    """The batch's tiles: q [tokens, heads, dim] -> out [tokens, heads * dim]; other tokens are not touched."""
-    assert batch.prompts is not None
-    tiles, height = batch.prompts.tiles, batch.prompts.height
+    """The step's tiles: q [tokens, heads, dim] -> out [tokens, heads * dim]; other tokens are not touched."""
+    assert step.prompts is not None
+    tiles, height, shape = step.prompts.tiles, step.prompts.height, parts.shape
     if not tiles.shape[0]:
         return
     t = tiling or prefill_tiling(shape.head_dim, q.element_size())
     _prefill[(shape.num_heads, tiles.shape[0])](
-        q, cache.k, cache.v, out, tiles, batch.block_tables,
-        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E,
+        q, cache.k, cache.v, out, tiles, step.block_tables,
+        step.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, DIM=shape.head_dim, BLOCK_SIZE=cache.k.shape[2],
-        BLOCK_M=height, KEYS=t.keys, WINDOW=window or 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BLOCK_M=height, KEYS=t.keys, WINDOW=parts.window or 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         STAGES=t.num_stages, num_warps=t.num_warps,
     )  # fmt: skip

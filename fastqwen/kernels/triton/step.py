@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastqwen.kernels.limits import SAMPLE_CHUNK
+
 
 @triton.jit
 def _prepare(
@@ -71,7 +73,6 @@ def prepare(
     return residual, cos_sin, q_scale
 
 
-CHUNK = 4096
 CORRUPT = -1  # the token id that says: this row's logits were not finite
 
 
@@ -244,7 +245,7 @@ def sample(
     runner/sampler.py gives, up to the rounding of logarithms.
     """
     rows, vocab = logits.shape
-    chunks = triton.cdiv(vocab, CHUNK)
+    chunks = triton.cdiv(vocab, SAMPLE_CHUNK)
 
     def scratch(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -254,7 +255,7 @@ def sample(
     out = scratch(rows, dtype=torch.int32)
     _cut[(rows,)](logits, row_slots, temperature, top_k, top_p, min_p, cut, vocab, BLOCK=8192, num_warps=16)
     _sample_chunk[(rows, chunks)](
-        logits, row_slots, positions, temperature, seed, cut, best, index, vocab, BLOCK=CHUNK, num_warps=8
+        logits, row_slots, positions, temperature, seed, cut, best, index, vocab, BLOCK=SAMPLE_CHUNK, num_warps=8
     )
     _pick[(rows,)](
         best, index, row_slots, positions, token_ids, out, chunks, token_ids.shape[1],

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fastqwen.kernels import DenseWeight
 from fastqwen.kernels.triton.launch import overlapping
 from fastqwen.kernels.triton.linear import sizes_and_output
 from fastqwen.kernels.triton.workspace import Workspace
@@ -217,24 +218,23 @@ def stream_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool) -> Stre
 
 def streamed_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: DenseWeight,
     workspace: Workspace,
     *,
-    bias: Tensor | None = None,
     gated: bool = False,
     add_to: Tensor | None = None,
     tiling: StreamTiling | None = None,
 ) -> Tensor:
     """x [m <= 64, k], weight [n, k] ([2n, k] if gated) -> [m, n], with SiLU or the residual behind."""
-    m_size, n_size, k_size, out = sizes_and_output(x, weight, gated=gated, add_to=add_to)
+    m_size, n_size, k_size, out = sizes_and_output(x, weight.weight, gated=gated, add_to=add_to)
     t = tiling or stream_tiling(m_size, n_size, k_size, gated=gated)
     block_m = max(8, triton.next_power_of_2(m_size))
     blocks = n_size // BLOCK_N
     assert t.split_k == 1 or t.split_k * n_size * (2 if gated else 1) * block_m <= workspace.partial.numel()
     _streamed[(blocks, t.split_k)](
-        x, weight, bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size,
+        x, weight.weight, weight.bias, out, workspace.partial, workspace.counter, m_size, k_size, n_size,
         BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=t.block_k, SPLIT_K=t.split_k, STAGES=t.num_stages, GATED=gated,
-        ADD=add_to is not None, BIAS=bias is not None, PDL=workspace.overlap,
+        ADD=add_to is not None, BIAS=weight.bias is not None, PDL=workspace.overlap,
         num_warps=4, **overlapping(workspace.overlap),
     )  # fmt: skip
     return out
@@ -244,7 +244,7 @@ def try_out(device: torch.device) -> None:
     """Raises whatever Triton raises where it cannot compile this kernel, RuntimeError where that computes wrongly."""
     x = torch.randn(4, 512, device=device).bfloat16()
     weight = torch.randn(BLOCK_N, 512, device=device).bfloat16()
-    found = streamed_linear(x, weight, Workspace(device, 2**14, 16), tiling=StreamTiling(128, 2, 3))
+    found = streamed_linear(x, DenseWeight(weight), Workspace(device, 2**14, 16), tiling=StreamTiling(128, 2, 3))
     expected = x.float() @ weight.float().t()
     if not torch.allclose(found.float(), expected, rtol=0.02, atol=0.5):
         raise RuntimeError("a product came out wrong")

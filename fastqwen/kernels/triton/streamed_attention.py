@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastqwen.kernels import AttentionBatch, HeadShape, LayerCache
+from fastqwen.kernels import AttentionParts, HeadShape, LayerCache, StepTokens
 from fastqwen.kernels.triton.attention import LOG2_E, DecodeWorkspace, expected_rows
 from fastqwen.kernels.triton.launch import overlapping
 from fastqwen.kernels.triton.streamed import async_load, barrier
@@ -43,7 +43,7 @@ def _ask(buffer, cache_ptr, table, kv_head, first, position, stop, KV_HEADS: gl.
 
 @gluon.jit
 def _rotated(x_ptr, norm_ptr, cos_sin_ptr, rows, dim, live, eps, DIM: gl.constexpr, NORM: gl.constexpr):
-    """Heads at ``x_ptr + rows``, normalised and rotated, float32 [heads, DIM]: dimension d turns with d + DIM / 2."""
+    """Heads at ``x_ptr + rows``, normalised and rotated, float32 [heads, DIM]: number d turns with d + DIM / 2."""
     HALF: gl.constexpr = DIM // 2
     other = (dim + HALF) % DIM
     x = gl.load(x_ptr + rows[:, None] + dim[None, :], mask=live[:, None], other=0.0).to(gl.float32)
@@ -141,12 +141,12 @@ def _write(acc, top, total, out_ptr, partial_ptr, stats_ptr, counter_ptr, kv_hea
 
 @gluon.jit(do_not_specialize=["splits"])
 def _decode_streamed(
-    qkv_ptr,  # [rows, (HEADS + 2 * KV_HEADS) * DIM]
+    qkv_ptr,  # [rows, WIDTH]
     cos_sin_ptr,  # float32 [rows, DIM]
     q_scale_ptr,  # float32 [rows]
     q_norm_ptr,
     k_norm_ptr,
-    table_rows_ptr,  # int32 [rows]: row of the block tables
+    slots_ptr,  # int32 [rows]
     tables_ptr,  # int32 [slots, table_width]
     positions_ptr,  # int32 [rows]
     count_ptr,  # int32 [1], if COUNTED: how many of the rows there are
@@ -163,6 +163,7 @@ def _decode_streamed(
     HEADS: gl.constexpr,
     KV_HEADS: gl.constexpr,
     DIM: gl.constexpr,
+    WIDTH: gl.constexpr,  # from one row's numbers to the next one's
     BLOCK_SIZE: gl.constexpr,
     GROUP: gl.constexpr,
     HEADS_2: gl.constexpr,  # 8 or 16, at least GROUP
@@ -204,7 +205,7 @@ def _decode_streamed(
     values = gl.allocate_shared_memory(dtype, [KEYS, DIM], shared)
     queries = gl.allocate_shared_memory(dtype, [HEADS_2, DIM], shared)
     chances = gl.allocate_shared_memory(dtype, [HEADS_2, KEYS], shared)
-    table = tables_ptr + gl.load(table_rows_ptr + row).to(gl.int64) * table_width
+    table = tables_ptr + gl.load(slots_ptr + row).to(gl.int64) * table_width
     _ask(keys, k_cache_ptr, table, kv_head, begin, position, stop, KV_HEADS, DIM, BLOCK_SIZE, KEYS, copy)
     _ask(values, v_cache_ptr, table, kv_head, begin, position, stop, KV_HEADS, DIM, BLOCK_SIZE, KEYS, copy)
     if PDL:
@@ -212,7 +213,7 @@ def _decode_streamed(
 
     head = gl.arange(0, HEADS_2, layout=gl.SliceLayout(1, copy))
     dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, copy))
-    qkv = qkv_ptr + row.to(gl.int64) * (HEADS + 2 * KV_HEADS) * DIM
+    qkv = qkv_ptr + row.to(gl.int64) * WIDTH
     cos_sin = cos_sin_ptr + row * DIM
     q = _rotated(qkv + kv_head * GROUP * DIM, q_norm_ptr, cos_sin, head * DIM, dim, head < GROUP, eps, DIM, NORM)
     if LOGN:
@@ -274,8 +275,8 @@ class DecodeTiling:
 
 def takes(qkv: Tensor, cache: LayerCache, shape: HeadShape) -> bool:
     """Whether the kernel is made for these shapes and types; those of Qwen-1 to Qwen3 in 16 bits are."""
-    group = shape.num_heads // shape.num_kv_heads
-    return qkv.element_size() == cache.k.element_size() == 2 and shape.head_dim in (64, 128) and group <= 16
+    sizes = shape.head_dim in (64, 128) and shape.rotary_dim == shape.head_dim and shape.group <= 16
+    return sizes and qkv.dtype == cache.k.dtype and qkv.element_size() == 2
 
 
 def decode_tiling(rows: int, num_kv_heads: int, max_parts: int) -> DecodeTiling:
@@ -288,44 +289,40 @@ def decode_tiling(rows: int, num_kv_heads: int, max_parts: int) -> DecodeTiling:
 
 def decode_attention(
     qkv: Tensor,
-    batch: AttentionBatch,
+    step: StepTokens,
     cache: LayerCache,
-    shape: HeadShape,
+    parts: AttentionParts,
     workspace: DecodeWorkspace,
     *,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    window: int | None,
     out: Tensor,
     tiling: DecodeTiling | None = None,
 ) -> None:
     """As attention.py's: rotation, cache write and attention of rows that have one token each."""
-    rows, group = qkv.shape[0], shape.num_heads // shape.num_kv_heads
-    t = tiling or decode_tiling(expected_rows(rows, batch), shape.num_kv_heads, workspace.max_parts)
+    rows, shape = qkv.shape[0], parts.shape
+    t = tiling or decode_tiling(expected_rows(rows, step), shape.num_kv_heads, workspace.max_parts)
     splits = max(1, min(t.splits, workspace.max_parts // (rows * shape.num_kv_heads)))
     pdl = workspace.overlap
     _decode_streamed[(shape.num_kv_heads, rows, splits)](
-        qkv, batch.cos_sin, batch.q_scale, q_norm, k_norm, batch.token_tables, batch.block_tables, batch.positions,
-        batch.decode_count, cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
-        batch.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, eps, splits,
-        HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, DIM=shape.head_dim, BLOCK_SIZE=cache.k.shape[2],
-        GROUP=group, HEADS_2=max(8, triton.next_power_of_2(group)), KEYS=t.keys, WINDOW=window or 0,
-        NORM=q_norm is not None, LOGN=batch.q_scale is not None, COUNTED=batch.decode_count is not None, PDL=pdl,
-        num_warps=4, **overlapping(pdl),
+        qkv, step.cos_sin, step.q_scale, parts.q_norm, parts.k_norm, step.slots, step.block_tables, step.positions,
+        step.decode_count, cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
+        step.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, parts.eps, splits,
+        HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, DIM=shape.head_dim, WIDTH=qkv.stride(0),
+        BLOCK_SIZE=cache.k.shape[2], GROUP=shape.group, HEADS_2=max(8, triton.next_power_of_2(shape.group)),
+        KEYS=t.keys, WINDOW=parts.window or 0, NORM=parts.q_norm is not None, LOGN=step.q_scale is not None,
+        COUNTED=step.decode_count is not None, PDL=pdl, num_warps=4, **overlapping(pdl),
     )  # fmt: skip
 
 
 def try_out(device: torch.device) -> None:
     """Raises whatever Triton raises where it cannot compile this kernel, RuntimeError where that computes wrongly."""
-    shape = HeadShape(2, 1, 64)
+    parts = AttentionParts(HeadShape(2, 1, 64, 64))
     cache = LayerCache(*(torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device) for _ in range(2)))
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     turn = torch.ones(1, 64, device=device)
-    batch = AttentionBatch(zero, turn, None, token_tables=zero, block_tables=zero.view(1, 1), num_decode_rows=1)
+    step = StepTokens(zero, zero, zero, turn, None, block_tables=zero.view(1, 1), num_decode_rows=1)
     qkv = torch.randn(1, 4 * 64, device=device).bfloat16()
     out = torch.empty(1, 2 * 64, dtype=torch.bfloat16, device=device)
-    space = DecodeWorkspace(device, max_rows=1, shape=shape, max_parts=1)
-    decode_attention(qkv, batch, cache, shape, space, q_norm=None, k_norm=None, eps=0.0, window=None, out=out)
+    space = DecodeWorkspace(device, max_rows=1, shape=parts.shape, max_parts=1)
+    decode_attention(qkv, step, cache, parts, space, out=out)
     if not torch.equal(out.view(2, 64), qkv[:, 3 * 64 :].expand(2, 64)):  # the only token there is
         raise RuntimeError("attention came out wrong")

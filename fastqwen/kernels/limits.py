@@ -1,0 +1,47 @@
+"""Sizes and limits of the GPU's kernels and recorded steps, for those who must know them without torch: the planner
+counts the memory that follows from them, runner and kernels allocate and choose by them."""
+
+from __future__ import annotations
+
+MIB = 2**20
+
+FUSED_ROWS = 64  # products of up to so many rows use our own kernels, others cuBLAS
+SAMPLE_CHUNK = 4096  # entries of the vocabulary that one program of the sampler looks at
+SPLIT_PARTS = 4 * 2**20  # float32 numbers for products that are split over programs
+SPLIT_BLOCKS = 16384  # int32 counters for them
+DECODE_PARTS = 16384  # parts of contexts in a decode step; each has an output and two numbers for each query head
+DECODE_ROWS = 2048  # int32 counters for each key-value head
+UNPACK_BYTES = 8 * MIB  # of a packed matrix, as float32, unpacked at a time
+WIDE_BYTES = 200 * MIB  # activations of a step that are worth to be made in two parts
+CHUNK_ROWS = 4096
+TILE_TOKENS = 64  # of the prompt kernel; steps with prompts beside streams have a multiple of so many tokens
+MAX_RECORDED_TOKENS = 2048
+LIBRARY_ATTENTION_CAPABILITY = (9, 0)  # from here on whole prompts go through cuDNN
+
+
+def graph_batches(max_num_seqs: int) -> tuple[int, ...]:
+    """Row counts for which a decode step is recorded; a step takes the next larger one and pads."""
+    sizes = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16), *range(288, 2049, 32))
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+def graph_tokens(most_tokens: int) -> tuple[int, ...]:
+    """Token counts for which a step with prompts is recorded. Larger ones are not: they keep the device busy for longer
+    than the host needs to launch them."""
+    most = min(most_tokens, MAX_RECORDED_TOKENS)
+    sizes = (
+        *range(16, 65, 16),
+        *range(96, 257, 32),
+        *range(320, 1025, TILE_TOKENS),
+        *range(1152, 2049, 2 * TILE_TOKENS),
+    )
+    return (*(size for size in sizes if size < most), most)
+
+
+def feed_forward_rows(tokens: int, width: int) -> int:
+    """How many of a step's tokens go through the feed-forward part at once, ``width`` 16-bit numbers each.
+
+    cuBLAS is faster with half of 8192 tokens at a time where activations are wide, and slower with less (8192 tokens of
+    Qwen3-8B on an H200: 668 TFLOP/s at once, 706 by 4096, 652 by 512; bench/results/h200-chunks.json).
+    """
+    return min(tokens, CHUNK_ROWS) if tokens * width * 2 > WIDE_BYTES else tokens

@@ -1,0 +1,47 @@
+"""How likely the model thought tokens to be, for the rows that ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastqwen.layers.decoder import Decoder
+from fastqwen.records import Row, TokenLogprobs
+from fastqwen.runner.choices import Choice
+from fastqwen.runner.sampler import top_logprobs
+from fastqwen.runner.slots import Slots
+
+LOGITS_AT_ONCE = 256  # rows of logits that prompt log-probabilities keep in memory
+
+
+class ChosenLogprobs:
+    """Made before logits are bent: reported are the model's own probabilities. Keeps the logits of the rows that ask."""
+
+    def __init__(self, logits: Tensor, choices: Sequence[Choice], slots: Slots) -> None:
+        """logits [choices, vocab]"""
+        counts = [slots.sampling[choice.slot].logprobs for choice in choices]
+        self._asked = [index for index, count in enumerate(counts) if count is not None]
+        self._counts = [counts[index] or 0 for index in self._asked]
+        self._raw = logits[self._asked].float() if self._asked else None
+
+    def of(self, tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
+        """By the choice's place, once the tokens are known; a failed row's token may be any number."""
+        if self._raw is None:
+            return {}
+        chosen = torch.tensor([max(0, tokens[index]) for index in self._asked], device=self._raw.device)
+        return dict(zip(self._asked, top_logprobs(self._raw, chosen, self._counts), strict=True))
+
+
+def prompt_logprobs(row: Row, hidden: Tensor, decoder: Decoder, slots: Slots) -> list[TokenLogprobs]:
+    """Of each prompt token that follows one of this row's tokens; hidden [row's tokens, hidden]"""
+    count = min(row.num_tokens, slots.num_prompt[row.slot] - 1 - row.start)
+    following = slots.token_ids[row.slot, row.start + 1 : row.start + 1 + count].long()
+    alternatives = slots.sampling[row.slot].prompt_logprobs or 0
+    found = []
+    for start in range(0, count, LOGITS_AT_ONCE):
+        stop = min(start + LOGITS_AT_ONCE, count)
+        logits = decoder.logits(hidden[start:stop])
+        found += top_logprobs(logits, following[start:stop], [alternatives] * (stop - start))
+    return found

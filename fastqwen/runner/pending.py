@@ -1,0 +1,81 @@
+"""A step that was launched on a GPU and not yet read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastqwen.kernels.triton import step
+from fastqwen.layers.decoder import Decoder
+from fastqwen.records import Row, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.runner.choices import Choice, adjust
+from fastqwen.runner.logprobs import ChosenLogprobs, prompt_logprobs
+from fastqwen.runner.results import NOT_FINITE, step_output
+from fastqwen.runner.slots import Slots
+from fastqwen.runner.structured import StructuredOutput
+
+
+class Extras:
+    """What some rows of a step ask beyond the sampler that is recorded with the model: logits bent, probabilities told."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        choices: Sequence[Choice],
+        hidden: Tensor,
+        logits: Tensor,
+        decoder: Decoder,
+        slots: Slots,
+    ) -> None:
+        """hidden [tokens, hidden], logits [choices, vocab] as the model left them"""
+        self.errors: dict[int, str] = {}
+        self.choices = choices
+        self.logprobs = ChosenLogprobs(logits, choices, slots)
+        self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        self._slots = slots
+        start = 0
+        for index, row in enumerate(rows):
+            if row.prompt_logprobs:
+                self.prompt_logprobs[index] = prompt_logprobs(
+                    row, hidden[start : start + row.num_tokens], decoder, slots
+                )
+            start += row.num_tokens
+
+    def bent(self, logits: Tensor, structured: StructuredOutput | None) -> Tensor:
+        """float32 [choices, vocab]; rows whose grammar fails become ``errors``"""
+        adjusted = logits.to(torch.float32, copy=True)
+        adjust(adjusted, self.choices, self._slots)
+        if structured is not None:
+            structured.mask(adjusted, self.choices, self.errors)
+        return adjusted
+
+
+class PendingStep:
+    """``result`` waits for the step's tokens, not for steps launched after it."""
+
+    def __init__(self, batch: ScheduledBatch, tokens: Tensor, done: torch.cuda.Event, extras: Extras | None) -> None:
+        self._batch = batch
+        self._tokens = tokens  # int32 on the host, one for each of the step's logits, in order
+        self._done = done
+        self._extras = extras
+
+    def result(self) -> StepOutput:
+        self._done.synchronize()
+        tokens, extras = self._tokens.tolist(), self._extras
+        errors = dict(extras.errors) if extras is not None else {}
+        if step.CORRUPT in tokens:
+            owners = (index for index, row in enumerate(self._batch.rows) for _ in range(row.num_logits))
+            for index, token in zip(owners, tokens, strict=True):
+                if token == step.CORRUPT:
+                    errors.setdefault(index, NOT_FINITE)
+        if extras is None:
+            return step_output(self._batch, tokens, logprobs={}, prompt_logprobs={}, errors=errors)
+        return step_output(
+            self._batch,
+            tokens,
+            logprobs=extras.logprobs.of(tokens),
+            prompt_logprobs=extras.prompt_logprobs,
+            errors=errors,
+        )
