@@ -8,9 +8,8 @@ SECONDS ?= 60
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test test-slow test-page stress fuzz test-clients lint clean help
+.PHONY: serve test test-slow test-page stress fuzz test-clients check-install lint clean help
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,14 +17,14 @@ help:  ## Show what can be made
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(STAMP): pyproject.toml constraints.txt scripts/install | $(BIN)/python
 	@echo "Installing fastqwen into .venv (once, a minute or two) ..."
-	$(PIP) -e .
+	@scripts/install
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
 	@echo "Installing what the tests need ..."
-	$(PIP) -e '.[dev]'
+	@scripts/install dev
 	@touch $@
 
 serve: $(STAMP)  ## Serve MODEL (default: demo) on PORT (default: 8000); ARGS='...' adds flags
@@ -41,15 +40,18 @@ stress: $(DEV_STAMP)  ## Run the long reliability tests: load, soak, a hundred k
 	$(BIN)/python -m pytest tests/reliability -m slow -s --timeout 2400
 
 fuzz: $(DEV_STAMP)  ## Fuzz every parser for SECONDS (default: 60) in all
-	$(PIP) -e '.[fuzz]'
+	@scripts/install fuzz
 	$(BIN)/python -m tests.fuzz all $(SECONDS)
 
 test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use, each installed in a room of its own; LOAD=1 adds guidellm
 	PYTHON=$(BIN)/python scripts/test_clients
 
 test-page: $(DEV_STAMP)  ## Test the chat page in headless Chromium (needs Debian's chromium on the PATH)
-	$(PIP) -e '.[page]'
+	@scripts/install page
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/page
+
+check-install: $(DEV_STAMP)  ## Ask the package index whether constraints.txt can be installed, for each Python; installs nothing
+	$(BIN)/python scripts/check_install.py
 
 lint: $(DEV_STAMP)  ## Check style and types
 	$(BIN)/ruff check .

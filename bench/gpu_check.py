@@ -29,9 +29,7 @@ from fastqwen.records import EngineRequest, SamplingParams
 from fastqwen.runner.start import Engine, start_engine
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = next(
-    path for path in (ROOT / "configs", ROOT.parent / "shared" / "configs", ROOT / ".configs") if path.is_dir()
-)
+CONFIGS = ROOT / "tests" / "configs"
 READ_BYTES_PER_S = 4.3e12  # the floor's bandwidth, as measured for reading and copying on one H200
 RESULTS: dict[str, Any] = {}
 

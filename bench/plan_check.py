@@ -313,26 +313,17 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def find_configs(given: Path | None) -> Path:
-    places = [given] if given else [Path.cwd() / "shared" / "configs", ROOT / "shared" / "configs", ROOT / "configs"]
-    for place in [*places, ROOT.parent / "shared" / "configs", ROOT / ".configs"]:
-        if place.is_dir():
-            return place
-    raise SystemExit(f"no folder of config.json files at {places[0]}: use --configs DIR")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--configs", type=Path)
+    parser.add_argument("--configs", type=Path, default=ROOT / "tests" / "configs")
     parser.add_argument("--only", help="only combinations whose title has this word")
     parser.add_argument("--budget-s", type=float, default=150.0)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    configs = find_configs(given.configs)
     if given.child:
         try:
-            child(given.child, configs, given.out)
+            child(given.child, given.configs, given.out)
         except Exception:
             traceback.print_exc()
             raise SystemExit(1) from None
@@ -340,7 +331,7 @@ def main() -> None:
     specs = [spec for spec in COMBINATIONS if not given.only or given.only in title(spec)]
     if not specs:
         raise SystemExit(f"no combination has {given.only!r} in its title")
-    summary(all_of(specs, configs, given.out, given.budget_s))
+    summary(all_of(specs, given.configs, given.out, given.budget_s))
 
 
 if __name__ == "__main__":

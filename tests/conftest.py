@@ -1,9 +1,8 @@
-"""Where tests find reference data that is not part of the repository."""
+"""What many tests share: reference data, the demo model, a server with it."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -21,23 +19,19 @@ from tests.server.live import LiveServer, eventually
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["FASTQWEN_STATE"] = tempfile.mkdtemp(prefix="fastqwen-state-")  # not the user's own history of messages
 
-SHARED = Path(__file__).parents[2] / "shared"
-
-
-def load_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of golden data, beside the checkout."""
-    folder = SHARED / "golden"
-    assert folder.is_dir(), f"the golden data is expected in {folder}"
-    return folder
+    """What reference code says: golden/README.md."""
+    return TESTS / "golden"
+
+
+@pytest.fixture(scope="session")
+def configs() -> Path:
+    """A folder with a config.json for each of some published models."""
+    return TESTS / "configs"
 
 
 @pytest.fixture(scope="session")

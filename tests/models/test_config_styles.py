@@ -12,7 +12,6 @@ import pytest
 from fastqwen.errors import Unsupported
 from fastqwen.model_config import ModelConfig, read_json
 from fastqwen.models import parse_config
-from tests.conftest import SHARED
 from tests.models.tiny import logits, make, prompt
 
 BASE: dict[str, Any] = {
@@ -92,26 +91,40 @@ def test_the_same_logits_in_both_styles(name: str, tmp_path: Path):
     assert logits(tmp_path, ids).equal(found)
 
 
-@pytest.mark.parametrize("path", sorted((SHARED / "configs").iterdir()), ids=lambda path: path.name)
-def test_published_configurations(path: Path):
-    config = parse_config(read_json(path / "config.json"), str(path))
-    heads, layers, kv_heads = {
-        "qwen1-7b": (32, 32, 32),
-        "qwen1-7b-int4": (32, 32, 32),
-        "qwen2.5-7b": (28, 28, 4),
-        "qwen2.5-7b-int4": (28, 28, 4),
-        "qwen3-0.6b": (16, 28, 8),
-        "qwen3-14b": (40, 40, 8),
-        "qwen3-30b-a3b": (32, 48, 4),
-        "qwen3-8b": (32, 36, 8),
-    }[path.name]
-    assert (config.num_heads, config.num_layers, config.num_kv_heads, config.head_dim) == (heads, layers, kv_heads, 128)
-    assert (config.quantization is not None) == path.name.endswith("int4")
+PUBLISHED = {  # heads, layers, key heads
+    "qwen1-7b": (32, 32, 32),
+    "qwen1-7b-int4": (32, 32, 32),
+    "qwen2.5-7b": (28, 28, 4),
+    "qwen2.5-7b-int4": (28, 28, 4),
+    "qwen3-0.6b": (16, 28, 8),
+    "qwen3-14b": (40, 40, 8),
+    "qwen3-30b-a3b": (32, 48, 4),
+    "qwen3-8b": (32, 36, 8),
+}
+HYBRIDS = ["qwen3.5-0.8b", "qwen3.5-9b", "qwen3.5-35b-a3b"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(configs: Path, name: str):
+    config = parse_config(read_json(configs / name / "config.json"), name)
+    found = (config.num_heads, config.num_layers, config.num_kv_heads)
+    assert (found, config.head_dim) == (PUBLISHED[name], 128)
+    assert (config.quantization is not None) == name.endswith("int4")
     assert config.windows == ()
 
 
-def test_both_generations_of_qwen1_keys(golden: Path):
-    new = read_json(golden.parent / "configs" / "qwen1-7b" / "config.json")
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_are_refused_by_name(configs: Path, name: str):
+    with pytest.raises(Unsupported, match="qwen3_5"):
+        parse_config(read_json(configs / name / "config.json"), name)
+
+
+def test_no_published_configuration_is_left_out(configs: Path):
+    assert {path.name for path in configs.iterdir()} == {*PUBLISHED, *HYBRIDS}
+
+
+def test_both_generations_of_qwen1_keys(configs: Path):
+    new = read_json(configs / "qwen1-7b" / "config.json")
     renamed = {
         "hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
         "max_position_embeddings": "n_positions", "intermediate_size": "ffn_hidden_size", "vocab_size": "padded_vocab_size",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from fastqwen.layers.rotary import inverse_frequencies, logn_scale
 from fastqwen.layers.rotary_key import ntk_alpha, rope_key
 from fastqwen.models import read_config
 from fastqwen.records import Admission, Row
-from tests.conftest import load_module
+from tests.models.golden import check_logits, make_golden_qwen1
 from tests.models.tiny import greedy, hidden_of, start
 
 LENGTHS = (100, 129, 300)
@@ -24,8 +23,8 @@ LENGTHS = (100, 129, 300)
 @pytest.fixture(scope="module")
 def checkpoint(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
-    load_module(golden / "regen.py").main(folder)
-    return folder / "qwen1_tiny"
+    make_golden_qwen1(golden / "qwen1_tiny", folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +32,12 @@ def reference(golden: Path) -> Any:
     return np.load(golden / "qwen1_tiny" / "golden.npz")
 
 
-@pytest.fixture(scope="module")
-def compare(golden: Path) -> ModuleType:
-    return load_module(golden / "compare.py")
-
-
 def prompts(reference: Any) -> list[list[int]]:
     return [reference[f"prompt_{length}"].tolist() for length in LENGTHS]
 
 
-def check(found: list[list[int]], reference: Any, compare: ModuleType) -> None:
+def check(found: list[list[int]], reference: Any) -> None:
     for length, ids in zip(LENGTHS, found, strict=True):
-        assert compare.greedy(ids, reference, length)
         assert ids == reference[f"gen_{length}"].tolist()
 
 
@@ -64,20 +57,20 @@ def test_profiles(checkpoint: Path, reference: Any):
     np.testing.assert_allclose(logn_scale(torch.arange(len(expected)), 128).numpy(), expected, rtol=1e-6)
 
 
-def test_prompt_logits(checkpoint: Path, reference: Any, compare: ModuleType):
+def test_prompt_logits(checkpoint: Path, reference: Any):
     for length in LENGTHS:
         runner: Any = start(checkpoint)._executor
         logits = _prompt_logits(runner, reference[f"prompt_{length}"].tolist())
-        assert compare.logits(f"prompt {length}", logits, reference[f"logits_{length}"])
+        check_logits(logits, reference[f"logits_{length}"])
 
 
-def test_teacher_forced_step_logits(checkpoint: Path, reference: Any, compare: ModuleType):
+def test_teacher_forced_step_logits(checkpoint: Path, reference: Any):
     """Decoding keeps the alpha that the prompt's length gave, however long the sequence grows."""
     for length in LENGTHS:
         runner: Any = start(checkpoint)._executor
         ids = reference[f"prompt_{length}"].tolist() + reference[f"gen_{length}"].tolist()
         logits = _prompt_logits(runner, ids, num_prompt=length)[length - 1 : -1]
-        assert compare.logits(f"steps {length}", logits, reference[f"step_logits_{length}"])
+        check_logits(logits, reference[f"step_logits_{length}"])
 
 
 def _prompt_logits(runner: Any, ids: list[int], num_prompt: int | None = None) -> Any:
@@ -101,29 +94,29 @@ def _prompt_logits(runner: Any, ids: list[int], num_prompt: int | None = None) -
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_alone(checkpoint: Path, reference: Any, compare: ModuleType, length: int):
+def test_alone(checkpoint: Path, reference: Any, length: int):
     [found] = greedy(start(checkpoint), [reference[f"prompt_{length}"].tolist()])
-    assert compare.greedy(found, reference, length)
+    assert found == reference[f"gen_{length}"].tolist()
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 512])
-def test_in_one_mixed_batch_under_any_chunking(checkpoint: Path, reference: Any, compare: ModuleType, chunk: int):
-    check(greedy(start(checkpoint, max_num_batched_tokens=chunk), prompts(reference)), reference, compare)
+def test_in_one_mixed_batch_under_any_chunking(checkpoint: Path, reference: Any, chunk: int):
+    check(greedy(start(checkpoint, max_num_batched_tokens=chunk), prompts(reference)), reference)
 
 
-def test_after_preemption(checkpoint: Path, reference: Any, compare: ModuleType):
+def test_after_preemption(checkpoint: Path, reference: Any):
     """Recomputing keeps the first alpha: with a fresh one 100 + 64 tokens at seq_length 128 would differ."""
     per_token = 2 * 4 * 256 * 4
     core = start(checkpoint, block_size=16, kv_cache_memory_bytes=per_token * 16 * 38, enable_prefix_caching=False)
-    check(greedy(core, prompts(reference)), reference, compare)
+    check(greedy(core, prompts(reference)), reference)
     assert core.scheduler.num_preemptions > 0
 
 
-def test_with_a_warm_prefix_cache(checkpoint: Path, reference: Any, compare: ModuleType):
+def test_with_a_warm_prefix_cache(checkpoint: Path, reference: Any):
     core = start(checkpoint, block_size=16)
-    check(greedy(core, prompts(reference)), reference, compare)
+    check(greedy(core, prompts(reference)), reference)
     assert core.scheduler.num_prefix_hits == 0
-    check(greedy(core, prompts(reference)), reference, compare)
+    check(greedy(core, prompts(reference)), reference)
     assert core.scheduler.num_prefix_hits == 96 + 128 + 288
 
 
@@ -138,8 +131,8 @@ def test_blocks_are_shared_only_at_equal_alpha(checkpoint: Path, reference: Any)
     assert core.scheduler.num_prefix_hits == 288
 
 
-def test_through_the_python_interface(checkpoint: Path, reference: Any, compare: ModuleType):
+def test_through_the_python_interface(checkpoint: Path, reference: Any):
     llm = LLM(str(checkpoint), dtype="float32", skip_tokenizer_init=True)
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts(reference)], params, use_tqdm=False)
-    check([output.outputs[0].token_ids for output in outputs], reference, compare)
+    check([output.outputs[0].token_ids for output in outputs], reference)

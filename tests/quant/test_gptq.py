@@ -230,9 +230,9 @@ def test_damaged_tensors(damage: Callable[[dict[str, Any]], Any], words: str, tm
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("desc_act", [False, True])
-def test_dummy_weights_of_the_published_configuration(golden: Path, tmp_path: Path, bits: int, desc_act: bool):
+def test_dummy_weights_of_the_published_configuration(configs: Path, tmp_path: Path, bits: int, desc_act: bool):
     """Qwen-7B-Chat-Int4's config.json with fewer layers and a smaller width."""
-    config = read_json(golden.parent / "configs" / "qwen1-7b-int4" / "config.json")
+    config = read_json(configs / "qwen1-7b-int4" / "config.json")
     config.update(hidden_size=512, num_attention_heads=4, intermediate_size=1024, num_hidden_layers=3, vocab_size=1000)
     config["quantization_config"].update(bits=bits, desc_act=desc_act)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -242,8 +242,8 @@ def test_dummy_weights_of_the_published_configuration(golden: Path, tmp_path: Pa
     assert len(output.outputs[0].token_ids) == 5
 
 
-def test_the_plan_knows_what_packed_weights_take(golden: Path):
-    config = read_json(golden.parent / "configs" / "qwen1-7b-int4" / "config.json")
+def test_the_plan_knows_what_packed_weights_take(configs: Path):
+    config = read_json(configs / "qwen1-7b-int4" / "config.json")
     published_bytes = 5_860_564_992
     assert (
         abs(weights_bytes(parse_config(config, "config.json"), "float16") / published_bytes - 1) < 0.02

@@ -17,11 +17,19 @@ from fastqwen.text.detokenizer import Detokenizer
 from fastqwen.text.load import load_text
 from fastqwen.text.qwen_tiktoken import QwenTiktoken
 from fastqwen.text.template import CHATML, ChatTemplate
-from tests.conftest import SHARED
 
-GOLDEN: dict[str, Any] = json.loads((SHARED / "golden/tokenizer/qwen1.json").read_text(encoding="utf-8"))
-STRINGS = GOLDEN["strings"]
-CONVERSATIONS = {case["name"]: case for case in GOLDEN["conversations"]}
+GROUPS = [
+    "english", "chinese", "mixed", "multilingual", "emoji", "code", "digits", "whitespace", "special", "control", "nfc", "random",
+]  # fmt: skip
+CONVERSATIONS = [
+    "single", "history2", "content_leading_space", "special_text_in_system", "window_6144", "window_20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def original(golden: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((golden / "tokenizer" / "qwen1.json").read_text(encoding="utf-8"))
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -29,45 +37,52 @@ def tokenizer(qwen_tiktoken: Path) -> QwenTiktoken:
     return QwenTiktoken(qwen_tiktoken)
 
 
-def test_vocabulary(tokenizer: QwenTiktoken):
-    assert tokenizer.vocab_size == GOLDEN["n_vocab"]
+def test_vocabulary(tokenizer: QwenTiktoken, original: dict[str, Any]):
+    assert tokenizer.vocab_size == original["n_vocab"]
     for name in ("endoftext", "im_start", "im_end", "extra_0", "extra_204"):
-        assert tokenizer.token_id(f"<|{name}|>") == GOLDEN["special_tokens"][name]
-    assert tokenizer.encode_plain("\n") == GOLDEN["nl_tokens"]
+        assert tokenizer.token_id(f"<|{name}|>") == original["special_tokens"][name]
+    assert tokenizer.encode_plain("\n") == original["nl_tokens"]
 
 
-@pytest.mark.parametrize("case", STRINGS, ids=lambda case: f"{case['group']}-{case['text'][:12]!a}")
-def test_strings(tokenizer: QwenTiktoken, case: dict[str, Any]):
-    assert tokenizer.encode(case["text"]) == case["ids"]
-    assert tokenizer.encode_plain(case["text"]) == case["ids_plain"]
-    assert tokenizer.decode(case["ids"]) == case.get("decoded", case["text"])
-    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
-    pieces = [detokenizer.push(token_id) for token_id in case["ids"]]
-    assert "".join(pieces) + detokenizer.finish() == case.get("decoded", case["text"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_strings(tokenizer: QwenTiktoken, original: dict[str, Any], group: str):
+    cases = [case for case in original["strings"] if case["group"] == group]
+    assert cases
+    for case in cases:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert tokenizer.encode_plain(case["text"]) == case["ids_plain"], case["text"]
+        assert tokenizer.decode(case["ids"]) == case.get("decoded", case["text"])
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+        pieces = [detokenizer.push(token_id) for token_id in case["ids"]]
+        assert "".join(pieces) + detokenizer.finish() == case.get("decoded", case["text"])
 
 
-def test_there_are_many_cases():
-    assert 2 * len(STRINGS) + len(CONVERSATIONS) >= 140, "ids and ids_plain of each string, and conversations"
+def test_there_are_many_cases(original: dict[str, Any]):
+    strings = original["strings"]
+    assert 2 * len(strings) + len(CONVERSATIONS) >= 140, "ids and ids_plain of each string, and conversations"
+    assert {case["group"] for case in strings} == set(GROUPS)
+    assert [case["name"] for case in original["conversations"]] == CONVERSATIONS
+    assert (len(original["decode"]), len(original["stream"])) == (3, 2)
 
 
-@pytest.mark.parametrize("case", GOLDEN["decode"], ids=str)
-def test_decoding(tokenizer: QwenTiktoken, case: dict[str, Any]):
-    assert tokenizer.decode(case["ids"], skip_special_tokens=True) == case["skip_special"]
+def test_decoding(tokenizer: QwenTiktoken, original: dict[str, Any]):
+    for case in original["decode"]:
+        assert tokenizer.decode(case["ids"], skip_special_tokens=True) == case["skip_special"]
 
 
-@pytest.mark.parametrize("case", GOLDEN["stream"], ids=lambda case: case["text"][:4])
-def test_tokens_that_hold_parts_of_characters(tokenizer: QwenTiktoken, case: dict[str, Any]):
-    assert tokenizer.encode_plain(case["text"]) == case["ids"]
-    assert [tokenizer.token_bytes(token_id).hex() for token_id in case["ids"]] == case["token_bytes"]
-    detokenizer, text = Detokenizer(tokenizer), ""
-    for token_id, expected in zip(case["ids"], case["prefix_decode_replace"], strict=True):
-        text += detokenizer.push(token_id)
-        assert text == expected.rstrip("\ufffd")
+def test_tokens_that_hold_parts_of_characters(tokenizer: QwenTiktoken, original: dict[str, Any]):
+    for case in original["stream"]:
+        assert tokenizer.encode_plain(case["text"]) == case["ids"]
+        assert [tokenizer.token_bytes(token_id).hex() for token_id in case["ids"]] == case["token_bytes"]
+        detokenizer, text = Detokenizer(tokenizer), ""
+        for token_id, expected in zip(case["ids"], case["prefix_decode_replace"], strict=True):
+            text += detokenizer.push(token_id)
+            assert text == expected.rstrip("\ufffd")
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_conversations_and_their_cutting(tokenizer: QwenTiktoken, name: str):
-    case = CONVERSATIONS[name]
+def test_conversations_and_their_cutting(tokenizer: QwenTiktoken, original: dict[str, Any], name: str):
+    [case] = [case for case in original["conversations"] if case["name"] == name]
     template = PiecewiseChatMl()
     history = [tuple(turn) for turn in case["history"]]
     kept = cut_history(
@@ -104,9 +119,9 @@ def test_a_failing_regular_expression_is_a_bad_request(tokenizer: QwenTiktoken, 
 
 
 @pytest.fixture
-def checkpoint(qwen_tiktoken: Path, golden: Path, tmp_path: Path) -> Path:
+def checkpoint(qwen_tiktoken: Path, configs: Path, tmp_path: Path) -> Path:
     (tmp_path / "qwen.tiktoken").symlink_to(qwen_tiktoken)
-    (tmp_path / "config.json").symlink_to(golden.parent / "configs/qwen1-7b/config.json")
+    (tmp_path / "config.json").symlink_to(configs / "qwen1-7b" / "config.json")
     return tmp_path
 
 
