@@ -23,8 +23,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024  # of a multiprocessor, for one program at most
 POINTERS = {  # those that are not of 16-bit numbers
     "fp32": "cos_sin q_scale partial stats frequencies rope_scale temperature top_p min_p best weights inner",
-    "i32": "table_rows tables positions count counter tiles token_tables counts members ids row_slots starts token_ids "
-    "top_k index",
+    "i32": "slots tables positions count counter tiles counts members ids row_slots starts token_ids top_k index",
     "u32": "cut",
     "i64": "seed",
 }
@@ -47,7 +46,8 @@ def cases() -> Iterator[Case]:
             tiling.num_stages,
         )
     for counted, keep in ((True, False), (False, True)):
-        shape = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_SIZE": 64, "PADDED_HEADS": 32, "PADDED_KV": 8}
+        shape = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "ROTARY": 128, "WIDTH": 6144, "BLOCK_SIZE": 64}
+        shape |= {"PADDED_HEADS": 32, "PADDED_KV": 8}
         missing = {"q_scale_ptr": None, **({} if counted else {"count_ptr": None})}
         missing |= {} if keep else {"k_out_ptr": None, "v_out_ptr": None}
         flags = {"NORM": True, "LOGN": False, "COUNTED": counted, "KEEP": keep}
@@ -74,7 +74,8 @@ def decode_cases() -> Iterator[Case]:
         yield (
             attention._decode,
             {
-                "HEADS": heads, "KV_HEADS": kv_heads, "HALF": 64, "BLOCK_SIZE": 64, "GROUP": group, "GROUP_2": group,
+                "HEADS": heads, "KV_HEADS": kv_heads, "HALF": 64, "ROTARY": 128,
+                "WIDTH": (heads + 2 * kv_heads) * 128, "BLOCK_SIZE": 64, "GROUP": group, "GROUP_2": group,
                 "MAX_SPLITS": splits, "WINDOW": 0, "NORM": not logn, "LOGN": logn, "COUNTED": counted, "HOLD": hold,
                 "PRECISION": "tf32", "STAGES": 3, "PDL": True, **({} if logn else {"q_scale_ptr": None}),
                 **({} if counted else {"count_ptr": None}), **({"q_norm_ptr": None, "k_norm_ptr": None} if logn else {}),
@@ -93,6 +94,14 @@ def linear_cases() -> Iterator[Case]:
         sizes = {"BLOCK_M": 64, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SPLIT_K": tiling.split_k}
         more = {"EVEN_K": True, "PRECISION": "tf32", "PREFETCH": tiling.prefetch}
         yield linear._skinny, {**sizes, **more, **flags}, tiling.num_warps, tiling.num_stages
+        # A matrix of one row, such as the gate of a shared expert: the compiler is given 1 as a constant.
+        yield linear._skinny, {**sizes, **more, **flags, "n_size": 1}, tiling.num_warps, tiling.num_stages
+        yield (
+            linear._gemv,
+            {"K": 2048, "BLOCK_N": 4, "BLOCK_K": 2048, "NORM": gated, **flags, **missing, "n_size": 1},
+            4,
+            1,
+        )
 
 
 def streamed_cases() -> Iterator[Case]:
@@ -114,6 +123,7 @@ def streamed_attention_cases() -> Iterator[Case]:
     ):
         group = heads // kv_heads
         shape = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": 128, "BLOCK_SIZE": 64, "GROUP": group, "HEADS_2": 8}
+        shape["WIDTH"] = (heads + 2 * kv_heads) * 128
         flags = {"KEYS": 128, "WINDOW": window, "NORM": not logn, "LOGN": logn, "COUNTED": counted, "PDL": True}
         missing = {**({} if logn else {"q_scale_ptr": None}), **({} if counted else {"count_ptr": None})}
         missing |= {"q_norm_ptr": None, "k_norm_ptr": None} if logn else {}

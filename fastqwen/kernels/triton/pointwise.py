@@ -63,12 +63,14 @@ def turn_of(cos_sin_ptr, HALF: tl.constexpr, ROTARY: tl.constexpr):
     """A token's cosines and sines, float32 [1, HALF]; beyond the numbers that are rotated, those of an angle of zero."""
     at = tl.arange(0, HALF)
     if ROTARY == 2 * HALF:
-        return tl.load(cos_sin_ptr + at)[None, :], tl.load(cos_sin_ptr + HALF + at)[None, :]
-    tl.static_assert(ROTARY <= HALF, "of a head, half or less is rotated, or all of it")
-    turned, angle = at < ROTARY, at % (ROTARY // 2)
-    sin = tl.load(cos_sin_ptr + ROTARY // 2 + angle, mask=turned, other=0.0)
-    cos = tl.load(cos_sin_ptr + angle, mask=turned, other=1.0)
-    return cos[None, :], tl.where(at < ROTARY // 2, sin, -sin)[None, :]
+        cos, sin = tl.load(cos_sin_ptr + at), tl.load(cos_sin_ptr + HALF + at)
+    else:
+        tl.static_assert(ROTARY <= HALF, "of a head, half or less is rotated, or all of it")
+        angle = at % (ROTARY // 2)
+        cos = tl.load(cos_sin_ptr + angle, mask=at < ROTARY, other=1.0)
+        sin = tl.load(cos_sin_ptr + ROTARY // 2 + angle, mask=at < ROTARY, other=0.0)
+        sin = tl.where(at < ROTARY // 2, sin, -sin)
+    return cos[None, :], sin[None, :]
 
 
 @triton.jit
@@ -88,12 +90,14 @@ def normed_and_rotated(x_ptr, place, live, norm_ptr, cos, sin, eps, HALF: tl.con
         low = low * scale * tl.load(norm_ptr + at).to(tl.float32)[None, :]
         high = high * scale * tl.load(norm_ptr + HALF + at).to(tl.float32)[None, :]
     if ROTARY == 2 * HALF:
-        return low * cos - high * sin, high * cos + low * sin
-    other = tl.where(at < ROTARY, (at + ROTARY // 2) % ROTARY, at)
-    mate = tl.load(x_ptr + place + (other - at)[None, :], mask=live, other=0.0).to(tl.float32)
-    if NORM:
-        mate = mate * scale * tl.load(norm_ptr + other).to(tl.float32)[None, :]
-    return low * cos - mate * sin, high
+        turned, rest = low * cos - high * sin, high * cos + low * sin
+    else:
+        other = tl.where(at < ROTARY, (at + ROTARY // 2) % ROTARY, at)
+        mate = tl.load(x_ptr + place + (other - at)[None, :], mask=live, other=0.0).to(tl.float32)
+        if NORM:
+            mate = mate * scale * tl.load(norm_ptr + other).to(tl.float32)[None, :]
+        turned, rest = low * cos - mate * sin, high
+    return turned, rest
 
 
 @triton.jit(do_not_specialize=["first_token"])
