@@ -19,6 +19,7 @@ import msgspec
 from fastqwen.errors import BadRequest
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+FailureKind = Literal["grammar", "not_finite", "gone", "closed"]
 Pooling = Literal["last"]
 
 MAX_STOP_STRINGS = 16
@@ -155,8 +156,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
                 _within("logit_bias", bias, -100.0, 100.0)
 
 
-# An error that begins like this is about the grammar, which passed its check and turned out too large when it was used.
-GRAMMAR_FAILED = "the grammar for structured output cannot be used:"
 GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less than this would only overflow
 
 
@@ -230,13 +229,24 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top_logprobs: list[float]
 
 
+class Failure(msgspec.Struct, frozen=True, gc=False):
+    """Why a request ended without its answer: the kind is for programs, the message for people.
+
+    grammar: the request's own grammar cannot be used. not_finite: the model's numbers broke. gone: the engine ended while
+    the request was running. closed: the engine was shut down, or its user closed it.
+    """
+
+    kind: FailureKind
+    message: str
+
+
 class SampledRow(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     request_id: str
     token_id: int | None = None  # None: the row only filled the cache
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored
     embedding: bytes | None = None  # float32, little-endian, of length 1
-    error: str | None = None
+    error: Failure | None = None
 
 
 class StepOutput(msgspec.Struct, kw_only=True, frozen=True):
@@ -253,6 +263,6 @@ class RequestDelta(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    error: str | None = None
+    error: Failure | None = None
     num_cached_tokens: int = 0
     embedding: bytes | None = None  # as in SampledRow; comes with the finish_reason

@@ -14,7 +14,7 @@ from fastqwen.kernels.triton import step
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
-from fastqwen.records import Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.records import Failure, Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner import sampler
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.pooling import NOT_FINITE, PooledStep, last_vectors
@@ -38,7 +38,7 @@ class PendingStep:
         tokens: Tensor,
         done: torch.cuda.Event,
         extras: Extras | None,
-        failed: dict[int, str],
+        failed: dict[int, Failure],
     ) -> None:
         self._failed = failed  # by the place among the rows that sample
         self._batch = batch
@@ -153,7 +153,7 @@ class CudaRunner(ModelRunner):
         rows = batch.rows
         hidden, logits, tokens = self._launch(rows)
         extras = None
-        failed: dict[int, str] = {}
+        failed: dict[int, Failure] = {}
         if any(self.slots.has_wishes[row.slot] and self._is_special(row) for row in rows):
             tokens, extras, failed = self._special(rows, hidden, logits, tokens)
         vectors = last_vectors(self._decoder, rows, hidden)
@@ -267,9 +267,9 @@ class CudaRunner(ModelRunner):
 
     def _special(
         self, rows: list[Row], hidden: Tensor, logits: Tensor, tokens: Tensor
-    ) -> tuple[Tensor, Extras, dict[int, str]]:
+    ) -> tuple[Tensor, Extras, dict[int, Failure]]:
         """Adjust the logits, sample again, and keep what log-probabilities will be made of; and which rows failed."""
-        failed: dict[int, str] = {}
+        failed: dict[int, Failure] = {}
         sampling = [row for row in rows if row.samples]
         wishes = [self.slots.sampling[row.slot] for row in sampling]
         asked = [index for index, wish in enumerate(wishes) if wish.logprobs is not None]
@@ -301,7 +301,7 @@ class CudaRunner(ModelRunner):
         return tokens, extras, failed
 
     def _pending(
-        self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None, failed: dict[int, str]
+        self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None, failed: dict[int, Failure]
     ) -> PendingStep:
         place = self._num_steps % STEPS_IN_FLIGHT
         self._num_steps += 1

@@ -10,7 +10,7 @@ from fastqwen.kernels import LayerCache
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
-from fastqwen.records import Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.records import Failure, Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner import sampler
 from fastqwen.runner.device import TORCH_DTYPES
 from fastqwen.runner.packing import pack
@@ -86,7 +86,7 @@ class ModelRunner:
         return step if vectors is None else PooledStep(step, batch.rows, vectors)
 
     def _result(
-        self, row: Row, sampled: tuple[int, TokenLogprobs | None, str | None] | None, hidden: Tensor
+        self, row: Row, sampled: tuple[int, TokenLogprobs | None, Failure | None] | None, hidden: Tensor
     ) -> SampledRow:
         token, logprobs, error = sampled or (None, None, None if bool(torch.isfinite(hidden).all()) else NOT_FINITE)
         if error is not None:
@@ -96,7 +96,7 @@ class ModelRunner:
 
     def _sample(
         self, rows: list[Row], hidden: Tensor
-    ) -> tuple[list[int], list[TokenLogprobs | None], list[str | None]]:
+    ) -> tuple[list[int], list[TokenLogprobs | None], list[Failure | None]]:
         """The next token of each row, its log-probabilities if asked for, and why it cannot have one."""
         if not rows:
             return [], [], []
@@ -104,7 +104,7 @@ class ModelRunner:
         logits = self._decoder.logits(hidden).float()
         lowest, highest = logits.aminmax(dim=-1)
         finite = (torch.isfinite(lowest) & torch.isfinite(highest)).tolist()
-        errors: list[str | None] = [None if fine else NOT_FINITE for fine in finite]
+        errors: list[Failure | None] = [None if fine else NOT_FINITE for fine in finite]
         params = [slots.sampling[row.slot] for row in rows]
         row_slots = torch.tensor([row.slot for row in rows])
         positions = torch.tensor([row.start + row.num_tokens for row in rows])

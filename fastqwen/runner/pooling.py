@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastqwen.engine.executor import StepHandle
 from fastqwen.layers.decoder import Decoder
-from fastqwen.records import Row, SampledRow, StepOutput
+from fastqwen.records import Failure, Row, SampledRow, StepOutput
 
-NOT_FINITE = "the model computed values that are not finite numbers"
+NOT_FINITE = Failure("not_finite", "the model computed values that are not finite numbers")
 
 
 def last_vectors(decoder: Decoder, rows: list[Row], hidden: Tensor | None) -> Tensor | None:

@@ -13,7 +13,7 @@ import llguidance
 import torch
 from torch import Tensor
 
-from fastqwen.records import GRAMMAR_FAILED, Admission, Grammar
+from fastqwen.records import Admission, Failure, Grammar
 from fastqwen.runner.sampler import FORBIDDEN
 
 MAX_CACHED_GRAMMARS = 64
@@ -105,7 +105,7 @@ class StructuredOutput:
     def constrains(self, slot: int) -> bool:
         return slot in self._constraints
 
-    def mask(self, logits: Tensor, slots: Sequence[int]) -> dict[int, str]:
+    def mask(self, logits: Tensor, slots: Sequence[int]) -> dict[int, Failure]:
         """Forbid tokens in place, logits [rows, vocab]. Gives the rows that cannot go on, and why."""
         failed = {}
         for row, slot in enumerate(slots):
@@ -114,7 +114,8 @@ class StructuredOutput:
                 continue
             bits = constraint.mask()
             if constraint.error is not None:
-                failed[row] = f"{GRAMMAR_FAILED} {constraint.error.partition(chr(10))[0][:300]}"
+                why = constraint.error.partition("\n")[0][:300]
+                failed[row] = Failure("grammar", f"the grammar for structured output cannot be used: {why}")
                 continue
             allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
             flags = torch.zeros(logits.shape[1], dtype=torch.bool)

@@ -12,7 +12,7 @@ from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
 from fastqwen.server.answer.cache_story import CacheStory
-from fastqwen.server.answer.generation import Choice, Generation, Wishes, failure_of
+from fastqwen.server.answer.generation import Choice, Generation, Wishes
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.answer.thinking_guard import ThinkingWishes
 from fastqwen.server.dialects.completions import finite, prompt_logprobs_json
@@ -138,8 +138,6 @@ class Chat:
         num_left = len(generation.choices)
         async with aclosing(generation.pieces()) as pieces:
             async for index, piece in pieces:
-                if piece.finish_reason in ("error", "abort"):
-                    raise failure_of(piece)
                 if piece.parts is None and piece.logprobs is None and piece.finish_reason is None and not always_usage:
                     if piece.text:  # nearly all tokens of nearly all streams come through here
                         yield b'%b%d,"delta":{"content":%b},"finish_reason":null}]}\n\n' % (

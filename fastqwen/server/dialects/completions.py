@@ -11,7 +11,7 @@ from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.server.answer.cache_story import CacheStory
-from fastqwen.server.answer.generation import Generation, Wishes, failure_of
+from fastqwen.server.answer.generation import Generation, Wishes
 from fastqwen.server.answer.merge import gather, merge
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.grammars import answer_grammar
@@ -89,8 +89,6 @@ class Completion:
         sources = [one.pieces(number * self._n) for number, one in enumerate(self._generations)]
         async with aclosing(merge(sources)) as merged:
             async for index, piece in merged:
-                if piece.finish_reason in ("error", "abort"):
-                    raise failure_of(piece)
                 if plain and piece.finish_reason is None and index not in echo_left:
                     if piece.text:
                         yield b'%b%d,"text":%b,"logprobs":null,"finish_reason":null}]}\n\n' % (

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.answer.generation import Choice, Generation, failure_of
+from fastqwen.server.answer.generation import Choice, Generation
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Probability, as_chat
@@ -142,8 +142,6 @@ class Messages:
         writer = _BlockWriter()
         async with aclosing(generation.pieces()) as pieces:
             async for _, piece in pieces:
-                if piece.finish_reason in ("error", "abort"):
-                    raise failure_of(piece)
                 data = writer.write(piece.parts if piece.parts is not None else Parts(content=piece.text))
                 if data:
                     yield data

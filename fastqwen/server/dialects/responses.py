@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.answer.generation import failure_of
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Function, Probability, as_chat
@@ -189,8 +188,6 @@ class Responses:
         yield encoded("response.in_progress", response=self._head("in_progress", []))
         async with aclosing(self._chat.generation.pieces()) as pieces:
             async for _, piece in pieces:
-                if piece.finish_reason in ("error", "abort"):
-                    raise failure_of(piece)
                 parts = piece.parts if piece.parts is not None else Parts(content=piece.text)
                 data = b"".join(encoded(kind, **values) for kind, values in writer.write(parts))
                 if data:

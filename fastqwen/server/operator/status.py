@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from fastqwen.ipc.wire import Ready
+from fastqwen.client.engine import Ready
 from fastqwen.server.answer.state import ServerState
 from fastqwen.version import __version__
 
@@ -83,12 +83,12 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
     async def metrics() -> PlainTextResponse:
         ready = state.engine.ready
         state.metrics.comparison = [] if ready is None else ready.comparison
-        text = state.metrics.text(state.engine.stats, state.engine.num_restarts)
+        text = state.metrics.text(state.engine.stats(), state.engine.num_restarts)
         return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/admin/data")
     async def figures() -> dict[str, Any]:
-        engine, stats = state.engine, state.engine.stats
+        engine, stats = state.engine, state.engine.stats()
         plan = None if engine.ready is None else msgspec.to_builtins(engine.ready.plan)
         return {
             "running": stats.num_running,
