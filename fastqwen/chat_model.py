@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import random
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
 
-from fastqwen.client.assemble import Assembler
-from fastqwen.client.engine_thread import EngineThread
 from fastqwen.client.history import Messages, Turn, cut_history, to_messages
-from fastqwen.client.prepare import prepare
-from fastqwen.client.remote import RemoteServer
-from fastqwen.config import EngineConfig
-from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest, FastqwenError
-from fastqwen.hub import resolve
-from fastqwen.llm import LLM
+from fastqwen.client.partner import Partner
+from fastqwen.client.remote import RemotePartner
+from fastqwen.errors import BadConfig, BadRequest
 from fastqwen.records import SamplingParams
-from fastqwen.text.answer import prompt_opens_thinking
-from fastqwen.text.formats import derive_formats
-from fastqwen.text.load import SAMPLING_KEYS, own_generation_config
+from fastqwen.text.answer import Parts
+from fastqwen.text.load import SAMPLING_KEYS
 
 ROOM_FOR_ANSWER = 512  # tokens kept free of history where no max_tokens is given
 WITHOUT_USE_HERE = {"n", "logprobs", "prompt_logprobs", "detokenize", "structured_outputs"}
 OPTIONS = set(SamplingParams.__struct_fields__) - WITHOUT_USE_HERE
-PROMPT_END_TOKENS = 16  # enough to see whether a prompt ends with an opened thinking block
+UNKNOWN_LENGTH = 2**31  # of a server that does not tell: it refuses what is too long
 _CONTROL = re.compile(r"<\|[^|]*\|>")
 
 
@@ -48,11 +40,13 @@ class ChatModel:
             if options or tensor_parallel_size != 1:
                 given = ", ".join(sorted(options)) or "tensor_parallel_size"
                 raise BadConfig(f"{given}: a server has its own options, they cannot be set from here")
-            self._partner: _Partner = _Remote(model, api_key)
+            self._partner: Partner = RemotePartner(model, api_key)
         else:
             if tensor_parallel_size != 1:
                 raise BadConfig(f"tensor_parallel_size is {tensor_parallel_size}, but only 1 is supported so far")
-            self._partner = _Local(model, options)
+            from fastqwen.client.local_partner import LocalPartner
+
+            self._partner = LocalPartner(model, options)
 
     def chat(
         self,
@@ -80,7 +74,7 @@ class ChatModel:
         request = self._request(
             query, history, system, stop_words_ids, max_window_size, generation_config, chat_template_kwargs, sampling
         )
-        response = "".join(self._partner.answer(*request))
+        response = "".join(parts.content for parts in self._partner.answer(*request))
         return response, [*_checked(history), (query, response)]
 
     def chat_stream(
@@ -138,129 +132,22 @@ class ChatModel:
             _checked(history),
             query,
             system=system,
-            count_tokens=lambda messages, asks: partner.count_tokens(messages, asks, template_options),
+            count_tokens=lambda messages, asks: partner.count_tokens(
+                messages, template_options, add_generation_prompt=asks
+            ),
             window=window,
-            room=_room(partner.max_model_len, options.get("max_tokens")),
+            room=_room(partner.max_model_len or UNKNOWN_LENGTH, options.get("max_tokens")),
         )
         return to_messages(kept, system=system, query=query), options, template_options
 
 
-class _Partner(Protocol):
-    """Who answers: an engine in this process, or a server."""
-
-    max_model_len: int
-    generation_config: dict[str, Any]
-
-    def answer(
-        self, messages: Messages, options: dict[str, Any], template_options: dict[str, Any]
-    ) -> Generator[str, None, None]:
-        """Pieces of text. Closing the iterator ends the work."""
-
-    def count_tokens(self, messages: Messages, add_generation_prompt: bool, options: dict[str, Any]) -> int: ...
-
-    def text_of(self, token_ids: list[int]) -> str: ...
-
-    def close(self) -> None: ...
-
-
-class _Local:
-    def __init__(self, model: str, options: dict[str, Any]) -> None:
-        if options.get("skip_tokenizer_init"):
-            raise BadConfig("skip_tokenizer_init: a chat needs the tokenizer")
-        path = resolve(model, revision=options.get("revision"), weights=False)
-        chat_format = own_generation_config(path).get("chat_format", "chatml")
-        if chat_format != "chatml":
-            raise BadCheckpoint(
-                f"{path}: generation_config.json says chat_format {chat_format!r}, so this is no chat model; "
-                "use its Chat version, or LLM(...).generate to continue texts"
-            )
-        self._llm = LLM(model, **options)
-        assert self._llm.text is not None
-        self._text = self._llm.text
-        config: EngineConfig = self._llm.config
-        self._formats = derive_formats(
-            self._text.template, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
-        )
-        self._engine = EngineThread(self._llm.core, num_threads=config.num_threads)
-        self._ids = itertools.count()
-        self._seeds = random.Random(config.seed)  # noqa: S311 not a secret
-        self.max_model_len = self._llm.limits.max_model_len
-        self.generation_config = self._text.generation_config
-
-    def answer(
-        self, messages: Messages, options: dict[str, Any], template_options: dict[str, Any]
-    ) -> Generator[str, None, None]:
-        limits = self._llm.limits
-        sampling = SamplingParams(**{**self._text.default_sampling, "max_tokens": None, **options})
-        ids = self._llm.chat_token_ids(messages, **template_options)
-        requests = prepare(str(next(self._ids)), ids, sampling, limits, seeds=self._seeds)
-        assembler = Assembler(0, sampling, self._text.tokenizer, limits.stop_token_ids)
-        content = self._without_thinking(ids)
-        with contextlib.closing(self._engine.stream(requests)) as deltas:
-            for delta in deltas:
-                piece = assembler.feed(delta)
-                text = content(piece.text, piece.finish_reason is not None)
-                if text:
-                    yield text
-                if piece.error is not None:
-                    raise FastqwenError(piece.error)
-                if piece.finish_reason is not None:
-                    return
-
-    def _without_thinking(self, prompt_ids: list[int]) -> Callable[[str, bool], str]:
-        """From a piece of the answer, and whether it is the last, to its part outside thinking blocks."""
-        end = self._text.tokenizer.decode(prompt_ids[-PROMPT_END_TOKENS:])
-        parser = self._formats.parser(opened=self._formats.reasoning and prompt_opens_thinking(end))
-
-        def content(text: str, last: bool) -> str:
-            if parser is None:
-                return text
-            found = parser.push(text).content
-            return found + parser.finish().content if last else found
-
-        return content
-
-    def count_tokens(self, messages: Messages, add_generation_prompt: bool, options: dict[str, Any]) -> int:
-        return len(self._llm.chat_token_ids(messages, add_generation_prompt=add_generation_prompt, **options))
-
-    def text_of(self, token_ids: list[int]) -> str:
-        return self._text.tokenizer.decode(token_ids)
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-class _Remote:
-    """The server applies its model's sampling defaults; its window and answer length are not known here."""
-
-    def __init__(self, url: str, api_key: str | None) -> None:
-        self._server = RemoteServer(url, api_key)
-        self.max_model_len = self._server.max_model_len or 2**31
-        self.generation_config: dict[str, Any] = {}
-
-    def answer(
-        self, messages: Messages, options: dict[str, Any], template_options: dict[str, Any]
-    ) -> Generator[str, None, None]:
-        extra = {"chat_template_kwargs": template_options} if template_options else {}
-        yield from self._server.chat(messages, {**options, **extra})
-
-    def count_tokens(self, messages: Messages, add_generation_prompt: bool, options: dict[str, Any]) -> int:
-        extra = {"chat_template_kwargs": options} if options else {}
-        return self._server.count_tokens(messages, add_generation_prompt=add_generation_prompt, **extra)
-
-    def text_of(self, token_ids: list[int]) -> str:
-        return self._server.text_of(token_ids)
-
-    def close(self) -> None:
-        self._server.close()
-
-
-def _growing(pieces: Generator[str, None, None]) -> Generator[str, None, None]:
+def _growing(answer: Generator[Parts, None, None]) -> Generator[str, None, None]:
     text = ""
-    with contextlib.closing(pieces):
-        for piece in pieces:
-            text += piece
-            yield text
+    with contextlib.closing(answer):
+        for parts in answer:
+            text += parts.content
+            if parts.content:
+                yield text
 
 
 def _checked(history: Sequence[Turn] | None) -> list[Turn]:
@@ -304,7 +191,7 @@ def _sampling(own: Mapping[str, Any], given: dict[str, Any], named: dict[str, An
     return options
 
 
-def _add_stops(options: dict[str, Any], stop_words_ids: Sequence[Sequence[int]], partner: _Partner) -> None:
+def _add_stops(options: dict[str, Any], stop_words_ids: Sequence[Sequence[int]], partner: Partner) -> None:
     """A single token stops by its id; a sequence by its text, which may also come from other tokens."""
     strings, ids = options.get("stop") or [], list(options.get("stop_token_ids") or [])
     strings = [strings] if isinstance(strings, str) else list(strings)

@@ -19,6 +19,7 @@ import msgspec
 from fastqwen.errors import BadRequest
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+FailureKind = Literal["grammar", "not_finite", "gone", "closed"]
 Pooling = Literal["last"]
 
 MAX_STOP_STRINGS = 16
@@ -111,7 +112,7 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
             self.stop = []
         if isinstance(self.stop, str):
             self.stop = [self.stop]
-        self._check()
+        self.check()
 
     @property
     def stop_strings(self) -> list[str]:
@@ -121,7 +122,8 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
     def for_engine(self) -> Sampling:
         return Sampling(**{name: getattr(self, name) for name in Sampling.__struct_fields__})
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises BadRequest. Fields can be set one by one, so this is asked again before a request is made of them."""
         _within("n", self.n, 1, MAX_N)
         _within("temperature", self.temperature, 0.0, 100.0)
         _within("top_k", self.top_k, -1, 2**31 - 1)
@@ -162,8 +164,6 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
                 _within("logit_bias", bias, -100.0, 100.0)
 
 
-# An error that begins like this is about the grammar, which passed its check and turned out too large when it was used.
-GRAMMAR_FAILED = "the grammar for structured output cannot be used:"
 GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less than this would only overflow
 
 
@@ -246,6 +246,17 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top_logprobs: list[float]
 
 
+class Failure(msgspec.Struct, frozen=True, gc=False):
+    """Why a request ended without its answer: the kind is for programs, the message for people.
+
+    grammar: the request's own grammar cannot be used. not_finite: the model's numbers broke. gone: the engine ended while
+    the request was running. closed: the engine was shut down, or its user closed it.
+    """
+
+    kind: FailureKind
+    message: str
+
+
 class SampledRow(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     """``token_ids`` are those that hold, at most the row's num_logits: what was computed behind them is taken back."""
 
@@ -254,7 +265,7 @@ class SampledRow(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored
     embedding: bytes | None = None  # float32, little-endian, of length 1
-    error: str | None = None
+    error: Failure | None = None
 
 
 class StepOutput(msgspec.Struct, kw_only=True, frozen=True):
@@ -271,6 +282,6 @@ class RequestDelta(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    error: str | None = None
+    error: Failure | None = None
     num_cached_tokens: int = 0
     embedding: bytes | None = None  # as in SampledRow; comes with the finish_reason

@@ -19,11 +19,12 @@ from fastqwen.benchmark.machine import Machine
 from fastqwen.benchmark.report import commit, shares, table
 from fastqwen.benchmark.serve import quantile, summary
 from fastqwen.benchmark.work import Needs, Span, decode_step, prefill, span
+from fastqwen.client.local_engine import LocalEngine
 from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.models import read_config
 from fastqwen.plot import check_plot, save_plot
 from fastqwen.version import __version__
-from tests.engine.fakes import make_engine, request
+from tests.engine.fakes import READY, make_engine, request
 from tests.models.tiny import MOE, make
 from tests.server.live import ROOT, environment, one_line, run
 
@@ -72,12 +73,11 @@ def test_latency(config_only: Path, tmp_path: Path):
 
 
 def test_the_hosts_work_is_what_a_step_takes_when_the_device_is_idle():
-    engine, executor = make_engine(run_ahead=2)
-    for name in "abc":
-        engine.add(request(name, 10, 6))
+    core, executor = make_engine(run_ahead=2)
+    stream = LocalEngine(core, READY).stream([request(name, 10, 6) for name in "abc"])
     asked = []
-    assert host_ms(engine, lambda: asked.append(len(executor.batches))) > 0
-    assert not engine.has_work and len(asked) >= 6, "the device was waited for before each step"
+    assert host_ms(stream, lambda: asked.append(len(executor.batches))) > 0
+    assert not core.has_work and len(asked) >= 6, "the device was waited for before each step"
 
 
 def test_throughput(config_only: Path):

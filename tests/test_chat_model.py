@@ -19,11 +19,13 @@ import pytest
 
 import fastqwen
 from fastqwen import ChatModel
-from fastqwen.client import engine_thread
+from fastqwen.client.engine_thread import FAILED
 from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest, EngineGone, FastqwenError
-from fastqwen.records import RequestDelta
+from fastqwen.text.answer import Parts
+from tests.engine.fakes import scripted
 from tests.models.tiny import make_qwen1
 
+END_OF_TURN = 151645
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
 CHAT_CONFIG = {"chat_format": "chatml", "eos_token_id": 151643, "top_k": 0, "top_p": 0.8, "repetition_penalty": 1.1}
 
@@ -77,10 +79,10 @@ def prompt_text(model: ChatModel, monkeypatch: pytest.MonkeyPatch, **arguments: 
     """What the model is shown for these arguments."""
     partner: Any = model._partner
     seen: list[Any] = []
-    monkeypatch.setattr(partner, "answer", lambda *request: seen.append(request) or iter(["ok"]))
+    monkeypatch.setattr(partner, "answer", lambda *request: seen.append(request) or iter([Parts(content="ok")]))
     model.chat(**arguments)
     monkeypatch.undo()
-    return partner.text_of(partner._llm.chat_token_ids(seen[0][0]))
+    return partner.text_of(partner._model.chat_token_ids(seen[0][0]))
 
 
 def dialogue(model: ChatModel, *queries: str, **options: Any) -> list[tuple[str, str]]:
@@ -128,7 +130,7 @@ def test_history_is_cut_by_whole_turns(local: ChatModel, monkeypatch: pytest.Mon
 
 def _count(model: ChatModel, history: list[tuple[str, str]]) -> int:
     messages = fastqwen.chat_model.to_messages(history, system="s")
-    return model._partner.count_tokens(messages, False, {})
+    return model._partner.count_tokens(messages, add_generation_prompt=False)
 
 
 def test_history_never_fills_the_context(local: ChatModel):
@@ -172,7 +174,7 @@ def test_a_stream_that_is_left_ends_its_work(local: ChatModel):
     stream = local.chat_stream("Hi", temperature=0.0, max_tokens=400, ignore_eos=True)
     next(iter(stream))
     stream.close()  # type: ignore[attr-defined]
-    core = local._partner._llm.core
+    core = local._partner._model.core
     deadline_s = time.monotonic() + 10
     while core.has_work and time.monotonic() < deadline_s:
         time.sleep(0.01)
@@ -212,20 +214,14 @@ def test_one_token_stops_by_its_id(kind: str, request: pytest.FixtureRequest):
 
 
 @pytest.mark.parametrize(("opening", "text"), [("", "<think>\nhm"), ("<think>\n", "hm")])
-def test_thinking_is_left_out(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, opening: str, text: str):
+def test_thinking_is_left_out(checkpoint: Path, opening: str, text: str):
     """The engine is told what to write: first thoughts, then the answer."""
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{# </think> #}" + opening
     with ChatModel(str(checkpoint), chat_template=template) as model:
         partner: Any = model._partner
-        ids = partner._text.tokenizer.encode_plain(text + "</think>\n\nHello there")
+        ids = [*partner._text.tokenizer.encode_plain(text + "</think>\n\nHello there"), END_OF_TURN]
 
-        def stream(requests: list[Any]) -> Iterator[RequestDelta]:
-            name = requests[0].request_id
-            for index, token_id in enumerate(ids):
-                end = "length" if index == len(ids) - 1 else None
-                yield RequestDelta(request_id=name, token_ids=[token_id], finish_reason=end)
-
-        monkeypatch.setattr(partner._engine, "stream", stream)
+        partner.engine = scripted(ids)
         assert model.chat("Hi")[0] == "Hello there"
         assert list(model.chat_stream("Hi")) == ["Hello", "Hello there"]
 
@@ -310,9 +306,9 @@ def test_closing_and_failing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(EngineGone, match="closed"):
         model.chat("Hi")
     broken = ChatModel(str(checkpoint))
-    monkeypatch.setattr(broken._partner._llm.core, "step", lambda: 1 / 0)
+    monkeypatch.setattr(broken._partner._model.core, "step", lambda: 1 / 0)
     for _ in range(2):
-        with pytest.raises(FastqwenError, match=engine_thread.FAILED):
+        with pytest.raises(FastqwenError, match=FAILED.message):
             broken.chat("Hi")
     assert "ZeroDivisionError" in caplog.text
     broken.close()

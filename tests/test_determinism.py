@@ -113,7 +113,7 @@ def test_the_same_whatever_runs_beside_it(
         assert answers(llm, order) == alone
         if options.get("enable_prefix_caching", True):
             assert answers(llm, order) == alone  # now most of each prompt comes from the cache
-            stats = llm._engine.core.stats()
+            stats = llm.stats()
             assert stats.prefix_hits_tokens > 0.3 * stats.prefix_queries_tokens
     finally:
         torch.set_num_threads(threads)
@@ -121,9 +121,9 @@ def test_the_same_whatever_runs_beside_it(
 
 @pytest.mark.parametrize("prompts_first", [True, False])
 def test_the_same_after_being_pushed_out(folder: Path, alone: list[tuple[Any, ...]], prompts_first: bool):
-    plan = engine(folder)._engine.plan
+    plan = engine(folder).plan
     room = 40 * 8 * plan.kv_bytes_per_token
     few = {"block_size": 8, "kv_cache_memory_bytes": room, "max_model_len": 256}
     llm = engine(folder, **few, prompts_first=prompts_first)
     assert answers(llm, SHUFFLED) == alone
-    assert llm._engine.core.stats().num_preemptions > 0
+    assert llm.stats().num_preemptions > 0

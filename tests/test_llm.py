@@ -34,9 +34,8 @@ def demo(demo_gguf: Path) -> LLM:
 
 
 def is_empty(llm: LLM) -> bool:
-    core = llm._engine.core
-    core.step()  # idle: the audit looks for anything that was left behind
-    return not core.has_work and core.stats().kv_usage == 0
+    llm.engine.core.step()  # idle: the audit looks for anything that was left behind
+    return not llm.engine.has_work and llm.stats().kv_usage == 0
 
 
 def test_public_names():
@@ -185,14 +184,14 @@ def test_the_bar_counts_prompts(llm: LLM, capsys: pytest.CaptureFixture[str]):
 def test_priority_runs_first(folder: Path):
     llm = LLM(str(folder), dtype="float32", skip_tokenizer_init=True, max_num_seqs=1)
     order: list[str] = []
-    original = llm._engine.core.step
+    original = llm.engine.core.step
 
     def step() -> Any:
         deltas = original()
         order.extend(delta.request_id for delta in deltas if delta.finish_reason)
         return deltas
 
-    llm._engine.core.step = step  # type: ignore[method-assign]
+    llm.engine.core.step = step  # type: ignore[method-assign]
     outputs = llm.generate(
         [prompt(3), prompt(4), prompt(5)], SamplingParams(max_tokens=2), priority=[2, 1, 0], use_tqdm=False
     )
@@ -200,7 +199,7 @@ def test_priority_runs_first(folder: Path):
 
 
 def test_ctrl_c_leaves_an_empty_engine(llm: LLM):
-    core = llm._engine.core
+    core = llm.engine.core
     original, steps = core.step, iter(range(5))
 
     def interrupted() -> Any:

@@ -14,15 +14,16 @@ import torch
 from fastqwen.benchmark.machine import Machine, measure, synchronize
 from fastqwen.benchmark.report import describe, finish, percent, shares, table
 from fastqwen.benchmark.work import decode_step, prefill, random_ids
+from fastqwen.client.engine import BlockingStream
+from fastqwen.client.local_engine import LocalEngine
+from fastqwen.client.model import LoadedModel
 from fastqwen.config import EngineConfig
-from fastqwen.engine.core import EngineCore
 from fastqwen.errors import BadConfig
 from fastqwen.hub import resolve
 from fastqwen.plan import choose_dtype
 from fastqwen.plot import save_plot
 from fastqwen.records import EngineRequest, SamplingParams
 from fastqwen.runner.device import choose_device, device_facts
-from fastqwen.runner.start import Engine, start_engine
 from fastqwen.weights.checkpoint import open_checkpoint
 
 
@@ -68,10 +69,11 @@ class Bench:
 
     def __init__(self, config: EngineConfig) -> None:
         self.machine = machine_for(config)
-        path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
         start_s = time.perf_counter()
-        self._engine: Engine = start_engine(config, path)
+        loaded = LoadedModel(config)
         self.load_s = time.perf_counter() - start_s
+        self._engine = LocalEngine(loaded.core, loaded.ready)
+        self._model, self._plan = loaded.ready.model, loaded.ready.plan
         self._device = choose_device(config)
         self._random = random.Random(config.seed or 0)  # noqa: S311 not a secret
         self._count = 0
@@ -86,7 +88,7 @@ class Bench:
             times.append((self._run(batch, input_len, 1 + output_len) - first_s) / output_len)
         step_s = statistics.median(times)
         context = input_len + output_len / 2
-        needs = decode_step(self._engine.model, self._engine.plan.dtype, batch=batch, context_tokens=context)
+        needs = decode_step(self._model, self._plan.dtype, batch=batch, context_tokens=context)
         return {
             "work": f"decode, {batch} at {input_len}+{output_len} tokens",
             "batch": batch,
@@ -100,14 +102,14 @@ class Bench:
         """None where the host computes the step itself."""
         if self._device.type != "cuda":
             return None
-        self._add(batch, input_len, 1 + output_len)
-        return host_ms(self._engine.core, lambda: synchronize(self._device))
+        with self._begin(batch, input_len, 1 + output_len) as stream:
+            return host_ms(stream, lambda: synchronize(self._device))
 
     def prefill(self, batch: int, tokens: int, iters: int) -> dict[str, Any]:
-        self._fits(min(batch, self._engine.plan.max_num_seqs), tokens + 1)
+        self._fits(min(batch, self._plan.max_num_seqs), tokens + 1)
         self._run(1, tokens, 1)
         prefill_s = statistics.median(self._run(batch, tokens, 1) for _ in range(iters))
-        needs = prefill(self._engine.model, self._engine.plan.dtype, batch=batch, tokens=tokens)
+        needs = prefill(self._model, self._plan.dtype, batch=batch, tokens=tokens)
         return {
             "work": f"prefill, {batch} x {tokens} tokens",
             "batch": batch,
@@ -117,7 +119,7 @@ class Bench:
         }
 
     def _fits(self, batch: int, tokens: int) -> None:
-        plan = self._engine.plan
+        plan = self._plan
         room = plan.num_blocks * plan.block_size
         if tokens > plan.max_model_len or batch > plan.max_num_seqs or batch * tokens > room:
             raise BadConfig(
@@ -127,41 +129,40 @@ class Bench:
 
     def _run(self, batch: int, input_len: int, output_len: int) -> float:
         """Seconds until all sequences have their tokens."""
-        core = self._engine.core
-        self._add(batch, input_len, output_len)
-        synchronize(self._device)
-        start_s = time.perf_counter()
-        while core.has_work:
-            core.step()
-        synchronize(self._device)
-        return time.perf_counter() - start_s
+        with self._begin(batch, input_len, output_len) as stream:
+            synchronize(self._device)
+            start_s = end_s = time.perf_counter()
+            for _ in stream:
+                end_s = time.perf_counter()
+        return end_s - start_s
 
-    def _add(self, batch: int, input_len: int, output_len: int) -> None:
-        core, vocab = self._engine.core, self._engine.model.vocab_size
+    def _begin(self, batch: int, input_len: int, output_len: int) -> BlockingStream:
+        requests = []
         for _ in range(batch):
             self._count += 1
-            core.add(
+            requests.append(
                 EngineRequest(
                     request_id=str(self._count),
-                    prompt_token_ids=random_ids(self._random, input_len, vocab),
+                    prompt_token_ids=random_ids(self._random, input_len, self._model.vocab_size),
                     sampling=SamplingParams(temperature=0.0),
                     stop_token_ids=[],
                     max_tokens=output_len,
                     seed=0,
                 )
             )
+        return self._engine.stream(requests)
 
 
-def host_ms(core: EngineCore, synchronize: Callable[[], None]) -> float:
-    """Milliseconds of the host's work in a step, the median until the engine is empty.
+def host_ms(stream: BlockingStream, synchronize: Callable[[], None]) -> float:
+    """Milliseconds of the host's work in a step that gives tokens, the median of a stream of LocalEngine's.
 
     Each step is begun when the device has nothing left to do, so nothing in it waits for the device. As long as this is less
     than a whole step takes, the host, which is a step ahead, costs nothing.
     """
-    spent_s = []
-    while core.has_work:
+    spent_s: list[float] = []
+    while True:
         synchronize()
         start_s = time.perf_counter()
-        core.step()
+        if next(stream, None) is None:
+            return statistics.median(spent_s) * 1e3
         spent_s.append(time.perf_counter() - start_s)
-    return statistics.median(spent_s) * 1e3

@@ -34,10 +34,8 @@ def chat(
     Inside: /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.
     """
     from fastqwen.terminal.chat_loop import run
-    from fastqwen.terminal.session import LocalModel, RemoteModel
+    from fastqwen.terminal.session import partner_for
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
-    is_url = model.startswith(("http://", "https://"))
-    backend = RemoteModel(model, api_key) if is_url else LocalModel(model, engine)
-    raise typer.Exit(run(backend, prompt=prompt, system=system, options=given))
+    raise typer.Exit(run(partner_for(model, engine, api_key), prompt=prompt, system=system, options=given))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.records import FinishReason, RequestDelta, SamplingParams, TokenLogprobs
+from fastqwen.records import Failure, FinishReason, RequestDelta, SamplingParams, TokenLogprobs
 from fastqwen.text.answer import Parts
 from fastqwen.text.detokenizer import Detokenizer
 from fastqwen.text.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ class Piece(msgspec.Struct, gc=False):  # one is made for each token: a dataclas
     prompt_logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    error: str | None = None
+    error: Failure | None = None
     abort: bool = False
     parts: Parts | None = None  # the text by its meaning, where the answer is parsed
 

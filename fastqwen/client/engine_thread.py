@@ -6,72 +6,62 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
-from fastqwen.engine.core import EngineCore
+from fastqwen.client.engine import BlockingStream, Deltas, Ready, State, Stream
+from fastqwen.client.local_engine import LocalEngine
+from fastqwen.engine.core import EngineCore, EngineStats
 from fastqwen.errors import EngineGone
-from fastqwen.records import EngineRequest, RequestDelta
+from fastqwen.records import EngineRequest, Failure
 
 log = logging.getLogger(__name__)
 
 STOP_WITHIN_S = 10.0
+CLOSED = Failure("closed", "the model was closed")
+FAILED = Failure("gone", "the engine failed, its log says why; load the model again")
 
-
-@dataclass(frozen=True)
-class _Add:
-    requests: list[EngineRequest]
-    reader: queue.SimpleQueue[RequestDelta]
-
-
-@dataclass(frozen=True)
-class _Abort:
-    request_ids: set[str]
-
-
-class _Stop:
-    """Ends the thread."""
-
-
-_Commands = queue.SimpleQueue[_Add | _Abort | _Stop]
+_Commands = queue.SimpleQueue[Callable[[], None] | None]  # None: stop
 
 
 class EngineThread:
     """Nobody else may step ``core``. The thread ends with ``close``, with this object, or with the program."""
 
-    def __init__(self, core: EngineCore, *, num_threads: int | None = None) -> None:
+    def __init__(self, core: EngineCore, ready: Ready, *, num_threads: int | None = None) -> None:
+        self.ready = ready
+        self._engine = LocalEngine(core, ready)
         self._commands: _Commands = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
         thread = threading.Thread(
-            target=_run, args=(core, self._commands, num_threads), name="fastqwen-engine", daemon=True
+            target=_run, args=(self._engine, self._commands, num_threads), name="fastqwen-engine", daemon=True
         )
         thread.start()
         self._finalizer = weakref.finalize(self, _stop, self._commands, thread)
 
-    def stream(self, requests: list[EngineRequest]) -> Generator[RequestDelta, None, None]:
-        """Deltas of these requests until each has had its last. Closing the iterator early aborts the rest.
+    @property
+    def state(self) -> State:
+        return self._engine.state
 
-        Raises EngineGone after ``close``.
-        """
-        reader: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
-        running = {request.request_id for request in requests}
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def stream(self, requests: list[EngineRequest]) -> BlockingStream:
+        return _ThreadStream(self, requests)
+
+    def submit(self, stream: Stream, requests: list[EngineRequest]) -> None:
         with self._lock:
             if self._closed:
-                raise EngineGone("the model was closed")
-            self._commands.put(_Add(requests, reader))
-        try:
-            while running:
-                delta = reader.get()
-                if delta.finish_reason is not None:
-                    running.discard(delta.request_id)
-                yield delta
-        finally:
-            if running:
-                self._commands.put(_Abort(running))
+                raise EngineGone(CLOSED.message)
+            self._commands.put(partial(self._engine.submit, stream, requests))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        self._commands.put(partial(self._engine.abort, request_ids))
+
+    def leave(self, request_ids: list[str]) -> None:
+        self._commands.put(partial(self._engine.leave, request_ids))
 
     def close(self) -> None:
         """What is running is aborted. Closing twice does nothing."""
@@ -80,65 +70,44 @@ class EngineThread:
         self._finalizer()
 
 
+class _ThreadStream(BlockingStream):
+    def __init__(self, engine: EngineThread, requests: list[EngineRequest]) -> None:
+        self._news = threading.Event()
+        super().__init__(engine, requests, self._wait_for_news)
+
+    def put(self, deltas: Deltas, num_ended: int) -> None:
+        super().put(deltas, num_ended)
+        self._news.set()
+
+    def _wait_for_news(self) -> None:
+        self._news.wait()
+        self._news.clear()
+
+
 def _stop(commands: _Commands, thread: threading.Thread) -> None:
-    commands.put(_Stop())
+    commands.put(None)
     thread.join(STOP_WITHIN_S)
 
 
-def _run(core: EngineCore, commands: _Commands, num_threads: int | None) -> None:
+def _run(engine: LocalEngine, commands: _Commands, num_threads: int | None) -> None:
     if num_threads is not None:
         torch.set_num_threads(num_threads)  # a setting of the thread, for OpenMP
-    readers: dict[str, queue.SimpleQueue[RequestDelta]] = {}
-    try:
-        while _take(core, commands, readers):
-            for delta in core.step():
-                _deliver(readers, delta)
-            if not core.has_work:
-                core.step()  # idle: audits that no block was left behind
-        _end(readers, "abort", "the model was closed")
-    except BaseException:
-        log.exception("the engine failed")
-        _end(readers, "error", FAILED)
-        _refuse(commands)
+    while True:
+        try:
+            if not _obey(engine, commands):
+                break
+            engine.step()
+        except BaseException:
+            log.exception("the engine failed")
+            engine.end(FAILED)
+    engine.end(CLOSED)
 
 
-FAILED = "the engine failed, its log says why; load the model again"
-
-
-def _take(core: EngineCore, commands: _Commands, readers: dict[str, queue.SimpleQueue[RequestDelta]]) -> bool:
+def _obey(engine: LocalEngine, commands: _Commands) -> bool:
     """Carry out what waits, and wait while there is nothing to compute. False: stop."""
-    while not core.has_work or not commands.empty():
+    while not engine.has_work or not commands.empty():
         command = commands.get()
-        if isinstance(command, _Stop):
+        if command is None:
             return False
-        if isinstance(command, _Abort):
-            for request_id in command.request_ids:
-                readers.pop(request_id, None)
-                core.abort(request_id)
-            continue
-        for request in command.requests:
-            readers[request.request_id] = command.reader
-            core.add(request)
+        command()
     return True
-
-
-def _deliver(readers: dict[str, queue.SimpleQueue[RequestDelta]], delta: RequestDelta) -> None:
-    reader = readers.get(delta.request_id)
-    if reader is None:
-        return  # its reader has left
-    reader.put(delta)
-    if delta.finish_reason is not None:
-        del readers[delta.request_id]
-
-
-def _end(readers: dict[str, queue.SimpleQueue[RequestDelta]], reason: Literal["abort", "error"], error: str) -> None:
-    for request_id, reader in readers.items():
-        reader.put(RequestDelta(request_id=request_id, finish_reason=reason, error=error))
-    readers.clear()
-
-
-def _refuse(commands: _Commands) -> None:
-    """Answer what still comes after a failure, until somebody closes."""
-    while not isinstance(command := commands.get(), _Stop):
-        if isinstance(command, _Add):
-            _end({request.request_id: command.reader for request in command.requests}, "error", FAILED)

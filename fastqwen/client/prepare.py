@@ -40,6 +40,7 @@ def check_prompt(token_ids: list[int], limits: ModelLimits) -> None:
 
 
 def check_sampling(sampling: SamplingParams, limits: ModelLimits) -> None:
+    sampling.check()
     for token_id in [*(sampling.logit_bias or ()), *sampling.stop_token_ids]:
         if not 0 <= token_id < limits.vocab_size:
             field = "stop_token_ids" if token_id in sampling.stop_token_ids else "logit_bias"

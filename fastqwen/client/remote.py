@@ -1,20 +1,22 @@
-"""An OpenAI-compatible server, as seen by our own commands and by ChatModel."""
+"""An OpenAI-compatible server as a conversation's other side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import msgspec
 
+from fastqwen.client.history import Messages
 from fastqwen.errors import BadRequest, FastqwenError
+from fastqwen.text.answer import Parts
 
 CONNECT_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 600.0
 
 
-class RemoteServer:
-    """Safe for many threads. Raises BadRequest for what the server refuses, FastqwenError where it does not answer."""
+class RemotePartner:
+    """Raises BadRequest for what the server refuses, FastqwenError where it does not answer."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         import httpx
@@ -29,10 +31,11 @@ class RemoteServer:
             raise FastqwenError(f"{url} is not an address: {error}") from None
         try:
             model = self._json("GET", "/v1/models", None)["data"][0]
-            self.model = str(model["id"])
+            self.name = str(model["id"])
         except (KeyError, IndexError, TypeError):
             raise FastqwenError(f"the server at {self.url} lists no model: is it an OpenAI-compatible one?") from None
         self.max_model_len: int | None = model.get("max_model_len")
+        self.generation_config: dict[str, Any] = {}
 
     def loading_share(self) -> float | None:
         """How much of the model is loaded while it cannot answer; None once it can, or where the server does not tell."""
@@ -45,17 +48,12 @@ class RemoteServer:
             return None
         return float(body.get("progress") or 0) if body.get("status") in ("loading", "restarting") else None
 
-    def chat(
-        self,
-        messages: list[dict[str, Any]],
-        options: dict[str, Any],
-        *,
-        on_thought: Callable[[str], None] | None = None,
-    ) -> Generator[str, None, None]:
-        """Pieces of the answer's text. Closing the iterator stops the server's work."""
+    def answer(
+        self, messages: Messages, options: dict[str, Any], template_options: dict[str, Any] | None = None
+    ) -> Generator[Parts, None, None]:
         import httpx
 
-        body = {"model": self.model, "messages": messages, "stream": True, **options}
+        body = {"model": self.name, "messages": messages, "stream": True, **options, **_for_template(template_options)}
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
@@ -63,16 +61,17 @@ class RemoteServer:
                     raise _error_of(response)
                 for line in response.iter_lines():
                     for delta in deltas_of_line(line):
-                        thought = delta.reasoning_content or delta.reasoning
-                        if thought and on_thought is not None:
-                            on_thought(thought)
-                        if delta.content:
-                            yield delta.content
+                        parts = Parts(delta.reasoning_content or delta.reasoning or "", delta.content or "")
+                        if parts:
+                            yield parts
         except httpx.HTTPError as error:
             raise self._silent(error) from None
 
-    def count_tokens(self, messages: list[dict[str, Any]], **options: Any) -> int:
-        return int(self._json("POST", "/tokenize", {"messages": messages, **options})["count"])
+    def count_tokens(
+        self, messages: Messages, template_options: dict[str, Any] | None = None, *, add_generation_prompt: bool = True
+    ) -> int:
+        body = {"messages": messages, "add_generation_prompt": add_generation_prompt, **_for_template(template_options)}
+        return int(self._json("POST", "/tokenize", body)["count"])
 
     def text_of(self, token_ids: list[int]) -> str:
         return str(self._json("POST", "/detokenize", {"tokens": token_ids})["prompt"])
@@ -96,6 +95,10 @@ class RemoteServer:
 
     def _silent(self, error: Exception) -> FastqwenError:
         return FastqwenError(f"the server at {self.url} does not answer: {error or type(error).__name__}")
+
+
+def _for_template(options: dict[str, Any] | None) -> dict[str, Any]:
+    return {"chat_template_kwargs": options} if options else {}
 
 
 class Delta(msgspec.Struct):

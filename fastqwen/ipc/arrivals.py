@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from fastqwen.records import EngineRequest, RequestDelta
+from fastqwen.records import EngineRequest, Failure, RequestDelta
 
 if TYPE_CHECKING:
     from fastqwen.runner.structured import GrammarCompiler
 
 COMPILING_WAIT_MS = 2
-NO_GRAMMARS = "this engine cannot constrain answers: it has no tokenizer"
+NO_GRAMMARS = Failure("grammar", "this engine cannot constrain answers: it has no tokenizer")
 
 
 class Arrivals:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fastqwen.runner.start import Engine
 
+from fastqwen.client.engine import Ready
 from fastqwen.engine.core import EngineCore
 from fastqwen.errors import FastqwenError
 from fastqwen.ipc import wire
@@ -83,7 +84,7 @@ def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> En
     except FastqwenError as error:
         socket.send(wire.encode(wire.Failed(str(error))))
         return None
-    socket.send(wire.encode(wire.Ready(engine.plan, engine.model, engine.comparison)))
+    socket.send(wire.encode(Ready(engine.plan, engine.model, engine.comparison)))
     return engine
 
 

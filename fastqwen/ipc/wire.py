@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from fastqwen.client.engine import Ready
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineStats
-from fastqwen.model_config import ModelConfig
-from fastqwen.plan import EnginePlan, Line
 from fastqwen.records import EngineRequest, RequestDelta
 
 
@@ -27,12 +26,6 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 class Loading(msgspec.Struct, frozen=True, tag=True):
     done: int
     total: int
-
-
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    plan: EnginePlan
-    model: ModelConfig
-    comparison: list[Line] = []  # planned on paper against measured
 
 
 class Deltas(msgspec.Struct, frozen=True, tag=True):

@@ -13,7 +13,7 @@ from fastqwen.kernels import StateRoom
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
-from fastqwen.records import ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.records import Failure, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner import sampler
 from fastqwen.runner.choices import Choice, adjust, choices_of
 from fastqwen.runner.device import TORCH_DTYPES
@@ -83,7 +83,7 @@ class ModelRunner:
         """Sample, and look for rows that failed: hidden [tokens, hidden], row after row"""
         choices, start = choices_of(batch.rows), 0
         places: list[int] = []
-        errors: dict[int, str] = {}
+        errors: dict[int, Failure] = {}
         reported: dict[int, list[TokenLogprobs]] = {}
         for index, row in enumerate(batch.rows):
             part = hidden[start : start + row.num_tokens]
@@ -104,7 +104,7 @@ class ModelRunner:
         tokens = self._sample(logits, choices, errors)
         return step_output(batch, tokens, logprobs=logprobs.of(tokens), prompt_logprobs=reported, errors=errors)
 
-    def _sample(self, logits: Tensor, choices: list[Choice], errors: dict[int, str]) -> list[int]:
+    def _sample(self, logits: Tensor, choices: list[Choice], errors: dict[int, Failure]) -> list[int]:
         """logits float32 [choices, vocab], changed in place; rows whose grammar fails are added to ``errors``"""
         slots = self.slots
         adjust(logits, choices, slots)

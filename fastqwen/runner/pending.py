@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastqwen.kernels.triton import step
 from fastqwen.layers.decoder import Decoder
-from fastqwen.records import Row, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.records import Failure, Row, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.choices import Choice, adjust
 from fastqwen.runner.logprobs import ChosenLogprobs, prompt_logprobs
 from fastqwen.runner.results import NOT_FINITE, step_output
@@ -30,7 +30,7 @@ class Extras:
         slots: Slots,
     ) -> None:
         """hidden [tokens, hidden], logits [choices, vocab] as the model left them"""
-        self.errors: dict[int, str] = {}
+        self.errors: dict[int, Failure] = {}
         self.choices = choices
         self.logprobs = ChosenLogprobs(logits, choices, slots)
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-from fastqwen.records import SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.records import Failure, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 
-NOT_FINITE = "the model computed values that are not finite numbers"
+NOT_FINITE = Failure("not_finite", "the model computed values that are not finite numbers")
 
 
 def step_output(
@@ -16,7 +16,7 @@ def step_output(
     *,
     logprobs: Mapping[int, TokenLogprobs],
     prompt_logprobs: Mapping[int, list[TokenLogprobs]],
-    errors: Mapping[int, str],
+    errors: Mapping[int, Failure],
 ) -> StepOutput:
     """``tokens`` are one for each logits of the step, ``logprobs`` by their places; the others by the row's place."""
     rows = []

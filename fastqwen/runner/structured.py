@@ -13,7 +13,7 @@ import llguidance
 import torch
 from torch import Tensor
 
-from fastqwen.records import GRAMMAR_FAILED, Admission, Grammar
+from fastqwen.records import Admission, Failure, Grammar
 from fastqwen.runner.choices import Choice
 from fastqwen.runner.sampler import FORBIDDEN
 
@@ -106,7 +106,7 @@ class StructuredOutput:
     def constrains(self, slot: int) -> bool:
         return slot in self._constraints
 
-    def mask(self, logits: Tensor, choices: Sequence[Choice], errors: dict[int, str]) -> None:
+    def mask(self, logits: Tensor, choices: Sequence[Choice], errors: dict[int, Failure]) -> None:
         """Forbid tokens in place, logits [choices, vocab]. Rows that cannot go on are added to ``errors``, with the reason.
 
         A row with a grammar has one choice in a step: the next one depends on it.
@@ -117,7 +117,8 @@ class StructuredOutput:
                 continue
             bits = constraint.mask()
             if constraint.error is not None:
-                failure = f"{GRAMMAR_FAILED} {constraint.error.partition(chr(10))[0][:300]}"
+                why = constraint.error.partition("\n")[0][:300]
+                failure = Failure("grammar", f"the grammar for structured output cannot be used: {why}")
                 errors.setdefault(choice.row, failure)
                 continue
             allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1

@@ -14,11 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastqwen.client.engine import Ready
 from fastqwen.config import EngineConfig
 from fastqwen.errors import FastqwenError
 from fastqwen.hub import resolve
-from fastqwen.ipc.engine_client import ENGINE_COMMAND, EngineClient
-from fastqwen.ipc.wire import Ready
+from fastqwen.ipc.engine_process import ENGINE_COMMAND
+from fastqwen.ipc.process_engine import ProcessEngine
 from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
 from fastqwen.server.answer.cache_story import CacheStories
@@ -95,7 +96,7 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
         for line in ready.comparison:
             log.log(logging.WARNING if line.warn else logging.INFO, "memory: %s", line.text)
 
-    engine = EngineClient(
+    engine = ProcessEngine(
         parts.engine_config,
         parts.path,
         on_loading=bar.update,
@@ -124,7 +125,7 @@ async def _serve(parts: _Parts, bound: socket.socket) -> int:
     return 0
 
 
-def _state(parts: _Parts, engine: EngineClient) -> ServerState:
+def _state(parts: _Parts, engine: ProcessEngine) -> ServerState:
     engine_config, config = parts.engine_config, parts.config
     return ServerState(
         engine=engine,
@@ -156,7 +157,7 @@ def _told_about_stops(stops: list[StopToken], config: EngineConfig) -> list[str]
     ]
 
 
-async def _stop_on_failure(engine: EngineClient, server: DrainingServer) -> None:
+async def _stop_on_failure(engine: ProcessEngine, server: DrainingServer) -> None:
     try:
         await engine.wait_ready()
         while engine.state != "failed":
@@ -166,7 +167,7 @@ async def _stop_on_failure(engine: EngineClient, server: DrainingServer) -> None
     server.should_exit = True
 
 
-async def _start_workers(workers: TextPool, engine: EngineClient, server: DrainingServer) -> None:
+async def _start_workers(workers: TextPool, engine: ProcessEngine, server: DrainingServer) -> None:
     try:
         await workers.start()
     except FastqwenError as error:

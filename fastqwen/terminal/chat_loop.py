@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastqwen.client.history import Messages
+from fastqwen.client.partner import Partner
 from fastqwen.errors import BadRequest, FastqwenError
 from fastqwen.terminal.line_editor import LineEditor, quiet_keyboard
-from fastqwen.terminal.session import Messages, Partner
+from fastqwen.text.answer import Parts
 
 HELP = '''\
 /help                  this list
@@ -34,6 +36,7 @@ CONTEXT_HELP = "/new forgets the conversation, /set max_tokens 200 leaves more r
 
 SETTINGS: dict[str, type] = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
 MAX_SAVED_BYTES = 64 * 2**20
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def run(partner: Partner, *, prompt: str | None, system: str | None, options: dict[str, Any]) -> int:
@@ -82,6 +85,25 @@ def _message(read: Callable[[str], str]) -> str:
     return "\n".join(parts)
 
 
+def without_thoughts(answer: Generator[Parts, None, None]) -> Generator[str, None, None]:
+    """The answer's text. Thoughts are no part of it: they are shown dimly on a terminal, and nowhere else."""
+    thinking = False
+    try:
+        for parts in answer:
+            if parts.reasoning and sys.stderr.isatty():
+                print(parts.reasoning if thinking else f"{DIM}{parts.reasoning}", end="", file=sys.stderr, flush=True)
+                thinking = True
+            if parts.content:
+                if thinking:
+                    print(f"{PLAIN}\n", file=sys.stderr, flush=True)
+                    thinking = False
+                yield parts.content
+    finally:
+        answer.close()
+        if thinking:
+            print(PLAIN, file=sys.stderr, flush=True)
+
+
 class Conversation:
     def __init__(self, partner: Partner, system: str | None, options: dict[str, Any]) -> None:
         self._partner = partner
@@ -99,7 +121,7 @@ class Conversation:
         self._turns.append({"role": "user", "content": question})
         text = ""
         try:
-            answering = contextlib.closing(self._partner.answer(self.messages, self._options))
+            answering = contextlib.closing(without_thoughts(self._partner.answer(self.messages, self._options)))
             with quiet_keyboard(), answering as pieces:
                 for piece in pieces:
                     text += piece
@@ -178,8 +200,7 @@ class Conversation:
         if not self.messages:
             print("The conversation is empty.")
             return
-        used, room = self._partner.count_tokens(self.messages)
-        print(f"{used} of {room or '?'} tokens")
+        print(f"{self._partner.count_tokens(self.messages)} of {self._partner.max_model_len or '?'} tokens")
 
     def _save(self, name: str) -> None:
         if not name:

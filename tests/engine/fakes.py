@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
+from fastqwen.client.engine import Ready
+from fastqwen.client.local_engine import LocalEngine
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
-from fastqwen.records import EngineRequest, SampledRow, Sampling, ScheduledBatch, StepOutput
+from fastqwen.model_config import ModelConfig, RopeConfig
+from fastqwen.plan import EnginePlan
+from fastqwen.records import EngineRequest, Failure, SampledRow, Sampling, ScheduledBatch, StepOutput
 
 VOCAB = 997
+READY = Ready(
+    EnginePlan(
+        dtype="float32", kv_cache_dtype="float32", block_size=4, num_blocks=64, max_model_len=256,
+        max_num_seqs=8, max_num_batched_tokens=32,
+        weights_bytes=0, kv_bytes_per_token=1,
+    ),
+    ModelConfig(
+        model_type="qwen2", dtype="float32", vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_layers=1,
+        num_heads=1, num_kv_heads=1, head_dim=8, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        max_position_embeddings=256, rope=RopeConfig(theta=1e4),
+    ),
+)  # fmt: skip
+NOT_FINITE = Failure("not_finite", "not finite")
 
 
 def token_at(seed: int, position: int) -> int:
@@ -38,6 +56,8 @@ class FakeExecutor:
         self.block_size = block_size
         self.batches: list[ScheduledBatch] = []
         self.fail: set[str] = set()
+        self.broken = False
+        self.step_s = 0.0
         self._seed: dict[int, int] = {}
         self._tokens: dict[int, list[int]] = {}
         self._tables: dict[int, list[int]] = {}
@@ -45,6 +65,8 @@ class FakeExecutor:
 
     def submit(self, batch: ScheduledBatch) -> FakeHandle:
         self.batches.append(batch)
+        if self.step_s:
+            time.sleep(self.step_s)
         for admission in batch.admissions:
             self._seed[admission.slot] = admission.seed
             self._tokens[admission.slot] = list(admission.token_ids)
@@ -64,8 +86,11 @@ class FakeExecutor:
         for position in range(end):  # attention reads all of this: it must be this sequence's own past
             place = (table[position // self.block_size], position % self.block_size)
             assert self._contents[place] == tuple(tokens[: position + 1]), "a block holds another sequence's tokens"
+        if self.broken:
+            raise ZeroDivisionError("the device is broken")
         if row.request_id in self.fail:
-            return SampledRow(request_id=row.request_id, token_ids=[0] * row.num_logits, error="not finite")
+            tokens.append(0)
+            return SampledRow(request_id=row.request_id, token_ids=[0] * row.num_logits, error=NOT_FINITE)
         if row.pools:
             assert end == len(tokens) and not row.num_logits
             return SampledRow(request_id=row.request_id, embedding=vector_at(tokens))
@@ -101,6 +126,31 @@ def make_engine(
         enable_prefix_caching=caching,
     )
     return EngineCore(scheduler, executor), executor
+
+
+class ScriptedExecutor:
+    """Says the same ids in every sequence."""
+
+    run_ahead = 1
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = ids
+        self._num_prompt_tokens: dict[int, int] = {}
+
+    def submit(self, batch: ScheduledBatch) -> FakeHandle:
+        for admission in batch.admissions:
+            self._num_prompt_tokens[admission.slot] = admission.num_prompt_tokens
+        return FakeHandle(StepOutput(step_id=batch.step_id, rows=[self._run(row) for row in batch.rows]))
+
+    def _run(self, row) -> SampledRow:
+        said = row.start + row.num_tokens - self._num_prompt_tokens[row.slot]
+        return SampledRow(request_id=row.request_id, token_id=self._ids[said] if row.samples else None)
+
+
+def scripted(ids: list[int]) -> LocalEngine:
+    """An engine whose answers are these ids; the last of them should end an answer."""
+    scheduler = Scheduler(BlockPool(1024, 16), StepPolicy(max_num_batched_tokens=64), max_num_seqs=4)
+    return LocalEngine(EngineCore(scheduler, ScriptedExecutor(ids)), READY)
 
 
 def request(

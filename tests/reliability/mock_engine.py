@@ -25,7 +25,7 @@ from fastqwen.engine.scheduler import Scheduler
 from fastqwen.ipc import wire
 from fastqwen.ipc.engine_main import main
 from fastqwen.plan import EnginePlan
-from fastqwen.records import Admission, Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.records import Admission, Failure, Row, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.choices import choices_of
 from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.start import Engine
@@ -82,7 +82,7 @@ class MockExecutor:
         token = token_at(prompt, seed, row.start + row.num_tokens)
         if self._structured.constrains(row.slot):
             logits = torch.zeros((1, self._vocab_size))
-            failed: dict[int, str] = {}
+            failed: dict[int, Failure] = {}
             self._structured.mask(logits, choices_of([row]), failed)
             if failed:
                 return SampledRow(request_id=row.request_id, error=failed[0])

@@ -6,6 +6,7 @@ tests/test_embed.py asks the real thing.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from pathlib import Path
@@ -47,17 +48,15 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vectors_and_tokens_in_the_same_steps(on_cpu: None, tmp_path: Path, options: dict[str, int]):
     base = make_embedder(tmp_path)
     llm = LLM(str(tmp_path), device="cpu", dtype="float32", block_size=16, max_num_seqs=8, **options)
-    assert llm.core._executor.run_ahead == 2
+    assert llm.engine.core._executor.run_ahead == 2
     [wanted] = llm.generate([prompt(9)], GREEDY)
     for _ in range(2):  # the second time only one token of the 17 and the 33 is left to compute
-        for request in prepare("answer", prompt(9), GREEDY, llm.limits, seeds=random.Random(0)):
-            llm.core.add(request)
-        for index, text in enumerate(TEXTS):
-            llm.core.add(prepare_embedding(str(index), text, llm.limits, field="x"))
+        requests = prepare("answer", prompt(9), GREEDY, llm.limits, seeds=random.Random(0))
+        requests += [prepare_embedding(str(index), text, llm.limits, field="x") for index, text in enumerate(TEXTS)]
         tokens: list[int] = []
         vectors = {}
-        while llm.core.has_work:
-            for delta in llm.core.step():
+        with llm.engine.stream(requests) as stream:
+            for delta in itertools.chain.from_iterable(stream):
                 tokens += delta.token_ids
                 if delta.embedding is not None:
                     vectors[delta.request_id] = torch.tensor(vector_of(delta).copy())

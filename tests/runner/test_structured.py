@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastqwen.ipc.arrivals import Arrivals
-from fastqwen.records import Admission, EngineRequest, Grammar, SamplingParams, StructuredOutputs
+from fastqwen.records import Admission, EngineRequest, Failure, Grammar, SamplingParams, StructuredOutputs
 from fastqwen.runner import structured
 from fastqwen.runner.choices import Choice
 from fastqwen.runner.sampler import FORBIDDEN
@@ -36,8 +36,8 @@ def admission(regex: str, said: bytes = b"", after: str = "", slot: int = 0) -> 
     )
 
 
-def failures(output: StructuredOutput, logits: torch.Tensor, slot: int = 0) -> dict[int, str]:
-    found: dict[int, str] = {}
+def failures(output: StructuredOutput, logits: torch.Tensor, slot: int = 0) -> dict[int, Failure]:
+    found: dict[int, Failure] = {}
     output.mask(logits, [Choice(row=0, slot=slot, position=5)], found)
     return found
 
@@ -87,7 +87,7 @@ def test_a_row_whose_grammar_fails_is_reported_and_not_let_free(compiler: Gramma
     output = StructuredOutput(compiler)
     output.admit([admission("ab")])
     output.take([0], list(b"z"))
-    assert "cannot be used" in failures(output, torch.zeros((1, VOCAB)))[0]
+    assert "cannot be used" in failures(output, torch.zeros((1, VOCAB)))[0].message
 
 
 def test_compiled_grammars_are_bounded(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):

@@ -18,16 +18,15 @@ import llguidance
 import numpy as np
 import torch
 
+from fastqwen.client.engine import Ready
 from fastqwen.config import EngineConfig
 from fastqwen.engine.blocks import BlockPool
-from fastqwen.engine.core import EngineCore, EngineStats
+from fastqwen.engine.core import EngineCore
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
-from fastqwen.ipc import wire
-from fastqwen.ipc.engine_client import DeltaQueue, EngineClient
 from fastqwen.model_config import ModelConfig, RopeConfig
 from fastqwen.plan import EnginePlan
-from fastqwen.records import EngineRequest, RequestDelta, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
+from fastqwen.records import Failure, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.choices import choices_of
 from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
@@ -43,6 +42,7 @@ from fastqwen.text.stops import StopToken
 from fastqwen.text.template import ChatTemplate
 from fastqwen.text.tokenizer import Tokenizer
 from fastqwen.text.worker import Compile, Encode, Job
+from tests.client.fake_engine import FakeEngine
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 END = 256 + 2
@@ -103,7 +103,6 @@ class Speaker:
         self.admissions: dict[int, Any] = {}
         self.tokens: dict[int, list[int]] = {}
         self.batches: list[ScheduledBatch] = []
-        self.requests: list[EngineRequest] = []
 
     def submit(self, batch: ScheduledBatch) -> Speaker._Done:
         self.batches.append(batch)
@@ -125,7 +124,7 @@ class Speaker:
         if not row.num_logits:
             return SampledRow(request_id=row.request_id, prompt_logprobs=scored)
         logits = self._logits(admission, tokens)
-        failed: dict[int, str] = {}
+        failed: dict[int, Failure] = {}
         self.structured.mask(logits, choices_of([row]), failed)
         if failed:
             return SampledRow(request_id=row.request_id, error=failed[0])
@@ -170,69 +169,6 @@ class Speaker:
             return self._output
 
 
-class LocalEngine(EngineClient):
-    """EngineClient's face with the engine in this process."""
-
-    def __init__(self, speaker: Speaker, plan: EnginePlan, model: ModelConfig, config: EngineConfig) -> None:
-        self.state = "ready"
-        self.failure, self.loading, self.num_restarts = "", (1, 1), 0
-        self.ready = wire.Ready(plan, model)
-        self.speaker = speaker
-        self.core = EngineCore(
-            Scheduler(
-                BlockPool(plan.num_blocks, plan.block_size),
-                StepPolicy(max_num_batched_tokens=plan.max_num_batched_tokens),
-                max_num_seqs=plan.max_num_seqs,
-                enable_prefix_caching=config.enable_prefix_caching,
-            ),
-            speaker,
-        )
-        self._queues: dict[str, DeltaQueue] = {}
-        self._socket = self
-        self.step_delay_s = 0.0
-        self.aborted: list[str] = []
-
-    @property
-    def stats(self) -> EngineStats:  # type: ignore[override]
-        return self.core.stats()
-
-    @property
-    def silent_for_s(self) -> float:
-        return 0.0
-
-    def send(self, data: bytes) -> Any:
-        """In place of the socket."""
-        message = wire.to_engine.decode(data)
-        if isinstance(message, wire.Add):
-            for request in message.requests:
-                self.speaker.requests.append(request)
-                self.core.add(request)
-        elif isinstance(message, wire.Abort):
-            self.aborted += message.request_ids
-            for request_id in message.request_ids:
-                self.core.abort(request_id)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
-
-    def abort(self, request_ids: list[str]) -> None:
-        self.send(wire.encode(wire.Abort(request_ids)))
-
-    async def run(self) -> None:
-        while True:
-            for delta in self.core.step():
-                queue = self._queues.get(delta.request_id)
-                if queue is not None:
-                    queue.put(delta)
-            await asyncio.sleep(self.step_delay_s if self.core.has_work else 0.001)
-
-    def die(self) -> None:
-        """What EngineClient does when the process is gone."""
-        self.state = "restarting"
-        for request_id, queue in list(self._queues.items()):
-            queue.put(RequestDelta(request_id=request_id, finish_reason="error", error="the engine stopped"))
-
-
 class LocalWorkers:
     """The pool's face without processes."""
 
@@ -272,9 +208,15 @@ def make_state(
         num_blocks=blocks or 8 * max_model_len // 16, max_model_len=max_model_len,
         max_num_seqs=64, max_num_batched_tokens=512, weights_bytes=0, kv_bytes_per_token=1,
     )  # fmt: skip
+    scheduler = Scheduler(
+        BlockPool(plan.num_blocks, plan.block_size),
+        StepPolicy(max_num_batched_tokens=plan.max_num_batched_tokens),
+        max_num_seqs=plan.max_num_seqs,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
     words = grammar_tokenizer(tokenizer, text.stop_token_ids, VOCAB)
     return ServerState(
-        engine=LocalEngine(Speaker(script, words), plan, model_config(), config),
+        engine=FakeEngine(EngineCore(scheduler, Speaker(script, words)), Ready(plan, model_config())),
         engine_config=config,
         text=text,
         formats=derive_formats(text.template),

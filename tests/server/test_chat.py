@@ -64,7 +64,7 @@ def test_thinking_switched_off_leaves_the_answer_in_content():
     ):
         state = make_state(says("Hello"))
         assert message(ask(state, PATH, chat(**switch))) == {"role": "assistant", "content": "Hello"}
-        prompt = bytes(t for t in state.engine.speaker.requests[0].prompt_token_ids if t < 256)
+        prompt = bytes(t for t in state.engine.requests[0].prompt_token_ids if t < 256)
         assert b"<think>\n\n</think>" in prompt
 
 
@@ -117,7 +117,7 @@ def test_a_whole_round_with_a_tools_result_reaches_the_template():
         {"role": "tool", "tool_call_id": "call_1", "content": "3"},
     ]  # fmt: skip
     assert message(ask(state, PATH, {"messages": messages, "tools": TOOLS}))["content"] == "3"
-    prompt = bytes(t for t in state.engine.speaker.requests[0].prompt_token_ids if t < 256).decode()
+    prompt = bytes(t for t in state.engine.requests[0].prompt_token_ids if t < 256).decode()
     assert '"arguments": {"a": 1, "b": 2}' in prompt
 
 

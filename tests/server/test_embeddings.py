@@ -95,7 +95,7 @@ def test_what_cannot_be_is_refused_and_named(body: dict[str, Any], param: str, w
     error = response.json()["error"]
     assert response.status_code == 400, response.text
     assert error["param"].split(".list")[0] == param and words in error["message"]
-    assert not state.engine.speaker.requests, "nothing reaches the engine"
+    assert not state.engine.requests, "nothing reaches the engine"
 
 
 def test_the_largest_that_is_allowed():
@@ -130,7 +130,7 @@ def test_a_dying_engine_is_an_error():
         state.engine.step_delay_s = 30.0
         async with client_of(state) as client:
             asking = asyncio.create_task(client.post(EMBEDDINGS, json={"input": ["a" * 2000] * 9}))
-            while not state.engine.speaker.requests:
+            while not state.engine.requests:
                 await asyncio.sleep(0.01)
             state.engine.die()
             response = await asking

@@ -187,7 +187,7 @@ def outcome(route: str, body: dict[str, Any], said: str) -> Any:
     engine = [
         (one.prompt_token_ids, one.sampling, one.stop_token_ids, one.max_tokens, one.priority, one.cache_salt, one.grammar,
          one.pooling, one.seed if "seed" in body else 0)
-        for one in state.engine.speaker.requests
+        for one in state.engine.requests
     ]  # fmt: skip
     if response.headers["content-type"].startswith("text/event-stream"):
         return "stream", response.text.count("usage"), engine
@@ -244,4 +244,4 @@ def test_suffix_is_put_where_the_model_expects_it():
     ask(state, "/v1/completions", {"prompt": "a", "suffix": "b"})
     tokens = state.text.tokenizer.control_tokens
     wanted = [tokens["<|fim_prefix|>"], ord("a"), tokens["<|fim_suffix|>"], ord("b"), tokens["<|fim_middle|>"]]
-    assert state.engine.speaker.requests[0].prompt_token_ids == wanted
+    assert state.engine.requests[0].prompt_token_ids == wanted

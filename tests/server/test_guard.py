@@ -279,11 +279,11 @@ def test_a_server_may_be_stricter_and_names_the_flag(limit: str, value: int, goo
     state = make_state(**{limit: value})
     base = {"prompt": [1], "max_tokens": 1}
     assert ask(state, COMPLETION, {**base, **good}).status_code == 200
-    num_requests = len(state.engine.speaker.requests)
+    num_requests = len(state.engine.requests)
     error = ask(state, COMPLETION, {**base, **bad}).json()["error"]
     assert error["param"] == param
     assert f"{value} (--{limit.replace('_', '-')})" in error["message"]
-    assert len(state.engine.speaker.requests) == num_requests, "it never reached the engine"
+    assert len(state.engine.requests) == num_requests, "it never reached the engine"
 
 
 def test_a_body_that_is_too_large_is_refused_unread():

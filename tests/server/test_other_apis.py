@@ -80,7 +80,7 @@ def test_count_tokens_counts_what_messages_would_use():
     body = {"messages": USER, "system": "x"}
     counted = ask(state, "/v1/messages/count_tokens", body).json()["input_tokens"]
     assert ask(make_state(), "/v1/messages", {**body, "max_tokens": 5}).json()["usage"]["input_tokens"] == counted
-    assert state.engine.speaker.requests == []
+    assert state.engine.requests == []
 
 
 @pytest.mark.parametrize("block", [{"type": "image"}, {"type": "text"}, {"type": "tool_use", "name": 1}])

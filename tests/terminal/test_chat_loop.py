@@ -4,30 +4,39 @@ from pathlib import Path
 
 import pytest
 
+from fastqwen.client.local_partner import LocalPartner
 from fastqwen.errors import BadRequest, FastqwenError
 from fastqwen.terminal.chat_loop import Conversation, messages_from
 from fastqwen.terminal.line_editor import LineEditor
+from fastqwen.text.answer import Parts
+from tests.engine.fakes import scripted
+from tests.reliability.mock_model import make_model
 
 
 class FakePartner:
     name = "fake"
+    max_model_len = 100
 
     def __init__(self) -> None:
         self.asked: list[tuple[list, dict]] = []
         self.closed = False
         self.fail: BaseException | None = None
+        self.thought = ""
 
     def answer(self, messages, options):
         self.asked.append((list(messages), dict(options)))
         try:
-            yield f"answer {len(self.asked)}"
+            if self.thought:
+                yield Parts(reasoning=self.thought[:2])
+                yield Parts(reasoning=self.thought[2:])
+            yield Parts(content=f"answer {len(self.asked)}")
             if self.fail is not None:
                 raise self.fail
         finally:
             self.closed = True
 
     def count_tokens(self, messages):
-        return 10 * len(messages), 100
+        return 10 * len(messages)
 
 
 @pytest.fixture
@@ -152,3 +161,39 @@ def test_a_full_context_says_what_to_do(partner: FakePartner, talk: Conversation
     assert talk.ask("two") == 1
     assert "/new forgets the conversation" in capsys.readouterr().err
     assert [message["content"] for message in talk.messages] == ["one", "answer 1"]
+
+
+def test_thoughts_are_dim_on_a_terminal_and_part_of_nothing(
+    partner: FakePartner, talk: Conversation, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    partner.thought = "hmm"
+    talk.ask("one")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("answer 1\n", ""), "no terminal, no thoughts"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    talk.ask("two")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("answer 2\n", "\x1b[2mhmm\x1b[0m\n\n")
+    partner.fail = KeyboardInterrupt()
+    talk.ask("three")
+    assert [message["content"] for message in talk.messages[1::2]] == ["answer 1", "answer 2", "answer 3"]
+
+
+@pytest.mark.parametrize("opened", [True, False], ids=["the-prompt-opens-it", "the-model-opens-it"])
+def test_a_model_of_our_own_thinks_apart_as_a_server_does(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, opened: bool
+):
+    """A real tokenizer, template and scheduler; the engine is told what to say."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{# </think> #}" + ("<think>\n" if opened else "")
+    model = LocalPartner(str(make_model(tmp_path)), {"load_format": "dummy", "chat_template": template})
+    end = 258
+    said = ("" if opened else "<think>\n") + "Let me see.\n</think>\n\nHello"
+    model.engine = scripted([*said.encode(), end])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    talk = Conversation(model, None, {})
+    assert talk.ask("Hi") == 0
+    shown = capsys.readouterr()
+    assert shown.out == "Hello\n"
+    assert "\x1b[2mLet me see." in shown.err
+    assert talk.messages[-1] == {"role": "assistant", "content": "Hello"}
+    model.close()

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 
 from fastqwen.client.assemble import Assembler, Piece
+from fastqwen.client.engine import Stream, error_of
 from fastqwen.client.prepare import prepare
-from fastqwen.errors import BadRequest, GenerationFailed
+from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.records import GRAMMAR_FAILED, EngineRequest, Grammar, RequestDelta, SamplingParams
+from fastqwen.records import EngineRequest, Grammar, RequestDelta, SamplingParams
 from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.request_limits import check_limits
@@ -125,31 +126,30 @@ class Generation:
     async def pieces(self, first_index: int = 0) -> AsyncGenerator[tuple[int, Piece], None]:
         """(index of the answer, what it gained) until each answer has its finish_reason. Indices count from the given.
 
-        Raises what ``failure_of`` makes of an error that the engine reports.
+        Raises what ``error_of`` makes of a failure.
         """
         clock = RequestClock(self._state.metrics, len(self.prompt_token_ids), len(self.choices))
-        stream = self._state.engine.stream([choice.request for choice in self.choices])
-        async with aclosing(stream):  # type: ignore[type-var]
+        with self._state.engine.stream([choice.request for choice in self.choices]) as stream:
             async for deltas in stream:
                 now_s = time.perf_counter()
                 for delta in deltas:
                     choice = self._running.get(delta.request_id)
                     if choice is None:
                         continue  # it was ended here, and its last words came too late
-                    piece = self._take(choice, delta)
+                    piece = self._take(choice, delta, stream)
                     if piece.token_ids:
                         clock.saw(choice.index, len(piece.token_ids), now_s)
                     if piece.finish_reason is not None:
                         del self._running[delta.request_id]
                         clock.finished(choice.index, piece.finish_reason, len(choice.assembler.output.token_ids))
+                        if piece.finish_reason in ("error", "abort"):
+                            raise error_of(piece.error)
                         if piece.abort:
-                            self._state.engine.abort([delta.request_id])
-                    if piece.finish_reason in ("error", "abort"):
-                        raise failure_of(piece)
+                            stream.abort([delta.request_id])
                     yield first_index + choice.index, piece
 
     async def finish(self) -> None:
-        """Run to the end without streaming. Raises as ``pieces`` does."""
+        """Run to the end without streaming; raises as ``pieces`` does."""
         async with aclosing(self.pieces()) as pieces:
             async for _ in pieces:
                 pass
@@ -177,7 +177,7 @@ class Generation:
             guard=None if parser is None or thinking is None else ThinkingGuard(thinking),
         )
 
-    def _take(self, choice: Choice, delta: RequestDelta) -> Piece:
+    def _take(self, choice: Choice, delta: RequestDelta, stream: Stream) -> Piece:
         if choice.parser is None and self.prompt_logprobs is None:
             return choice.assembler.feed(delta)
         thinking = choice.parser is not None and choice.parser.thinking
@@ -192,7 +192,7 @@ class Generation:
             why = choice.guard.saw(delta.token_ids)
             if why is not None and choice.parser is not None and choice.parser.thinking:
                 choice.guard = None
-                self._end_thinking(choice, piece, why)
+                self._end_thinking(choice, piece, why, stream)
         return piece
 
     def _parse(self, choice: Choice, parser: TextParser, piece: Piece) -> None:
@@ -209,7 +209,7 @@ class Generation:
         choice.assembler.output.finish_reason = piece.finish_reason
         piece.parts = parts
 
-    def _end_thinking(self, choice: Choice, piece: Piece, why: str) -> None:
+    def _end_thinking(self, choice: Choice, piece: Piece, why: str, stream: Stream) -> None:
         """Say the sentence that ends the thinking in the model's place, and let it go on from there.
 
         The sequence goes on under a new id; its past is in the prefix cache.
@@ -230,15 +230,15 @@ class Generation:
         token_ids = self.prompt_token_ids + output.token_ids
         first = choice.request
         left = min(self.choices_max_tokens - len(output.token_ids), self._max_model_len - len(token_ids))
-        self._state.engine.abort([first.request_id])
+        stream.abort([first.request_id])
         del self._running[first.request_id]
         if left < 1:
             piece.finish_reason = output.finish_reason = "length"
             self._running[first.request_id] = choice  # its caller takes it out
             return
-        self._continue(choice, token_ids, left)
+        stream.add([self._continued(choice, token_ids, left)])
 
-    def _continue(self, choice: Choice, token_ids: list[int], left: int) -> None:
+    def _continued(self, choice: Choice, token_ids: list[int], left: int) -> EngineRequest:
         """Another sequence in place of this one: everything said so far is its prompt."""
         first, output = choice.request, choice.assembler.output
         choice.num_continued += 1
@@ -254,7 +254,7 @@ class Generation:
             grammar=None if first.grammar is None else Grammar(first.grammar.text),
         )
         self._running[choice.request.request_id] = choice
-        self._state.engine.continue_as(first.request_id, choice.request)
+        return choice.request
 
     @property
     def choices_max_tokens(self) -> int:
@@ -264,11 +264,3 @@ class Generation:
 
 def parts_of(piece: Piece) -> Parts:
     return piece.parts if piece.parts is not None else Parts(content=piece.text)
-
-
-def failure_of(piece: Piece) -> Exception:
-    """BadRequest where it was the request's own grammar, so that nobody sends it again."""
-    error = piece.error or "the request was aborted"
-    if error.startswith(GRAMMAR_FAILED):
-        return BadRequest(error, "structured_outputs")
-    return GenerationFailed(error)

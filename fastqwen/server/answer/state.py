@@ -9,10 +9,10 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fastqwen.client.engine import ServedEngine
 from fastqwen.client.prepare import ModelLimits
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, EngineGone, Overloaded, UnknownModelName
-from fastqwen.ipc.engine_client import EngineClient
 from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.request_limits import check_grammar_length
@@ -32,7 +32,7 @@ class TextWorkers(Protocol):
 
 @dataclass
 class ServerState:
-    engine: EngineClient
+    engine: ServedEngine
     engine_config: EngineConfig
     text: TextTools
     formats: Formats
@@ -62,13 +62,7 @@ class ServerState:
         ready = self.engine.ready
         if ready is None:
             raise EngineGone(self.why_not_ready())
-        return ModelLimits(
-            max_model_len=ready.plan.max_model_len,
-            vocab_size=ready.model.vocab_size,
-            stop_token_ids=self.text.stop_token_ids,
-            hidden_size=ready.model.hidden_size,
-            has_head=ready.model.has_head,
-        )
+        return ready.limits(self.text.stop_token_ids)
 
     @property
     def block_size(self) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-from contextlib import aclosing
 from typing import Any
 
+from fastqwen.client.engine import error_of
 from fastqwen.client.prepare import check_dimensions, prepare_embedding
 from fastqwen.client.vectors import vector_of
-from fastqwen.errors import BadRequest, GenerationFailed
+from fastqwen.errors import BadRequest
 from fastqwen.records import EngineRequest, RequestDelta
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.state import ServerState, new_id
@@ -81,14 +81,13 @@ class Embeddings:
         metrics = self._state.metrics
         clocks = {one.request_id: RequestClock(metrics, len(one.prompt_token_ids), 1) for one in self._requests}
         found: dict[str, RequestDelta] = {}
-        stream = self._state.engine.stream(self._requests)
-        async with aclosing(stream):  # type: ignore[type-var]
+        with self._state.engine.stream(self._requests) as stream:
             async for deltas in stream:
                 for delta in deltas:
                     assert delta.finish_reason is not None
                     clocks[delta.request_id].finished(0, delta.finish_reason, 0)
                     if delta.embedding is None:
-                        raise GenerationFailed(delta.error or "the request was aborted")
+                        raise error_of(delta.error)
                     found[delta.request_id] = delta
         return found
 

@@ -41,10 +41,11 @@ class _Families(Collector):
     def collect(self) -> Iterator[Metric]:
         """Asked by prometheus_client."""
         engine, metrics = self._state.engine, self._state.metrics
+        stats = engine.stats()
         for field, (name, text) in ENGINE_GAUGES.items():
-            yield self._gauge(f"vllm:{name}", text, [((), getattr(engine.stats, field))])
+            yield self._gauge(f"vllm:{name}", text, [((), getattr(stats, field))])
         for field, (name, text) in ENGINE_COUNTERS.items():
-            yield self._counter(name, text, [((), getattr(engine.stats, field))])
+            yield self._counter(name, text, [((), getattr(stats, field))])
         yield self._counter("prompt_tokens", "Prompt tokens processed", [((), metrics.prompt_tokens)])
         yield self._counter("generation_tokens", "Tokens generated", [((), metrics.generation_tokens)])
         restarts = "Times that the engine process was started again"

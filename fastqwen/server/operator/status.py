@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from fastqwen.ipc.wire import Ready
+from fastqwen.client.engine import Ready
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.operator.prometheus import metrics_text
 from fastqwen.version import __version__
@@ -87,7 +87,7 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
 
     @app.get("/admin/data")
     async def figures() -> dict[str, Any]:
-        engine, stats = state.engine, state.engine.stats
+        engine, stats = state.engine, state.engine.stats()
         plan = None if engine.ready is None else msgspec.to_builtins(engine.ready.plan)
         return {
             "running": stats.num_running,
