@@ -144,7 +144,7 @@ class ScriptedExecutor:
 
     def _run(self, row) -> SampledRow:
         said = row.start + row.num_tokens - self._num_prompt_tokens[row.slot]
-        return SampledRow(request_id=row.request_id, token_id=self._ids[said] if row.samples else None)
+        return SampledRow(request_id=row.request_id, token_ids=[self._ids[said]] if row.num_logits else [])
 
 
 def scripted(ids: list[int]) -> LocalEngine:
