@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,3 +254,22 @@ def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget,
         assert len(ends) == 1
         if index != abort or ends != ["abort"]:
             assert tokens_of(found[one.request_id]) == expected(one)
+
+
+def test_a_row_that_asks_for_three_logits_and_takes_two_back_goes_on_exactly():
+    """What was computed for the two is computed again over the old blocks, and the prefix cache never hears of it."""
+    engine, executor = make_engine()
+    scheduler = engine.scheduler
+    one = request("a", 10, 9)
+    engine.add(one)
+    engine.step()
+    batch = scheduler.schedule()
+    [row] = batch.rows
+    sequence = scheduler._sequences["a"]
+    sequence.advance(2, 2)
+    guessed = msgspec.structs.replace(row, num_tokens=row.num_tokens + 2, num_logits=3)
+    output = executor.submit(batch).result()
+    deltas = scheduler.commit(msgspec.structs.replace(batch, rows=[guessed]), output)
+    assert [delta.token_ids for delta in deltas] == [expected(one)[1:2]]
+    assert (sequence.num_computed, sequence.num_pending, sequence.num_registered) == (11, 0, 2)
+    assert expected(one)[:2] + tokens_of(run(engine)["a"]) == expected(one)
