@@ -64,6 +64,7 @@ def stacked(weights: Weights, spec: ExpertsSpec, ops: Ops, matrix: Matrix) -> Ex
     hidden, whole, size = spec.hidden_size, spec.expert_size, spec.expert_size
     if spec.inner is not None:
         size = Part(0, spec.inner).size
+    router = matrix(spec.router, (spec.num_experts, hidden), None)  # first: its shape says how many there are
     dtype, device = weights.dtype, weights.device
     gate_up = torch.empty((spec.num_experts, 2 * size, hidden), dtype=dtype, device=device)
     down = torch.empty((spec.num_experts, hidden, size), dtype=dtype, device=device)
@@ -72,7 +73,6 @@ def stacked(weights: Weights, spec: ExpertsSpec, ops: Ops, matrix: Matrix) -> Ex
             rows = gate_up[expert, half * size : (half + 1) * size]
             rows.copy_(matrix(name.format(expert=expert), (whole, hidden), part(0, spec.inner)))
         down[expert] = matrix(spec.down.format(expert=expert), (hidden, whole), part(1, spec.inner))
-    router = matrix(spec.router, (spec.num_experts, hidden), None)
     return DenseExperts(ops, ExpertsWeight(router, gate_up, down, spec.top_k, spec.normalize))
 
 
