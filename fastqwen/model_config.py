@@ -108,9 +108,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             moe=moe,
         )
 
-    def kv_bytes_per_token(self, layer: int, number_bytes: int, scale_bytes: int = 0) -> int:
-        """What a layer's cache holds for a token; ``scale_bytes`` for each head's key and value, where its type has scales."""
-        return 2 * self.num_kv_heads * (self.head_dim * number_bytes + scale_bytes)
+    def kv_bytes_per_token(self, number_bytes: int, scale_bytes: int = 0) -> int:
+        """What all layers' caches hold for a token; ``scale_bytes`` for each head's key and value, where its type has scales."""
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * number_bytes + scale_bytes)
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

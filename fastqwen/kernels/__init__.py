@@ -97,7 +97,7 @@ class LayerCache:
 
     k: Tensor  # [num_blocks, kv_heads, block_size, head_dim]
     v: Tensor  # like k
-    k_scale: Tensor | None = None  # float32 [num_blocks, kv_heads, block_size]
+    k_scale: Tensor | None = None  # float16 [num_blocks, kv_heads, block_size]
     v_scale: Tensor | None = None
 
     def num_resumable(self, block_hashes: Sequence[bytes]) -> int:

@@ -132,9 +132,9 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 def _store(cache: Tensor, scales: Tensor | None, values: Tensor, block: Tensor, offset: Tensor) -> None:
     """values float32 [tokens, kv_heads, head_dim] into a half of a LayerCache; with scales the largest becomes 127."""
     if scales is not None:
-        scale = values.abs().amax(-1).clamp(min=1e-8) / 127
+        scale = (values.abs().amax(-1) / 127).clamp(min=1e-6).to(scales.dtype)
         scales[block, :, offset] = scale
-        values = (values / scale[..., None]).round()
+        values = (values / scale.float()[..., None]).round().clamp(-127, 127)
     cache[block, :, offset] = values.to(cache.dtype)
 
 
@@ -142,7 +142,7 @@ def _load(cache: Tensor, scales: Tensor | None, table: Tensor, context: int) -> 
     """The first ``context`` keys or values of the blocks in ``table``, float32 [context, kv_heads, head_dim]"""
     found = cache[table].float()
     if scales is not None:
-        found = found * scales[table][..., None]
+        found = found * scales[table].float()[..., None]
     return found.transpose(1, 2).flatten(0, 1)[:context]
 
 

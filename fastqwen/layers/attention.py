@@ -25,7 +25,7 @@ class Attention:
         k, v = (torch.empty(size, dtype=room.cache_dtype, device=room.device) for _ in range(2))
         if room.cache_dtype != torch.int8:
             return LayerCache(k, v)
-        k_scale, v_scale = (torch.empty(size[:-1], device=room.device) for _ in range(2))
+        k_scale, v_scale = (torch.empty(size[:-1], dtype=torch.float16, device=room.device) for _ in range(2))
         return LayerCache(k, v, k_scale, v_scale)
 
     def add_to(self, residual: Tensor, step: StepTokens, state: LayerCache) -> None:

@@ -106,8 +106,7 @@ def kv_bytes_per_token(model: ModelConfig, dtype: str, *, num_gpus: int = 1, kv_
         raise BadConfig(f"--kv-cache-dtype is {kv_cache_dtype!r}; possible: {', '.join(KV_CACHE_DTYPES)}")
     number = DTYPE_BYTES[dtype] if kv_cache_dtype == "auto" else 1
     scale = 2 if kv_cache_dtype == "int8" else 0
-    local = model.local(num_gpus)
-    return sum(local.kv_bytes_per_token(layer, number, scale) for layer in range(model.num_layers))
+    return model.local(num_gpus).kv_bytes_per_token(number, scale)
 
 
 def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: DeviceFacts) -> Need:

@@ -103,7 +103,7 @@ class Gptq:
         groups = self._groups(weights, name, in_size, group_size, num_groups)
         packed_zeros = weights.words(f"{name}.qzeros", (num_groups, out_size // per_word))
         zeros = self._zeros(packed_zeros)
-        codes, scales = Part(1, ((0, out_size),)), Part(1, ((0, out_size),))
+        codes = scales = None  # which part of them; None: all
         if outputs is not None:
             codes = scales = Part(1, outputs)
             zeros = weights.lines(zeros, scales)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastqwen.kernels import HeadShape, LayerCache, PromptTiles, StepTokens
+from fastqwen.layers.rotary import inverse_frequencies
+from fastqwen.model_config import ModelConfig
 from fastqwen.runner.step_layout import cut_tiles
 
 
@@ -52,3 +54,18 @@ def make_batch(
         prompts=PromptTiles(torch.from_numpy(tiles).to(device), 16, fresh) if decode < len(rows) else None,
     )
     return step, cache
+
+
+def one_prompt(config: ModelConfig, count: int) -> StepTokens:
+    """A whole prompt of ``count`` tokens, alone, all in the first block."""
+    positions = torch.arange(count, dtype=torch.int32)
+    angles = positions[:, None] * inverse_frequencies(config.rope, config.rotary_dim)[0]
+    return StepTokens(
+        positions=positions,
+        slots=torch.zeros(count, dtype=torch.int32),
+        row_starts=torch.tensor([0, count], dtype=torch.int32),
+        cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1),
+        q_scale=None,
+        block_tables=torch.zeros(1, 1, dtype=torch.int32),
+        num_decode_rows=0,
+    )

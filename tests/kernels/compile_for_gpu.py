@@ -52,6 +52,7 @@ def cases() -> Iterator[Case]:
         missing |= {} if keep else {"k_out_ptr": None, "v_out_ptr": None}
         flags = {"NORM": True, "LOGN": False, "COUNTED": counted, "KEEP": keep}
         yield pointwise._rope_and_cache, {**shape, **flags, **missing}, 4, 3
+    yield from partly_rotated_cases()
     yield from linear_cases()
     yield from streamed_cases()
     yield from streamed_attention_cases()
@@ -83,6 +84,16 @@ def decode_cases() -> Iterator[Case]:
             4,
             3,
         )  # fmt: skip
+
+
+def partly_rotated_cases() -> Iterator[Case]:
+    """Heads of 256 numbers of which 64 are rotated, an output gate behind the values."""
+    shape = {"HEADS": 16, "KV_HEADS": 2, "HALF": 128, "ROTARY": 64, "WIDTH": 9216, "BLOCK_SIZE": 64}
+    flags = {"NORM": True, "LOGN": False, "COUNTED": False, "q_scale_ptr": None, "count_ptr": None}
+    decode = {"GROUP": 8, "GROUP_2": 8, "MAX_SPLITS": 4, "WINDOW": 0, "HOLD": False, "PRECISION": "tf32", "STAGES": 3}
+    yield attention._decode, {**shape, **flags, **decode, "PDL": True}, 4, 3
+    padded = {"PADDED_HEADS": 16, "PADDED_KV": 2, "KEEP": False, "k_out_ptr": None, "v_out_ptr": None}
+    yield pointwise._rope_and_cache, {**shape, **flags, **padded}, 4, 3
 
 
 def linear_cases() -> Iterator[Case]:

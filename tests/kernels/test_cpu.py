@@ -63,7 +63,7 @@ def test_attention_over_a_cache_of_its_own_type(
     """The arithmetic is in float32 whatever the cache is; behind the values stand numbers that attention does not read."""
     step, cache = make_batch([(0, 1), (33, 1), (0, 40), (17, 5)], shape, dtype=dtype, logn=shape.num_heads == 4)
     if dtype == torch.int8:
-        scales = [0.01 + 0.01 * torch.rand(cache.k.shape[:3]) for _ in range(2)]
+        scales = [(0.01 + 0.01 * torch.rand(cache.k.shape[:3])).half() for _ in range(2)]
         cache = LayerCache(*(torch.randint_like(one, -127, 128) for one in (cache.k, cache.v)), *scales)
     qkv = torch.randn(step.positions.shape[0], shape.width + 7)
     norms = (1 + torch.rand(2, shape.head_dim)).to(torch.float32 if dtype == torch.int8 else dtype)
@@ -73,7 +73,11 @@ def test_attention_over_a_cache_of_its_own_type(
     )
     found = ops.attend(qkv, step, cache, parts)
     expected = REFERENCE.attend(qkv, step, other, parts)
-    rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.int8: 0}[dtype]
+    if dtype == torch.int8:  # a key between two integers may be rounded to either
+        assert (cache.k.short() - other.k.short()).abs().max() <= 1
+        assert (found - expected).norm() < 1e-3 * expected.norm()
+        return
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(cache.k, other.k, rtol=rounding, atol=rounding)
     torch.testing.assert_close(cache.v, other.v, rtol=0, atol=0)
     torch.testing.assert_close(found, expected, rtol=max(rounding, 1e-4), atol=max(rounding, 1e-5))
@@ -85,7 +89,7 @@ def test_an_8_bit_cache_is_wrong_by_its_rounding_only() -> None:
     step, exact = make_batch([(0, 200)], shape)
     size = exact.k.shape
     cache = LayerCache(
-        *(torch.zeros(size, dtype=torch.int8) for _ in range(2)), *(torch.zeros(size[:3]) for _ in range(2))
+        *(torch.zeros(size, dtype=torch.int8) for _ in range(2)), *(torch.zeros(size[:3]).half() for _ in range(2))
     )
     qkv, parts = torch.randn(200, shape.width), AttentionParts(shape)
     expected = REFERENCE.attend(qkv, step, exact, parts)

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from fastqwen.build import build_decoder
-from fastqwen.kernels import StateRoom, StepTokens
+from fastqwen.kernels import StateRoom
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.layers.decoder import Decoder
-from fastqwen.layers.rotary import inverse_frequencies
 from fastqwen.model_config import ModelConfig
 from fastqwen.text.gguf_tokenizer import text_facts, tokenizer_from_gguf
 from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.source import Weights
+from tests.kernels.batches import one_prompt
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +93,7 @@ def test_text_facts(file: GgufFile, reference: dict[str, Any]) -> None:
 
 def predictions(decoder: Decoder, config: ModelConfig, ids: list[int]) -> list[int]:
     """The likeliest next token after each of ``ids``, from one pass over all of them."""
-    count, inverse = len(ids), inverse_frequencies(config.rope, config.head_dim)[0]
-    positions = torch.arange(count, dtype=torch.int32)
-    angles = positions[:, None] * inverse
-    step = StepTokens(
-        positions=positions,
-        slots=torch.zeros(count, dtype=torch.int32),
-        row_starts=torch.tensor([0, count], dtype=torch.int32),
-        cos_sin=torch.cat([angles.cos(), angles.sin()], dim=-1),
-        q_scale=None,
-        block_tables=torch.zeros(1, 1, dtype=torch.int32),
-        num_decode_rows=0,
-    )
+    count, step = len(ids), one_prompt(config, len(ids))
     states = decoder.make_states(StateRoom(1, count, 1, torch.float32, torch.device("cpu")))
     hidden = decoder.hidden(torch.tensor(ids, dtype=torch.int32), step, states)
     return decoder.logits(hidden).argmax(dim=-1).tolist()

@@ -87,7 +87,7 @@ def _mix32(x):
 def _ordered(x):
     """float32 as uint32 of the same order, so that bisection over bits finds an exact value."""
     bits = x.to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) == 0, bits | 0x80000000, ~bits)
+    return tl.where((bits >> 31) == 0, bits | 0x80000000, bits ^ 0xFFFFFFFF)
 
 
 @triton.jit
