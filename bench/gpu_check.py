@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def run(core: EngineCore) -> tuple[float, int]:
     return time.perf_counter() - began_s, tokens
 
 
+def each_step(core: EngineCore) -> Iterator[object]:
+    while core.has_work:
+        yield core.step()
+
+
 def floor_ms(engine: Engine, batch: int, context: int) -> float:
     """The weights and the cache that a step must read; of experts, as many as so many tokens choose on average."""
     needs = decode_step(engine.model, engine.plan.dtype, batch=batch, context_tokens=context)
@@ -127,7 +133,7 @@ def prefill(engine: Engine, model: str) -> None:
 
 def host_share(engine: Engine, model: str, batch: int) -> None:
     add(engine.core, batch, [128] * batch, [200] * batch, engine.model.vocab_size, "host")
-    note(f"{model} host b{batch}", ms=host_ms(engine.core, torch.cuda.synchronize))
+    note(f"{model} host b{batch}", ms=host_ms(each_step(engine.core), torch.cuda.synchronize))
 
 
 def random_requests(model: str, count: int = 1000) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,8 @@ class Bench:
         return self._engine.stream(requests)
 
 
-def host_ms(stream: BlockingStream, synchronize: Callable[[], None]) -> float:
-    """Milliseconds of the host's work in a step that gives tokens, the median of a stream of LocalEngine's.
+def host_ms(steps: Iterator[object], synchronize: Callable[[], None]) -> float:
+    """Milliseconds of the host's work in a step, the median of ``steps``, an iterator that computes one each time.
 
     Each step is begun when the device has nothing left to do, so nothing in it waits for the device. As long as this is less
     than a whole step takes, the host, which is a step ahead, costs nothing.
@@ -163,6 +163,6 @@ def host_ms(stream: BlockingStream, synchronize: Callable[[], None]) -> float:
     while True:
         synchronize()
         start_s = time.perf_counter()
-        if next(stream, None) is None:
+        if next(steps, None) is None:
             return statistics.median(spent_s) * 1e3
         spent_s.append(time.perf_counter() - start_s)
