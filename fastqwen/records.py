@@ -212,7 +212,7 @@ class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     request_id: str
     start: int
     num_tokens: int
-    new_blocks: list[int]  # appended to the slot's block table before the step
+    new_blocks: tuple[int, ...]  # appended to the slot's block table before the step
     num_logits: int  # of the last tokens, each of whose logits give a token; 0: the row only fills the cache
     prompt_logprobs: bool = False
     pools: bool = False  # the last token's hidden state is the request's result; such a row has no logits

@@ -137,7 +137,9 @@ class Scheduler:
 
     def _shortened(self, row: Row, surplus: int) -> Row:
         """The same row, computing fewer tokens; the blocks that it took stay its own."""
-        self._sequences[row.request_id].advance(-surplus, -(row.num_logits + row.pools))
+        sequence = self._sequences[row.request_id]
+        sequence.num_computed -= surplus
+        sequence.num_pending -= row.num_logits + row.pools
         return msgspec.structs.replace(row, num_tokens=row.num_tokens - surplus, num_logits=0, pools=False)
 
     def _schedule_running(self, rows: list[Row], budget: int, *, prompts: bool = True, streams: bool = True) -> int:
@@ -185,7 +187,7 @@ class Scheduler:
             heapq.heappop(self._waiting)
             admissions.append(admission)
             num_tokens = min(sequence.num_left, budget)
-            rows.append(self._advance(sequence, num_tokens, shared=sequence.blocks))
+            rows.append(self._advance(sequence, num_tokens, new_blocks=tuple(sequence.blocks)))
             budget -= num_tokens
             self._drop_gone_waiting()
         return budget
@@ -236,24 +238,25 @@ class Scheduler:
         found = self.blocks.match(hashes)
         return found[: self._num_resumable(hashes[: len(found)])]
 
-    def _advance(self, sequence: Sequence, num_tokens: int, shared: list[int] | None = None) -> Row:
-        new_blocks = [] if shared is None else list(shared)
+    def _advance(self, sequence: Sequence, num_tokens: int, new_blocks: tuple[int, ...] = ()) -> Row:
+        """Of the blocks that the row brings to its slot, ``new_blocks`` are the shared ones; most rows bring none."""
         num_missing = self._missing_blocks(sequence, num_tokens)
         if num_missing:
             taken = self.blocks.take(num_missing)
             sequence.blocks += taken
-            new_blocks += taken
+            new_blocks += tuple(taken)
         start = sequence.num_computed
-        last = num_tokens == sequence.num_left
+        sequence.num_computed += num_tokens
+        last = sequence.num_computed == sequence.num_known
         pools = last and sequence.request.pooling is not None
-        sequence.advance(num_tokens, num_pending=last)  # a vector is waited for like a token
+        sequence.num_pending += last  # a vector is waited for like a token
         return Row(
             slot=sequence.slot,
             request_id=sequence.request_id,
             start=start,
             num_tokens=num_tokens,
             new_blocks=new_blocks,
-            num_logits=int(last and not pools),
+            num_logits=1 if last and not pools else 0,
             pools=pools,
             prompt_logprobs=sequence.request.sampling.prompt_logprobs is not None and start < sequence.num_prompt - 1,
         )
@@ -267,7 +270,8 @@ class Scheduler:
         sequence.token_ids += sampled.token_ids
         if sequence.slot != NO_SLOT and step_id >= sequence.admitted_in_step:  # else preempted since: other blocks now
             num_taken_back = row.num_logits - len(sampled.token_ids)
-            sequence.roll_back(num_taken_back)
+            if num_taken_back:
+                sequence.roll_back(num_taken_back)
             self._register_full_blocks(sequence, row.end - num_taken_back)
         if row.pools:
             assert sampled.embedding is not None

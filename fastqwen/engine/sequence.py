@@ -61,11 +61,6 @@ class Sequence:
             self._hashes.append(chain_next(parent, self.token_ids[start : start + block_size]))
         return self._hashes
 
-    def advance(self, num_tokens: int, num_pending: int) -> None:
-        """A step will compute so many more tokens, and give so many new ones, or a vector."""
-        self.num_computed += num_tokens
-        self.num_pending += num_pending
-
     def roll_back(self, num_tokens: int) -> None:
         """The last computed tokens do not hold: what comes in their place is computed over them. Not while a later step
         of this sequence is in flight, which would stand behind them."""

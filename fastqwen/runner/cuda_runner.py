@@ -98,7 +98,7 @@ class CudaRunner(ModelRunner):
         for start, num_tokens in ((64, 2), (0, 17), (0, 512)):
             if start + num_tokens <= longest:
                 slot = self.slots.spare
-                row = Row(slot=slot, request_id="", start=start, num_tokens=num_tokens, new_blocks=[], num_logits=1)
+                row = Row(slot=slot, request_id="", start=start, num_tokens=num_tokens, new_blocks=(), num_logits=1)
                 self._launch([row])
 
     @torch.inference_mode()

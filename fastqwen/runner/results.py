@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping
 
 from fastqwen.records import Failure, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 
@@ -12,25 +11,24 @@ NOT_FINITE = Failure("not_finite", "the model computed values that are not finit
 
 def step_output(
     batch: ScheduledBatch,
-    tokens: Sequence[int],
+    tokens: list[int],
     *,
     logprobs: Mapping[int, TokenLogprobs],
     prompt_logprobs: Mapping[int, list[TokenLogprobs]],
     errors: Mapping[int, Failure],
 ) -> StepOutput:
     """``tokens`` are one for each logits of the step, ``logprobs`` by their places; the others by the row's place."""
-    rows = []
-    ends = accumulate(row.num_logits for row in batch.rows)
-    for index, (row, end) in enumerate(zip(batch.rows, ends, strict=True)):
+    rows, end = [], 0
+    for index, row in enumerate(batch.rows):
+        start, end = end, end + row.num_logits
         if index in errors:
             rows.append(SampledRow(request_id=row.request_id, error=errors[index]))
             continue
-        places = range(end - row.num_logits, end)
         rows.append(
             SampledRow(
                 request_id=row.request_id,
-                token_ids=[tokens[place] for place in places],
-                logprobs=[logprobs[place] for place in places] if logprobs and end - 1 in logprobs else None,
+                token_ids=tokens[start:end],
+                logprobs=[logprobs[place] for place in range(start, end)] if start in logprobs else None,
                 prompt_logprobs=prompt_logprobs.get(index),
             )
         )

@@ -7,7 +7,7 @@ tokens and rows of the spare slot, whose results nobody reads, and with empty ti
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,14 @@ class StepLayout:
         samples = self.samples
         return self.tokens, self.tokens, 4 * self.tiles, 1, samples, samples, samples, self.rows + 1
 
-    def _cuts(self) -> list[int]:
-        return list(itertools.accumulate(self._sizes()))[:-1]
+    def _parts(self) -> Iterator[slice]:
+        """Of the array, in the order of StepInputs."""
+        ends = itertools.accumulate(self._sizes(), initial=0)
+        return itertools.starmap(slice, itertools.pairwise(ends))
 
     def views(self, array: Tensor) -> StepInputs:
         """``array`` int32 [at least size], on the device."""
-        slots, positions, tiles, *others = array[: self.size].tensor_split(self._cuts())
+        slots, positions, tiles, *others = [array[part] for part in self._parts()]
         return StepInputs(slots, positions, tiles.view(self.tiles, 4), *others)
 
     def fill(self, out: Ints, rows: Sequence[Row], tiles: Ints, num_decode_rows: int, spare: int) -> None:
@@ -72,24 +74,26 @@ class StepLayout:
         counts = np.fromiter((row.num_tokens for row in rows), np.int32, len(rows))
         logits = np.fromiter((row.num_logits for row in rows), np.int32, len(rows))
         ends = np.cumsum(counts, dtype=np.int32)
-        num_tokens, num_samples = int(ends[-1]), int(logits.sum())
-        slots, positions, tile_part, count, sample_tokens, sample_slots, sample_positions, row_starts = np.split(
-            out[: self.size], self._cuts()
-        )
+        num_tokens = int(ends[-1])
+        tokens = np.arange(num_tokens, dtype=np.int32)
+        slots, positions, tile_part, count, sample_tokens, sample_slots, sample_positions, row_starts = [
+            out[part] for part in self._parts()
+        ]
         slots[:num_tokens] = np.repeat(row_slots, counts)
         slots[num_tokens:] = spare
-        positions[:num_tokens] = np.arange(num_tokens, dtype=np.int32) + np.repeat(starts - ends + counts, counts)
+        positions[:num_tokens] = tokens + np.repeat(starts - ends + counts, counts)
         positions[num_tokens:] = 0
         tile_part[: tiles.size] = tiles.ravel()
         tile_part[tiles.size :] = 0
         count[0] = num_decode_rows
-        # A row's logits are of its last tokens, one behind the other; each is of the token at the next position.
-        of_row = np.arange(num_samples, dtype=np.int32) - np.repeat(np.cumsum(logits, dtype=np.int32), logits)
-        sample_tokens[:num_samples] = np.repeat(ends, logits) + of_row
+        # A row's logits are of its last tokens; each says which token comes at the next position.
+        sampled = np.flatnonzero(tokens >= np.repeat(ends - logits, counts))
+        num_samples = len(sampled)
+        sample_tokens[:num_samples] = sampled
         sample_tokens[num_samples:] = 0
-        sample_slots[:num_samples] = np.repeat(row_slots, logits)
+        sample_slots[:num_samples] = slots[sampled]
         sample_slots[num_samples:] = spare
-        sample_positions[:num_samples] = np.repeat(starts + counts + 1, logits) + of_row
+        sample_positions[:num_samples] = positions[sampled] + 1
         sample_positions[num_samples:] = 0
         row_starts[0] = 0
         row_starts[1 : len(rows) + 1] = ends

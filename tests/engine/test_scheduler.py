@@ -266,7 +266,8 @@ def test_a_row_that_asks_for_three_logits_and_takes_two_back_goes_on_exactly():
     batch = scheduler.schedule()
     [row] = batch.rows
     sequence = scheduler._sequences["a"]
-    sequence.advance(2, 2)
+    sequence.num_computed += 2
+    sequence.num_pending += 2
     guessed = msgspec.structs.replace(row, num_tokens=row.num_tokens + 2, num_logits=3)
     output = executor.submit(batch).result()
     deltas = scheduler.commit(msgspec.structs.replace(batch, rows=[guessed]), output)

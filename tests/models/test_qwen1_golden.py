@@ -87,7 +87,7 @@ def _prompt_logits(runner: Any, ids: list[int], num_prompt: int | None = None) -
         rope_key=key,
     )
     blocks = list(range(-(-len(ids) // size)))
-    row = Row(slot=0, request_id="x", start=0, num_tokens=len(ids), new_blocks=blocks, num_logits=0)
+    row = Row(slot=0, request_id="x", start=0, num_tokens=len(ids), new_blocks=tuple(blocks), num_logits=0)
     with torch.inference_mode():
         runner.slots.update([admission], [row])
         return runner._decoder.logits(hidden_of(runner, row)).cpu().numpy()

@@ -98,7 +98,7 @@ def logits(folder: Path, ids: list[int], **wishes: Any) -> torch.Tensor:
         stop_token_ids=[],
         rope_key="",
     )
-    row = Row(slot=0, request_id="x", start=0, num_tokens=len(ids), new_blocks=blocks, num_logits=0)
+    row = Row(slot=0, request_id="x", start=0, num_tokens=len(ids), new_blocks=tuple(blocks), num_logits=0)
     with torch.inference_mode():
         runner.slots.update([admission], [row])
         return runner._decoder.logits(hidden_of(runner, row)).float().cpu()

@@ -24,7 +24,7 @@ def admission(slot: int, token_ids: list[int], seed: int = 1, **wishes) -> Admis
 
 
 def row(slot: int, new_blocks: list[int]) -> Row:
-    return Row(slot=slot, request_id="", start=0, num_tokens=1, new_blocks=new_blocks, num_logits=1)
+    return Row(slot=slot, request_id="", start=0, num_tokens=1, new_blocks=tuple(new_blocks), num_logits=1)
 
 
 def test_newcomers_and_blocks_in_one_step():

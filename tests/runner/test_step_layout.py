@@ -12,7 +12,7 @@ SPARE = 9
 
 
 def row(slot: int, start: int, num_tokens: int, num_logits: int = 1) -> Row:
-    return Row(slot=slot, request_id="", start=start, num_tokens=num_tokens, new_blocks=[], num_logits=num_logits)
+    return Row(slot=slot, request_id="", start=start, num_tokens=num_tokens, new_blocks=(), num_logits=num_logits)
 
 
 def test_a_step_with_decode_rows_and_prompts():
