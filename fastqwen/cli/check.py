@@ -35,7 +35,9 @@ def check(
 
     With the address of a server, ours or another, checks whether it keeps what OpenAI's API promises.
     """
-    if model.startswith(("http://", "https://")):
+    from fastqwen.client.remote import is_address
+
+    if is_address(model):
         from fastqwen.terminal.conformance import run
 
         raise typer.Exit(run(model, api_key=api_key, as_json=as_json))

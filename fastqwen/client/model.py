@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from typing import Any
 
-from tqdm import tqdm
-
 from fastqwen.client.engine import Ready
+from fastqwen.client.loading_bar import LoadingBar
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, BadRequest
-from fastqwen.hub import resolve
-from fastqwen.model_config import ModelConfig
+from fastqwen.hub import find_checkpoint
 from fastqwen.records import Grammar, SamplingParams
 from fastqwen.runner.start import start_engine
-from fastqwen.text.grammar import check_grammar, grammar_tokenizer, to_grammar
+from fastqwen.text.grammar import check_grammar, to_grammar
 from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text
 from fastqwen.text.template import Message
-from fastqwen.weights.checkpoint import open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +33,13 @@ class LoadedModel:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
+        path, facts = find_checkpoint(config)
         if config.trust_remote_code:
             log.warning("trust_remote_code has no effect: nothing needs it, a checkpoint's code is never run")
-        facts = open_checkpoint(path, with_tensors=False).model
         self.text: TextTools | None = None if config.skip_tokenizer_init else load_text(path, facts, config)
-        with tqdm(desc="Loading layers", unit="layer", leave=False, delay=1.0, disable=None) as bar:
+        with closing(LoadingBar()) as bar:
             engine = start_engine(
-                config, path, lambda done, total: _advance(bar, done, total), grammar_tokenizer=self._grammar_tokenizer
+                config, path, bar.update, grammar_tokenizer=lambda found: self.need_text().grammar_tokenizer(found)
             )
         self.core = engine.core
         self.ready = Ready(engine.plan, engine.model, engine.comparison)
@@ -72,12 +69,3 @@ class LoadedModel:
         assert self._compiler is not None
         check_grammar(grammar, self._compiler.tokenizer())
         return Grammar(grammar)
-
-    def _grammar_tokenizer(self, model: ModelConfig) -> Any:
-        text = self.need_text()
-        return grammar_tokenizer(text.tokenizer, text.stop_token_ids, model.vocab_size)
-
-
-def _advance(bar: Any, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)

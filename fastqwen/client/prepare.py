@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable
 
 import msgspec
 
@@ -26,17 +25,22 @@ def check_prompt(token_ids: list[int], limits: ModelLimits) -> None:
     """Raises BadRequest for a prompt that is empty, too long, or has ids outside the vocabulary."""
     if not limits.has_head:
         raise BadRequest("this checkpoint holds no output head: it makes embeddings (/v1/embeddings), but no text")
+    _check_ids(token_ids, limits, "prompt", "the prompt", room=limits.max_model_len - 1)
+
+
+def _check_ids(token_ids: list[int], limits: ModelLimits, field: str, name: str, *, room: int) -> None:
+    """``name`` is what an error calls them, and ``field`` the field that it names."""
     if not token_ids:
-        raise BadRequest("the prompt is empty, at least one token is needed", "prompt")
-    if len(token_ids) >= limits.max_model_len:
+        raise BadRequest(f"{name} is empty, at least one token is needed", field)
+    if len(token_ids) > room:
+        both = ", prompt and answer together" if room < limits.max_model_len else ""
         raise BadRequest(
-            f"the prompt has {len(token_ids)} tokens, but the model's context is {limits.max_model_len} tokens, "
-            "prompt and answer together",
-            "prompt",
+            f"{name} has {len(token_ids)} tokens, but the model's context is {limits.max_model_len} tokens{both}",
+            field,
             "context_length_exceeded",
         )
     if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
-        raise BadRequest(f"prompt token ids must be at least 0 and less than {limits.vocab_size}", "prompt")
+        raise BadRequest(f"{field}: token ids must be at least 0 and less than {limits.vocab_size}", field)
 
 
 def check_sampling(sampling: SamplingParams, limits: ModelLimits) -> None:
@@ -79,7 +83,7 @@ def prepare(
             request_id=f"{request_id}-{index}",
             prompt_token_ids=token_ids,
             sampling=for_engine,
-            stop_token_ids=_unique([*stops, *sampling.stop_token_ids]),
+            stop_token_ids=list(dict.fromkeys([*stops, *sampling.stop_token_ids])),
             max_tokens=max_tokens,
             seed=_wrap_int64(first_seed + index),
             is_open_ended=sampling.max_tokens is None,
@@ -102,16 +106,7 @@ def prepare_embedding(
     cache_salt: str = "",
 ) -> EngineRequest:
     """The engine request for one text's vector. ``field`` is what an error names. Raises BadRequest."""
-    if not token_ids:
-        raise BadRequest(f"{field} is empty, at least one token is needed", field)
-    if len(token_ids) > limits.max_model_len:
-        raise BadRequest(
-            f"{field} has {len(token_ids)} tokens, but the model's context is {limits.max_model_len} tokens",
-            field,
-            "context_length_exceeded",
-        )
-    if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
-        raise BadRequest(f"{field}: token ids must be at least 0 and less than {limits.vocab_size}", field)
+    _check_ids(token_ids, limits, field, field, room=limits.max_model_len)
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=token_ids,
@@ -133,10 +128,6 @@ def check_dimensions(dimensions: int | None, limits: ModelLimits) -> None:
             "the length of this model's vectors",
             "dimensions",
         )
-
-
-def _unique(ids: Iterable[int]) -> list[int]:
-    return list(dict.fromkeys(ids))
 
 
 def _wrap_int64(value: int) -> int:

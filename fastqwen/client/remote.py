@@ -15,6 +15,11 @@ CONNECT_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 600.0
 
 
+def is_address(model: str) -> bool:
+    """Whether a user's word for a model is the address of a server that has it."""
+    return model.startswith(("http://", "https://"))
+
+
 class RemotePartner:
     """Raises BadRequest for what the server refuses, FastqwenError where it does not answer."""
 
@@ -26,7 +31,7 @@ class RemotePartner:
         limits = httpx.Limits(max_connections=None)  # as many chats at once as the caller has threads
         timeout = httpx.Timeout(CONNECT_WITHIN_S, read=ANSWER_WITHIN_S)
         try:
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
+            self.http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
         except httpx.InvalidURL as error:
             raise FastqwenError(f"{url} is not an address: {error}") from None
         try:
@@ -42,7 +47,7 @@ class RemotePartner:
         import httpx
 
         try:
-            response = self._client.get("/health/ready")
+            response = self.http.get("/health/ready")
             body = response.json() if response.status_code == 503 else {}
         except (httpx.HTTPError, ValueError):
             return None
@@ -55,7 +60,7 @@ class RemotePartner:
 
         body = {"model": self.name, "messages": messages, "stream": True, **options, **_for_template(template_options)}
         try:
-            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
                     response.read()
                     raise _error_of(response)
@@ -77,13 +82,13 @@ class RemotePartner:
         return str(self._json("POST", "/detokenize", {"tokens": token_ids})["prompt"])
 
     def close(self) -> None:
-        self._client.close()
+        self.http.close()
 
     def _json(self, method: str, path: str, body: Any) -> Any:
         import httpx
 
         try:
-            response = self._client.request(method, path, json=body)
+            response = self.http.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise self._silent(error) from None
         if response.status_code != 200:

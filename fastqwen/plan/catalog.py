@@ -85,7 +85,11 @@ def catalog() -> Catalog:
 
 def find_published(text: str) -> Found | None:
     entry = published(text)
-    return None if entry is None else Found(model=catalog().model(entry), name=entry.name, entry=entry)
+    return None if entry is None else found_of(entry)
+
+
+def found_of(entry: Entry, *notices: str) -> Found:
+    return Found(model=catalog().model(entry), name=entry.name, entry=entry, notices=notices)
 
 
 def published(text: str) -> Entry | None:
@@ -115,12 +119,7 @@ def quantized_version(found: Found, word: str) -> Found:
         return found
     sibling = sibling_of(found.entry, wanted) if found.entry is not None else None
     if sibling is not None:
-        return Found(
-            model=catalog().model(sibling),
-            name=sibling.name,
-            entry=sibling,
-            notices=(f"--quantization {word}: planned for {sibling.name}",),
-        )
+        return found_of(sibling, f"--quantization {word}: planned for {sibling.name}")
     if _quantization_of(found.model) == wanted:
         return found
     quantization = None if wanted is None else catalog().quantizations[wanted]

@@ -94,8 +94,8 @@ def _candidates(question: Question) -> Iterator[tuple[str, Question, bool]]:
     replace = msgspec.structs.replace
     on_gpu = question.facts.kind == "cuda"
     asked = question.max_model_len is not None
-    if on_gpu and not question.eager:
-        yield "no CUDA graphs", replace(question, eager=True), False
+    if on_gpu and not question.enforce_eager:
+        yield "no CUDA graphs", replace(question, enforce_eager=True), False
     shorter = _shorter(question)
     if shorter is not None and not asked:
         yield f"a context of {shorter.max_model_len} tokens", shorter, False
@@ -173,8 +173,8 @@ def _packed(question: Question) -> Question | None:
 def tight(question: Question) -> Question:
     return msgspec.structs.replace(
         question,
-        eager=True,
-        utilization=TIGHT_UTILIZATION,
+        enforce_eager=True,
+        gpu_memory_utilization=TIGHT_UTILIZATION,
         max_num_seqs=max(question.concurrency, TIGHT_NUM_SEQS),
         max_num_batched_tokens=min(question.max_num_batched_tokens or TIGHT_STEP_TOKENS, TIGHT_STEP_TOKENS),
     )

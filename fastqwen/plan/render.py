@@ -56,7 +56,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "total_all_gpus_gib": gib(need.total_all_gpus),
         "budget_gib": gib(answer.budget_bytes),
         "device_gib": gib(answer.device_bytes),
-        "gpu_memory_utilization": answer.utilization,
+        "gpu_memory_utilization": answer.gpu_memory_utilization,
         "largest_context": answer.largest_context,
         "most_sequences": answer.most_sequences,
         "changes": [msgspec.structs.asdict(change) for change in answer.changes],
@@ -103,10 +103,6 @@ def _advice(answer: Answer) -> list[str]:
     elif not answer.fits or answer.not_served_yet:
         lines.append("no change that the planner knows makes it run: use a smaller model or a larger GPU")
     return lines
-
-
-def _and(words: tuple[str, ...]) -> str:
-    return " and ".join(words)
 
 
 def _is(words: tuple[str, ...]) -> str:
@@ -168,7 +164,7 @@ def plot(question: Question, path: Path) -> None:
         labels=[title for _, title in TERMS],
     )
     axes.axhline(question.facts.total_bytes / GIB, color="black", label=f"{question.facts.name}")
-    budget = budget_bytes(needs[-1], question.facts, question.utilization)
+    budget = budget_bytes(needs[-1], question.facts, question.gpu_memory_utilization)
     axes.axhline(budget / GIB, color="black", linestyle="--", label="what fastqwen may take of it")
     axes.axvline(load.max_model_len, color="grey", linestyle=":")
     axes.set(
@@ -187,14 +183,14 @@ def _verdict(answer: Answer) -> str:
     verdict = ("fits, but tight" if answer.tight else "fits") if answer.fits else "does not fit"
     if answer.not_served_yet:
         missing = answer.not_served_yet
-        return f"{verdict}{' on paper' if answer.fits else ''}; {_and(missing)} {_is(missing)} not served yet"
+        return f"{verdict}{' on paper' if answer.fits else ''}; {' and '.join(missing)} {_is(missing)} not served yet"
     return verdict
 
 
 def _allowed(answer: Answer) -> str:
     if answer.on_cpu:
         return "fastqwen would take of this memory"
-    return f"--gpu-memory-utilization {answer.utilization:g} allows"
+    return f"--gpu-memory-utilization {answer.gpu_memory_utilization:g} allows"
 
 
 def _sequences(answer: Answer) -> str:
@@ -216,9 +212,4 @@ def _speed_text(speed: Speed) -> str:
 def _speed_json(speed: Speed | None) -> dict[str, Any] | None:
     if speed is None:
         return None
-    return {
-        "batch": speed.batch,
-        "context_tokens": speed.context_tokens,
-        "low": round(speed.low, 1),
-        "high": round(speed.high, 1),
-    }
+    return {**msgspec.structs.asdict(speed), "low": round(speed.low, 1), "high": round(speed.high, 1)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from fastqwen.errors import FastqwenError
+from fastqwen.client.remote import RemotePartner
 
 TIMEOUT_S = 120.0
 PROMPT = [{"role": "user", "content": "Count from one to ten in words, separated by commas."}]
@@ -49,19 +49,9 @@ class Result:
 
 class Server:
     def __init__(self, url: str, api_key: str | None) -> None:
-        base = url.rstrip("/").removesuffix("/v1")
-        headers = {"authorization": f"Bearer {api_key or 'none'}"}
-        self.http = httpx.Client(base_url=base, headers=headers, timeout=TIMEOUT_S)
-        self.model = self._first_model(url)
-
-    def _first_model(self, url: str) -> str:
-        try:
-            response = self.http.get("/v1/models")
-            return str(response.json()["data"][0]["id"])
-        except httpx.HTTPError as error:
-            raise FastqwenError(f"there is no server at {url}: {error or type(error).__name__}") from None
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise FastqwenError(f"{url}/v1/models does not list a model (status {response.status_code})") from None
+        partner = RemotePartner(url, api_key or "none")
+        self.model, self.http = partner.name, partner.http
+        self.http.timeout = TIMEOUT_S
 
     def post(self, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
         return self.http.post(path, json={"model": self.model, **body})

@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
@@ -18,6 +18,9 @@ from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.stops import StopToken, derive_stops
 from fastqwen.text.template import CHATML, ChatTemplate
 from fastqwen.text.tokenizer import JsonTokenizer, NoTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,12 @@ class TextTools:
     @property
     def stop_token_ids(self) -> list[int]:
         return [stop.token_id for stop in self.stops]
+
+    def grammar_tokenizer(self, model: ModelConfig) -> LLTokenizer:
+        """What grammars are compiled with. Takes a second for a large vocabulary."""
+        from fastqwen.text.grammar import grammar_tokenizer
+
+        return grammar_tokenizer(self.tokenizer, self.stop_token_ids, model.vocab_size)
 
 
 @dataclass(frozen=True)

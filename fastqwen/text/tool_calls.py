@@ -7,6 +7,7 @@ depends on the characters alone and not on how they were cut, so a streamed call
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from fastqwen.text.strict_json import MAX_DEPTH, StrictJsonError, loads
@@ -48,6 +49,17 @@ def dump(arguments: Any) -> str:
     return json.dumps(arguments, ensure_ascii=False)
 
 
+def properties_of(tools: Sequence[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The schemas of each tool's arguments, by the tool's name; none where its own schema lists none."""
+    found = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        schema = function.get("parameters")
+        properties = schema.get("properties") if isinstance(schema, dict) else None
+        found[function.get("name")] = properties if isinstance(properties, dict) else {}
+    return found
+
+
 class Hermes:
     """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``"""
 
@@ -57,15 +69,25 @@ class Hermes:
         return _HermesReader()
 
 
-class _HermesReader:
+class _Reader:
+    """``_call`` once it is read; ``_text`` is what is behind it."""
+
+    _text = ""
+    _call: Call | None = None
+
+    def finish(self) -> Outcome:
+        if self._call is None:
+            return Outcome(None)
+        return _after_closer(self._call, self._text, final=True) or Outcome(self._call)
+
+
+class _HermesReader(_Reader):
     """Finds the object's end by its braces, because a string in it may contain anything, the closing mark too."""
 
     def __init__(self) -> None:
-        self._text = ""
         self._seen = 0
         self._depth = 0
         self._in_string = False
-        self._call: Call | None = None
 
     def push(self, text: str) -> Outcome | None:
         self._text += text
@@ -78,11 +100,6 @@ class _HermesReader:
                 return Outcome(None)
             self._text = self._text[end:]
         return _after_closer(self._call, self._text, final=False)
-
-    def finish(self) -> Outcome:
-        if self._call is None:
-            return Outcome(None)
-        return _after_closer(self._call, self._text, final=True) or Outcome(self._call)
 
     def _object_end(self) -> int | None:
         """Where the object ends, 0 if there is no object, None if it is not there yet."""
@@ -150,25 +167,23 @@ class Xml:
     openers = ("<tool_call>", "<function=")
 
     def __init__(self, tools: list[dict[str, Any]]) -> None:
-        functions = [tool.get("function", tool) for tool in tools]
-        self._schemas = {one.get("name"): one.get("parameters") or {} for one in functions}
+        self._properties = properties_of(tools)
 
     def reader(self, opener: str) -> CallReader:
-        return _XmlReader(self._schemas, bare=opener == "<function=")
+        return _XmlReader(self._properties, bare=opener == "<function=")
 
 
 _FUNCTION, _PARAMETER, _VALUE_END, _FUNCTION_END = "<function=", "<parameter=", "</parameter>", "</function>"
 
 
-class _XmlReader:
-    def __init__(self, schemas: dict[Any, Any], *, bare: bool) -> None:
-        self._schemas = schemas
+class _XmlReader(_Reader):
+    def __init__(self, properties: dict[Any, dict[str, Any]], *, bare: bool) -> None:
+        self._properties = properties
         self._text = _FUNCTION if bare else ""
         self._name: str | None = None
         self._key: str | None = None
         self._values: dict[str, str] = {}
         self._searched = 0  # a long value is searched for its end once, not once per token
-        self._call: Call | None = None
 
     def push(self, text: str) -> Outcome | None:
         self._text += text
@@ -179,11 +194,6 @@ class _XmlReader:
             if not advanced:
                 return Outcome(None)
         return _after_closer(self._call, self._text, final=False)
-
-    def finish(self) -> Outcome:
-        if self._call is None:
-            return Outcome(None)
-        return _after_closer(self._call, self._text, final=True) or Outcome(self._call)
 
     def _advance(self) -> bool | None:
         """One element further: None if its end is not here yet, False if this is no call."""
@@ -226,9 +236,7 @@ class _XmlReader:
         return True
 
     def _arguments(self, name: str) -> dict[str, Any]:
-        schema = self._schemas.get(name)
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        known = properties if isinstance(properties, dict) else {}
+        known = self._properties.get(name, {})
         return {key: typed_value(text, known.get(key)) for key, text in self._values.items()}
 
 

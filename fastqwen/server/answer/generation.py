@@ -48,10 +48,9 @@ class Choice:
     num_continued: int = 0
     num_thinking_tokens: int = 0
 
-    index: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.index = self.assembler.output.index
+    @property
+    def index(self) -> int:
+        return self.assembler.output.index
 
     @property
     def answer(self) -> Parts:
@@ -75,7 +74,6 @@ class Generation:
         self._state = state
         self._wishes = wishes
         self._sampling = sampling
-        self._max_model_len = limits.max_model_len
         self.prompt_token_ids = token_ids
         self.warnings: list[str] = [] if wishes.thinking is None else [*wishes.thinking.warnings]
         requests = prepare(
@@ -88,6 +86,7 @@ class Generation:
             cache_salt=wishes.cache_salt,
             grammar=wishes.grammar,
         )
+        self._max_model_len, self._max_tokens = limits.max_model_len, requests[0].max_tokens
         room = limits.max_model_len - len(token_ids)
         if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise BadRequest(
@@ -229,7 +228,7 @@ class Generation:
         output = choice.assembler.output
         token_ids = self.prompt_token_ids + output.token_ids
         first = choice.request
-        left = min(self.choices_max_tokens - len(output.token_ids), self._max_model_len - len(token_ids))
+        left = min(self._max_tokens - len(output.token_ids), self._max_model_len - len(token_ids))
         stream.abort([first.request_id])
         del self._running[first.request_id]
         if left < 1:
@@ -255,11 +254,6 @@ class Generation:
         )
         self._running[choice.request.request_id] = choice
         return choice.request
-
-    @property
-    def choices_max_tokens(self) -> int:
-        room = self._max_model_len - len(self.prompt_token_ids)
-        return room if self._sampling.max_tokens is None else min(room, self._sampling.max_tokens)
 
 
 def parts_of(piece: Piece) -> Parts:

@@ -105,10 +105,8 @@ class MessagesRequest(CountRequest):
     service_tier: str | None = None
 
     def as_chat(self) -> ChatRequest:
-        return ChatRequest.of(
-            **self.chat_fields(), max_tokens=self.max_tokens, stop=self.stop_sequences, temperature=self.temperature,
-            top_p=self.top_p, top_k=self.top_k, metadata=self.metadata, service_tier=self.service_tier,
-        )  # fmt: skip
+        same = self.model_dump(include={"max_tokens", "temperature", "top_p", "top_k", "metadata", "service_tier"})
+        return ChatRequest.of(**self.chat_fields(), **same, stop=self.stop_sequences)
 
 
 class Messages:

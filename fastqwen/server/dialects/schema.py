@@ -11,7 +11,7 @@ from fastqwen.errors import BadRequest
 from fastqwen.records import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, SamplingParams, StructuredOutputs
 from fastqwen.text.strict_json import StrictJsonError, loads
 
-# Fields that OpenAI's clients send and that have no meaning on a server of one's own.
+# What has no meaning on a server of one's own.
 WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key"})
 MAX_TOOLS = 128
 
@@ -41,7 +41,7 @@ class StreamOptions(Body):
 
 
 class JsonSchemaFormat(Body):
-    name: str = ""
+    name: str | None = None
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
@@ -62,7 +62,18 @@ class StructuredFields(Body):
     json_object: bool | None = None
 
 
-class SamplingFields(Body):
+class AccountFields(Body):
+    """What OpenAI's clients send for its accounts, bills and records."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class SamplingFields(AccountFields):
     """What chat and completions have in common. None means: not given, so the model's own default."""
 
     model: str | None = None
@@ -94,12 +105,6 @@ class SamplingFields(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
 
     def sampling(self, defaults: dict[str, Any], **changes: Any) -> SamplingParams:
         """``defaults`` are the model's; a field of the request goes before. Raises BadRequest."""
@@ -119,11 +124,7 @@ class SamplingFields(Body):
         if self.response_format is not None and self.response_format.type != "text":
             wishes["response_format"] = _of_format(self.response_format)
         if self.structured_outputs is not None:
-            given = self.structured_outputs
-            wishes["structured_outputs"] = StructuredOutputs(
-                json=given.json_, regex=given.regex, choice=given.choice, grammar=given.grammar,
-                json_object=given.json_object,
-            )  # fmt: skip
+            wishes["structured_outputs"] = StructuredOutputs(**self.structured_outputs.model_dump(by_alias=True))
         for name in ("json", "regex", "choice", "grammar"):
             value = getattr(self, f"guided_{name}")
             if value is not None:
