@@ -28,7 +28,7 @@ DEMO_BYTES = 98_362_432
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Pickled weights and a checkpoint's code are never fetched: nothing here would run them.
 WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.tiktoken", "merges.txt", "vocab.txt"]
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(model: str, *, revision: str | None = None, weights: bool = True) -> Path:
@@ -72,7 +72,7 @@ def use_modelscope() -> bool:
 
 
 def is_hub_name(model: str) -> bool:
-    return HUB_NAME.fullmatch(model) is not None and ".." not in model
+    return _HUB_NAME.fullmatch(model) is not None and ".." not in model
 
 
 def demo_path() -> Path:

@@ -21,6 +21,7 @@ from fastqwen.client.model import LoadedModel
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig
 from fastqwen.hub import find_checkpoint
+from fastqwen.model_config import ModelConfig
 from fastqwen.plan import choose_dtype
 from fastqwen.plot import save_plot
 from fastqwen.records import EngineRequest, Sampling
@@ -54,20 +55,20 @@ def run(
         save_plot(plot_decode(config.model, bench.machine, decoded, input_len=input_len, output_len=output_len), plot)
 
 
-def machine_for(config: EngineConfig) -> Machine:
-    """Measured before the model takes its memory."""
+def machine_for(config: EngineConfig) -> tuple[Machine, ModelConfig]:
+    """The machine, measured before the model takes its memory, and what the model says of itself."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     _, model = find_checkpoint(config)
     device = choose_device(config)
-    return measure(device, choose_dtype(config.dtype, model, device_facts(device))[0])
+    return measure(device, choose_dtype(config.dtype, model, device_facts(device))[0]), model
 
 
 class Bench:
     """An engine of its own, without a tokenizer and without a prefix cache: every token is computed."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.machine = machine_for(config)
+        self.machine, _ = machine_for(config)
         start_s = time.perf_counter()
         loaded = LoadedModel(config)
         self.load_s = time.perf_counter() - start_s

@@ -16,7 +16,6 @@ from fastqwen.client.own_server import own_server
 from fastqwen.client.remote import RemotePartner, is_address
 from fastqwen.config import EngineConfig
 from fastqwen.errors import FastqwenError
-from fastqwen.hub import find_checkpoint
 from fastqwen.model_config import ModelConfig
 from fastqwen.server.http.listen import run_loop
 
@@ -26,7 +25,7 @@ REQUESTS_PER_STREAM = 4
 
 def run(
     where: str,
-    engine: dict[str, Any],
+    engine_options: dict[str, Any],
     *,
     levels: list[int],
     num_requests: int | None,
@@ -40,10 +39,9 @@ def run(
         return
     from fastqwen.benchmark.latency import machine_for
 
-    config = EngineConfig(model=where, **engine)
-    machine = machine_for(config)
+    config = EngineConfig(model=where, **engine_options)
+    machine, model = machine_for(config)
     print(describe(machine), flush=True)
-    _, model = find_checkpoint(config)
     with own_server(config) as url:
         results = [load.level(url, level, model.vocab_size) for level in levels]
     _report(load, where, machine, model, results)

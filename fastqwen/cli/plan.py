@@ -60,13 +60,13 @@ def plan(
             raise BadConfig("--plot and --quantization need a model: fastqwen plan MODEL")
         _print_list(list_models(target, settings), target, settings, as_json=as_json)
         return
-    found = find_model(model)
+    named = find_model(model)
     if quantization is not None:
-        found = quantized_version(found, quantization)
-    question = Question.of(settings, found, target.facts)
+        named = quantized_version(named, quantization)
+    question = Question.of(settings, named, target.facts)
     answered = answer(question, target)
     machine = _about_this_machine(target, settings.num_gpus) if gpu == "auto" else []
-    answered = msgspec.structs.replace(answered, notices=(*found.notices, *answered.notices, *machine))
+    answered = msgspec.structs.replace(answered, notices=(*named.notices, *answered.notices, *machine))
     if plot is not None:
         render.plot(question, plot)
     _print_answer(answered, as_json=as_json)
@@ -106,14 +106,14 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
-def _print_answer(found: Answer, *, as_json: bool) -> None:
+def _print_answer(answered: Answer, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(render.as_json(found), indent=2))
+        print(json.dumps(render.as_json(answered), indent=2))
         return
     console = _console()
-    first, *rest = render.as_lines(found)
+    first, *rest = render.as_lines(answered)
     console.print(first, style="bold", markup=False)
-    console.print(render.memory_table(found))
+    console.print(render.memory_table(answered))
     for line in rest:
         console.print(line, markup=False)
 

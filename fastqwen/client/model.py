@@ -1,4 +1,4 @@
-"""A model loaded into this process: its text side, its limits, and an engine's core that nobody steps yet."""
+"""A model loaded into this process: its text side, its facts, and an engine's core that nobody steps yet."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class LoadedModel:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        path, facts = find_checkpoint(config)
+        path, model = find_checkpoint(config)
         if config.trust_remote_code:
             log.warning("trust_remote_code has no effect: nothing needs it, a checkpoint's code is never run")
-        self.text: TextTools | None = None if config.skip_tokenizer_init else load_text(path, facts, config)
+        self.text: TextTools | None = None if config.skip_tokenizer_init else load_text(path, model, config)
         with closing(LoadingBar()) as bar:
             engine = start_engine(
                 config, path, bar.update, grammar_tokenizer=lambda found: self.need_text().grammar_tokenizer(found)
@@ -44,7 +44,7 @@ class LoadedModel:
         self.core = engine.core
         self.ready = Ready(engine.plan, engine.model, engine.comparison)
         self._compiler = engine.compiler
-        self.limits = self.ready.limits(self.text.stop_token_ids if self.text else eos_without_tokenizer(path, facts))
+        self.facts = self.ready.facts(self.text.stop_token_ids if self.text else eos_without_tokenizer(path, model))
         if self.text is not None:
             self.text.tokenizer.limit_length(engine.plan.max_model_len)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import httpx
 import msgspec
 
 from fastqwen.client.history import Messages
@@ -24,8 +25,6 @@ class RemotePartner:
     """Raises BadRequest for what the server refuses, FastqwenError where it does not answer."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        import httpx
-
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)  # as many chats at once as the caller has threads
@@ -44,8 +43,6 @@ class RemotePartner:
 
     def loading_share(self) -> float | None:
         """How much of the model is loaded while it cannot answer; None once it can, or where the server does not tell."""
-        import httpx
-
         try:
             response = self.http.get("/health/ready")
             body = response.json() if response.status_code == 503 else {}
@@ -56,8 +53,6 @@ class RemotePartner:
     def answer(
         self, messages: Messages, options: dict[str, Any], template_options: dict[str, Any] | None = None
     ) -> Generator[Parts, None, None]:
-        import httpx
-
         body = {"model": self.name, "messages": messages, "stream": True, **options, **_for_template(template_options)}
         try:
             with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -85,8 +80,6 @@ class RemotePartner:
         self.http.close()
 
     def _json(self, method: str, path: str, body: Any) -> Any:
-        import httpx
-
         try:
             response = self.http.request(method, path, json=body)
         except httpx.HTTPError as error:
@@ -142,7 +135,7 @@ def deltas_of_line(line: str) -> Iterator[Delta]:
             yield choice.delta
 
 
-def _error_of(response: Any) -> FastqwenError:
+def _error_of(response: httpx.Response) -> FastqwenError:
     try:
         error = response.json()["error"]
         message = str(error["message"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 
 from fastqwen.errors import BadConfig
-from fastqwen.plan.catalog import catalog, found_of
+from fastqwen.plan.catalog import catalog, named_model
 from fastqwen.plan.changes import LIST_TOKENS, Change, advise, tight
 from fastqwen.plan.device import budget_bytes
 from fastqwen.plan.facts import GIB
-from fastqwen.plan.gpus import Target
+from fastqwen.plan.gpus import Target, one_device
 from fastqwen.plan.memory import Load, Need, predict
 from fastqwen.plan.question import (
     PlanOptions,
@@ -50,6 +50,7 @@ class Answer(Load, frozen=True, kw_only=True):
 
 def answer(question: Question, target: Target | None = None) -> Answer:
     """``target`` widens the speed to the range of cards that a question about an amount of memory means."""
+    target = target or one_device(question.facts, question.facts.name)
     found = _figures(question, target)
     if found.command is not None:
         return found
@@ -64,17 +65,16 @@ def answer(question: Question, target: Target | None = None) -> Answer:
     return msgspec.structs.replace(found, changes=changes, command=first.command, tight=first.tight)
 
 
-def _figures(question: Question, target: Target | None) -> Answer:
+def _figures(question: Question, target: Target) -> Answer:
     """The answer without advice."""
     load, profile, notices = resolve(question)
     need = predict(question.model, load, profile, question.facts)
     budget = budget_bytes(need, question.facts, question.gpu_memory_utilization)
     fits = need.total <= budget
-    slow, fast = (target.slow, target.fast) if target is not None else (question.facts, question.facts)
     return Answer(
         **msgspec.structs.asdict(load),
         model=question.name,
-        device=target.label if target is not None else question.facts.name,
+        device=target.label,
         on_cpu=question.facts.kind == "cpu",
         engine=profile.name,
         need=need,
@@ -88,8 +88,10 @@ def _figures(question: Question, target: Target | None) -> Answer:
         command=command(question) if fits else None,
         not_served_yet=obstacles(question),
         changes=(),
-        speed_single=decode_speed(question.model, load, slow, fast, batch=1) if fits else None,
-        speed_concurrent=decode_speed(question.model, load, slow, fast, batch=load.concurrency) if fits else None,
+        speed_single=decode_speed(question.model, load, target.slow, target.fast, batch=1) if fits else None,
+        speed_concurrent=decode_speed(question.model, load, target.slow, target.fast, batch=load.concurrency)
+        if fits
+        else None,
         notices=tuple(notices),
     )
 
@@ -104,7 +106,7 @@ def list_models(target: Target, options: PlanOptions | None = None) -> list[Answ
         if length > model.default_max_len:  # not made for the wished length
             continue
         asked = msgspec.structs.replace(options, max_model_len=length)
-        question = Question.of(asked, found_of(entry), target.facts)
+        question = Question.of(asked, named_model(entry), target.facts)
         try:
             answers.append(_listed(question, target, length_asked=options.max_model_len is not None))
         except BadConfig:  # this model's heads do not split over that many GPUs

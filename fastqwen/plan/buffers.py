@@ -91,9 +91,8 @@ def largest_steps(sizes: Sizes, tokens: int, rows: int) -> Taken:
     for whole in (True, False):
         _prompt_step(memory, sizes, tokens, rows, whole=whole)
     layers = memory.most_allocated
-    for _ in range(
-        2
-    ):  # with what a sampler of rows with penalties and log-probabilities needs; two such steps are in flight
+    # Two such steps are in flight, and their sampler may have penalties and log-probabilities to compute.
+    for _ in range(2):
         _prompt_step(memory, sizes, tokens, rows, whole=False, adjusted=True)
     return Taken(layers=layers, total=memory.most_allocated, reserved=memory.reserved)
 

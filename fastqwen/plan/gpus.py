@@ -69,7 +69,7 @@ def find_target(gpu: str) -> Target:
     if memory:
         return _any_card(float(memory[1]), text)
     found = _by_name(text)
-    return _same(found.facts(), found.name)
+    return one_device(found.facts(), found.name)
 
 
 def _by_name(text: str) -> Gpu:
@@ -124,7 +124,7 @@ def _this_machine() -> Target:
     rows = _nvidia_smi()
     if not rows:
         facts = _host_facts()
-        return _same(facts, f"this machine's CPU with {facts.total_bytes / GIB:.1f} GiB")
+        return one_device(facts, f"this machine's CPU with {facts.total_bytes / GIB:.1f} GiB")
     name, mib, capability, used_mib = min(rows, key=lambda row: row[1] - row[3])
     sheet = data_sheet(name, mib)
     facts = DeviceFacts(
@@ -137,7 +137,7 @@ def _this_machine() -> Target:
         bandwidth_gb_s=sheet.bandwidth_gb_s if sheet else None,
         matmul_tflops=sheet.matmul_tflops if sheet else None,
     )
-    return msgspec.structs.replace(_same(facts, name), installed=len(rows))
+    return msgspec.structs.replace(one_device(facts, name), installed=len(rows))
 
 
 def data_sheet(name: str, mib: int) -> Gpu | None:
@@ -182,7 +182,7 @@ def _free_host_bytes(total: int) -> int:
     return total // 2
 
 
-def _same(facts: DeviceFacts, label: str) -> Target:
+def one_device(facts: DeviceFacts, label: str) -> Target:
     return Target(facts=facts, slow=facts, fast=facts, label=label)
 
 

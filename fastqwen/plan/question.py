@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from bisect import bisect_left
 from math import ceil
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import msgspec
 from fastqwen.config import option
 from fastqwen.errors import BadConfig
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan.catalog import Entry, Found
+from fastqwen.plan.catalog import Entry, NamedModel
 from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, DeviceFacts, EngineProfile
 from fastqwen.plan.memory import Load, Need, predict
@@ -52,17 +53,17 @@ class Question(PlanOptions, frozen=True, kw_only=True):
     name: str
     facts: DeviceFacts
     entry: Entry | None = None
-    real: Found | None = None  # what there is, if the model is one that nobody has published
+    real: NamedModel | None = None  # what there is, if the model is one that nobody has published
 
     @classmethod
-    def of(cls, options: PlanOptions, found: Found, facts: DeviceFacts) -> Question:
+    def of(cls, options: PlanOptions, named: NamedModel, facts: DeviceFacts) -> Question:
         return cls(
             **msgspec.structs.asdict(options),
-            model=found.model,
-            name=found.name,
+            model=named.model,
+            name=named.name,
             facts=facts,
-            entry=found.entry,
-            real=found.real,
+            entry=named.entry,
+            real=named.real,
         )
 
 
@@ -72,7 +73,7 @@ def trained_len(model: ModelConfig) -> int:
 
 
 def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
-    """PlanOptions made definite. Raises BadConfig for a length, a number or a type that cannot be."""
+    """What was left open made definite. Raises BadConfig for a length, a number or a type that cannot be."""
     model = question.model
     length = question.max_model_len or trained_len(model)
     if length > model.default_max_len:
@@ -142,14 +143,12 @@ def most_sequences(question: Question) -> int:
 
 def _largest(question: Question, field: str, most: int) -> int:
     """The largest value of a field that still fits; more never needs less, so halving finds it."""
-    low, high = 0, min(most, MOST_TOKENS)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if is_fitting(msgspec.structs.replace(question, **{field: middle})):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    candidates = range(1, min(most, MOST_TOKENS) + 1)
+
+    def is_too_large(value: int) -> bool:
+        return not is_fitting(msgspec.structs.replace(question, **{field: value}))
+
+    return bisect_left(candidates, True, key=is_too_large)
 
 
 def rounded(length: int, most: int) -> int:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PLOT_POINTS = 48
+PLAIN_FIELDS = (
+    "model", "device", "engine", "fits", "tight", "not_served_yet", "command", "dtype", "kv_cache_dtype", "num_gpus",
+    "max_model_len", "concurrency", "gpu_memory_utilization", "largest_context", "most_sequences", "notices",
+)  # fmt: skip
 
 TERMS = (
     ("weights", "weights"),
@@ -38,32 +42,17 @@ def as_json(answer: Answer) -> dict[str, Any]:
     """One object; ``_gib`` figures are of one GPU unless they say all."""
     need = answer.need
     return {
-        "model": answer.model,
-        "device": answer.device,
-        "fits": answer.fits,
-        "tight": answer.tight,
+        **{name: getattr(answer, name) for name in PLAIN_FIELDS},
         "served": not answer.not_served_yet,
-        "not_served_yet": list(answer.not_served_yet),
-        "command": answer.command,
-        "dtype": answer.dtype,
-        "kv_cache_dtype": answer.kv_cache_dtype,
-        "num_gpus": answer.num_gpus,
-        "max_model_len": answer.max_model_len,
-        "concurrency": answer.concurrency,
         "kv_bytes_per_token": need.kv_bytes_per_token,
         "per_gpu_gib": {name: gib(getattr(need, name)) for name, _ in TERMS},
         "total_gib": gib(need.total),
         "total_all_gpus_gib": gib(need.total_all_gpus),
         "budget_gib": gib(answer.budget_bytes),
         "device_gib": gib(answer.device_bytes),
-        "gpu_memory_utilization": answer.gpu_memory_utilization,
-        "largest_context": answer.largest_context,
-        "most_sequences": answer.most_sequences,
         "changes": [msgspec.structs.asdict(change) for change in answer.changes],
         "tokens_per_second": _speed_json(answer.speed_single),
         "tokens_per_second_at_concurrency": _speed_json(answer.speed_concurrent),
-        "engine": answer.engine,
-        "notices": list(answer.notices),
     }
 
 

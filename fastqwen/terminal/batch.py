@@ -25,7 +25,7 @@ REQUEST_TIMEOUT_S = 24 * 3600.0  # a long answer in a long queue
 
 
 def run(
-    source: Path, output: Path, model: str, engine: dict[str, Any], *, concurrency: int, api_key: str | None
+    source: Path, output: Path, model: str, engine_options: dict[str, Any], *, concurrency: int, api_key: str | None
 ) -> int:
     """0 if every request was answered with 200, 1 otherwise. Raises FastqwenError for files that cannot be used."""
     requests = read_requests(source)
@@ -37,7 +37,7 @@ def run(
     if is_address(model):
         failed = asyncio.run(_answer_all(left, output, model.rstrip("/"), concurrency, api_key))
     else:
-        with own_server(EngineConfig(model=model, **engine)) as url:
+        with own_server(EngineConfig(model=model, **engine_options)) as url:
             failed = asyncio.run(_answer_all(left, output, url, concurrency, None))
     print(f"{len(left) - failed} answered, {failed} failed, {len(done)} were there already: {output}", file=sys.stderr)
     return 1 if failed else 0

@@ -12,14 +12,14 @@ from fastqwen.client.remote import RemotePartner, is_address
 POLL_S = 0.5
 
 
-def partner_for(model: str, engine: dict[str, Any], api_key: str | None) -> Partner:
+def partner_for(model: str, engine_options: dict[str, Any], api_key: str | None) -> Partner:
     if is_address(model):
         server = RemotePartner(model, api_key)
         _wait_until_loaded(server)
         return server
     from fastqwen.client.local_partner import LocalPartner
 
-    return LocalPartner(model, engine)
+    return LocalPartner(model, engine_options)
 
 
 def _wait_until_loaded(server: RemotePartner) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from fastqwen.text.detokenizer import overlap
 from fastqwen.text.tool_calls import Call, CallFormat, CallReader
@@ -34,20 +33,15 @@ class Parts:
         return bool(self.reasoning or self.content or self.calls)
 
 
-class TextParser(Protocol):
-    @property
-    def thinking(self) -> bool:
-        """Whether the next text would be reasoning."""
-
-    def push(self, text: str) -> Parts: ...
-
-    def finish(self) -> Parts: ...
-
-
-class SteppingParser(ABC):
-    """A parser that holds text until ``_step`` can tell what it is."""
+class TextParser(ABC):
+    """Holds text until ``_step`` can tell what it is."""
 
     _held = ""
+
+    @property
+    @abstractmethod
+    def thinking(self) -> bool:
+        """Whether the next text would be reasoning."""
 
     def push(self, text: str) -> Parts:
         self._held += text
@@ -73,7 +67,7 @@ class SteppingParser(ABC):
         """The text has ended: what is still held goes into its last parts."""
 
 
-class AnswerParser(SteppingParser):
+class AnswerParser(TextParser):
     """``opened``: the prompt ends inside a thinking block. ``reasoning``: look for thinking at all.
 
     A tool call inside the thinking block counts if its name is one of ``tool_names``; prose about tool calls does not.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastqwen.errors import BadRequest
-from fastqwen.text.answer import Parts, SteppingParser
+from fastqwen.text.answer import Parts, TextParser
 from fastqwen.text.strict_json import StrictJsonError, loads
 from fastqwen.text.tool_calls import Call, dump, properties_of
 
@@ -86,7 +86,7 @@ def _as_lines(message: dict[str, Any], content: str) -> str:
     return "\n".join(lines)
 
 
-class ReActParser(SteppingParser):
+class ReActParser(TextParser):
     """Thoughts are reasoning, the final answer is content, an action is a call. Text without labels is content."""
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:

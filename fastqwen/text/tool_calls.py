@@ -7,6 +7,7 @@ depends on the characters alone and not on how they were cut, so a streamed call
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,9 @@ from fastqwen.text.strict_json import MAX_DEPTH, StrictJsonError, loads
 
 CLOSER = "</tool_call>"
 MAX_NAME_CHARS = 256
+JSON_TYPES: dict[type, str] = {
+    type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
+}  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -30,12 +34,21 @@ class Outcome(NamedTuple):
     rest: str = ""
 
 
-class CallReader(Protocol):
+class CallReader(ABC):
+    """``_call`` once it is read; ``_text`` is what is behind it."""
+
+    _text = ""
+    _call: Call | None = None
+
+    @abstractmethod
     def push(self, text: str) -> Outcome | None:
         """None as long as more text is needed."""
 
     def finish(self) -> Outcome:
         """The text has ended."""
+        if self._call is None:
+            return Outcome(None)
+        return _after_closer(self._call, self._text, final=True) or Outcome(self._call)
 
 
 class CallFormat(Protocol):
@@ -69,19 +82,7 @@ class Hermes:
         return _HermesReader()
 
 
-class _Reader:
-    """``_call`` once it is read; ``_text`` is what is behind it."""
-
-    _text = ""
-    _call: Call | None = None
-
-    def finish(self) -> Outcome:
-        if self._call is None:
-            return Outcome(None)
-        return _after_closer(self._call, self._text, final=True) or Outcome(self._call)
-
-
-class _HermesReader(_Reader):
+class _HermesReader(CallReader):
     """Finds the object's end by its braces, because a string in it may contain anything, the closing mark too."""
 
     def __init__(self) -> None:
@@ -176,7 +177,7 @@ class Xml:
 _FUNCTION, _PARAMETER, _VALUE_END, _FUNCTION_END = "<function=", "<parameter=", "</parameter>", "</function>"
 
 
-class _XmlReader(_Reader):
+class _XmlReader(CallReader):
     def __init__(self, properties: dict[Any, dict[str, Any]], *, bare: bool) -> None:
         self._properties = properties
         self._text = _FUNCTION if bare else ""
@@ -249,9 +250,9 @@ def typed_value(text: str, schema: Any) -> Any:
         value = loads(text.strip() if text.strip() not in ("True", "False") else text.strip().lower())
     except StrictJsonError:
         return text
-    if isinstance(value, str) or (_json_type(value) not in types and not ("number" in types and _is_integer(value))):
-        return text
-    return value
+    kind = JSON_TYPES[type(value)]
+    fits = kind in types or (kind == "integer" and "number" in types)
+    return value if fits and kind != "string" else text
 
 
 def _types(schema: Any) -> set[str]:
@@ -264,15 +265,3 @@ def _types(schema: Any) -> set[str]:
         for one in schema.get(key) or []:
             found |= _types(one)
     return found
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _json_type(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    return {int: "integer", float: "number", list: "array", dict: "object"}.get(type(value), "string")

@@ -58,7 +58,7 @@ class CountRequest(Body):
     thinking: Thinking | None = None
 
     def chat_fields(self) -> dict[str, Any]:
-        """The same wishes in the words of ChatRequest. Raises BadRequest for content that cannot be had here."""
+        """The same in the words of ChatRequest. Raises BadRequest for content that cannot be had here."""
         fields: dict[str, Any] = {"model": self.model, "messages": self._messages(), **self._tool_fields()}
         if self.thinking is not None:
             fields["enable_thinking"] = self.thinking.type != "disabled"
@@ -80,7 +80,7 @@ class CountRequest(Body):
         fields: dict[str, Any] = {}
         if self.tools:
             fields["tools"] = [
-                {"type": "function", "function": _without_none(name=t.name, description=t.description, parameters=t.input_schema)}
+                {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.input_schema}}
                 for t in self.tools
             ]  # fmt: skip
         choice = self.tool_choice
@@ -280,7 +280,3 @@ def _text(block: dict[str, Any]) -> str:
 
 def _unknown(kind: Any) -> BadRequest:
     return BadRequest(f"content block of type {kind!r}: this model reads text and tool results only", "messages")
-
-
-def _without_none(**values: Any) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}

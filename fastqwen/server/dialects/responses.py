@@ -57,7 +57,7 @@ class TextFormat(JsonSchemaFormat):
     type: Literal["text", "json_object", "json_schema"]
 
 
-class TextWish(Body):
+class TextOptions(Body):
     format: TextFormat | None = None
 
 
@@ -73,7 +73,7 @@ class ResponsesRequest(AccountFields):
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    text: TextWish | None = None
+    text: TextOptions | None = None
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None
     background: bool | None = None
@@ -98,10 +98,12 @@ class ResponsesRequest(AccountFields):
             fields["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         else:
             fields["tool_choice"] = self.tool_choice
-        wish = self.text.format if self.text is not None else None
-        if wish is not None:
-            schema = {"name": wish.name, "schema": wish.schema_} if wish.type == "json_schema" else None
-            fields["response_format"] = {"type": wish.type, "json_schema": schema}
+        text_format = self.text.format if self.text is not None else None
+        if text_format is not None:
+            schema = (
+                text_format.model_dump(by_alias=True, exclude={"type"}) if text_format.type == "json_schema" else None
+            )
+            fields["response_format"] = {"type": text_format.type, "json_schema": schema}
         if self.reasoning is not None:
             fields["reasoning_effort"] = self.reasoning.effort
         return ChatRequest.of(**fields)
