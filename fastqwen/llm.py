@@ -38,7 +38,7 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         self._loaded = LoadedModel(batch_config(model, options))
-        self.config, self.text, self.limits = self._loaded.config, self._loaded.text, self._loaded.limits
+        self.config, self.text, self.facts = self._loaded.config, self._loaded.text, self._loaded.facts
         self.engine = LocalEngine(self._loaded.core, self._loaded.ready)
         self._ids = itertools.count()
         self._seeds = random.Random(self.config.seed)  # noqa: S311 not a secret
@@ -118,14 +118,14 @@ class LLM:
 
         Token ids are used as they are; a text is closed as the tokenizer's post-processor says. Raises BadRequest.
         """
-        check_dimensions(dimensions, self.limits)
+        check_dimensions(dimensions, self.facts)
         requests: list[EngineRequest] = []
         for index, prompt in enumerate(_as_list(prompts)):
             text, ids = self._ids_of(prompt)
             if text is not None and self.text is not None:
                 ids = self.text.tokenizer.closed_once(ids)
             name = str(next(self._ids))
-            requests.append(prepare_embedding(name, ids, self.limits, field=f"prompts[{index}]", priority=priority))
+            requests.append(prepare_embedding(name, ids, self.facts, field=f"prompts[{index}]", priority=priority))
         found: dict[str, RequestDelta] = {}
         with self.engine.stream(requests) as stream, _bar(len(requests), use_tqdm) as progress:
             for deltas in stream:
@@ -197,7 +197,7 @@ class _Job:
             request_id,
             token_ids,
             sampling,
-            llm.limits,
+            llm.facts,
             seeds=llm._seeds,
             priority=priority,
             grammar=llm._loaded.grammar(sampling),
@@ -205,7 +205,7 @@ class _Job:
         output = RequestOutput(request_id, text, token_ids, [], finished=False)
         tokenizer = None if llm.text is None else llm.text.tokenizer
         for index, request in enumerate(requests):
-            assembler = Assembler(index, sampling, tokenizer, llm.limits.stop_token_ids)
+            assembler = Assembler(index, sampling, tokenizer, llm.facts.stop_token_ids)
             output.outputs.append(assembler.output)
             self._pending[request.request_id] = (assembler, output)
         if sampling.prompt_logprobs is not None:

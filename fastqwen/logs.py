@@ -58,16 +58,10 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=True)
 
 
-class _QuietStream(logging.StreamHandler[Any]):
-    """A full disk or a closed pipe must not cost a request."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
 def configure_logging(log_format: str, process: str = "") -> None:
     """``process`` names one that is not the server's own."""
-    handler = _QuietStream(sys.stderr)
+    logging.raiseExceptions = False  # a full disk or a closed pipe must not cost a request
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process) if log_format == "json" else TextFormatter(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -8,18 +8,16 @@ from pathlib import Path
 
 def cache_dir() -> Path:
     """$FASTQWEN_CACHE, or fastqwen/ in the user's cache folder. Made if it is not there."""
-    base = os.environ.get("FASTQWEN_CACHE")
-    if base:
-        folder = Path(base)
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastqwen"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return _folder("FASTQWEN_CACHE", "XDG_CACHE_HOME", ".cache")
 
 
 def state_dir() -> Path:
     """$FASTQWEN_STATE, or fastqwen/ in the user's folder for what programs remember. Made if it is not there."""
-    base = os.environ.get("FASTQWEN_STATE")
-    folder = Path(base) if base else Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "fastqwen"
+    return _folder("FASTQWEN_STATE", "XDG_STATE_HOME", ".local/state")
+
+
+def _folder(own_variable: str, users_variable: str, usual: str) -> Path:
+    own = os.environ.get(own_variable)
+    folder = Path(own) if own else Path(os.environ.get(users_variable) or Path.home() / usual) / "fastqwen"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -67,8 +67,8 @@ class Target:
     async def stream(self, body: bytes) -> Stream:
         """One completion, read to its end; whatever goes wrong is told in ``error``."""
         loop = asyncio.get_running_loop()
-        found = Stream(time.perf_counter())
-        answer = _Answer(found, self._request(body), loop.create_future())
+        stream = Stream(time.perf_counter())
+        answer = _Answer(stream, self._request(body), loop.create_future())
         hostname = self.host if self._ssl else None
         try:
             transport, _ = await loop.create_connection(
@@ -77,10 +77,10 @@ class Target:
             self._address = transport.get_extra_info("peername", [self.host])[0]
             await answer.closed
         except OSError as error:
-            found.error = f"{type(error).__name__}: {error}"
-        if found.error is None and found.first_s is None:
-            found.error = "the stream ended without a token"
-        return found
+            stream.error = f"{type(error).__name__}: {error}"
+        if stream.error is None and stream.first_s is None:
+            stream.error = "the stream ended without a token"
+        return stream
 
     def _request(self, data: bytes) -> bytes:
         head = (
@@ -94,8 +94,8 @@ class _Answer(asyncio.Protocol):
     """Sends a request and reads its answer as it comes, without the layers of a stream reader: a token costs this side
     much less than the server."""
 
-    def __init__(self, found: Stream, request: bytes, closed: asyncio.Future[None]) -> None:
-        self._found, self._request, self.closed = found, request, closed
+    def __init__(self, stream: Stream, request: bytes, closed: asyncio.Future[None]) -> None:
+        self._stream, self._request, self.closed = stream, request, closed
         self._transport: Any = None
         self._rest = b""  # what is not yet a whole head, or a whole line
         self._status: int | None = None
@@ -111,12 +111,12 @@ class _Answer(asyncio.Protocol):
             self._read_head()
         if self._status == 200:
             self._read_events()
-        if self._is_whole or self._found.error is not None or len(self._rest) > MAX_REST_BYTES:
+        if self._is_whole or self._stream.error is not None or len(self._rest) > MAX_REST_BYTES:
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._is_whole and self._found.error is None:
-            self._found.error = self._why_not_whole(exc)
+        if not self._is_whole and self._stream.error is None:
+            self._stream.error = self._why_not_whole(exc)
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -127,7 +127,7 @@ class _Answer(asyncio.Protocol):
         try:
             self._status, self._rest = int(head.split(b" ", 2)[1]), rest
         except (ValueError, LookupError) as error:
-            self._found.error = f"{type(error).__name__}: {error}"
+            self._stream.error = f"{type(error).__name__}: {error}"
 
     def _read_events(self) -> None:
         now_s = time.perf_counter()
@@ -139,8 +139,8 @@ class _Answer(asyncio.Protocol):
             if line.startswith(DONE):
                 self._is_whole = True
                 return
-            take_event(line, self._found, now_s)
-            if self._found.error is not None:
+            take_event(line, self._stream, now_s)
+            if self._stream.error is not None:
                 return
 
     def _why_not_whole(self, exc: Exception | None) -> str:
@@ -153,23 +153,23 @@ class _Answer(asyncio.Protocol):
         return "the stream broke off"
 
 
-def take_event(line: bytes, found: Stream, now_s: float) -> None:
+def take_event(line: bytes, stream: Stream, now_s: float) -> None:
     if b'"usage":{' in line or b'"error":{' in line:
         try:
             value = _read_closing(line[len(EVENT) :])
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            found.error = f"an event that is no completion chunk: {error}"
+            stream.error = f"an event that is no completion chunk: {error}"
             return
         if value.error is not None:
-            found.error = str(value.error.get("message") if isinstance(value.error, dict) else value.error)
+            stream.error = str(value.error.get("message") if isinstance(value.error, dict) else value.error)
         elif not value.choices and value.usage is not None:
-            found.num_tokens = value.usage.completion_tokens
+            stream.num_tokens = value.usage.completion_tokens
             return
-    if found.first_s is None:
-        found.first_s = now_s
+    if stream.first_s is None:
+        stream.first_s = now_s
     else:
-        found.gaps_s.append(now_s - found.last_s)
-    found.last_s = now_s
+        stream.gaps_s.append(now_s - stream.last_s)
+    stream.last_s = now_s
 
 
 async def closed_loop(target: Target, bodies: list[bytes], concurrency: int) -> list[Stream]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
@@ -19,12 +20,12 @@ from fastqwen.client.local_engine import LocalEngine
 from fastqwen.client.model import LoadedModel
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig
-from fastqwen.hub import resolve
+from fastqwen.hub import find_checkpoint
+from fastqwen.model_config import ModelConfig
 from fastqwen.plan import choose_dtype
 from fastqwen.plot import save_plot
-from fastqwen.records import EngineRequest, SamplingParams
+from fastqwen.records import EngineRequest, Sampling
 from fastqwen.runner.device import choose_device, device_facts
-from fastqwen.weights.checkpoint import open_checkpoint
 
 
 def run(
@@ -54,21 +55,20 @@ def run(
         save_plot(plot_decode(config.model, bench.machine, decoded, input_len=input_len, output_len=output_len), plot)
 
 
-def machine_for(config: EngineConfig) -> Machine:
-    """Measured before the model takes its memory."""
+def machine_for(config: EngineConfig) -> tuple[Machine, ModelConfig]:
+    """The machine, measured before the model takes its memory, and what the model says of itself."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
+    _, model = find_checkpoint(config)
     device = choose_device(config)
-    model = open_checkpoint(path, with_tensors=False).model
-    return measure(device, choose_dtype(config.dtype, model, device_facts(device))[0])
+    return measure(device, choose_dtype(config.dtype, model, device_facts(device))[0]), model
 
 
 class Bench:
     """An engine of its own, without a tokenizer and without a prefix cache: every token is computed."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.machine = machine_for(config)
+        self.machine, _ = machine_for(config)
         start_s = time.perf_counter()
         loaded = LoadedModel(config)
         self.load_s = time.perf_counter() - start_s
@@ -76,7 +76,7 @@ class Bench:
         self._model, self._plan = loaded.ready.model, loaded.ready.plan
         self._device = choose_device(config)
         self._random = random.Random(config.seed or 0)  # noqa: S311 not a secret
-        self._count = 0
+        self._ids = itertools.count()
 
     def decode(self, batch: int, input_len: int, output_len: int, iters: int) -> dict[str, Any]:
         """(time for 1 + n tokens - time for 1 token) / n, the median of several."""
@@ -137,19 +137,17 @@ class Bench:
         return end_s - start_s
 
     def _begin(self, batch: int, input_len: int, output_len: int) -> BlockingStream:
-        requests = []
-        for _ in range(batch):
-            self._count += 1
-            requests.append(
-                EngineRequest(
-                    request_id=str(self._count),
-                    prompt_token_ids=random_ids(self._random, input_len, self._model.vocab_size),
-                    sampling=SamplingParams(temperature=0.0),
-                    stop_token_ids=[],
-                    max_tokens=output_len,
-                    seed=0,
-                )
+        requests = [
+            EngineRequest(
+                request_id=str(next(self._ids)),
+                prompt_token_ids=random_ids(self._random, input_len, self._model.vocab_size),
+                sampling=Sampling(temperature=0.0),
+                stop_token_ids=[],
+                max_tokens=output_len,
+                seed=0,
             )
+            for _ in range(batch)
+        ]
         return self._engine.stream(requests)
 
 

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
-
-import httpx
 
 from fastqwen.benchmark.http_load import Stream, Target, closed_loop
 from fastqwen.benchmark.machine import Machine
 from fastqwen.benchmark.report import describe, finish, percent, shares, table
 from fastqwen.benchmark.work import decode_step, random_ids
+from fastqwen.client.own_server import own_server
+from fastqwen.client.remote import RemotePartner, is_address
 from fastqwen.config import EngineConfig
 from fastqwen.errors import FastqwenError
-from fastqwen.hub import resolve
 from fastqwen.model_config import ModelConfig
 from fastqwen.server.http.listen import run_loop
-from fastqwen.weights.checkpoint import open_checkpoint
 
-START_TIMEOUT_S = 600.0
 SAFE_VOCAB = 200  # every tokenizer has that many ids
 REQUESTS_PER_STREAM = 4
 
 
 def run(
     where: str,
-    engine: dict[str, Any],
+    engine_options: dict[str, Any],
     *,
     levels: list[int],
     num_requests: int | None,
@@ -43,17 +34,15 @@ def run(
     api_key: str | None,
 ) -> None:
     load = Load(input_len, output_len, num_requests, api_key)
-    if where.startswith(("http://", "https://")):
+    if is_address(where):
         _report(load, where, None, None, [load.level(where, level, SAFE_VOCAB) for level in levels])
         return
     from fastqwen.benchmark.latency import machine_for
 
-    config = EngineConfig(model=where, **engine)
-    machine = machine_for(config)
+    config = EngineConfig(model=where, **engine_options)
+    machine, model = machine_for(config)
     print(describe(machine), flush=True)
-    path = resolve(where, revision=config.revision, weights=config.load_format != "dummy")
-    model = open_checkpoint(path, with_tensors=False).model
-    with started(config) as url:
+    with own_server(config) as url:
         results = [load.level(url, level, model.vocab_size) for level in levels]
     _report(load, where, machine, model, results)
 
@@ -65,25 +54,19 @@ class Load:
         self.input_len, self.output_len = input_len, output_len
         self._num_requests = num_requests
         self._model = ""
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._api_key = api_key
         self._random = random.Random(0)  # noqa: S311 not a secret
 
     def level(self, url: str, concurrency: int, vocab_size: int) -> dict[str, Any]:
-        target = Target(url, self._headers)
-        self._model = self._served_name(url)
+        target = Target(url, {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {})
+        with closing(RemotePartner(url, self._api_key)) as server:
+            self._model = server.name
         count = self._num_requests or max(8, REQUESTS_PER_STREAM * concurrency)
         run_loop(closed_loop(target, [self._body(vocab_size, 2)], 1))
         bodies = [self._body(vocab_size, self.output_len) for _ in range(count)]
         start_s = time.perf_counter()
         streams = run_loop(closed_loop(target, bodies, concurrency))
         return summary(streams, concurrency, time.perf_counter() - start_s)
-
-    def _served_name(self, url: str) -> str:
-        try:
-            response = httpx.get(f"{url.rstrip('/').removesuffix('/v1')}/v1/models", headers=self._headers, timeout=30)
-            return str(response.json()["data"][0]["id"])
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-            raise FastqwenError(f"{url} does not answer like an OpenAI-compatible server: {error!r}") from None
 
     def _body(self, vocab_size: int, output_len: int) -> bytes:
         """Written as JSON here, before the clock starts."""
@@ -124,58 +107,6 @@ def quantile(values: list[float], share: float) -> float:
     """The smallest value that at least this share of all values does not exceed."""
     ranked = sorted(values)
     return ranked[max(0, -(-len(ranked) * round(share * 1000) // 1000) - 1)] if ranked else 0.0
-
-
-@contextlib.contextmanager
-def started(config: EngineConfig) -> Iterator[str]:
-    """The address of a server of our own, ready; it is gone afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-P", "-m", "fastqwen.cli.main", "serve", config.model, *_flags(config)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--no-access-log"], stdin=subprocess.DEVNULL, env=os.environ.copy()
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_ready(process, url)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        if process.poll() is not None:
-            raise FastqwenError("the server did not start; it said why above")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health/ready", timeout=5).status_code == 200:
-                return
-        time.sleep(0.1)
-    raise FastqwenError(f"the server was not ready after {START_TIMEOUT_S:.0f} s")
-
-
-def _flags(config: EngineConfig) -> list[str]:
-    """The flags that say what this config says."""
-    plain = EngineConfig(model=config.model)
-    found: list[str] = []
-    for name in config.__struct_fields__:
-        value = getattr(config, name)
-        if value == getattr(plain, name):
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            for item in value if isinstance(value, list) else [value]:
-                found += [f"--{flag}", str(item)]
-    return found
 
 
 def _report(

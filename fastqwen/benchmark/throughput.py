@@ -17,11 +17,11 @@ from fastqwen.records import SamplingParams
 
 
 def run(config: EngineConfig, *, num_prompts: int, input_len: Span, output_len: Span) -> None:
-    machine = machine_for(config)
+    machine, _ = machine_for(config)
     print(describe(machine), flush=True)
     llm = LLM(**{name: getattr(config, name) for name in config.__struct_fields__})
     generator = random.Random(config.seed or 0)  # noqa: S311 not a secret
-    vocab = llm.limits.vocab_size
+    vocab = llm.model.vocab_size
     prompts: list[Any] = [random_ids(generator, input_len.draw(generator), vocab) for _ in range(num_prompts)]
     params = [
         SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, max_tokens=output_len.draw(generator))

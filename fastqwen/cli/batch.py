@@ -12,7 +12,7 @@ from fastqwen.cli.options import ApiKey, with_engine_options
 
 @with_engine_options
 def batch(
-    engine: dict[str, Any],
+    engine_options: dict[str, Any],
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests in OpenAI's batch format, one a line.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the answers go; existing ones are kept.")],
     model: Annotated[str, typer.Option("--model", "-m", help="A model as in `serve`, or the address of a server.")],
@@ -26,4 +26,4 @@ def batch(
     """
     from fastqwen.terminal.batch import run
 
-    raise typer.Exit(run(source, output, model, engine, concurrency=concurrency, api_key=api_key))
+    raise typer.Exit(run(source, output, model, engine_options, concurrency=concurrency, api_key=api_key))

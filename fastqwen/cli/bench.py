@@ -17,7 +17,7 @@ CONCURRENCIES = [1, 16, 64]
 
 @with_engine_options
 def latency(
-    engine: dict[str, Any],
+    engine_options: dict[str, Any],
     model: Model,
     batch_size: Annotated[
         list[int], typer.Option(min=1, help="Sequences at once; may be given several times.")
@@ -50,7 +50,9 @@ def latency(
     from fastqwen.benchmark.latency import run
     from fastqwen.config import EngineConfig
 
-    config = EngineConfig(model=model, **{**engine, "skip_tokenizer_init": True, "enable_prefix_caching": False})
+    config = EngineConfig(
+        model=model, **{**engine_options, "skip_tokenizer_init": True, "enable_prefix_caching": False}
+    )
     prompts = (int(shape[1]), int(shape[2]))
     run(
         config.for_batches(),
@@ -65,7 +67,7 @@ def latency(
 
 @with_engine_options
 def throughput(
-    engine: dict[str, Any],
+    engine_options: dict[str, Any],
     model: Model,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts in one call.")] = 64,
     input_len: Annotated[str, typer.Option(help="Prompt tokens: a number, or a range to draw from.")] = "32-256",
@@ -80,13 +82,13 @@ def throughput(
     from fastqwen.benchmark.work import span
     from fastqwen.config import EngineConfig
 
-    config = EngineConfig(model=model, **{**engine, "skip_tokenizer_init": True})
+    config = EngineConfig(model=model, **{**engine_options, "skip_tokenizer_init": True})
     run(config, num_prompts=num_prompts, input_len=span(input_len), output_len=span(output_len))
 
 
 @with_engine_options
 def serve(
-    engine: dict[str, Any],
+    engine_options: dict[str, Any],
     model: Annotated[str, typer.Argument(metavar="MODEL|URL", help="A model to serve, or a running server.")],
     concurrency: Annotated[
         list[int], typer.Option(min=1, help="Streams at once; may be given several times.")
@@ -105,7 +107,7 @@ def serve(
 
     run(
         model,
-        engine,
+        engine_options,
         levels=concurrency,
         num_requests=num_requests,
         input_len=input_len,

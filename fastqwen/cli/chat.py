@@ -11,7 +11,7 @@ from fastqwen.cli.options import ApiKey, with_engine_options
 
 @with_engine_options
 def chat(
-    engine: dict[str, Any],
+    engine_options: dict[str, Any],
     model: Annotated[
         str, typer.Argument(metavar="MODEL|URL", help="A model as in `serve`, or the address of a running server.")
     ],
@@ -38,4 +38,4 @@ def chat(
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
-    raise typer.Exit(run(partner_for(model, engine, api_key), prompt=prompt, system=system, options=given))
+    raise typer.Exit(run(partner_for(model, engine_options, api_key), prompt=prompt, system=system, options=given))

@@ -18,7 +18,7 @@ PROBE_TOKENS = 64
 
 @with_engine_options
 def check(
-    engine: dict[str, Any],
+    engine_options: dict[str, Any],
     model: Annotated[str, typer.Argument(metavar="MODEL|URL", help=f"{MODEL_HELP} Or the address of a server.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     api_key: ApiKey = None,
@@ -35,13 +35,15 @@ def check(
 
     With the address of a server, ours or another, checks whether it keeps what OpenAI's API promises.
     """
-    if model.startswith(("http://", "https://")):
+    from fastqwen.client.remote import is_address
+
+    if is_address(model):
         from fastqwen.terminal.conformance import run
 
         raise typer.Exit(run(model, api_key=api_key, as_json=as_json))
     from fastqwen.llm import LLM
 
-    found = report(LLM(model, **{**engine, "skip_tokenizer_init": False}))
+    found = report(LLM(model, **{**engine_options, "skip_tokenizer_init": False}))
     print(json.dumps(found, ensure_ascii=False, indent=2) if as_json else as_text(found))
     if found["probe"]["finish_reason"] == "error":
         raise typer.Exit(1)
@@ -77,7 +79,7 @@ def _probe(llm: LLM) -> dict[str, Any]:
     from fastqwen.records import SamplingParams
 
     assert llm.text is not None
-    if not llm.limits.has_head:
+    if not llm.model.has_head:
         [found] = llm.embed(PROBE, use_tqdm=False)
         return {"question": PROBE, "finish_reason": "embedding", "dimensions": found.outputs.hidden_size}
     params = SamplingParams(temperature=0.0, max_tokens=PROBE_TOKENS)

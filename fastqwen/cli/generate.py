@@ -14,7 +14,7 @@ from fastqwen.cli.options import Model, with_engine_options
 
 @with_engine_options
 def generate(
-    engine: dict[str, Any],
+    engine_options: dict[str, Any],
     model: Model,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; none reads standard input.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="A file with one prompt per line.")] = None,
@@ -37,7 +37,7 @@ def generate(
         prompts = [sys.stdin.read()]
     if not any(one.strip() for one in prompts):
         raise BadConfig("there is no prompt: give one as an argument, with --file, or on standard input")
-    llm = LLM(model, **engine)
+    llm = LLM(model, **engine_options)
     params = llm.get_default_sampling_params()
     params.max_tokens = max_tokens
     if temperature is not None:

@@ -72,7 +72,7 @@ def with_options(
     return decorate
 
 
-with_engine_options = with_options(engine=EngineConfig)
+with_engine_options = with_options(engine_options=EngineConfig)
 
 
 @cache  # --help must be quick

@@ -12,10 +12,10 @@ from fastqwen.config import EngineConfig
 from fastqwen.server.config import ServerConfig
 
 
-@with_options(server=ServerConfig, engine=EngineConfig)
+@with_options(server_options=ServerConfig, engine_options=EngineConfig)
 def serve(
-    server: dict[str, Any],
-    engine: dict[str, Any],
+    server_options: dict[str, Any],
+    engine_options: dict[str, Any],
     model: Model,
     api_key: Annotated[
         list[str] | None,
@@ -32,4 +32,4 @@ def serve(
     from fastqwen.server.run import serve as run
 
     keys = read_keys(api_key, api_key_file, ServerConfig)
-    raise typer.Exit(run(EngineConfig(model=model, **engine), ServerConfig(**server, api_keys=keys)))
+    raise typer.Exit(run(EngineConfig(model=model, **engine_options), ServerConfig(**server_options, api_keys=keys)))

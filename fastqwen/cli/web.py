@@ -20,9 +20,9 @@ BOUNDS = (
 )
 
 
-@with_options(front=WebConfig, hidden=BOUNDS)
+@with_options(front_options=WebConfig, hidden=BOUNDS)
 def web(
-    front: dict[str, Any],
+    front_options: dict[str, Any],
     api: Annotated[
         list[str],
         typer.Option(
@@ -54,6 +54,6 @@ def web(
     from fastqwen.server.web.app import serve_page
     from fastqwen.server.web.upstream import Upstreams
 
-    config = WebConfig(**front, api_keys=read_keys(page_key, page_key_file, WebConfig))
+    config = WebConfig(**front_options, api_keys=read_keys(page_key, page_key_file, WebConfig))
     keys = read_keys(api_key, api_key_file, ServerConfig, min_chars=1)
     raise typer.Exit(serve_page(config, Upstreams(api, keys, page_has_keys=bool(config.api_keys))))

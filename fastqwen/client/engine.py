@@ -23,7 +23,7 @@ from typing import Literal, Protocol, Self, TypeVar
 
 import msgspec
 
-from fastqwen.client.prepare import ModelLimits
+from fastqwen.client.prepare import ModelFacts
 from fastqwen.engine.core import EngineStats
 from fastqwen.errors import BadRequest, FastqwenError, GenerationFailed
 from fastqwen.model_config import ModelConfig
@@ -43,15 +43,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     model: ModelConfig
     comparison: list[Line] = []  # planned on paper against measured
 
-    def limits(self, stop_token_ids: list[int]) -> ModelLimits:
+    def facts(self, stop_token_ids: list[int]) -> ModelFacts:
         """``stop_token_ids`` are the text side's knowledge."""
-        return ModelLimits(
-            max_model_len=self.plan.max_model_len,
-            vocab_size=self.model.vocab_size,
-            stop_token_ids=stop_token_ids,
-            hidden_size=self.model.hidden_size,
-            has_head=self.model.has_head,
-        )
+        return ModelFacts(self.model, self.plan.max_model_len, stop_token_ids)
 
 
 S_co = TypeVar("S_co", bound="Stream", covariant=True)

@@ -47,18 +47,18 @@ class LocalPartner:
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)  # noqa: S311 not a secret
         self.name = model
-        self.max_model_len: int | None = self._model.limits.max_model_len
+        self.max_model_len: int | None = self._model.facts.max_model_len
         self.generation_config = self._text.generation_config
 
     def answer(
         self, messages: Messages, options: dict[str, Any], template_options: dict[str, Any] | None = None
     ) -> Generator[Parts, None, None]:
-        limits = self._model.limits
+        facts = self._model.facts
         sampling = SamplingParams(**{**self._text.default_sampling, "max_tokens": None, **options})
         ids = self._model.chat_token_ids(messages, **(template_options or {}))
-        assembler = Assembler(0, sampling, self._text.tokenizer, limits.stop_token_ids)
+        assembler = Assembler(0, sampling, self._text.tokenizer, facts.stop_token_ids)
         parser = self._parser(ids)
-        requests = prepare(str(next(self._ids)), ids, sampling, limits, seeds=self._seeds)
+        requests = prepare(str(next(self._ids)), ids, sampling, facts, seeds=self._seeds)
         with self.engine.stream(requests) as stream:
             for delta in itertools.chain.from_iterable(stream):
                 piece = assembler.feed(delta)

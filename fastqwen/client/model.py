@@ -1,23 +1,21 @@
-"""A model loaded into this process: its text side, its limits, and an engine's core that nobody steps yet."""
+"""A model loaded into this process: its text side, its facts, and an engine's core that nobody steps yet."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from typing import Any
 
-from tqdm import tqdm
-
 from fastqwen.client.engine import Ready
+from fastqwen.client.loading_bar import LoadingBar
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, BadRequest
-from fastqwen.hub import resolve
-from fastqwen.model_config import ModelConfig
+from fastqwen.hub import find_checkpoint
 from fastqwen.records import Grammar, SamplingParams
 from fastqwen.runner.start import start_engine
-from fastqwen.text.grammar import check_grammar, grammar_tokenizer, to_grammar
+from fastqwen.text.grammar import check_grammar, to_grammar
 from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text
 from fastqwen.text.template import Message
-from fastqwen.weights.checkpoint import open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +33,18 @@ class LoadedModel:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
+        path, model = find_checkpoint(config)
         if config.trust_remote_code:
             log.warning("trust_remote_code has no effect: nothing needs it, a checkpoint's code is never run")
-        facts = open_checkpoint(path, with_tensors=False).model
-        self.text: TextTools | None = None if config.skip_tokenizer_init else load_text(path, facts, config)
-        with tqdm(desc="Loading layers", unit="layer", leave=False, delay=1.0, disable=None) as bar:
+        self.text: TextTools | None = None if config.skip_tokenizer_init else load_text(path, model, config)
+        with closing(LoadingBar()) as bar:
             engine = start_engine(
-                config, path, lambda done, total: _advance(bar, done, total), grammar_tokenizer=self._grammar_tokenizer
+                config, path, bar.update, grammar_tokenizer=lambda found: self.need_text().grammar_tokenizer(found)
             )
         self.core = engine.core
         self.ready = Ready(engine.plan, engine.model, engine.comparison)
         self._compiler = engine.compiler
-        self.limits = self.ready.limits(self.text.stop_token_ids if self.text else eos_without_tokenizer(path, facts))
+        self.facts = self.ready.facts(self.text.stop_token_ids if self.text else eos_without_tokenizer(path, model))
         if self.text is not None:
             self.text.tokenizer.limit_length(engine.plan.max_model_len)
 
@@ -72,12 +69,3 @@ class LoadedModel:
         assert self._compiler is not None
         check_grammar(grammar, self._compiler.tokenizer())
         return Grammar(grammar)
-
-    def _grammar_tokenizer(self, model: ModelConfig) -> Any:
-        text = self.need_text()
-        return grammar_tokenizer(text.tokenizer, text.stop_token_ids, model.vocab_size)
-
-
-def _advance(bar: Any, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)

@@ -4,54 +4,59 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable
 
 import msgspec
 
 from fastqwen.errors import BadRequest
+from fastqwen.model_config import ModelConfig
 from fastqwen.records import EngineRequest, Grammar, Sampling, SamplingParams
 
 
-class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine said about itself when it was ready."""
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What is known of a loaded model: its requests are checked by this."""
 
+    model: ModelConfig
     max_model_len: int
-    vocab_size: int
-    stop_token_ids: list[int] = []
-    hidden_size: int = 0
-    has_head: bool = True
+    stop_token_ids: list[int]
 
 
-def check_prompt(token_ids: list[int], limits: ModelLimits) -> None:
+def check_prompt(token_ids: list[int], facts: ModelFacts) -> None:
     """Raises BadRequest for a prompt that is empty, too long, or has ids outside the vocabulary."""
-    if not limits.has_head:
+    if not facts.model.has_head:
         raise BadRequest("this checkpoint holds no output head: it makes embeddings (/v1/embeddings), but no text")
+    _check_ids(token_ids, facts, "prompt", "the prompt", room=facts.max_model_len - 1)
+
+
+def _check_ids(token_ids: list[int], facts: ModelFacts, field: str, name: str, *, room: int) -> None:
+    """``name`` is what an error calls them, and ``field`` the field that it names."""
     if not token_ids:
-        raise BadRequest("the prompt is empty, at least one token is needed", "prompt")
-    if len(token_ids) >= limits.max_model_len:
+        raise BadRequest(f"{name} is empty, at least one token is needed", field)
+    if len(token_ids) > room:
+        both = ", prompt and answer together" if room < facts.max_model_len else ""
         raise BadRequest(
-            f"the prompt has {len(token_ids)} tokens, but the model's context is {limits.max_model_len} tokens, "
-            "prompt and answer together",
-            "prompt",
+            f"{name} has {len(token_ids)} tokens, but the model's context is {facts.max_model_len} tokens{both}",
+            field,
             "context_length_exceeded",
         )
-    if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
-        raise BadRequest(f"prompt token ids must be at least 0 and less than {limits.vocab_size}", "prompt")
+    if min(token_ids) < 0 or max(token_ids) >= facts.model.vocab_size:
+        raise BadRequest(f"{field}: token ids must be at least 0 and less than {facts.model.vocab_size}", field)
 
 
-def check_sampling(sampling: SamplingParams, limits: ModelLimits) -> None:
+def check_sampling(sampling: SamplingParams, facts: ModelFacts) -> None:
     sampling.check()
     for token_id in [*(sampling.logit_bias or ()), *sampling.stop_token_ids]:
-        if not 0 <= token_id < limits.vocab_size:
+        if not 0 <= token_id < facts.model.vocab_size:
             field = "stop_token_ids" if token_id in sampling.stop_token_ids else "logit_bias"
-            raise BadRequest(f"{field}: token id {token_id} is not in the vocabulary of {limits.vocab_size}", field)
+            raise BadRequest(
+                f"{field}: token id {token_id} is not in the vocabulary of {facts.model.vocab_size}", field
+            )
 
 
 def prepare(
     request_id: str,
     token_ids: list[int],
     sampling: SamplingParams,
-    limits: ModelLimits,
+    facts: ModelFacts,
     *,
     seeds: random.Random,
     priority: int = 0,
@@ -63,15 +68,15 @@ def prepare(
     An answer that would grow past the model's length ends there. A request without a seed gets one from ``seeds``, so
     that it can be replayed. ``grammar`` has been checked. Raises BadRequest.
     """
-    check_prompt(token_ids, limits)
-    check_sampling(sampling, limits)
+    check_prompt(token_ids, facts)
+    check_sampling(sampling, facts)
     if grammar is not None and (sampling.ignore_eos or sampling.min_tokens):
         field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
         raise BadRequest(f"{field} cannot be combined with structured output, which says where the answer ends", field)
-    room = limits.max_model_len - len(token_ids)
+    room = facts.max_model_len - len(token_ids)
     max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
     first_seed = seeds.getrandbits(63) if sampling.seed is None else sampling.seed
-    stops = [] if sampling.ignore_eos else limits.stop_token_ids
+    stops = [] if sampling.ignore_eos else facts.stop_token_ids
     for_engine = sampling.for_engine
     arrival_s = time.monotonic()
     return [
@@ -79,7 +84,7 @@ def prepare(
             request_id=f"{request_id}-{index}",
             prompt_token_ids=token_ids,
             sampling=for_engine,
-            stop_token_ids=_unique([*stops, *sampling.stop_token_ids]),
+            stop_token_ids=list(dict.fromkeys([*stops, *sampling.stop_token_ids])),
             max_tokens=max_tokens,
             seed=_wrap_int64(first_seed + index),
             is_open_ended=sampling.max_tokens is None,
@@ -95,23 +100,14 @@ def prepare(
 def prepare_embedding(
     request_id: str,
     token_ids: list[int],
-    limits: ModelLimits,
+    facts: ModelFacts,
     *,
     field: str,
     priority: int = 0,
     cache_salt: str = "",
 ) -> EngineRequest:
     """The engine request for one text's vector. ``field`` is what an error names. Raises BadRequest."""
-    if not token_ids:
-        raise BadRequest(f"{field} is empty, at least one token is needed", field)
-    if len(token_ids) > limits.max_model_len:
-        raise BadRequest(
-            f"{field} has {len(token_ids)} tokens, but the model's context is {limits.max_model_len} tokens",
-            field,
-            "context_length_exceeded",
-        )
-    if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
-        raise BadRequest(f"{field}: token ids must be at least 0 and less than {limits.vocab_size}", field)
+    _check_ids(token_ids, facts, field, field, room=facts.max_model_len)
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=token_ids,
@@ -126,17 +122,13 @@ def prepare_embedding(
     )
 
 
-def check_dimensions(dimensions: int | None, limits: ModelLimits) -> None:
-    if dimensions is not None and not 1 <= dimensions <= limits.hidden_size:
+def check_dimensions(dimensions: int | None, facts: ModelFacts) -> None:
+    if dimensions is not None and not 1 <= dimensions <= facts.model.hidden_size:
         raise BadRequest(
-            f"dimensions is {dimensions}, but must be at least 1 and at most {limits.hidden_size}, "
+            f"dimensions is {dimensions}, but must be at least 1 and at most {facts.model.hidden_size}, "
             "the length of this model's vectors",
             "dimensions",
         )
-
-
-def _unique(ids: Iterable[int]) -> list[int]:
-    return list(dict.fromkeys(ids))
 
 
 def _wrap_int64(value: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import httpx
 import msgspec
 
 from fastqwen.client.history import Messages
@@ -15,18 +16,21 @@ CONNECT_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 600.0
 
 
+def is_address(model: str) -> bool:
+    """Whether a user's word for a model is the address of a server that has it."""
+    return model.startswith(("http://", "https://"))
+
+
 class RemotePartner:
     """Raises BadRequest for what the server refuses, FastqwenError where it does not answer."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        import httpx
-
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)  # as many chats at once as the caller has threads
         timeout = httpx.Timeout(CONNECT_WITHIN_S, read=ANSWER_WITHIN_S)
         try:
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
+            self.http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
         except httpx.InvalidURL as error:
             raise FastqwenError(f"{url} is not an address: {error}") from None
         try:
@@ -39,10 +43,8 @@ class RemotePartner:
 
     def loading_share(self) -> float | None:
         """How much of the model is loaded while it cannot answer; None once it can, or where the server does not tell."""
-        import httpx
-
         try:
-            response = self._client.get("/health/ready")
+            response = self.http.get("/health/ready")
             body = response.json() if response.status_code == 503 else {}
         except (httpx.HTTPError, ValueError):
             return None
@@ -51,11 +53,9 @@ class RemotePartner:
     def answer(
         self, messages: Messages, options: dict[str, Any], template_options: dict[str, Any] | None = None
     ) -> Generator[Parts, None, None]:
-        import httpx
-
         body = {"model": self.name, "messages": messages, "stream": True, **options, **_for_template(template_options)}
         try:
-            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
                     response.read()
                     raise _error_of(response)
@@ -77,13 +77,11 @@ class RemotePartner:
         return str(self._json("POST", "/detokenize", {"tokens": token_ids})["prompt"])
 
     def close(self) -> None:
-        self._client.close()
+        self.http.close()
 
     def _json(self, method: str, path: str, body: Any) -> Any:
-        import httpx
-
         try:
-            response = self._client.request(method, path, json=body)
+            response = self.http.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise self._silent(error) from None
         if response.status_code != 200:
@@ -137,7 +135,7 @@ def deltas_of_line(line: str) -> Iterator[Delta]:
             yield choice.delta
 
 
-def _error_of(response: Any) -> FastqwenError:
+def _error_of(response: httpx.Response) -> FastqwenError:
     try:
         error = response.json()["error"]
         message = str(error["message"])

@@ -66,13 +66,14 @@ def _tidy(path: Path) -> None:
 
 def _start_real_engine(start: wire.Start, progress: Callable[[int, int], None]) -> Engine:
     from fastqwen.runner.start import start_engine
+    from fastqwen.text.load import load_text
 
-    return start_engine(
-        start.config,
-        Path(start.path),
-        progress,
-        grammar_tokenizer=lambda model: _grammar_tokenizer(start, model),
-    )
+    path = Path(start.path)
+
+    def grammar_tokenizer(model: ModelConfig) -> LLTokenizer:
+        return load_text(path, model, start.config).grammar_tokenizer(model)
+
+    return start_engine(start.config, path, progress, grammar_tokenizer=grammar_tokenizer)
 
 
 def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> Engine | None:
@@ -86,14 +87,6 @@ def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> En
         return None
     socket.send(wire.encode(Ready(engine.plan, engine.model, engine.comparison)))
     return engine
-
-
-def _grammar_tokenizer(start: wire.Start, model: ModelConfig) -> LLTokenizer:
-    from fastqwen.text.grammar import grammar_tokenizer
-    from fastqwen.text.load import load_text
-
-    text = load_text(Path(start.path), model, start.config)
-    return grammar_tokenizer(text.tokenizer, text.stop_token_ids, model.vocab_size)
 
 
 def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals) -> None:

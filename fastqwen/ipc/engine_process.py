@@ -1,4 +1,4 @@
-"""One process of the engine, from its start to its end."""
+"""One process of the engine, from its start to its end, and this side's end of the socket between the two."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 
+import zmq
+import zmq.asyncio
+
 from fastqwen.ipc import wire
-from fastqwen.ipc.engine_socket import EngineSocket
 
 # -P: a user's own random.py in the working folder must not become the engine's.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "fastqwen.ipc.engine_main")
@@ -19,17 +22,24 @@ LAST_WORDS_S = 0.2
 
 class EngineProcess:
     def __init__(self, command: Sequence[str], log_format: str) -> None:
-        self._command, self._log_format = command, log_format
-        self._socket = EngineSocket()
+        self._directory = tempfile.TemporaryDirectory(prefix="fastqwen-")  # made with mode 0700
+        address = f"ipc://{self._directory.name}/engine"
+        self._command = (*command, address, log_format)
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
         self._process: asyncio.subprocess.Process | None = None
-        self.send = self._socket.send
+
+    def send(self, message: wire.ToEngine) -> None:
+        """Does not wait, so that it can be called while a task is being cancelled."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.send(wire.encode(message))
 
     async def run(self, start: wire.Start, take: Callable[[wire.FromEngine], None]) -> None:
         """``take`` gets what the engine says. Returns when the process has ended and said its last words."""
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, self._socket.address, self._log_format, stdin=asyncio.subprocess.DEVNULL
-            )
+            self._process = await asyncio.create_subprocess_exec(*self._command, stdin=asyncio.subprocess.DEVNULL)
             listening = asyncio.create_task(self._listen(start, take))
             try:
                 await self._process.wait()
@@ -37,13 +47,14 @@ class EngineProcess:
             finally:
                 listening.cancel()
         finally:
-            self._socket.close()
+            self._context.destroy(linger=0)
+            self._directory.cleanup()
 
     async def _listen(self, start: wire.Start, take: Callable[[wire.FromEngine], None]) -> None:
-        await self._socket.begin(start)
+        await self._socket.send(wire.encode(start))  # waits until the engine has connected
         message: wire.FromEngine | None = None
         while not isinstance(message, wire.Failed):
-            message = await self._socket.receive()
+            message = wire.from_engine.decode(await self._socket.recv())
             take(message)
 
     def how_it_ended(self) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import msgspec
 
 from fastqwen.errors import BadConfig
-from fastqwen.plan.catalog import Found, catalog
+from fastqwen.plan.catalog import catalog, named_model
 from fastqwen.plan.changes import LIST_TOKENS, Change, advise, tight
 from fastqwen.plan.device import budget_bytes
 from fastqwen.plan.facts import GIB
-from fastqwen.plan.gpus import Target
-from fastqwen.plan.memory import Need, predict
+from fastqwen.plan.gpus import Target, one_device
+from fastqwen.plan.memory import Load, Need, predict
 from fastqwen.plan.question import (
+    PlanOptions,
     Question,
-    Wishes,
     command,
     largest_context,
     most_sequences,
@@ -25,22 +25,17 @@ from fastqwen.plan.question import (
 from fastqwen.plan.speed import Speed, decode_speed
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class Answer(Load, frozen=True, kw_only=True):
     """Everything the planner knows about one question. ``fits`` speaks of the question's own length and settings."""
 
     model: str
     device: str
     on_cpu: bool
     engine: str
-    dtype: str
-    kv_cache_dtype: str
-    num_gpus: int
-    max_model_len: int
-    concurrency: int
     need: Need
     budget_bytes: int
     device_bytes: int
-    utilization: float
+    gpu_memory_utilization: float
     fits: bool
     tight: bool
     largest_context: int  # at this concurrency; 0: none
@@ -55,6 +50,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 def answer(question: Question, target: Target | None = None) -> Answer:
     """``target`` widens the speed to the range of cards that a question about an amount of memory means."""
+    target = target or one_device(question.facts, question.facts.name)
     found = _figures(question, target)
     if found.command is not None:
         return found
@@ -69,27 +65,22 @@ def answer(question: Question, target: Target | None = None) -> Answer:
     return msgspec.structs.replace(found, changes=changes, command=first.command, tight=first.tight)
 
 
-def _figures(question: Question, target: Target | None) -> Answer:
+def _figures(question: Question, target: Target) -> Answer:
     """The answer without advice."""
     load, profile, notices = resolve(question)
     need = predict(question.model, load, profile, question.facts)
-    budget = budget_bytes(need, question.facts, question.utilization)
+    budget = budget_bytes(need, question.facts, question.gpu_memory_utilization)
     fits = need.total <= budget
-    slow, fast = (target.slow, target.fast) if target is not None else (question.facts, question.facts)
     return Answer(
+        **msgspec.structs.asdict(load),
         model=question.name,
-        device=target.label if target is not None else question.facts.name,
+        device=target.label,
         on_cpu=question.facts.kind == "cpu",
         engine=profile.name,
-        dtype=load.dtype,
-        kv_cache_dtype=load.kv_cache_dtype,
-        num_gpus=load.num_gpus,
-        max_model_len=load.max_model_len,
-        concurrency=load.concurrency,
         need=need,
         budget_bytes=budget,
         device_bytes=question.facts.total_bytes,
-        utilization=question.utilization,
+        gpu_memory_utilization=question.gpu_memory_utilization,
         fits=fits,
         tight=False,
         largest_context=largest_context(question),
@@ -97,25 +88,27 @@ def _figures(question: Question, target: Target | None) -> Answer:
         command=command(question) if fits else None,
         not_served_yet=obstacles(question),
         changes=(),
-        speed_single=decode_speed(question.model, load, slow, fast, batch=1) if fits else None,
-        speed_concurrent=decode_speed(question.model, load, slow, fast, batch=load.concurrency) if fits else None,
+        speed_single=decode_speed(question.model, load, target.slow, target.fast, batch=1) if fits else None,
+        speed_concurrent=decode_speed(question.model, load, target.slow, target.fast, batch=load.concurrency)
+        if fits
+        else None,
         notices=tuple(notices),
     )
 
 
-def list_models(target: Target, wishes: Wishes | None = None) -> list[Answer]:
+def list_models(target: Target, options: PlanOptions | None = None) -> list[Answer]:
     """What runs on a device: every published model at its own length, but at most LIST_TOKENS, unless one is wished."""
-    wishes = wishes or Wishes()
+    options = options or PlanOptions()
     answers = []
     for entry in catalog().models:
         model = catalog().model(entry)
-        length = wishes.max_model_len or min(trained_len(model), LIST_TOKENS)
+        length = options.max_model_len or min(trained_len(model), LIST_TOKENS)
         if length > model.default_max_len:  # not made for the wished length
             continue
-        asked = msgspec.structs.replace(wishes, max_model_len=length)
-        question = Question.of(asked, Found(model=model, name=entry.name, entry=entry), target.facts)
+        asked = msgspec.structs.replace(options, max_model_len=length)
+        question = Question.of(asked, named_model(entry), target.facts)
         try:
-            answers.append(_listed(question, target, length_asked=wishes.max_model_len is not None))
+            answers.append(_listed(question, target, length_asked=options.max_model_len is not None))
         except BadConfig:  # this model's heads do not split over that many GPUs
             continue
     return answers

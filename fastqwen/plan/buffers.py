@@ -91,8 +91,9 @@ def largest_steps(sizes: Sizes, tokens: int, rows: int) -> Taken:
     for whole in (True, False):
         _prompt_step(memory, sizes, tokens, rows, whole=whole)
     layers = memory.most_allocated
-    for _ in range(2):  # with what a sampler of rows with wishes needs; two such steps are in flight
-        _prompt_step(memory, sizes, tokens, rows, whole=False, wishes=True)
+    # Two such steps are in flight, and their sampler may have penalties and log-probabilities to compute.
+    for _ in range(2):
+        _prompt_step(memory, sizes, tokens, rows, whole=False, adjusted=True)
     return Taken(layers=layers, total=memory.most_allocated, reserved=memory.reserved)
 
 
@@ -106,19 +107,21 @@ def graph_buffers(sizes: Sizes, batches: tuple[int, ...], prompts: tuple[int, ..
         memory.take("residual", tokens * sizes.hidden * sizes.element)
         memory.take("cos_sin", tokens * sizes.rotary_dim * 4)
         _layer(memory, sizes, tokens, whole=False, fused=decode and tokens <= FUSED_ROWS)
-        _logits(memory, sizes, rows, "logits")
+        _logits(memory, sizes, rows)
         memory.drop("logits", "residual", "cos_sin")
     return memory.reserved
 
 
-def _prompt_step(memory: Allocator, sizes: Sizes, tokens: int, rows: int, *, whole: bool, wishes: bool = False) -> None:
+def _prompt_step(
+    memory: Allocator, sizes: Sizes, tokens: int, rows: int, *, whole: bool, adjusted: bool = False
+) -> None:
     memory.take("cos_sin", tokens * sizes.rotary_dim * 4)
     memory.take("residual", tokens * sizes.hidden * sizes.element)
     for _ in range(2):  # the second layer finds what the first one left
         _layer(memory, sizes, tokens, whole=whole, fused=False)
-    _logits(memory, sizes, rows, "logits")
-    if wishes:
-        _wishes(memory, sizes, rows)
+    _logits(memory, sizes, rows)
+    if adjusted:
+        _adjusted_logits(memory, sizes, rows)
     memory.drop("logits", "residual", "cos_sin")
 
 
@@ -193,17 +196,17 @@ def _added(memory: Allocator, sizes: Sizes, number: int) -> None:
         memory.drop("added")
 
 
-def _logits(memory: Allocator, sizes: Sizes, rows: int, name: str) -> None:
-    """``name`` stays: its dropping is the caller's."""
+def _logits(memory: Allocator, sizes: Sizes, rows: int) -> None:
+    """``logits`` stay: to drop them is the caller's."""
     memory.take("last", rows * sizes.hidden * sizes.element)
     memory.take("normed", rows * sizes.hidden * sizes.element)
-    memory.take(name, rows * sizes.vocab * sizes.element)
+    memory.take("logits", rows * sizes.vocab * sizes.element)
     memory.drop("normed", "last")
     memory.take("best", rows * -(-sizes.vocab // SAMPLE_CHUNK) * 8)
     memory.drop("best")
 
 
-def _wishes(memory: Allocator, sizes: Sizes, rows: int) -> None:
+def _adjusted_logits(memory: Allocator, sizes: Sizes, rows: int) -> None:
     """Penalties and log-probabilities: the model's own logits are kept until the step's tokens are known."""
     entries = rows * sizes.vocab
     memory.take("gathered", entries * sizes.element)

@@ -68,14 +68,14 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
         return next((entry for entry in self.models if entry.name == name), None)
 
 
-class Found(msgspec.Struct, frozen=True, kw_only=True):
+class NamedModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model to plan: its sizes, and what to call it in a command line."""
 
     model: ModelConfig
     name: str
     entry: Entry | None = None
     notices: tuple[str, ...] = ()
-    real: Found | None = None  # what there is, if the model is one that nobody has published
+    real: NamedModel | None = None  # what there is, if the model is one that nobody has published
 
 
 @functools.cache
@@ -83,9 +83,13 @@ def catalog() -> Catalog:
     return msgspec.json.decode((DATA / "models.json").read_bytes(), type=Catalog)
 
 
-def find_published(text: str) -> Found | None:
+def find_published(text: str) -> NamedModel | None:
     entry = published(text)
-    return None if entry is None else Found(model=catalog().model(entry), name=entry.name, entry=entry)
+    return None if entry is None else named_model(entry)
+
+
+def named_model(entry: Entry, *notices: str) -> NamedModel:
+    return NamedModel(model=catalog().model(entry), name=entry.name, entry=entry, notices=notices)
 
 
 def published(text: str) -> Entry | None:
@@ -106,29 +110,24 @@ def published(text: str) -> Entry | None:
     return next((names[key] for key in candidates if key in names), None)
 
 
-def quantized_version(found: Found, word: str) -> Found:
+def quantized_version(named: NamedModel, word: str) -> NamedModel:
     """The version that --quantization asks for: the published one where there is one, else its sizes as if."""
     if word not in QUANTIZATION_WORDS:
         raise BadConfig(f"--quantization is {word!r}; possible: {', '.join(QUANTIZATION_WORDS)}")
     wanted = QUANTIZATION_WORDS[word]
-    if found.entry is not None and found.entry.quantization == wanted:
-        return found
-    sibling = sibling_of(found.entry, wanted) if found.entry is not None else None
+    if named.entry is not None and named.entry.quantization == wanted:
+        return named
+    sibling = sibling_of(named.entry, wanted) if named.entry is not None else None
     if sibling is not None:
-        return Found(
-            model=catalog().model(sibling),
-            name=sibling.name,
-            entry=sibling,
-            notices=(f"--quantization {word}: planned for {sibling.name}",),
-        )
-    if _quantization_of(found.model) == wanted:
-        return found
+        return named_model(sibling, f"--quantization {word}: planned for {sibling.name}")
+    if _quantization_of(named.model) == wanted:
+        return named
     quantization = None if wanted is None else catalog().quantizations[wanted]
-    return Found(
-        model=msgspec.structs.replace(found.model, quantization=quantization),
-        name=found.name,
-        notices=(f"no published {word} version of {found.name} is known: the sizes are those that one would have",),
-        real=found,
+    return NamedModel(
+        model=msgspec.structs.replace(named.model, quantization=quantization),
+        name=named.name,
+        notices=(f"no published {word} version of {named.name} is known: the sizes are those that one would have",),
+        real=named,
     )
 
 

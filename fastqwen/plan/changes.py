@@ -94,26 +94,23 @@ def _candidates(question: Question) -> Iterator[tuple[str, Question, bool]]:
     replace = msgspec.structs.replace
     on_gpu = question.facts.kind == "cuda"
     asked = question.max_model_len is not None
-    if on_gpu and not question.eager:
-        yield "no CUDA graphs", replace(question, eager=True), False
+    if on_gpu and not question.enforce_eager:
+        yield "no CUDA graphs", replace(question, enforce_eager=True), False
     shorter = _shorter(question)
     if shorter is not None and not asked:
         yield f"a context of {shorter.max_model_len} tokens", shorter, False
     most = most_sequences(question) if question.concurrency > 1 else 0
     if most:
         yield f"{most} at once, while the others wait", replace(question, concurrency=most), False
-    small_cache = replace(question, kv_cache_dtype="fp8")
-    if on_gpu and question.kv_cache_dtype == "auto":
-        yield "an 8-bit KV cache", small_cache, False
+    can_shrink_cache = on_gpu and question.kv_cache_dtype == "auto"
+    if can_shrink_cache:
+        yield "an 8-bit KV cache", replace(question, kv_cache_dtype="fp8"), False
     packed = _packed(question)
     if packed is not None:
-        yield f"the Int4 version, {packed.name}", packed, False
-        if on_gpu and question.kv_cache_dtype == "auto":
-            yield (
-                f"the Int4 version, {packed.name}, and an 8-bit KV cache",
-                replace(packed, kv_cache_dtype="fp8"),
-                False,
-            )
+        version = f"the Int4 version, {packed.name}"
+        yield version, packed, False
+        if can_shrink_cache:
+            yield f"{version}, and an 8-bit KV cache", replace(packed, kv_cache_dtype="fp8"), False
     if shorter is not None and asked:
         yield f"a context of {shorter.max_model_len} tokens", shorter, False
     packed_shorter = _shorter(packed) if packed is not None else None
@@ -173,8 +170,8 @@ def _packed(question: Question) -> Question | None:
 def tight(question: Question) -> Question:
     return msgspec.structs.replace(
         question,
-        eager=True,
-        utilization=TIGHT_UTILIZATION,
+        enforce_eager=True,
+        gpu_memory_utilization=TIGHT_UTILIZATION,
         max_num_seqs=max(question.concurrency, TIGHT_NUM_SEQS),
         max_num_batched_tokens=min(question.max_num_batched_tokens or TIGHT_STEP_TOKENS, TIGHT_STEP_TOKENS),
     )

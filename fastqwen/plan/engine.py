@@ -8,12 +8,12 @@ from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit
 from fastqwen.kernels.limits import MAX_RECORDED_TOKENS
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan.catalog import published
+from fastqwen.plan.catalog import NamedModel, published
 from fastqwen.plan.changes import advise
 from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
-from fastqwen.plan.question import Question, is_fitting
+from fastqwen.plan.question import PlanOptions, Question, is_fitting
 from fastqwen.plan.weights import num_parameters
 
 STREAM_PAUSE_S = 0.05  # how long running streams may pause for prompts that came later
@@ -107,14 +107,8 @@ def need_of_engine(
 ) -> Need:
     """What an engine with this configuration will hold, term by term, with a cache for one sequence."""
     profile = FASTQWEN_CPU if facts.kind == "cpu" else FASTQWEN_GPU
-    load = Load(
-        dtype=dtype,
-        max_model_len=max_model_len,
-        eager=config.enforce_eager,
-        max_num_seqs=config.max_num_seqs or profile.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or profile.step_tokens,
-        block_size=config.block_size,
-    )
+    definite = msgspec.structs.replace(config, dtype=dtype, max_model_len=max_model_len)
+    load = msgspec.convert(definite, Load, from_attributes=True)
     return predict(model, load, profile, facts)
 
 
@@ -123,18 +117,9 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
     shorter = f"use --max-model-len {room} or less" if room else "use a smaller model or more memory"
     if facts.kind == "cpu" or config.kv_cache_memory_bytes is not None:
         return shorter
-    question = Question(
-        model=model,
-        name=config.model,
-        facts=facts,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        utilization=config.gpu_memory_utilization,
-        eager=config.enforce_eager,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        entry=published(config.model),
-    )
+    options = msgspec.convert(config, PlanOptions, from_attributes=True)
+    named = NamedModel(model=model, name=config.model, entry=published(config.model))
+    question = Question.of(options, named, facts)
     if is_fitting(question):  # by the book it does, but less was measured free
         return shorter
     first = next((change.command for change in advise(question) if change.command is not None), None)

@@ -26,15 +26,15 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     step_tokens: int | None  # longest prefill step; None: a whole prompt at once
-    least_step_tokens: int  # the step that start-up measures is at least this long
+    least_step_tokens: int = 1  # the step that start-up measures is at least this long
     max_num_seqs: int
     block_size: int
-    sampler_bytes: int  # bytes for each entry of [sampled rows, vocabulary], all copies that live together
+    sampler_bytes: int = 0  # bytes for each entry of [sampled rows, vocabulary], all copies that live together
     library_bytes: int  # what kernels and libraries hold beside the context
-    context_bytes_per_multiprocessor: int
-    collective_bytes: int  # what a process holds for talking to the other GPUs
-    rounding_bytes: int  # for each large tensor: the allocator hands them out in steps of twice this
-    is_fastqwen_gpu: bool = False  # its steps, graphs and kernels are modelled buffer by buffer (buffers.py)
+    context_bytes_per_multiprocessor: int = 0
+    collective_bytes: int = 0  # what a process holds for talking to the other GPUs
+    rounding_bytes: int = 0  # for each large tensor: the allocator hands them out in steps of twice this
+    is_fastqwen_gpu: bool = False  # its steps, sampler, graphs and kernels are modelled buffer by buffer (buffers.py)
     keeps_file_layout: bool = False  # packed weights stay as their file has them
 
 
@@ -45,9 +45,8 @@ LIBRARY_BYTES = 76 * MIB
 GRAPH_NODE_BYTES = round(3.4 * KIB)
 KERNELS_PER_LAYER = 8
 
-UNPACK_COPIES = (
-    3  # of limits.UNPACK_BYTES: codes as bytes and apart, numbers, and the same in the model's type: less than this
-)
+# Of limits.UNPACK_BYTES: codes as bytes and apart, numbers, and the same in the model's type: less than this.
+UNPACK_COPIES = 3
 # torch's workspace for cuBLAS: 32 MiB from compute capability 9.0 on, else 8 MiB and 128 KiB; one for each stream, and
 # graphs are captured on a stream of their own.
 CUBLAS_CAPABILITY = (9, 0)
@@ -56,10 +55,8 @@ CUBLAS_BYTES, OLD_CUBLAS_BYTES = 32 * MIB, 8 * MIB + 128 * KIB
 FASTQWEN_GPU = EngineProfile(
     name="fastqwen",
     step_tokens=8192,
-    least_step_tokens=1,
     max_num_seqs=256,
     block_size=64,
-    sampler_bytes=0,  # buffers.py knows
     library_bytes=LIBRARY_BYTES,
     context_bytes_per_multiprocessor=CONTEXT_BYTES_PER_MULTIPROCESSOR,
     # NCCL's documented NCCL_BUFFSIZE of 4 MiB, to send and to receive, on 32 channels.
@@ -71,14 +68,10 @@ FASTQWEN_GPU = EngineProfile(
 FASTQWEN_CPU = EngineProfile(
     name="fastqwen on a CPU",
     step_tokens=512,
-    least_step_tokens=1,
     max_num_seqs=64,
     block_size=16,
     sampler_bytes=2 + 4 + 4,
     library_bytes=227 * MIB,  # a process that has computed with torch
-    context_bytes_per_multiprocessor=0,
-    collective_bytes=0,
-    rounding_bytes=0,
 )
 
 # The engine of the published table: whole prompts, no CUDA graphs, and a start-up step that samples 256 rows with both

@@ -60,16 +60,16 @@ def known_gpus() -> tuple[Gpu, ...]:
     return tuple(msgspec.convert(values["gpus"], list[Gpu]))
 
 
-def find_target(wish: str) -> Target:
+def find_target(gpu: str) -> Target:
     """Raises BadConfig for a name that no known card has."""
-    text = wish.strip()
+    text = gpu.strip()
     if text.lower() == "auto":
         return _this_machine()
     memory = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(g|gb|gib)", text.lower())
     if memory:
         return _any_card(float(memory[1]), text)
     found = _by_name(text)
-    return _same(found.facts(), found.name)
+    return one_device(found.facts(), found.name)
 
 
 def _by_name(text: str) -> Gpu:
@@ -108,15 +108,13 @@ def _any_card(gigabytes: float, text: str) -> Target:
     slow = min(nearest, key=lambda gpu: gpu.bandwidth_gb_s).facts()
     fast = max(nearest, key=lambda gpu: gpu.bandwidth_gb_s).facts()
     label = f"{gigabytes:g} GiB GPU"
-    facts = DeviceFacts(
-        kind="cuda",
+    facts = msgspec.structs.replace(
+        slow,
         name=label,
         total_bytes=total,
         free_bytes=total,
         compute_capability=max(gpu.facts().compute_capability or (0, 0) for gpu in nearest),
         multiprocessors=max(gpu.multiprocessors for gpu in nearest),
-        bandwidth_gb_s=slow.bandwidth_gb_s,
-        matmul_tflops=slow.matmul_tflops,
     )
     return Target(facts=facts, slow=slow, fast=fast, label=label)
 
@@ -126,7 +124,7 @@ def _this_machine() -> Target:
     rows = _nvidia_smi()
     if not rows:
         facts = _host_facts()
-        return _same(facts, f"this machine's CPU with {facts.total_bytes / GIB:.1f} GiB")
+        return one_device(facts, f"this machine's CPU with {facts.total_bytes / GIB:.1f} GiB")
     name, mib, capability, used_mib = min(rows, key=lambda row: row[1] - row[3])
     sheet = data_sheet(name, mib)
     facts = DeviceFacts(
@@ -139,7 +137,7 @@ def _this_machine() -> Target:
         bandwidth_gb_s=sheet.bandwidth_gb_s if sheet else None,
         matmul_tflops=sheet.matmul_tflops if sheet else None,
     )
-    return Target(facts=facts, slow=facts, fast=facts, label=name, installed=len(rows))
+    return msgspec.structs.replace(one_device(facts, name), installed=len(rows))
 
 
 def data_sheet(name: str, mib: int) -> Gpu | None:
@@ -184,7 +182,7 @@ def _free_host_bytes(total: int) -> int:
     return total // 2
 
 
-def _same(facts: DeviceFacts, label: str) -> Target:
+def one_device(facts: DeviceFacts, label: str) -> Target:
     return Target(facts=facts, slow=facts, fast=facts, label=label)
 
 

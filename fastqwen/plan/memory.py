@@ -43,6 +43,9 @@ from fastqwen.plan.weights import (
 
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 UNKNOWN_MULTIPROCESSORS = 132
+FIXED_TERMS = (
+    "weights", "activations", "sampler", "workspace", "state", "graphs", "runtime", "collectives", "rounding",
+)  # fmt: skip
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +56,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int = 1
     num_gpus: int = 1
     kv_cache_dtype: str = "auto"
-    eager: bool = False
+    enforce_eager: bool = False
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int | None = None
@@ -83,17 +86,7 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def fixed(self) -> int:
         """All but the cache."""
-        return (
-            self.weights
-            + self.activations
-            + self.sampler
-            + self.workspace
-            + self.state
-            + self.graphs
-            + self.runtime
-            + self.collectives
-            + self.rounding
-        )
+        return sum(getattr(self, term) for term in FIXED_TERMS)
 
     @property
     def total_all_gpus(self) -> int:
@@ -132,7 +125,7 @@ def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: Devic
         state = (max_num_seqs + 1) * slot + block_size * per_token
         tokens = load.max_num_batched_tokens or profile.step_tokens or load.max_model_len
         capability = facts.compute_capability or LIBRARY_ATTENTION_CAPABILITY
-        terms = _fastqwen_terms(same, load.dtype, gpus, tokens, max_num_seqs, capability, load.eager)
+        terms = _fastqwen_terms(same, load.dtype, gpus, tokens, max_num_seqs, capability, load.enforce_eager)
         return Need(**common, state=state, **terms)
     step = step_tokens(load, profile)
     rows = min(max_num_seqs, step) if profile.step_tokens is not None else max_num_seqs

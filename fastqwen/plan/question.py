@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from bisect import bisect_left
 from math import ceil
+from typing import Annotated
 
 import msgspec
 
+from fastqwen.config import option
 from fastqwen.errors import BadConfig
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan.catalog import Entry, Found
+from fastqwen.plan.catalog import Entry, NamedModel
 from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, DeviceFacts, EngineProfile
 from fastqwen.plan.memory import Load, Need, predict
@@ -22,39 +25,45 @@ MOST_TOKENS = 2**24
 UNPUBLISHED = "a version that nobody has published"
 
 
-class Wishes(msgspec.Struct, frozen=True, kw_only=True):
-    """How to run: what the flags say."""
+class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How to run. `plan` has a flag for each field with a help text, under the names that `serve` has for them."""
 
-    dtype: str = "auto"
-    max_model_len: int | None = None  # None: the length that the model was trained for
-    concurrency: int = 1
-    num_gpus: int = 1
-    kv_cache_dtype: str = "auto"
-    eager: bool = False
-    utilization: float = UTILIZATION
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
+    num_gpus: Annotated[int, option("GPUs that share the model.")] = 1
+    max_model_len: Annotated[
+        int | None, option("Longest sequence, for example 32K. Default: what the model was trained for.")
+    ] = None
+    concurrency: Annotated[int, option("Sequences of that length at once.")] = 1
+    dtype: Annotated[str, option("auto, float32, bfloat16 or float16.")] = "auto"
+    kv_cache_dtype: Annotated[str, option("auto, fp8 or int8.")] = "auto"
+    gpu_memory_utilization: Annotated[float, option("Share of the GPU's memory to use.")] = UTILIZATION
+    max_num_seqs: Annotated[
+        int | None, option("Most sequences that run at once, as serve has it. Default: 256, on a CPU 64.")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None, option("Most tokens in one step, as serve has it. Default: 8192, on a CPU 512.")
+    ] = None
+    enforce_eager: Annotated[bool, option("Plan without CUDA graphs.", one_way=True)] = False
     profile: EngineProfile | None = None
 
 
-class Question(Wishes, frozen=True, kw_only=True):
+class Question(PlanOptions, frozen=True, kw_only=True):
     """What to run, how, and on what."""
 
     model: ModelConfig
     name: str
     facts: DeviceFacts
     entry: Entry | None = None
-    real: Found | None = None  # what there is, if the model is one that nobody has published
+    real: NamedModel | None = None  # what there is, if the model is one that nobody has published
 
     @classmethod
-    def of(cls, wishes: Wishes, found: Found, facts: DeviceFacts) -> Question:
+    def of(cls, options: PlanOptions, named: NamedModel, facts: DeviceFacts) -> Question:
         return cls(
-            **msgspec.structs.asdict(wishes),
-            model=found.model,
-            name=found.name,
+            **msgspec.structs.asdict(options),
+            model=named.model,
+            name=named.name,
             facts=facts,
-            entry=found.entry,
-            real=found.real,
+            entry=named.entry,
+            real=named.real,
         )
 
 
@@ -64,7 +73,7 @@ def trained_len(model: ModelConfig) -> int:
 
 
 def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
-    """Wishes made definite. Raises BadConfig for a length, a number or a type that cannot be."""
+    """What was left open made definite. Raises BadConfig for a length, a number or a type that cannot be."""
     model = question.model
     length = question.max_model_len or trained_len(model)
     if length > model.default_max_len:
@@ -77,16 +86,8 @@ def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
     dtype, notices = _dtype(question)
     notices += _notices(question)
     profile = question.profile or (FASTQWEN_CPU if question.facts.kind == "cpu" else FASTQWEN_GPU)
-    load = Load(
-        dtype=dtype,
-        max_model_len=length,
-        concurrency=question.concurrency,
-        num_gpus=question.num_gpus,
-        kv_cache_dtype=question.kv_cache_dtype,
-        eager=question.eager,
-        max_num_seqs=question.max_num_seqs,
-        max_num_batched_tokens=question.max_num_batched_tokens,
-    )
+    definite = msgspec.structs.replace(question, dtype=dtype, max_model_len=length)
+    load = msgspec.convert(definite, Load, from_attributes=True)
     return load, profile, notices
 
 
@@ -121,7 +122,7 @@ def need_of(question: Question) -> Need:
 
 def is_fitting(question: Question) -> bool:
     need = need_of(question)
-    return need.total <= budget_bytes(need, question.facts, question.utilization)
+    return need.total <= budget_bytes(need, question.facts, question.gpu_memory_utilization)
 
 
 def largest_context(question: Question) -> int:
@@ -135,21 +136,19 @@ def most_sequences(question: Question) -> int:
     block = profile.block_size
     need = need_of(msgspec.structs.replace(question, concurrency=1))
     each = ceil(load.max_model_len / block) * block * need.kv_bytes_per_token
-    room = budget_bytes(need, question.facts, question.utilization) - need.fixed
+    room = budget_bytes(need, question.facts, question.gpu_memory_utilization) - need.fixed
     # The cache alone bounds it; beyond --max-num-seqs each sequence also needs state and a row of logits.
     return _largest(question, "concurrency", max(0, room // each))
 
 
 def _largest(question: Question, field: str, most: int) -> int:
     """The largest value of a field that still fits; more never needs less, so halving finds it."""
-    low, high = 0, min(most, MOST_TOKENS)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if is_fitting(msgspec.structs.replace(question, **{field: middle})):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    candidates = range(1, min(most, MOST_TOKENS) + 1)
+
+    def is_too_large(value: int) -> bool:
+        return not is_fitting(msgspec.structs.replace(question, **{field: value}))
+
+    return bisect_left(candidates, True, key=is_too_large)
 
 
 def rounded(length: int, most: int) -> int:
@@ -176,12 +175,12 @@ def command(question: Question) -> str | None:
         words += ["--dtype", load.dtype]
     if load.kv_cache_dtype != "auto":
         words += ["--kv-cache-dtype", load.kv_cache_dtype]
-    if question.utilization != UTILIZATION:
-        words += ["--gpu-memory-utilization", f"{question.utilization:g}"]
+    if question.gpu_memory_utilization != UTILIZATION:
+        words += ["--gpu-memory-utilization", f"{question.gpu_memory_utilization:g}"]
     if question.max_num_seqs is not None or load.concurrency > profile.max_num_seqs:
         words += ["--max-num-seqs", str(max(question.max_num_seqs or 0, load.concurrency))]
     if question.max_num_batched_tokens is not None:
         words += ["--max-num-batched-tokens", str(question.max_num_batched_tokens)]
-    if question.eager:
+    if question.enforce_eager:
         words.append("--enforce-eager")
     return shlex.join(words)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PLOT_POINTS = 48
+PLAIN_FIELDS = (
+    "model", "device", "engine", "fits", "tight", "not_served_yet", "command", "dtype", "kv_cache_dtype", "num_gpus",
+    "max_model_len", "concurrency", "gpu_memory_utilization", "largest_context", "most_sequences", "notices",
+)  # fmt: skip
 
 TERMS = (
     ("weights", "weights"),
@@ -38,32 +42,17 @@ def as_json(answer: Answer) -> dict[str, Any]:
     """One object; ``_gib`` figures are of one GPU unless they say all."""
     need = answer.need
     return {
-        "model": answer.model,
-        "device": answer.device,
-        "fits": answer.fits,
-        "tight": answer.tight,
+        **{name: getattr(answer, name) for name in PLAIN_FIELDS},
         "served": not answer.not_served_yet,
-        "not_served_yet": list(answer.not_served_yet),
-        "command": answer.command,
-        "dtype": answer.dtype,
-        "kv_cache_dtype": answer.kv_cache_dtype,
-        "num_gpus": answer.num_gpus,
-        "max_model_len": answer.max_model_len,
-        "concurrency": answer.concurrency,
         "kv_bytes_per_token": need.kv_bytes_per_token,
         "per_gpu_gib": {name: gib(getattr(need, name)) for name, _ in TERMS},
         "total_gib": gib(need.total),
         "total_all_gpus_gib": gib(need.total_all_gpus),
         "budget_gib": gib(answer.budget_bytes),
         "device_gib": gib(answer.device_bytes),
-        "gpu_memory_utilization": answer.utilization,
-        "largest_context": answer.largest_context,
-        "most_sequences": answer.most_sequences,
         "changes": [msgspec.structs.asdict(change) for change in answer.changes],
         "tokens_per_second": _speed_json(answer.speed_single),
         "tokens_per_second_at_concurrency": _speed_json(answer.speed_concurrent),
-        "engine": answer.engine,
-        "notices": list(answer.notices),
     }
 
 
@@ -103,10 +92,6 @@ def _advice(answer: Answer) -> list[str]:
     elif not answer.fits or answer.not_served_yet:
         lines.append("no change that the planner knows makes it run: use a smaller model or a larger GPU")
     return lines
-
-
-def _and(words: tuple[str, ...]) -> str:
-    return " and ".join(words)
 
 
 def _is(words: tuple[str, ...]) -> str:
@@ -168,7 +153,7 @@ def plot(question: Question, path: Path) -> None:
         labels=[title for _, title in TERMS],
     )
     axes.axhline(question.facts.total_bytes / GIB, color="black", label=f"{question.facts.name}")
-    budget = budget_bytes(needs[-1], question.facts, question.utilization)
+    budget = budget_bytes(needs[-1], question.facts, question.gpu_memory_utilization)
     axes.axhline(budget / GIB, color="black", linestyle="--", label="what fastqwen may take of it")
     axes.axvline(load.max_model_len, color="grey", linestyle=":")
     axes.set(
@@ -187,14 +172,14 @@ def _verdict(answer: Answer) -> str:
     verdict = ("fits, but tight" if answer.tight else "fits") if answer.fits else "does not fit"
     if answer.not_served_yet:
         missing = answer.not_served_yet
-        return f"{verdict}{' on paper' if answer.fits else ''}; {_and(missing)} {_is(missing)} not served yet"
+        return f"{verdict}{' on paper' if answer.fits else ''}; {' and '.join(missing)} {_is(missing)} not served yet"
     return verdict
 
 
 def _allowed(answer: Answer) -> str:
     if answer.on_cpu:
         return "fastqwen would take of this memory"
-    return f"--gpu-memory-utilization {answer.utilization:g} allows"
+    return f"--gpu-memory-utilization {answer.gpu_memory_utilization:g} allows"
 
 
 def _sequences(answer: Answer) -> str:
@@ -216,9 +201,4 @@ def _speed_text(speed: Speed) -> str:
 def _speed_json(speed: Speed | None) -> dict[str, Any] | None:
     if speed is None:
         return None
-    return {
-        "batch": speed.batch,
-        "context_tokens": speed.context_tokens,
-        "low": round(speed.low, 1),
-        "high": round(speed.high, 1),
-    }
+    return {**msgspec.structs.asdict(speed), "low": round(speed.low, 1), "high": round(speed.high, 1)}

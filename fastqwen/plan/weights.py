@@ -75,10 +75,9 @@ def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: i
         return _bytes_in_file(matrix, quantization) + bias
     method = quant.find(quantization, "config.json")
     held = method.held_bytes(matrix.inputs, matrix.outputs, element=element, is_expert=matrix.expert)
-    every_linear_has_one = (
-        quant.method_word(quantization) == "gptq" and not matrix.expert
-    )  # even where the model has none
-    return held + (matrix.outputs * element if every_linear_has_one else bias)
+    # Every linear of a GPTQ checkpoint has a bias, even where the model has none.
+    has_bias = matrix.bias or (quant.method_word(quantization) == "gptq" and not matrix.expert)
+    return held + (matrix.outputs * element if has_bias else 0)
 
 
 def _bytes_in_file(matrix: Matrix, quantization: dict[str, Any]) -> int:
@@ -107,8 +106,7 @@ def weights_bytes(model: ModelConfig, dtype: str, num_gpus: int = 1, *, as_in_fi
     element = DTYPE_BYTES[dtype]
     parts = (*matrices(model, num_gpus), *tables(model, num_gpus))
     held = sum(m.count * matrix_bytes(m, model.quantization, element, as_in_file=as_in_file) for m in parts)
-    norms = model.num_layers * (2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0))
-    return held + (norms + model.hidden_size) * element
+    return held + _norm_entries(model) * element
 
 
 def rounding_of_weights(model: ModelConfig, dtype: str, num_gpus: int = 1) -> int:
@@ -140,8 +138,12 @@ def num_parameters(model: ModelConfig, *, active: bool = False) -> int:
     for matrix in (*matrices(model), *tables(model)):
         share = matrix.read_share if active else 1.0
         total += share * matrix.count * (matrix.entries + (matrix.outputs if matrix.bias else 0))
-    norms = model.num_layers * (2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0))
-    return round(total) + (0 if active else norms + model.hidden_size)
+    return round(total) + (0 if active else _norm_entries(model))
+
+
+def _norm_entries(model: ModelConfig) -> int:
+    of_layer = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
+    return model.num_layers * of_layer + model.hidden_size
 
 
 def largest_unpacked_bytes(model: ModelConfig, num_gpus: int, element: int) -> int:

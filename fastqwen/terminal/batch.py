@@ -5,30 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import httpx
 from tqdm import tqdm
 
-from fastqwen.errors import BadConfig, FastqwenError
+from fastqwen.client.own_server import own_server
+from fastqwen.client.remote import is_address
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadConfig
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 RETRY_STATUSES = (408, 429, 503)
 MAX_TRIES = 8
-READY_TIMEOUT_S = 1800.0
 REQUEST_TIMEOUT_S = 24 * 3600.0  # a long answer in a long queue
 
 
 def run(
-    source: Path, output: Path, model: str, engine: dict[str, Any], *, concurrency: int, api_key: str | None
+    source: Path, output: Path, model: str, engine_options: dict[str, Any], *, concurrency: int, api_key: str | None
 ) -> int:
     """0 if every request was answered with 200, 1 otherwise. Raises FastqwenError for files that cannot be used."""
     requests = read_requests(source)
@@ -37,10 +34,10 @@ def run(
     if not left:
         print(f"all {len(requests)} requests are answered in {output}", file=sys.stderr)
         return 0
-    if model.startswith(("http://", "https://")):
+    if is_address(model):
         failed = asyncio.run(_answer_all(left, output, model.rstrip("/"), concurrency, api_key))
     else:
-        with _own_server(model, engine) as url:
+        with own_server(EngineConfig(model=model, **engine_options)) as url:
             failed = asyncio.run(_answer_all(left, output, url, concurrency, None))
     print(f"{len(left) - failed} answered, {failed} failed, {len(done)} were there already: {output}", file=sys.stderr)
     return 1 if failed else 0
@@ -100,7 +97,7 @@ async def _answer_all(
         tqdm(total=len(requests), unit="request", dynamic_ncols=True) as bar,
     ):
         async with httpx.AsyncClient(
-            base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, limits=_limits(concurrency)
+            base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, limits=httpx.Limits(max_connections=concurrency)
         ) as client:
 
             async def work() -> None:
@@ -113,10 +110,6 @@ async def _answer_all(
 
             await asyncio.gather(*(work() for _ in range(min(concurrency, len(requests)))))
     return failed
-
-
-def _limits(concurrency: int) -> httpx.Limits:
-    return httpx.Limits(max_connections=concurrency)
 
 
 def _write(file: IO[str], answer: dict[str, Any]) -> None:
@@ -162,48 +155,3 @@ def _json(response: httpx.Response) -> Any:
         return response.json()
     except ValueError:
         return {"error": {"message": response.text[:1000]}}
-
-
-@contextmanager
-def _own_server(model: str, engine: dict[str, Any]) -> Iterator[str]:
-    """`fastqwen serve` on a free port of the loopback address, for as long as the batch takes."""
-    flags = [part for name, value in engine.items() for part in _flag(name, value)]
-    with tempfile.TemporaryFile() as log:
-        command = [sys.executable, "-m", "fastqwen.cli.main", "serve", model, "--port", "0", "--no-access-log", *flags]
-        process = subprocess.Popen(command, stderr=log, env={**os.environ, "FASTQWEN_API_KEY": ""})
-        try:
-            yield _wait_ready(process, log)
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _wait_ready(process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
-    end_s = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < end_s:
-        log.seek(0)
-        text = log.read().decode(errors="replace")
-        if process.poll() is not None:
-            lines = [line for line in text.splitlines() if line.startswith("fastqwen: ")]
-            raise FastqwenError(
-                lines[-1].removeprefix("fastqwen: ") if lines else f"the server did not start: {text[-500:]}"
-            )
-        if " API http://" in text:
-            return text.split(" API ", 1)[1].split("/v1", 1)[0]
-        time.sleep(0.1)
-    raise FastqwenError(f"the server was not ready after {READY_TIMEOUT_S:.0f} s")
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    flag = "--" + name.replace("_", "-")
-    if value is None or value == []:
-        return []
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    if isinstance(value, list):
-        return [part for one in value for part in (flag, str(one))]
-    return [flag, str(value)]

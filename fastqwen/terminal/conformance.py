@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from fastqwen.errors import FastqwenError
+from fastqwen.client.remote import RemotePartner
 
 TIMEOUT_S = 120.0
 PROMPT = [{"role": "user", "content": "Count from one to ten in words, separated by commas."}]
@@ -49,19 +49,9 @@ class Result:
 
 class Server:
     def __init__(self, url: str, api_key: str | None) -> None:
-        base = url.rstrip("/").removesuffix("/v1")
-        headers = {"authorization": f"Bearer {api_key or 'none'}"}
-        self.http = httpx.Client(base_url=base, headers=headers, timeout=TIMEOUT_S)
-        self.model = self._first_model(url)
-
-    def _first_model(self, url: str) -> str:
-        try:
-            response = self.http.get("/v1/models")
-            return str(response.json()["data"][0]["id"])
-        except httpx.HTTPError as error:
-            raise FastqwenError(f"there is no server at {url}: {error or type(error).__name__}") from None
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise FastqwenError(f"{url}/v1/models does not list a model (status {response.status_code})") from None
+        partner = RemotePartner(url, api_key or "none")
+        self.model, self.http = partner.name, partner.http
+        self.http.timeout = TIMEOUT_S
 
     def post(self, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
         return self.http.post(path, json={"model": self.model, **body})
@@ -75,6 +65,13 @@ class Server:
             raise Broken(f"status {response.status_code}: {_message(response)}")
         choice: dict[str, Any] = response.json()["choices"][0]
         return {**choice, "usage": response.json().get("usage")}
+
+    def said(self, **more: Any) -> str:
+        return self.chat(**more)["message"].get("content") or ""
+
+    def streamed(self, **more: Any) -> str:
+        chunks = self.stream(**more)
+        return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
     def stream(self, **more: Any) -> list[dict[str, Any]]:
         """The events of a stream, which must end with [DONE]."""
@@ -96,19 +93,13 @@ def _message(response: httpx.Response) -> str:
         return response.text[:200]
 
 
-def _text(chunks: list[dict[str, Any]]) -> str:
-    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
-
-
 def _demand(holds: bool, otherwise: str) -> None:
     if not holds:
         raise Broken(otherwise)
 
 
 def streamed_equals_whole(server: Server) -> str:
-    whole = server.chat()
-    found = _text(server.stream())
-    wanted = whole["message"].get("content") or ""
+    wanted, found = server.said(), server.streamed()
     _demand(found == wanted, f"streamed {found[:60]!r}, whole {wanted[:60]!r}")
     return f"{len(wanted)} characters"
 
@@ -144,25 +135,22 @@ def usage_adds_up(server: Server) -> str:
 
 def stop_strings(server: Server) -> str:
     """A stop string that begins in one token and ends in another; the text that only begins like one stays."""
-    plain = server.chat()["message"]["content"] or ""
+    plain = server.said()
     if len(plain) < 12:
         raise Missing("the model said too little to stop it")
     stop = plain[6:10]
     wanted = plain[: plain.find(stop)]
-    for name, found in (
-        ("whole", server.chat(stop=[stop])["message"]["content"] or ""),
-        ("streamed", _text(server.stream(stop=[stop]))),
-    ):
+    for name, found in (("whole", server.said(stop=[stop])), ("streamed", server.streamed(stop=[stop]))):
         _demand(found == wanted, f"{name}: {found[:60]!r} instead of {wanted[:60]!r} before {stop!r}")
     return repr(stop)
 
 
 def stop_overlap(server: Server) -> str:
-    plain = server.chat()["message"]["content"] or ""
+    plain = server.said()
     if len(plain) < 4:
         raise Missing("the model said too little to stop it")
     never = plain[-2:] + "\u241fnever said"
-    found = _text(server.stream(stop=[never]))
+    found = server.streamed(stop=[never])
     _demand(found == plain, f"text that begins like a stop string is lost: {found[-30:]!r}, not {plain[-30:]!r}")
     return "nothing lost"
 
@@ -185,16 +173,19 @@ def several_answers(server: Server) -> str:
 
 
 def seed_repeats(server: Server) -> str:
-    texts = {server.chat(seed=7, temperature=1.0)["message"]["content"] for _ in range(2)}
+    texts = {server.said(seed=7, temperature=1.0) for _ in range(2)}
     _demand(len(texts) == 1, "the same seed gave two different answers")
     return "same seed, same answer"
 
 
 def json_schema(server: Server) -> str:
-    wish = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    response_format = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
     for more in ({}, {"chat_template_kwargs": {"enable_thinking": False}}):
         choice = server.chat(
-            response_format=wish, max_tokens=600, messages=[{"role": "user", "content": "Invent a person."}], **more
+            response_format=response_format,
+            max_tokens=600,
+            messages=[{"role": "user", "content": "Invent a person."}],
+            **more,
         )
         if choice["finish_reason"] == "length":
             raise Missing("the answer did not end within 600 tokens")
@@ -207,8 +198,8 @@ def json_schema(server: Server) -> str:
 
 
 def bad_schema_refused(server: Server) -> str:
-    wish = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no-such-type"}}}
-    response = server.post(messages=PROMPT, response_format=wish, max_tokens=5)
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no-such-type"}}}
+    response = server.post(messages=PROMPT, response_format=response_format, max_tokens=5)
     _demand(400 <= response.status_code < 500, f"a schema that means nothing was answered with {response.status_code}")
     return str(response.status_code)
 
@@ -236,8 +227,8 @@ def tools(server: Server) -> str:
 
 
 def thinking_off(server: Server) -> str:
-    message = server.chat(chat_template_kwargs={"enable_thinking": False}, max_tokens=60)["message"]
-    _demand(bool(message.get("content")), "with thinking off the content is empty or null")
+    said = server.said(chat_template_kwargs={"enable_thinking": False}, max_tokens=60)
+    _demand(bool(said), "with thinking off the content is empty or null")
     return "content is the answer"
 
 

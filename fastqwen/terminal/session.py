@@ -7,19 +7,19 @@ import time
 from typing import Any
 
 from fastqwen.client.partner import Partner
-from fastqwen.client.remote import RemotePartner
+from fastqwen.client.remote import RemotePartner, is_address
 
 POLL_S = 0.5
 
 
-def partner_for(model: str, engine: dict[str, Any], api_key: str | None) -> Partner:
-    if model.startswith(("http://", "https://")):
+def partner_for(model: str, engine_options: dict[str, Any], api_key: str | None) -> Partner:
+    if is_address(model):
         server = RemotePartner(model, api_key)
         _wait_until_loaded(server)
         return server
     from fastqwen.client.local_partner import LocalPartner
 
-    return LocalPartner(model, engine)
+    return LocalPartner(model, engine_options)
 
 
 def _wait_until_loaded(server: RemotePartner) -> None:

@@ -6,10 +6,11 @@ through the same parser in one piece.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from fastqwen.text.detokenizer import overlap
 from fastqwen.text.tool_calls import Call, CallFormat, CallReader
 
 THINK, THINK_END = "<think>", "</think>"
@@ -32,17 +33,41 @@ class Parts:
         return bool(self.reasoning or self.content or self.calls)
 
 
-class TextParser(Protocol):
+class TextParser(ABC):
+    """Holds text until ``_step`` can tell what it is."""
+
+    _held = ""
+
     @property
+    @abstractmethod
     def thinking(self) -> bool:
         """Whether the next text would be reasoning."""
 
-    def push(self, text: str) -> Parts: ...
+    def push(self, text: str) -> Parts:
+        self._held += text
+        return self._stepped(final=False)
 
-    def finish(self) -> Parts: ...
+    def finish(self) -> Parts:
+        parts = self._stepped(final=True)
+        self._end(parts)
+        return parts
+
+    def _stepped(self, *, final: bool) -> Parts:
+        parts = Parts()
+        while self._step(parts, final=final):
+            pass
+        return parts
+
+    @abstractmethod
+    def _step(self, parts: Parts, *, final: bool) -> bool:
+        """Whether there may be more to do with what is held."""
+
+    @abstractmethod
+    def _end(self, parts: Parts) -> None:
+        """The text has ended: what is still held goes into its last parts."""
 
 
-class AnswerParser:
+class AnswerParser(TextParser):
     """``opened``: the prompt ends inside a thinking block. ``reasoning``: look for thinking at all.
 
     A tool call inside the thinking block counts if its name is one of ``tool_names``; prose about tool calls does not.
@@ -60,7 +85,6 @@ class AnswerParser:
         self._tool_names = frozenset(tool_names)
         self._undecided = reasoning
         self._section = "reasoning" if opened and reasoning else "content"
-        self._held = ""
         self._space = ""  # white space that the next text decides about
         self._at_start = opened and reasoning
         self._reader: CallReader | None = None
@@ -70,26 +94,14 @@ class AnswerParser:
     def thinking(self) -> bool:
         return self._section == "reasoning"
 
-    def push(self, text: str) -> Parts:
-        self._held += text
-        parts = Parts()
-        while self._step(parts, final=False):
-            pass
-        return parts
-
-    def finish(self) -> Parts:
-        parts = Parts()
-        while self._step(parts, final=True):
-            pass
+    def _end(self, parts: Parts) -> None:
         self._emit(parts, self._held)
         self._held = ""
         if self._section == "content":
             parts.content += self._space
         self._space = ""
-        return parts
 
     def _step(self, parts: Parts, *, final: bool) -> bool:
-        """Whether there may be more to do with what is held."""
         if self._undecided:
             return self._decide(final)
         if self._reader is not None:
@@ -112,7 +124,7 @@ class AnswerParser:
             marks.append(THINK_END)
         found = min(((self._held.find(mark), mark) for mark in marks if mark in self._held), default=None)
         if found is None:
-            keep = 0 if final else max((_overlap(self._held, mark) for mark in marks), default=0)
+            keep = 0 if final else max((overlap(self._held, mark) for mark in marks), default=0)
             cut = len(self._held) - keep
             self._emit(parts, self._held[:cut])
             self._held = self._held[cut:]
@@ -172,11 +184,6 @@ class AnswerParser:
             parts.reasoning += kept
         else:
             parts.content += kept
-
-
-def _overlap(text: str, mark: str) -> int:
-    """How many of the text's last characters are a beginning of ``mark``."""
-    return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-size:])), 0)
 
 
 def prompt_opens_thinking(prompt_end: str) -> bool:

@@ -56,11 +56,11 @@ class Detokenizer:
             start, _, stop = min(found)
             self.stopped_by, self._held = stop, ""
             return seen[: start + len(stop)] if self._include_stop else seen[:start]
-        keep = max(_overlap(seen, stop) for stop in self._stop)
+        keep = max(overlap(seen, stop) for stop in self._stop)
         self._held = seen[len(seen) - keep :] if keep else ""
         return seen[: len(seen) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many of the text's last characters are a beginning of ``stop``."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -55,17 +55,19 @@ def derive_formats(
     source = template.source if template is not None else ""
     if tool_call_parser == "auto":
         tools = _tools_of(template, source)
-    elif tool_call_parser in TOOL_FORMATS:
-        tools = TOOL_FORMATS[tool_call_parser]
     else:
-        raise BadConfig(f"--tool-call-parser {tool_call_parser}: use auto, {', '.join(TOOL_FORMATS)}")
+        tools = _named(tool_call_parser, TOOL_FORMATS, "--tool-call-parser")
     if reasoning_parser == "auto":
         reasoning = THINK_END in source
-    elif reasoning_parser in REASONING_FORMATS:
-        reasoning = REASONING_FORMATS[reasoning_parser] != "none"
     else:
-        raise BadConfig(f"--reasoning-parser {reasoning_parser}: use auto, {', '.join(REASONING_FORMATS)}")
+        reasoning = _named(reasoning_parser, REASONING_FORMATS, "--reasoning-parser") != "none"
     return Formats(tools, reasoning, source)
+
+
+def _named(word: str, formats: dict[str, str], flag: str) -> str:
+    if word not in formats:
+        raise BadConfig(f"{flag} {word}: use auto, {', '.join(formats)}")
+    return formats[word]
 
 
 def _tools_of(template: ChatTemplate | PiecewiseChatMl | None, source: str) -> str:

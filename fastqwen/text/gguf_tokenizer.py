@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from fastqwen.errors import BadCheckpoint, Unsupported
+from fastqwen.text.tokenizer import QWEN_WORDS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -16,10 +17,7 @@ CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 # How text is cut into words before merges apply, by tokenizer.ggml.pre. The patterns are GPT-2's, and what the tokenizer.json
 # of Qwen2 and of Llama 3 contain.
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_LLAMA3 = QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 class _Kind(NamedTuple):
@@ -31,7 +29,7 @@ class _Kind(NamedTuple):
 
 
 KINDS = {
-    "qwen2": _Kind(_QWEN2, nfc=True),
+    "qwen2": _Kind(QWEN_WORDS, nfc=True),
     "llama-bpe": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
     "llama3": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
     "smollm": _Kind(None, digits_alone=True),

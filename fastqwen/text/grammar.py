@@ -20,7 +20,7 @@ _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n]{0,64}"}
 
 
 def to_grammar(spec: StructuredOutputs) -> str:
-    """llguidance's own text for one wish. Raises BadRequest, naming the field; whether it compiles is not known yet."""
+    """llguidance's own text for it. Raises BadRequest, naming the field; whether it compiles is not known yet."""
     if spec.json_object:
         return _json_grammar({"type": "object"})
     if spec.json is not None:

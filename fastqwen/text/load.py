@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
@@ -18,6 +18,9 @@ from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.stops import StopToken, derive_stops
 from fastqwen.text.template import CHATML, ChatTemplate
 from fastqwen.text.tokenizer import JsonTokenizer, NoTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +43,15 @@ class TextTools:
     def stop_token_ids(self) -> list[int]:
         return [stop.token_id for stop in self.stops]
 
+    def grammar_tokenizer(self, model: ModelConfig) -> LLTokenizer:
+        """What grammars are compiled with. Takes a second for a large vocabulary."""
+        from fastqwen.text.grammar import grammar_tokenizer
+
+        return grammar_tokenizer(self.tokenizer, self.stop_token_ids, model.vocab_size)
+
 
 @dataclass(frozen=True)
-class _Found:
+class _TextFiles:
     tokenizer: Tokenizer
     file: str  # where it was read from, as errors name it
     template: str | None
@@ -55,26 +64,26 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
     """Raises BadCheckpoint, naming the files, where tokenizer and weights do not belong together."""
     where = resolve(config.tokenizer, weights=False) if config.tokenizer else path
     if config.skip_tokenizer_init:
-        found = _Found(NoTokenizer(model.vocab_size), "", None, "", None, {})
+        files = _TextFiles(NoTokenizer(model.vocab_size), "", None, "", None, {})
     else:
-        found = _from_gguf(where) if where.is_file() else _from_folder(where)
+        files = _from_gguf(where) if where.is_file() else _from_folder(where)
     own = own_generation_config(path)
     file, generation = _chosen_generation_config(path, config)
-    template = _template(found, config)
+    template = _template(files, config)
     if not config.skip_tokenizer_init:
-        _check_belonging(found, template, model, where, path)
-        check_eos(found.tokenizer, found.file, generation.get("eos_token_id"), str(file))
+        _check_belonging(files, template, model, where, path)
+        check_eos(files.tokenizer, files.file, generation.get("eos_token_id"), str(file))
     stops = derive_stops(
-        found.tokenizer,
+        files.tokenizer,
         template=template,
         config_eos=model.eos_token_ids,
         config_origin=f"{path.name if path.is_file() else 'config.json'}: eos_token_id",
         generation_config=own,
         chosen={str(file): generation} if generation != own else {},
-        tokenizer_eos=found.tokenizer_eos,
+        tokenizer_eos=files.tokenizer_eos,
     )
     return TextTools(
-        tokenizer=found.tokenizer,
+        tokenizer=files.tokenizer,
         template=template,
         stops=stops,
         default_sampling=_default_sampling(generation, file),
@@ -82,10 +91,8 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
     )
 
 
-def _from_folder(folder: Path) -> _Found:
-    tokenizer_config = (
-        read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    )
+def _from_folder(folder: Path) -> _TextFiles:
+    tokenizer_config = _read_if_there(folder / "tokenizer_config.json")
     tokenizer, file, piecewise = _folder_tokenizer(folder)
     template, origin = _folder_template(folder, tokenizer_config)
     if piecewise and template is None:
@@ -93,7 +100,7 @@ def _from_folder(folder: Path) -> _Found:
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     variables = {name: _token_text(tokenizer_config.get(name)) for name in names}
     eos = variables["eos_token"] or None
-    return _Found(tokenizer, str(file), template, origin, eos, variables)
+    return _TextFiles(tokenizer, str(file), template, origin, eos, variables)
 
 
 def _folder_tokenizer(folder: Path) -> tuple[Tokenizer, Path, bool]:
@@ -149,7 +156,7 @@ def _token_text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _from_gguf(path: Path) -> _Found:
+def _from_gguf(path: Path) -> _TextFiles:
     from fastqwen.text.gguf_tokenizer import text_facts, tokenizer_from_gguf
     from fastqwen.weights.gguf_file import GgufFile
 
@@ -162,19 +169,19 @@ def _from_gguf(path: Path) -> _Found:
 
     variables = {"bos_token": text(facts.bos_token_id), "eos_token": text(facts.eos_token_id)}
     origin = f"{path.name}: chat_template"
-    return _Found(tokenizer, str(path), facts.chat_template, origin, facts.eos_token_id, variables)
+    return _TextFiles(tokenizer, str(path), facts.chat_template, origin, facts.eos_token_id, variables)
 
 
 def _check_belonging(
-    found: _Found, template: ChatTemplate | PiecewiseChatMl | None, model: ModelConfig, where: Path, path: Path
+    files: _TextFiles, template: ChatTemplate | PiecewiseChatMl | None, model: ModelConfig, where: Path, path: Path
 ) -> None:
     """Raises BadCheckpoint that names the two files which contradict each other."""
-    tokenizer, file = found.tokenizer, found.file
+    tokenizer, file = files.tokenizer, files.file
     config_file = str(path if path.is_file() else path / "config.json")
     check_vocabulary(tokenizer, file, model.vocab_size, config_file)
     check_eos(tokenizer, file, model.eos_token_ids, config_file)
     check_eos(tokenizer, file, own_generation_config(path).get("eos_token_id"), str(path / GENERATION_CONFIG))
-    check_eos_token(tokenizer, file, found.tokenizer_eos, str(where / "tokenizer_config.json"))
+    check_eos_token(tokenizer, file, files.tokenizer_eos, str(where / "tokenizer_config.json"))
     check_template(tokenizer, file, template)
 
 
@@ -187,8 +194,11 @@ def eos_without_tokenizer(path: Path, model: ModelConfig) -> list[int]:
 
 def own_generation_config(path: Path) -> dict[str, Any]:
     """The checkpoint's; it says what ends an answer, wherever sampling parameters come from."""
-    file = path / GENERATION_CONFIG
-    return read_json(file) if path.is_dir() and file.is_file() else {}
+    return _read_if_there(path / GENERATION_CONFIG)
+
+
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
 
 
 def _chosen_generation_config(path: Path, config: EngineConfig) -> tuple[Path, dict[str, Any]]:
@@ -217,7 +227,7 @@ def _default_sampling(generation: dict[str, Any], file: Path) -> dict[str, Any]:
     return defaults
 
 
-def _template(found: _Found, config: EngineConfig) -> ChatTemplate | PiecewiseChatMl | None:
+def _template(files: _TextFiles, config: EngineConfig) -> ChatTemplate | PiecewiseChatMl | None:
     if config.chat_template is not None:
         file = Path(config.chat_template)
         if os.path.isfile(file):  # Path.is_file raises for a text that is too long to be a name
@@ -226,11 +236,11 @@ def _template(found: _Found, config: EngineConfig) -> ChatTemplate | PiecewiseCh
             source, origin = config.chat_template, "--chat-template"
         else:
             raise BadConfig(f"--chat-template: there is no file {config.chat_template}")
-        return ChatTemplate(source, origin=origin, variables=found.variables)
-    if found.template is not None:
-        return ChatTemplate(found.template, origin=found.template_origin, variables=found.variables)
-    if found.template_origin == PiecewiseChatMl.origin:
+        return ChatTemplate(source, origin=origin, variables=files.variables)
+    if files.template is not None:
+        return ChatTemplate(files.template, origin=files.template_origin, variables=files.variables)
+    if files.template_origin == PiecewiseChatMl.origin:
         return PiecewiseChatMl()
-    if {"<|im_start|>", "<|im_end|>"} <= found.tokenizer.control_tokens.keys():
-        return ChatTemplate(CHATML, origin="built-in ChatML", variables=found.variables)
+    if {"<|im_start|>", "<|im_end|>"} <= files.tokenizer.control_tokens.keys():
+        return ChatTemplate(CHATML, origin="built-in ChatML", variables=files.variables)
     return None

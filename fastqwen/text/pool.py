@@ -86,31 +86,30 @@ class TextPool:
         try:
             if process is None or process.ended:
                 process = await self._new()
-            if isinstance(job, Compile) and not process.has_compiled:
-                async with asyncio.timeout(FIRST_GRAMMAR_S):
-                    await process.ask(worker.encode(ANY_GRAMMAR))
-                process.has_compiled = True
-            async with asyncio.timeout(self._timeout_s):
-                answer = await process.ask(worker.encode(job))
-        except TimeoutError:
+            answer = await self._ask(process, job)
+        except BaseException as error:
             await self._end(process)
             process = None
-            raise BadRequest(
-                f"reading this input took longer than {self._timeout_s:g} s and was given up: make it shorter or simpler"
-            ) from None
-        except (WorkerGone, OSError):
-            await self._end(process)
-            process = None
-            raise BadRequest("reading this input ended the process that did it: make it shorter or simpler") from None
-        except BaseException:
-            await self._end(process)
-            process = None
-            raise
+            if isinstance(error, TimeoutError):
+                why = f"took longer than {self._timeout_s:g} s and was given up"
+            elif isinstance(error, (WorkerGone, OSError)):
+                why = "ended the process that did it"
+            else:
+                raise
+            raise BadRequest(f"reading this input {why}: make it shorter or simpler") from None
         finally:
             self._idle.put_nowait(process)
         if isinstance(answer, Refused):
             raise BadRequest(answer.message, answer.param, answer.code)
         return answer.token_ids
+
+    async def _ask(self, process: _Process, job: Job) -> Ids | Refused:
+        if isinstance(job, Compile) and not process.has_compiled:
+            async with asyncio.timeout(FIRST_GRAMMAR_S):
+                await process.ask(worker.encode(ANY_GRAMMAR))
+            process.has_compiled = True
+        async with asyncio.timeout(self._timeout_s):
+            return await process.ask(worker.encode(job))
 
     async def _new(self) -> _Process:
         made = await asyncio.create_subprocess_exec(

@@ -10,12 +10,9 @@ from pathlib import Path
 import tiktoken
 
 from fastqwen.errors import BadCheckpoint
-from fastqwen.text.tokenizer import Tokenizer
+from fastqwen.text.tokenizer import QWEN_WORDS, Tokenizer
 
 FILE_NAME = "qwen.tiktoken"
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
 MAX_FILE_BYTES = 64 * 2**20
 MAX_CHARS = 500_000  # tiktoken fails on a run of a million spaces; 32,768 tokens of real text are far shorter
@@ -32,17 +29,14 @@ class QwenTiktoken(Tokenizer):
         self.control_tokens = {token: first + index for index, token in enumerate(CONTROL)}
         self._texts = {token_id: token.encode() for token, token_id in self.control_tokens.items()}
         self._inner = tiktoken.Encoding(
-            "qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.control_tokens
+            "qwen", pat_str=QWEN_WORDS, mergeable_ranks=ranks, special_tokens=self.control_tokens
         )
         self._bytes = {rank: token for token, rank in ranks.items()}
+        self.vocab_size = len(ranks) + len(CONTROL)
 
     def limit_length(self, max_model_len: int) -> None:
         super().limit_length(max_model_len)
         self.max_chars = min(self.max_chars, MAX_CHARS)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._bytes) + len(CONTROL)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes.get(token_id) or self._texts.get(token_id, b"")

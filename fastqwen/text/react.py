@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastqwen.errors import BadRequest
-from fastqwen.text.answer import Parts
+from fastqwen.text.answer import Parts, TextParser
 from fastqwen.text.strict_json import StrictJsonError, loads
-from fastqwen.text.tool_calls import Call, dump
+from fastqwen.text.tool_calls import Call, dump, properties_of
 
 STOP = "Observation:"  # what comes next is not the model's to say
 _LABELS = ("Thought:", "Action:", "Action Input:", STOP, "Final Answer:")
@@ -86,14 +86,12 @@ def _as_lines(message: dict[str, Any], content: str) -> str:
     return "\n".join(lines)
 
 
-class ReActParser:
+class ReActParser(TextParser):
     """Thoughts are reasoning, the final answer is content, an action is a call. Text without labels is content."""
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
-        functions = [tool.get("function", tool) for tool in tools]
-        self._schemas = {one.get("name"): one.get("parameters") or {} for one in functions}
+        self._properties = properties_of(tools)
         self._section = ""
-        self._held = ""
         self._space = ""
         self._line_start = True
         self._begun = False  # whether the section has text that is not white space
@@ -103,19 +101,8 @@ class ReActParser:
     def thinking(self) -> bool:
         return self._section == "Thought:"
 
-    def push(self, text: str) -> Parts:
-        self._held += text
-        parts = Parts()
-        while self._step(parts, final=False):
-            pass
-        return parts
-
-    def finish(self) -> Parts:
-        parts = Parts()
-        while self._step(parts, final=True):
-            pass
+    def _end(self, parts: Parts) -> None:
         self._end_call(parts)
-        return parts
 
     def _step(self, parts: Parts, *, final: bool) -> bool:
         """Take one line's beginning or one line's rest."""
@@ -172,7 +159,6 @@ class ReActParser:
             value = text
         if isinstance(value, dict):
             return dump(value)
-        schema = self._schemas.get(name)
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        only = next(iter(properties)) if isinstance(properties, dict) and len(properties) == 1 else "input"
+        properties = self._properties.get(name, {})
+        only = next(iter(properties)) if len(properties) == 1 else "input"
         return dump({only: value} if text else {})

@@ -34,28 +34,24 @@ def derive_stops(
 
     ``chosen``: a generation_config.json of the operator's, by its path; what it adds holds for every request.
     """
+    generation = generation_config or {}
+    eos = tokenizer.token_id(tokenizer_eos) if isinstance(tokenizer_eos, str) else tokenizer_eos
+    named: list[tuple[Any, str]] = [
+        *((values.get("eos_token_id"), f"{file}: eos_token_id") for file, values in (chosen or {}).items()),
+        (generation.get("eos_token_id"), "generation_config.json: eos_token_id"),
+        (list(config_eos), config_origin),
+        (eos, "tokenizer: eos_token" if isinstance(tokenizer_eos, str) else "tokenizer: eos_token_id"),
+    ]
+    if generation.get("chat_format") == "chatml":
+        ends = [tokenizer.token_id(token) for token in ("<|im_end|>", "<|im_start|>")]
+        named.append((ends, "generation_config.json: chat_format chatml"))
+    if template is not None:
+        named.append((_end_of_turn(tokenizer, template), f"{template.origin}: ends an assistant's turn"))
     found: dict[int, str] = {}
-
-    def add(value: Any, origin: str) -> None:
-        ids = value if isinstance(value, (list, tuple)) else [value]
-        for token_id in ids:
+    for ids, origin in named:
+        for token_id in ids if isinstance(ids, (list, tuple)) else [ids]:
             if isinstance(token_id, int) and 0 <= token_id < tokenizer.vocab_size:
                 found.setdefault(token_id, origin)
-
-    for file, values in (chosen or {}).items():
-        add(values.get("eos_token_id"), f"{file}: eos_token_id")
-    generation = generation_config or {}
-    add(generation.get("eos_token_id"), "generation_config.json: eos_token_id")
-    add(list(config_eos), config_origin)
-    if isinstance(tokenizer_eos, str):
-        add(tokenizer.token_id(tokenizer_eos), "tokenizer: eos_token")
-    else:
-        add(tokenizer_eos, "tokenizer: eos_token_id")
-    if generation.get("chat_format") == "chatml":
-        for token in ("<|im_end|>", "<|im_start|>"):
-            add(tokenizer.token_id(token), "generation_config.json: chat_format chatml")
-    if template is not None:
-        add(_end_of_turn(tokenizer, template), f"{template.origin}: ends an assistant's turn")
     return [StopToken(token_id, tokenizer.token_text(token_id), origin) for token_id, origin in found.items()]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import accumulate
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # possessive: a long one must not cost memory
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -31,23 +33,8 @@ def loads(text: str, *, strict: bool = True) -> Any:
 
 def depth(text: str) -> int:
     """How deep lists and objects are nested; brackets in strings do not count."""
-    deepest = now = 0
-    in_string = False
-    for match in _STRUCTURE.finditer(text):
-        char = match[0]
-        if char == '"':
-            in_string = not in_string
-        elif in_string or char[0] == "\\":
-            continue
-        elif char in "[{":
-            now += 1
-            deepest = max(deepest, now)
-        else:
-            now -= 1
-    return deepest
-
-
-_STRUCTURE = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+    brackets = (char for char in _STRING.sub("", text) if char in "[]{}")
+    return max(accumulate(1 if char in "[{" else -1 for char in brackets), default=0)
 
 
 def _check_strings(value: Any) -> None:

@@ -16,20 +16,23 @@ from fastqwen.errors import BadRequest
 if TYPE_CHECKING:
     import tokenizers
 
+# How all Qwens cut text into words before merges apply.
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PROBE = "a"
 CHARS_PER_TOKEN = 32  # no real text comes near this average; longer input cannot fit and is not worth tokenising
 
 
 class Tokenizer(ABC):
-    """``control_tokens``: what only a template may write, never a user: text to id."""
+    """``control_tokens``: what only a template may write, never a user: text to id.
+
+    ``vocab_size``: one more than the largest id that has a meaning.
+    """
 
     control_tokens: dict[str, int]
+    vocab_size: int
     max_chars = 2**31
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """One more than the largest id that has a meaning."""
 
     @property
     def added_ids(self) -> Set[int]:
@@ -58,7 +61,7 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of a text; control tokens written in it are recognised. Raises BadRequest."""
         self.check(text)
-        return self._guarded(text, add_special_tokens)
+        return self._guard(lambda: self._encode(text, add_special_tokens))
 
     def check(self, text: str) -> None:
         if len(text) > self.max_chars:
@@ -69,9 +72,6 @@ class Tokenizer(ABC):
             )
         if any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else False:
             raise BadRequest("the text contains a lone surrogate, which is no character", "prompt")
-
-    def _guarded(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._guard(lambda: self._encode(text, add_special_tokens))
 
     @staticmethod
     def _guard(encode: Callable[[], list[int]]) -> list[int]:
@@ -111,12 +111,8 @@ class NoTokenizer(Tokenizer):
     """--skip-tokenizer-init: prompts are ids, and answers have ids but no text."""
 
     def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self.control_tokens = {}
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
 
     def token_bytes(self, token_id: int) -> bytes:
         return b""
@@ -139,12 +135,8 @@ class JsonTokenizer(Tokenizer):
         self._byte_level = byte_level
         self._added = {token_id: token for token_id, token in inner.get_added_tokens_decoder().items()}
         self.control_tokens = {token.content: token_id for token_id, token in self._added.items() if token.special}
-        self._vocab_size = max(inner.get_vocab_size(with_added_tokens=True), 1 + max(self._added, default=-1))
+        self.vocab_size = max(inner.get_vocab_size(with_added_tokens=True), 1 + max(self._added, default=-1))
         self._bytes: dict[int, bytes] = {}  # as they are asked for; no larger than the vocabulary
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
 
     @property
     def added_ids(self) -> Set[int]:
@@ -180,10 +172,8 @@ class JsonTokenizer(Tokenizer):
 
     def encode_plain(self, text: str) -> list[int]:
         self.check(text)
-        ids: list[int] = []
-        for part in break_control_tokens(text, self.control_tokens, BREAK).split(BREAK):
-            ids += self._guarded(part, False)
-        return ids
+        parts = break_control_tokens(text, self.control_tokens, BREAK).split(BREAK)
+        return self._guard(lambda: [token_id for part in parts for token_id in self._encode(part, False)])
 
 
 BREAK = "\ue0f0"

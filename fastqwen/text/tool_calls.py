@@ -7,12 +7,17 @@ depends on the characters alone and not on how they were cut, so a streamed call
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from fastqwen.text.strict_json import MAX_DEPTH, StrictJsonError, loads
 
 CLOSER = "</tool_call>"
 MAX_NAME_CHARS = 256
+JSON_TYPES: dict[type, str] = {
+    type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
+}  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -29,12 +34,21 @@ class Outcome(NamedTuple):
     rest: str = ""
 
 
-class CallReader(Protocol):
+class CallReader(ABC):
+    """``_call`` once it is read; ``_text`` is what is behind it."""
+
+    _text = ""
+    _call: Call | None = None
+
+    @abstractmethod
     def push(self, text: str) -> Outcome | None:
         """None as long as more text is needed."""
 
     def finish(self) -> Outcome:
         """The text has ended."""
+        if self._call is None:
+            return Outcome(None)
+        return _after_closer(self._call, self._text, final=True) or Outcome(self._call)
 
 
 class CallFormat(Protocol):
@@ -48,6 +62,17 @@ def dump(arguments: Any) -> str:
     return json.dumps(arguments, ensure_ascii=False)
 
 
+def properties_of(tools: Sequence[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The schemas of each tool's arguments, by the tool's name; none where its own schema lists none."""
+    found = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        schema = function.get("parameters")
+        properties = schema.get("properties") if isinstance(schema, dict) else None
+        found[function.get("name")] = properties if isinstance(properties, dict) else {}
+    return found
+
+
 class Hermes:
     """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``"""
 
@@ -57,15 +82,13 @@ class Hermes:
         return _HermesReader()
 
 
-class _HermesReader:
+class _HermesReader(CallReader):
     """Finds the object's end by its braces, because a string in it may contain anything, the closing mark too."""
 
     def __init__(self) -> None:
-        self._text = ""
         self._seen = 0
         self._depth = 0
         self._in_string = False
-        self._call: Call | None = None
 
     def push(self, text: str) -> Outcome | None:
         self._text += text
@@ -78,11 +101,6 @@ class _HermesReader:
                 return Outcome(None)
             self._text = self._text[end:]
         return _after_closer(self._call, self._text, final=False)
-
-    def finish(self) -> Outcome:
-        if self._call is None:
-            return Outcome(None)
-        return _after_closer(self._call, self._text, final=True) or Outcome(self._call)
 
     def _object_end(self) -> int | None:
         """Where the object ends, 0 if there is no object, None if it is not there yet."""
@@ -150,25 +168,23 @@ class Xml:
     openers = ("<tool_call>", "<function=")
 
     def __init__(self, tools: list[dict[str, Any]]) -> None:
-        functions = [tool.get("function", tool) for tool in tools]
-        self._schemas = {one.get("name"): one.get("parameters") or {} for one in functions}
+        self._properties = properties_of(tools)
 
     def reader(self, opener: str) -> CallReader:
-        return _XmlReader(self._schemas, bare=opener == "<function=")
+        return _XmlReader(self._properties, bare=opener == "<function=")
 
 
 _FUNCTION, _PARAMETER, _VALUE_END, _FUNCTION_END = "<function=", "<parameter=", "</parameter>", "</function>"
 
 
-class _XmlReader:
-    def __init__(self, schemas: dict[Any, Any], *, bare: bool) -> None:
-        self._schemas = schemas
+class _XmlReader(CallReader):
+    def __init__(self, properties: dict[Any, dict[str, Any]], *, bare: bool) -> None:
+        self._properties = properties
         self._text = _FUNCTION if bare else ""
         self._name: str | None = None
         self._key: str | None = None
         self._values: dict[str, str] = {}
         self._searched = 0  # a long value is searched for its end once, not once per token
-        self._call: Call | None = None
 
     def push(self, text: str) -> Outcome | None:
         self._text += text
@@ -179,11 +195,6 @@ class _XmlReader:
             if not advanced:
                 return Outcome(None)
         return _after_closer(self._call, self._text, final=False)
-
-    def finish(self) -> Outcome:
-        if self._call is None:
-            return Outcome(None)
-        return _after_closer(self._call, self._text, final=True) or Outcome(self._call)
 
     def _advance(self) -> bool | None:
         """One element further: None if its end is not here yet, False if this is no call."""
@@ -226,9 +237,7 @@ class _XmlReader:
         return True
 
     def _arguments(self, name: str) -> dict[str, Any]:
-        schema = self._schemas.get(name)
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        known = properties if isinstance(properties, dict) else {}
+        known = self._properties.get(name, {})
         return {key: typed_value(text, known.get(key)) for key, text in self._values.items()}
 
 
@@ -241,9 +250,9 @@ def typed_value(text: str, schema: Any) -> Any:
         value = loads(text.strip() if text.strip() not in ("True", "False") else text.strip().lower())
     except StrictJsonError:
         return text
-    if isinstance(value, str) or (_json_type(value) not in types and not ("number" in types and _is_integer(value))):
-        return text
-    return value
+    kind = JSON_TYPES[type(value)]
+    fits = kind in types or (kind == "integer" and "number" in types)
+    return value if fits and kind != "string" else text
 
 
 def _types(schema: Any) -> set[str]:
@@ -256,15 +265,3 @@ def _types(schema: Any) -> set[str]:
         for one in schema.get(key) or []:
             found |= _types(one)
     return found
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _json_type(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    return {int: "integer", float: "number", list: "array", dict: "object"}.get(type(value), "string")

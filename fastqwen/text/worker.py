@@ -43,7 +43,6 @@ class Render(msgspec.Struct, frozen=True, tag=True):
     messages: list[dict[str, Any]]
     options: dict[str, Any]
     max_chars: int
-    suffix: str = ""
 
 
 class Compile(msgspec.Struct, frozen=True, tag=True):
@@ -109,16 +108,12 @@ class _Worker:
         tokenizer.max_chars = job.max_chars
         if isinstance(job, Encode):
             return tokenizer.encode(job.text, add_special_tokens=job.add_special_tokens)
-        if self._text.template is None:
-            raise BadRequest("this model has no chat template: start the server with --chat-template FILE", "messages")
-        ids = self._text.template.encode(tokenizer, job.messages, **job.options)
-        return ids + (tokenizer.encode(job.suffix) if job.suffix else [])
+        assert self._text.template is not None, "the server refuses messages where there is none"
+        return self._text.template.encode(tokenizer, job.messages, **job.options)
 
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:
-        from fastqwen.text.grammar import grammar_tokenizer
-
-        return grammar_tokenizer(self._text.tokenizer, self._text.stop_token_ids, self._begin.model.vocab_size)
+        return self._text.grammar_tokenizer(self._begin.model)
 
 
 def _limit_memory() -> None:

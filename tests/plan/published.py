@@ -6,7 +6,7 @@ from fastqwen.plan.advice import Answer, answer
 from fastqwen.plan.catalog import find_published
 from fastqwen.plan.facts import EAGER_2023, GIB
 from fastqwen.plan.gpus import find_target
-from fastqwen.plan.question import Question, Wishes, need_of
+from fastqwen.plan.question import PlanOptions, Question, need_of
 
 # Model, sequence length, V100 32 GB GPUs, GiB over all of them. The number of GPUs is not published for every cell; docs/planner.md
 # says how it was inferred.
@@ -43,15 +43,17 @@ def predicted_gib(name: str, length: int, num_gpus: int) -> float:
     """A cell of the first table: the engine of the table, eager, one sequence of that length."""
     found = find_published(name)
     assert found is not None
-    wishes = Wishes(dtype="float16", max_model_len=length, num_gpus=num_gpus, eager=True, profile=EAGER_2023)
+    wishes = PlanOptions(
+        dtype="float16", max_model_len=length, num_gpus=num_gpus, enforce_eager=True, profile=EAGER_2023
+    )
     return need_of(Question.of(wishes, found, find_target("V100 32GB").facts)).total_all_gpus / GIB
 
 
-def on_card(name: str, card: str, wishes: Wishes | None = None) -> Answer:
+def on_card(name: str, card: str, wishes: PlanOptions | None = None) -> Answer:
     """A cell of the second table."""
     found, target = find_published(name), find_target(card)
     assert found is not None
-    return answer(Question.of(wishes or Wishes(), found, target.facts), target)
+    return answer(Question.of(wishes or PlanOptions(), found, target.facts), target)
 
 
 def first_table() -> list[str]:

@@ -66,7 +66,7 @@ def questions(draw: st.DrawFn) -> Question:
         max_model_len=draw(st.integers(1, 131072)),
         concurrency=draw(st.integers(1, 600)),
         num_gpus=draw(st.sampled_from([1, 2, 4])),
-        eager=draw(st.booleans()),
+        enforce_eager=draw(st.booleans()),
         profile=draw(st.sampled_from([None, EAGER_2023])),
     )
 
@@ -118,7 +118,7 @@ def test_smaller_numbers_never_need_more(question: Question):
     assert weights_bytes(four, "float16") <= weights_bytes(eight, "float16")
     for word in ("fp8", "int8"):
         assert changed(question, kv_cache_dtype=word).total <= need_of(question).total
-    assert changed(question, eager=True).total <= need_of(question).total
+    assert changed(question, enforce_eager=True).total <= need_of(question).total
 
 
 @settings(max_examples=60, deadline=None)

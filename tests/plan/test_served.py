@@ -17,16 +17,16 @@ from fastqwen.errors import BadConfig, DoesNotFit
 from fastqwen.plan.advice import Answer, answer, list_models
 from fastqwen.plan.catalog import catalog, find_published
 from fastqwen.plan.gpus import find_target
-from fastqwen.plan.question import Question, Wishes
+from fastqwen.plan.question import PlanOptions, Question
 from fastqwen.plan.served import not_served_yet
 from fastqwen.runner import start
 
 CARDS = ["6GB", "T4", "24GB", "H200"]
 WISHES = {
-    "as it is": Wishes(),
-    "a length": Wishes(max_model_len=4096, concurrency=8),
-    "on paper": Wishes(num_gpus=2, kv_cache_dtype="fp8", max_model_len=8192),
-    "many and small": Wishes(max_model_len=2048, concurrency=300, max_num_batched_tokens=2048, dtype="float16"),
+    "as it is": PlanOptions(),
+    "a length": PlanOptions(max_model_len=4096, concurrency=8),
+    "on paper": PlanOptions(num_gpus=2, kv_cache_dtype="fp8", max_model_len=8192),
+    "many and small": PlanOptions(max_model_len=2048, concurrency=300, max_num_batched_tokens=2048, dtype="float16"),
 }
 
 
@@ -46,7 +46,7 @@ def lines_of(found: Answer) -> list[str]:
 
 @pytest.mark.parametrize("wishes", WISHES.values(), ids=WISHES)
 @pytest.mark.parametrize("card", CARDS)
-def test_every_line_that_is_advised_is_one_that_serve_takes(card: str, wishes: Wishes):
+def test_every_line_that_is_advised_is_one_that_serve_takes(card: str, wishes: PlanOptions):
     """Every model's lines; those with the same flags are parsed once."""
     flags: dict[tuple[str, ...], str] = {}
     for found in list_models(find_target(card), wishes):
@@ -94,7 +94,7 @@ def test_an_engine_that_has_the_flags_is_advised_to_use_them(monkeypatch: pytest
     found = find_published("Qwen3-8B")
     assert found is not None
     facts = find_target("RTX 3090").facts
-    asked = answer(Question.of(Wishes(num_gpus=2, kv_cache_dtype="fp8"), found, facts))
+    asked = answer(Question.of(PlanOptions(num_gpus=2, kv_cache_dtype="fp8"), found, facts))
     assert asked.command == "fastqwen serve Qwen/Qwen3-8B --tensor-parallel-size 2 --kv-cache-dtype fp8"
 
 

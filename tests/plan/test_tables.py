@@ -8,7 +8,7 @@ from statistics import median
 import pytest
 
 from fastqwen.plan.facts import EAGER_2023
-from fastqwen.plan.question import Wishes
+from fastqwen.plan.question import PlanOptions
 from tests.plan import published
 
 DOCS = Path(__file__).parents[2] / "docs" / "planner.md"
@@ -28,8 +28,10 @@ def test_median_cell_within_two_and_a_half_percent():
 
 
 @pytest.mark.parametrize("card", published.RUNS_ON)
-@pytest.mark.parametrize("wishes", [Wishes(), Wishes(profile=EAGER_2023, utilization=0.99, eager=True)])
-def test_what_runs_on_a_card_at_the_own_length(card: str, wishes: Wishes):
+@pytest.mark.parametrize(
+    "wishes", [PlanOptions(), PlanOptions(profile=EAGER_2023, gpu_memory_utilization=0.99, enforce_eager=True)]
+)
+def test_what_runs_on_a_card_at_the_own_length(card: str, wishes: PlanOptions):
     """With fastqwen's own habits, and with those of the table's engine."""
     answers = {name: published.on_card(name, card, wishes) for name in published.MODELS}
     assert [name for name, found in answers.items() if found.fits] == published.RUNS_ON[card]

@@ -51,8 +51,8 @@ def test_vectors_and_tokens_in_the_same_steps(on_cpu: None, tmp_path: Path, opti
     assert llm.engine.core._executor.run_ahead == 2
     [wanted] = llm.generate([prompt(9)], GREEDY)
     for _ in range(2):  # the second time only one token of the 17 and the 33 is left to compute
-        requests = prepare("answer", prompt(9), GREEDY, llm.limits, seeds=random.Random(0))
-        requests += [prepare_embedding(str(index), text, llm.limits, field="x") for index, text in enumerate(TEXTS)]
+        requests = prepare("answer", prompt(9), GREEDY, llm.facts, seeds=random.Random(0))
+        requests += [prepare_embedding(str(index), text, llm.facts, field="x") for index, text in enumerate(TEXTS)]
         tokens: list[int] = []
         vectors = {}
         with llm.engine.stream(requests) as stream:

@@ -107,7 +107,7 @@ def test_stops_without_a_tokenizer(folder: Path):
     assert len(free) == 8
     write(folder, eos_token_id=[free[2], 10**6, "x"])
     llm = LLM(str(folder), skip_tokenizer_init=True)
-    assert llm.limits.stop_token_ids == [free[2]]
+    assert llm.facts.stop_token_ids == [free[2]]
     output = llm.generate([[1, 2, 3]], greedy, use_tqdm=False)[0].outputs[0]
     assert output.finish_reason == "stop" and output.token_ids == free[: free.index(free[2]) + 1]
 

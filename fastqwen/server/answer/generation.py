@@ -20,12 +20,12 @@ from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.request_limits import check_limits
 from fastqwen.server.answer.state import ServerState
-from fastqwen.server.answer.thinking_guard import EARLY_STOP, ThinkingGuard, ThinkingWishes
+from fastqwen.server.answer.thinking_guard import EARLY_STOP, ThinkingGuard, ThinkingOptions
 from fastqwen.text.answer import THINK_END, Parts, TextParser
 
 
 @dataclass(frozen=True)
-class Wishes:
+class GenerationOptions:
     """What a route asks of a generation besides sampling. Without ``make_parser`` the text is the answer."""
 
     priority: int = 0
@@ -33,7 +33,7 @@ class Wishes:
     grammar: Grammar | None = None
     make_parser: Callable[[], TextParser | None] = lambda: None
     single_call: bool = False
-    thinking: ThinkingWishes | None = None
+    thinking: ThinkingOptions | None = None
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Choice:
     num_continued: int = 0
     num_thinking_tokens: int = 0
 
-    index: int = field(init=False)
+    index: int = field(init=False)  # asked for with every token
 
     def __post_init__(self) -> None:
         self.index = self.assembler.output.index
@@ -68,35 +68,35 @@ class Generation:
         request_id: str,
         token_ids: list[int],
         sampling: SamplingParams,
-        wishes: Wishes,
+        options: GenerationOptions,
     ) -> None:
         check_limits(state.config, sampling)
-        limits = state.limits()
+        facts = state.facts()
         self._state = state
-        self._wishes = wishes
+        self._options = options
         self._sampling = sampling
-        self._max_model_len = limits.max_model_len
         self.prompt_token_ids = token_ids
-        self.warnings: list[str] = [] if wishes.thinking is None else [*wishes.thinking.warnings]
+        self.warnings: list[str] = [] if options.thinking is None else [*options.thinking.warnings]
         requests = prepare(
             request_id,
             token_ids,
             sampling,
-            limits,
+            facts,
             seeds=state.seeds,
-            priority=wishes.priority,
-            cache_salt=wishes.cache_salt,
-            grammar=wishes.grammar,
+            priority=options.priority,
+            cache_salt=options.cache_salt,
+            grammar=options.grammar,
         )
-        room = limits.max_model_len - len(token_ids)
+        self._max_model_len, self._max_tokens = facts.max_model_len, requests[0].max_tokens
+        room = facts.max_model_len - len(token_ids)
         if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise BadRequest(
                 f"the prompt has {len(token_ids)} tokens and max_tokens is {sampling.max_tokens}, together more than the "
-                f"model's context of {limits.max_model_len} tokens: at most {room} can be generated",
+                f"model's context of {facts.max_model_len} tokens: at most {room} can be generated",
                 "max_tokens",
                 "context_length_exceeded",
             )
-        self.choices = [self._choice(request, index, limits.stop_token_ids) for index, request in enumerate(requests)]
+        self.choices = [self._choice(request, index, facts.stop_token_ids) for index, request in enumerate(requests)]
         self._running = {choice.request.request_id: choice for choice in self.choices}
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if sampling.prompt_logprobs is None else [None]
@@ -168,8 +168,8 @@ class Generation:
         )
 
     def _choice(self, request: EngineRequest, index: int, stop_token_ids: list[int]) -> Choice:
-        parser = self._wishes.make_parser()
-        thinking = self._wishes.thinking
+        parser = self._options.make_parser()
+        thinking = self._options.thinking
         return Choice(
             request=request,
             assembler=Assembler(index, self._sampling, self._state.text.tokenizer, stop_token_ids),
@@ -199,7 +199,7 @@ class Generation:
         parts = parser.push(piece.text) if piece.text else Parts()
         if piece.finish_reason is not None:
             parts.add(parser.finish())
-        if self._wishes.single_call and (choice.parts.calls or parts.calls):
+        if self._options.single_call and (choice.parts.calls or parts.calls):
             parts.calls = [] if choice.parts.calls else parts.calls[:1]
             piece.abort = piece.abort or piece.finish_reason is None
             piece.finish_reason = "stop"
@@ -229,7 +229,7 @@ class Generation:
         output = choice.assembler.output
         token_ids = self.prompt_token_ids + output.token_ids
         first = choice.request
-        left = min(self.choices_max_tokens - len(output.token_ids), self._max_model_len - len(token_ids))
+        left = min(self._max_tokens - len(output.token_ids), self._max_model_len - len(token_ids))
         stream.abort([first.request_id])
         del self._running[first.request_id]
         if left < 1:
@@ -255,11 +255,6 @@ class Generation:
         )
         self._running[choice.request.request_id] = choice
         return choice.request
-
-    @property
-    def choices_max_tokens(self) -> int:
-        room = self._max_model_len - len(self.prompt_token_ids)
-        return room if self._sampling.max_tokens is None else min(room, self._sampling.max_tokens)
 
 
 def parts_of(piece: Piece) -> Parts:

@@ -1,4 +1,4 @@
-"""What the routes share: the engine, the model's text side, limits, counters. Made once, passed to every route."""
+"""What the routes share: the engine, the model's text side, counters. Made once, passed to every route."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastqwen.client.engine import ServedEngine
-from fastqwen.client.prepare import ModelLimits
+from fastqwen.client.prepare import ModelFacts
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, EngineGone, Overloaded, UnknownModelName
 from fastqwen.server.answer.cache_story import CacheStories
@@ -57,12 +57,12 @@ class ServerState:
             raise UnknownModelName(f"there is no model {asked[:200]!r} here; served: {', '.join(self.names)}")
         return asked if asked in self.names else self.names[0]
 
-    def limits(self) -> ModelLimits:
+    def facts(self) -> ModelFacts:
         """Raises EngineGone while the engine is not ready."""
         ready = self.engine.ready
         if ready is None:
             raise EngineGone(self.why_not_ready())
-        return ready.limits(self.text.stop_token_ids)
+        return ready.facts(self.text.stop_token_ids)
 
     @property
     def block_size(self) -> int:

@@ -19,7 +19,7 @@ LOOP_TIMES = 3  # ... and so many times
 
 
 @dataclass(frozen=True)
-class ThinkingWishes:
+class ThinkingOptions:
     template_options: dict[str, Any] = field(default_factory=dict)
     budget_tokens: int | None = None
     recover_loops: bool = True
@@ -29,9 +29,9 @@ class ThinkingWishes:
 class ThinkingGuard:
     """One answer's thinking, token by token."""
 
-    def __init__(self, wishes: ThinkingWishes) -> None:
-        self._budget = wishes.budget_tokens
-        self._recover_loops = wishes.recover_loops
+    def __init__(self, options: ThinkingOptions) -> None:
+        self._budget = options.budget_tokens
+        self._recover_loops = options.recover_loops
         self._tokens: list[int] = []
         self._last_seen: dict[tuple[int, ...], int] = {}
         self._period = 0

@@ -10,13 +10,13 @@ from typing import Any
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
-from fastqwen.server.answer.generation import Choice, Generation, Wishes, parts_of
+from fastqwen.server.answer.generation import Choice, Generation, GenerationOptions, parts_of
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.grammars import answer_grammar
 from fastqwen.server.dialects.openai import OpenAIWork, finite, prompt_logprobs_json
 from fastqwen.server.dialects.schema import ChatRequest
-from fastqwen.server.dialects.thinking import thinking_wishes
-from fastqwen.server.dialects.tools import tool_wishes
+from fastqwen.server.dialects.thinking import thinking_options
+from fastqwen.server.dialects.tools import tool_options
 from fastqwen.server.http.sse import encode, event
 from fastqwen.text import react
 from fastqwen.text.answer import THINK, THINK_END, Parts, prompt_opens_thinking
@@ -39,15 +39,17 @@ class Chat(OpenAIWork):
         body, state = self._body, self._state
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        limits, formats = state.limits(), state.formats
-        tools = tool_wishes(body, formats)
-        thinking = thinking_wishes(body, formats)
+        facts, formats = state.facts(), state.formats
+        tools = tool_options(body, formats)
+        thinking = thinking_options(body, formats)
         messages = tools.messages([message.for_template() for message in body.messages], formats)
-        options = {**thinking.template_options, **tools.template_options(formats)}
-        token_ids = await state.apply_template(messages, options, add_generation_prompt=body.add_generation_prompt)
-        if len(token_ids) >= limits.max_model_len:
+        template_options = {**thinking.template_options, **tools.template_options(formats)}
+        token_ids = await state.apply_template(
+            messages, template_options, add_generation_prompt=body.add_generation_prompt
+        )
+        if len(token_ids) >= facts.max_model_len:
             raise BadRequest(
-                f"the messages have {len(token_ids)} tokens, but the model's context is {limits.max_model_len} tokens, "
+                f"the messages have {len(token_ids)} tokens, but the model's context is {facts.max_model_len} tokens, "
                 "prompt and answer together: shorten the conversation",
                 "messages",
                 "context_length_exceeded",
@@ -57,7 +59,7 @@ class Chat(OpenAIWork):
         )
         grammar = await answer_grammar(state, body.structured(), tools, opened=opened)
         sampling = body.sampling(state.text.default_sampling, **self._sampling_changes(tools.tools))
-        wishes = Wishes(
+        options = GenerationOptions(
             priority=body.priority,
             cache_salt=body.cache_salt,
             grammar=grammar,
@@ -65,7 +67,7 @@ class Chat(OpenAIWork):
             single_call=tools.single,
             thinking=thinking,
         )
-        self.generations = [Generation(state, self._id, token_ids, sampling, wishes)]
+        self.generations = [Generation(state, self._id, token_ids, sampling, options)]
         self._story = state.cache_stories.begin(
             token_ids,
             body.cache_salt,

@@ -9,12 +9,12 @@ from typing import Any
 from fastqwen.client.assemble import Piece
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.server.answer.generation import Generation, Wishes
+from fastqwen.server.answer.generation import Generation, GenerationOptions
 from fastqwen.server.answer.merge import gather, merge
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.grammars import answer_grammar
 from fastqwen.server.dialects.openai import OpenAIWork, finite, prompt_logprobs_json
-from fastqwen.server.dialects.schema import CompletionRequest
+from fastqwen.server.dialects.schema import CompletionRequest, as_list
 from fastqwen.server.http.sse import encode, event
 
 MAX_PROMPTS = 1024
@@ -42,14 +42,14 @@ class Completion(OpenAIWork):
         if body.echo and body.logprobs is not None:
             sampling.prompt_logprobs = max(body.logprobs, sampling.prompt_logprobs or 0)
         grammar = await answer_grammar(self._state, body.structured())
-        wishes = Wishes(priority=body.priority, cache_salt=body.cache_salt, grammar=grammar)
+        options = GenerationOptions(priority=body.priority, cache_salt=body.cache_salt, grammar=grammar)
         prompts = await self._prompts()
         if len(prompts) * sampling.n > MAX_SEQUENCES:
             raise BadRequest(
                 f"{len(prompts)} prompts with {sampling.n} answers each: at most {MAX_SEQUENCES} in one request", "n"
             )
         for index, token_ids in enumerate(prompts):
-            self.generations.append(Generation(self._state, f"{self._id}-{index}", token_ids, sampling, wishes))
+            self.generations.append(Generation(self._state, f"{self._id}-{index}", token_ids, sampling, options))
         if self._explain_cache and len(prompts) > 1:
             raise BadRequest("explain_cache explains one prompt: send the prompts one by one", "explain_cache")
         if len(prompts) == 1:
@@ -100,21 +100,17 @@ class Completion(OpenAIWork):
             yield event({**head, "choices": [], "usage": self.usage()})
 
     async def _prompts(self) -> list[list[int]]:
-        prompt = self._body.prompt
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        if not prompt:
+        prompts = as_list(self._body.prompt)
+        if not prompts:
             raise BadRequest("the list of prompts is empty", "prompt")
-        if len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
-            raise BadRequest(f"{len(prompt)} prompts in one request, at most {MAX_PROMPTS} are allowed", "prompt")
+        if len(prompts) > MAX_PROMPTS:
+            raise BadRequest(f"{len(prompts)} prompts in one request, at most {MAX_PROMPTS} are allowed", "prompt")
         if self._body.suffix is not None:
-            return [await self._infill(one, self._body.suffix) for one in prompt]
-        if isinstance(prompt[0], int):
-            return [prompt]
+            return [await self._infill(one, self._body.suffix) for one in prompts]
         special = self._body.add_special_tokens
         return [
-            await self._state.tokenize(one, add_special_tokens=special) if isinstance(one, str) else list(one)
-            for one in prompt
+            await self._state.tokenize(one, add_special_tokens=special) if isinstance(one, str) else one
+            for one in prompts
         ]
 
     async def _infill(self, prompt: Any, suffix: str) -> list[int]:

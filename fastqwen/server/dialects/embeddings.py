@@ -12,7 +12,7 @@ from fastqwen.errors import BadRequest
 from fastqwen.records import EngineRequest, RequestDelta
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.state import ServerState, new_id
-from fastqwen.server.dialects.schema import EmbeddingRequest
+from fastqwen.server.dialects.schema import EmbeddingRequest, as_list
 
 MAX_INPUTS = 2048  # as OpenAI's
 
@@ -29,16 +29,20 @@ class Embeddings:
 
     async def prepare(self) -> None:
         """Tokenise and check everything before anything runs. Raises BadRequest."""
-        body, limits = self._body, self._state.limits()
-        check_dimensions(body.dimensions, limits)
-        inputs = _as_list(body.input)
+        body, facts = self._body, self._state.facts()
+        check_dimensions(body.dimensions, facts)
+        inputs = as_list(body.input)
+        if not inputs:
+            raise BadRequest("input is empty, at least one text is needed", "input")
+        if len(inputs) > MAX_INPUTS:
+            raise BadRequest(f"input has {len(inputs)} texts, at most {MAX_INPUTS} are allowed in one request", "input")
         for index, one in enumerate(inputs):
             field = "input" if len(inputs) == 1 else f"input.{index}"
             self._requests.append(
                 prepare_embedding(
                     f"{self._id}-{index}",
                     await self._ids(one, field) if isinstance(one, str) else one,
-                    limits,
+                    facts,
                     field=field,
                     priority=body.priority,
                     cache_salt=body.cache_salt,
@@ -97,15 +101,3 @@ class Embeddings:
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()
         floats: list[float] = vector.tolist()
         return floats
-
-
-def _as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    if isinstance(given, str):
-        return [given]
-    if not given:
-        raise BadRequest("input is empty, at least one text is needed", "input")
-    if isinstance(given[0], int):
-        return [[one for one in given if isinstance(one, int)]]
-    if len(given) > MAX_INPUTS:
-        raise BadRequest(f"input has {len(given)} texts, at most {MAX_INPUTS} are allowed in one request", "input")
-    return [one for one in given if not isinstance(one, int)]

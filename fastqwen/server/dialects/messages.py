@@ -58,7 +58,7 @@ class CountRequest(Body):
     thinking: Thinking | None = None
 
     def chat_fields(self) -> dict[str, Any]:
-        """The same wishes in the words of ChatRequest. Raises BadRequest for content that cannot be had here."""
+        """The same in the words of ChatRequest. Raises BadRequest for content that cannot be had here."""
         fields: dict[str, Any] = {"model": self.model, "messages": self._messages(), **self._tool_fields()}
         if self.thinking is not None:
             fields["enable_thinking"] = self.thinking.type != "disabled"
@@ -80,7 +80,7 @@ class CountRequest(Body):
         fields: dict[str, Any] = {}
         if self.tools:
             fields["tools"] = [
-                {"type": "function", "function": _without_none(name=t.name, description=t.description, parameters=t.input_schema)}
+                {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.input_schema}}
                 for t in self.tools
             ]  # fmt: skip
         choice = self.tool_choice
@@ -105,10 +105,8 @@ class MessagesRequest(CountRequest):
     service_tier: str | None = None
 
     def as_chat(self) -> ChatRequest:
-        return ChatRequest.of(
-            **self.chat_fields(), max_tokens=self.max_tokens, stop=self.stop_sequences, temperature=self.temperature,
-            top_p=self.top_p, top_k=self.top_k, metadata=self.metadata, service_tier=self.service_tier,
-        )  # fmt: skip
+        same = self.model_dump(include={"max_tokens", "temperature", "top_p", "top_k", "metadata", "service_tier"})
+        return ChatRequest.of(**self.chat_fields(), **same, stop=self.stop_sequences)
 
 
 class Messages:
@@ -282,7 +280,3 @@ def _text(block: dict[str, Any]) -> str:
 
 def _unknown(kind: Any) -> BadRequest:
     return BadRequest(f"content block of type {kind!r}: this model reads text and tool results only", "messages")
-
-
-def _without_none(**values: Any) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}

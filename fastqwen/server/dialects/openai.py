@@ -68,7 +68,7 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def prompt_logprobs_json(found: list[dict[int, Logprob] | None] | None) -> list[dict[str, Any] | None]:
+def prompt_logprobs_json(listed: list[dict[int, Logprob] | None] | None) -> list[dict[str, Any] | None]:
     return [
         None
         if one is None
@@ -76,5 +76,5 @@ def prompt_logprobs_json(found: list[dict[int, Logprob] | None] | None) -> list[
             str(token_id): {"logprob": finite(entry.logprob), "rank": entry.rank, "decoded_token": entry.decoded_token}
             for token_id, entry in one.items()
         }
-        for one in found or []
+        for one in listed or []
     ]

@@ -5,15 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.answer.generation import parts_of
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.chat import Chat
-from fastqwen.server.dialects.schema import Body, ChatRequest, Count, Effort, Function, Probability, Temperature
+from fastqwen.server.dialects.schema import (
+    AccountFields,
+    Body,
+    ChatRequest,
+    Count,
+    Effort,
+    Function,
+    JsonSchemaFormat,
+    Probability,
+    Temperature,
+)
 from fastqwen.server.http.sse import named_event
 from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call
@@ -25,6 +33,10 @@ REFUSED = {
     "background": "there are no background responses: use stream",
     "prompt": "there are no stored prompts: use instructions",
 }
+
+SAME_IN_CHAT = {
+    "model", "temperature", "top_p", "parallel_tool_calls", "user", "safety_identifier", "service_tier", "prompt_cache_key",
+}  # fmt: skip
 
 
 class FunctionTool(Function):
@@ -41,19 +53,15 @@ class Reasoning(Body):
     summary: str | None = None
 
 
-class TextFormat(Body):
+class TextFormat(JsonSchemaFormat):
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
 
 
-class TextWish(Body):
+class TextOptions(Body):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(AccountFields):
     model: str | None = None
     input: str | list[dict[str, Any]]
     instructions: str | None = None
@@ -65,19 +73,13 @@ class ResponsesRequest(Body):
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    text: TextWish | None = None
-    store: bool | None = None
+    text: TextOptions | None = None
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None
     background: bool | None = None
     prompt: dict[str, Any] | None = None
     truncation: Literal["disabled"] | None = None
     include: list[str] | None = None
-    metadata: dict[str, Any] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
 
     def as_chat(self) -> ChatRequest:
         """Raises BadRequest for what needs a server with a memory."""
@@ -88,28 +90,23 @@ class ResponsesRequest(Body):
             raise BadRequest("store is not supported: responses are not kept; leave it out or send false", "store")
         if self.include and self.include != ["reasoning.encrypted_content"]:
             raise BadRequest(f"include {self.include[0]!r} is not supported", "include")
-        fields: dict[str, Any] = {
-            "model": self.model,
-            "messages": self._messages(),
-            "max_tokens": self.max_output_tokens,
-        }
+        fields = self.model_dump(include=SAME_IN_CHAT)
+        fields.update(messages=self._messages(), max_tokens=self.max_output_tokens)
         if self.tools:
             fields["tools"] = [{"type": "function", "function": one.model_dump(exclude={"type"})} for one in self.tools]
         if isinstance(self.tool_choice, NamedFunctionTool):
             fields["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         else:
             fields["tool_choice"] = self.tool_choice
-        wish = self.text.format if self.text is not None else None
-        if wish is not None:
-            schema = {"name": wish.name or "", "schema": wish.schema_} if wish.type == "json_schema" else None
-            fields["response_format"] = {"type": wish.type, "json_schema": schema}
+        text_format = self.text.format if self.text is not None else None
+        if text_format is not None:
+            schema = (
+                text_format.model_dump(by_alias=True, exclude={"type"}) if text_format.type == "json_schema" else None
+            )
+            fields["response_format"] = {"type": text_format.type, "json_schema": schema}
         if self.reasoning is not None:
             fields["reasoning_effort"] = self.reasoning.effort
-        return ChatRequest.of(
-            **fields, temperature=self.temperature, top_p=self.top_p, parallel_tool_calls=self.parallel_tool_calls,
-            user=self.user, safety_identifier=self.safety_identifier, service_tier=self.service_tier,
-            prompt_cache_key=self.prompt_cache_key,
-        )  # fmt: skip
+        return ChatRequest.of(**fields)
 
     def warnings(self) -> list[str]:
         """What is accepted because clients send it always, though the answer holds it anyhow."""

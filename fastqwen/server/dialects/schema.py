@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from fastqwen.errors import BadRequest
 from fastqwen.records import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, SamplingParams, StructuredOutputs
 from fastqwen.text.strict_json import StrictJsonError, loads
 
-# Fields that OpenAI's clients send and that have no meaning on a server of one's own.
+# What has no meaning on a server of one's own.
 WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key"})
 MAX_TOOLS = 128
 
@@ -27,9 +27,7 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 B = TypeVar("B", bound=BaseModel)
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
+class Body(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     def warnings(self) -> list[str]:
         given = sorted(name for name in WITHOUT_EFFECT if getattr(self, name, None) is not None)
         return [f"{name} has no effect on this server" for name in given]
@@ -41,7 +39,7 @@ class StreamOptions(Body):
 
 
 class JsonSchemaFormat(Body):
-    name: str = ""
+    name: str | None = None
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
@@ -53,7 +51,7 @@ class ResponseFormat(Body):
 
 
 class StructuredFields(Body):
-    """vLLM's name for the same wishes."""
+    """vLLM's name for the forms that ``response_format`` asks for, and some more."""
 
     json_: Annotated[str | dict[str, Any] | bool | None, Field(alias="json")] = None
     regex: str | None = None
@@ -62,7 +60,18 @@ class StructuredFields(Body):
     json_object: bool | None = None
 
 
-class SamplingFields(Body):
+class AccountFields(Body):
+    """What OpenAI's clients send for its accounts, bills and records."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class SamplingFields(AccountFields):
     """What chat and completions have in common. None means: not given, so the model's own default."""
 
     model: str | None = None
@@ -94,12 +103,6 @@ class SamplingFields(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
 
     def sampling(self, defaults: dict[str, Any], **changes: Any) -> SamplingParams:
         """``defaults`` are the model's; a field of the request goes before. Raises BadRequest."""
@@ -115,28 +118,22 @@ class SamplingFields(Body):
 
     def structured(self) -> StructuredOutputs | None:
         """The one form that the answer must have. Raises BadRequest where two were asked for."""
-        wishes: dict[str, StructuredOutputs] = {}
+        forms: dict[str, StructuredOutputs] = {}
         if self.response_format is not None and self.response_format.type != "text":
-            wishes["response_format"] = _of_format(self.response_format)
+            forms["response_format"] = _of_format(self.response_format)
         if self.structured_outputs is not None:
-            given = self.structured_outputs
-            wishes["structured_outputs"] = StructuredOutputs(
-                json=given.json_, regex=given.regex, choice=given.choice, grammar=given.grammar,
-                json_object=given.json_object,
-            )  # fmt: skip
+            forms["structured_outputs"] = StructuredOutputs(**self.structured_outputs.model_dump(by_alias=True))
         for name in ("json", "regex", "choice", "grammar"):
             value = getattr(self, f"guided_{name}")
             if value is not None:
-                wishes[f"guided_{name}"] = StructuredOutputs(**{name: value})
-        if len(wishes) > 1:
-            raise BadRequest(f"{' and '.join(wishes)} cannot be combined: give one of them", list(wishes)[1])
-        return next(iter(wishes.values()), None)
+                forms[f"guided_{name}"] = StructuredOutputs(**{name: value})
+        if len(forms) > 1:
+            raise BadRequest(f"{' and '.join(forms)} cannot be combined: give one of them", list(forms)[1])
+        return next(iter(forms.values()), None)
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
     """Templates look at more keys than any list could name, so unknown ones pass through to them."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[dict[str, Any]] | None = None
@@ -238,6 +235,13 @@ class DetokenizeRequest(Body):
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
+def as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """Texts or lists of token ids, where one of them need not be in a list."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    return list(given)  # type: ignore[arg-type]
+
+
 def parse(kind: type[B], body: bytes) -> B:
     """Raises BadRequest that names the first wrong field."""
     try:
@@ -286,19 +290,17 @@ def _token_keys(bias: dict[str, float]) -> dict[int, float]:
     return {int(key): value for key, value in bias.items()}
 
 
-def _of_format(wish: ResponseFormat) -> StructuredOutputs:
-    if wish.type == "json_object":
+def _of_format(asked: ResponseFormat) -> StructuredOutputs:
+    if asked.type == "json_object":
         return StructuredOutputs(json_object=True)
-    if wish.json_schema is None or wish.json_schema.schema_ is None:
+    if asked.json_schema is None or asked.json_schema.schema_ is None:
         raise BadRequest("response_format of type json_schema needs json_schema.schema", "response_format")
-    return StructuredOutputs(json=wish.json_schema.schema_)
+    return StructuredOutputs(json=asked.json_schema.schema_)
 
 
 def _plain_content(content: str | list[dict[str, Any]] | None) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     parts = []
     for part in content:
         if part.get("type") not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastqwen.server.answer.thinking_guard import ThinkingWishes
+from fastqwen.server.answer.thinking_guard import ThinkingOptions
 from fastqwen.server.dialects.schema import ChatRequest
 from fastqwen.text.formats import Formats
 
@@ -12,25 +12,25 @@ EFFORT_TOKENS = {"minimal": 512, "low": 1024, "medium": 8192}
 EFFORT_ALIASES = {"minimal": "low", "high": "xhigh", "max": "xhigh"}
 
 
-def thinking_wishes(body: ChatRequest, formats: Formats) -> ThinkingWishes:
+def thinking_options(body: ChatRequest, formats: Formats) -> ThinkingOptions:
     """Also chat_template_kwargs, which is where other servers' users put the same switches."""
-    options = dict(body.chat_template_kwargs or {})
+    switches = dict(body.chat_template_kwargs or {})
     warnings: list[str] = []
     if body.enable_thinking is not None:
-        options["enable_thinking"] = body.enable_thinking
+        switches["enable_thinking"] = body.enable_thinking
     budget = body.thinking_budget
     effort = body.reasoning_effort
     if effort == "none":
-        options["enable_thinking"] = False
+        switches["enable_thinking"] = False
     elif effort is not None and formats.has_switch("reasoning_effort"):
-        options["reasoning_effort"] = EFFORT_ALIASES.get(effort, effort)
+        switches["reasoning_effort"] = EFFORT_ALIASES.get(effort, effort)
     elif effort is not None and budget is None:
         budget = EFFORT_TOKENS.get(effort)
     if budget == 0 and formats.has_switch("enable_thinking"):
-        options["enable_thinking"] = False
-    for name in [name for name in options if not formats.has_switch(name)]:
+        switches["enable_thinking"] = False
+    for name in [name for name in switches if not formats.has_switch(name)]:
         warnings.append(f"{name} has no effect: this model's chat template has no such switch")
-        del options[name]
+        del switches[name]
     if not formats.reasoning and (body.thinking_budget is not None or (effort is not None and effort != "none")):
         warnings.append("this model does not think in a marked block, so there is no thinking to limit")
-    return ThinkingWishes(options, budget, body.loop_recovery, warnings)
+    return ThinkingOptions(switches, budget, body.loop_recovery, warnings)

@@ -24,7 +24,7 @@ async def tokenize(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
         tokens = await state.apply_template(messages, options, add_generation_prompt=body.add_generation_prompt)
     else:
         tokens = await state.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
-    return {"count": len(tokens), "max_model_len": state.limits().max_model_len, "tokens": tokens}
+    return {"count": len(tokens), "max_model_len": state.facts().max_model_len, "tokens": tokens}
 
 
 async def detokenize(state: ServerState, body: DetokenizeRequest) -> dict[str, Any]:

@@ -15,7 +15,7 @@ MAX_CALLS = 16  # where a grammar requires calls, so that a model cannot repeat 
 
 
 @dataclass(frozen=True)
-class ToolWishes:
+class ToolOptions:
     """``tools`` is empty where none may be called. ``required`` lists the tools of which one must be called."""
 
     tools: list[dict[str, Any]]
@@ -30,16 +30,14 @@ class ToolWishes:
         return {"tools": self.tools} if self.tools and formats.tools != "react" else {}
 
 
-def tool_wishes(body: ChatRequest, formats: Formats) -> ToolWishes:
+def tool_options(body: ChatRequest, formats: Formats) -> ToolOptions:
     """Raises BadRequest, naming the field."""
     tools = [tool.for_template() for tool in body.tools or []]
     choice = body.tool_choice
-    if not tools:
-        if choice not in (None, "none", "auto"):
-            raise BadRequest("tool_choice asks for a call, but there are no tools", "tool_choice")
-        return ToolWishes([], [], False)
-    if choice == "none":
-        return ToolWishes([], [], False)
+    if not tools and choice not in (None, "none", "auto"):
+        raise BadRequest("tool_choice asks for a call, but there are no tools", "tool_choice")
+    if not tools or choice == "none":
+        return ToolOptions([], [], False)
     if formats.tools == "none":
         raise BadRequest(
             "this model's chat template has no tool format; --tool-call-parser hermes tells the server to assume one",
@@ -50,19 +48,19 @@ def tool_wishes(body: ChatRequest, formats: Formats) -> ToolWishes:
         named = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
         if not named:
             raise BadRequest(f"tool_choice names {choice.function.name!r}, which is not among the tools", "tool_choice")
-        return ToolWishes(tools, named, True)
-    return ToolWishes(tools, tools if choice == "required" else [], single)
+        return ToolOptions(tools, named, True)
+    return ToolOptions(tools, tools if choice == "required" else [], single)
 
 
-def required_grammar(wishes: ToolWishes, formats: Formats) -> str | None:
+def required_grammar(options: ToolOptions, formats: Formats) -> str | None:
     """llguidance's text for an answer that is nothing but calls, None where none is required. Raises BadRequest."""
-    if not wishes.required:
+    if not options.required:
         return None
-    more = "" if wishes.single else f' ("\\n" call){{0,{MAX_CALLS - 1}}}'
+    more = "" if options.single else f' ("\\n" call){{0,{MAX_CALLS - 1}}}'
     if formats.tools == "qwen3_coder":
-        return lark(f"start: call{more}\n{_xml_rules(wishes.required)}")
+        return lark(f"start: call{more}\n{_xml_rules(options.required)}")
     if formats.tools == "react":
-        return lark(f'start: "Thought: " /[^\\n]{{0,500}}/ "\\nAction: " call\n{_react_rules(wishes.required)}')
+        return lark(f'start: "Thought: " /[^\\n]{{0,500}}/ "\\nAction: " call\n{_react_rules(options.required)}')
     schemas = [
         {
             "type": "object",
@@ -70,7 +68,7 @@ def required_grammar(wishes: ToolWishes, formats: Formats) -> str | None:
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for one in wishes.required
+        for one in options.required
     ]
     body = json_grammar_part({"anyOf": schemas})
     return lark(f'start: call{more}\ncall: "<tool_call>\\n" body "\\n</tool_call>"\nbody: {body}')

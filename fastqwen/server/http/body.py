@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.types import Receive
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.config import FrontConfig
@@ -20,18 +21,26 @@ async def read_body(request: Request, config: FrontConfig) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)
-    parts, size = [], 0
     try:
         async with asyncio.timeout(config.body_timeout_s):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > max_bytes:
-                    raise _too_large(max_bytes)
-                parts.append(chunk)
+            body = await joined(request.stream(), max_bytes)
     except TimeoutError:
         raise BadRequest(
             f"the request body was not there after {config.body_timeout_s:g} s", None, "request_timeout"
         ) from None
+    if body is None:
+        raise _too_large(max_bytes)
+    return body
+
+
+async def joined(chunks: AsyncIterator[bytes], max_bytes: int) -> bytes | None:
+    """All of them, or None as soon as they are more than ``max_bytes``; then the rest is not read."""
+    parts, size = [], 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            return None
+        parts.append(chunk)
     return b"".join(parts)
 
 
@@ -41,15 +50,16 @@ def _too_large(max_bytes: int) -> BadRequest:
     )
 
 
+async def client_leaves(receive: Receive) -> None:
+    """Returns then; what is still read of the body is dropped."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer | None:
     """The work's result, or None if the client leaves first: then the work is cancelled."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
     answering = asyncio.create_task(work)
-    leaving = asyncio.create_task(gone())
+    leaving = asyncio.create_task(client_leaves(request.receive))
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return answering.result() if answering.done() else None

@@ -38,6 +38,15 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | in
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def error_response(status: int, body: dict[str, Any]) -> JSONResponse:
+    headers = {}
+    if status in (429, 503):
+        headers["Retry-After"] = "1"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status, headers)
+
+
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     """HTTP status and body for any exception. Ours get no details, but a traceback in the log."""
     if isinstance(error, BadRequest):
@@ -59,8 +68,7 @@ def install(app: FastAPI, state: Door) -> None:
             state.note_error(body["error"]["message"])
         if request.url.path.startswith("/v1/messages"):
             body = {"type": "error", **body}  # Anthropic's clients look for this key
-        headers = {"Retry-After": "1"} if status in (429, 503) else None
-        return JSONResponse(body, status, headers)
+        return error_response(status, body)
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

@@ -9,12 +9,13 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastqwen.errors import FastqwenError
 from fastqwen.server.http.door import Door
-from fastqwen.server.http.errors import describe, error_body
-from fastqwen.server.http.sse import DIRECT_SEND, encode
+from fastqwen.server.http.errors import describe, error_body, error_response
+from fastqwen.server.http.sse import DIRECT_SEND
 
 OPEN_PATHS = frozenset({"/", "/admin", "/health", "/health/ready", "/favicon.ico"})
 OPEN_FOLDER = "/static/"
@@ -23,6 +24,11 @@ COUNTED_PATHS = frozenset(
 )
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 MAX_HEADERS = 128
+PREFLIGHT_HEADERS = {
+    "access-control-allow-methods": "GET, POST, OPTIONS",
+    "access-control-allow-headers": "authorization, content-type, x-api-key, x-explain-cache",
+    "access-control-max-age": "600",
+}
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -58,9 +64,9 @@ class Guard:
         send = _with_headers(send, path, allowed_origin)
         refusal = self._refusal(scope, headers, path)
         if refusal is not None:
-            await refuse(send, *refusal)
+            await error_response(*refusal)(scope, receive, send)
         elif scope["method"] == "OPTIONS" and allowed_origin is not None:
-            await _preflight(send)
+            await Response(status_code=204, headers=PREFLIGHT_HEADERS)(scope, receive, send)
         elif path in COUNTED_PATHS and scope["method"] == "POST":
             await self._counted(scope, receive, send)
         else:
@@ -71,7 +77,7 @@ class Guard:
         try:
             self._state.admit()
         except FastqwenError as error:
-            await refuse(send, *describe(error))
+            await error_response(*describe(error))(scope, receive, send)
             return
         self._state.num_active += 1
         try:
@@ -105,10 +111,7 @@ class Guard:
         scheme, _, bearer = _header(headers, b"authorization").partition(" ")
         given = bearer.strip() if scheme.lower() == "bearer" else _header(headers, b"x-api-key")
         digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).digest()
-        found = False
-        for key in self._keys:
-            found |= hmac.compare_digest(digest, key)
-        return found
+        return any([hmac.compare_digest(digest, key) for key in self._keys])  # a list: all are compared, whatever fits
 
 
 def _is_open(scope: Scope, path: str) -> bool:
@@ -135,23 +138,3 @@ def _with_headers(send: Send, path: str, origin: str | None) -> Send:
         await send(message)
 
     return send_more
-
-
-async def refuse(send: Send, status: int, body: dict[str, object]) -> None:
-    headers = [(b"content-type", b"application/json")]
-    if status in (429, 503):
-        headers.append((b"retry-after", b"1"))
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": encode(body)})
-
-
-async def _preflight(send: Send) -> None:
-    headers = [
-        (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-        (b"access-control-allow-headers", b"authorization, content-type, x-api-key, x-explain-cache"),
-        (b"access-control-max-age", b"600"),
-    ]
-    await send({"type": "http.response.start", "status": 204, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})

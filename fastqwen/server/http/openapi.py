@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 ERROR: dict[str, Any] = {
@@ -82,29 +81,22 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 def install(app: FastAPI) -> None:
     """Replace FastAPI's document, which knows of no status but 200 and its own 422, which this server does not use."""
-    kept: list[dict[str, Any]] = []
-
-    def document() -> dict[str, Any]:
-        if not kept:
-            made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            kept.append(_complete(made))
-        return kept[0]
-
-    app.openapi = document  # type: ignore[method-assign]
+    made_by_fastapi = app.openapi
+    app.openapi = lambda: _complete(made_by_fastapi())  # type: ignore[method-assign]
 
 
-def _complete(found: dict[str, Any]) -> dict[str, Any]:
+def _complete(document: dict[str, Any]) -> dict[str, Any]:
     # An empty requirement first: a server without keys asks for none.
     security: list[dict[str, list[str]]] = [{}, {"key": []}]
-    found["components"] = {
+    document["components"] = {
         "schemas": {"Error": ERROR},
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
     }
-    for path, operations in found["paths"].items():
+    for path, operations in document["paths"].items():
         for method, operation in operations.items():
             operation["security"] = security
             operation["responses"] = {"200": _success(path), **_failures(path, with_body=method == "post")}
-    return found
+    return document
 
 
 def _success(path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from fastqwen.server.http.body import client_leaves
 from fastqwen.server.http.errors import describe
 
 log = logging.getLogger("fastqwen.server")
@@ -68,8 +69,7 @@ class EventStream(Response):
         async with anyio.create_task_group() as group:
 
             async def watch_disconnect() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
+                await client_leaves(receive)
                 group.cancel_scope.cancel()
 
             async def watch_stall() -> None:

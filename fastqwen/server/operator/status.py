@@ -18,6 +18,7 @@ from fastqwen.server.operator.prometheus import metrics_text
 from fastqwen.version import __version__
 
 STATIC = Path(__file__).parents[1] / "static"
+ENGINE_FIGURES = ("kv_usage", "num_blocks", "num_preemptions", "prefix_queries_tokens", "prefix_hits_tokens")
 READY_WITHIN_S = 30.0  # an engine that is silent for longer is not ready
 
 
@@ -92,13 +93,9 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
         return {
             "running": stats.num_running,
             "waiting": stats.num_waiting,
-            "kv_usage": stats.kv_usage,
-            "num_blocks": stats.num_blocks,
-            "prefix_queries_tokens": stats.prefix_queries_tokens,
-            "prefix_hits_tokens": stats.prefix_hits_tokens,
+            **{name: getattr(stats, name) for name in ENGINE_FIGURES},
             "prompt_tokens_total": state.metrics.prompt_tokens,
             "generation_tokens_total": state.metrics.generation_tokens,
-            "num_preemptions": stats.num_preemptions,
             "uptime_s": time.time() - state.started_s,
             "model": state.names[0],
             "state": "draining" if state.draining else engine.state,

@@ -6,6 +6,7 @@ No open proxy: only the paths below are passed on, and only to the addresses tha
 from __future__ import annotations
 
 import logging
+import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -58,23 +59,20 @@ def serve_page(config: WebConfig, upstreams: Upstreams) -> int:
     configure_logging(config.log_format)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request that is passed on
     check_exposure(config)
-    bound = bind(config.host, config.port)
-    state = WebState(config, upstreams)
-    address = f"http://{config.host}:{bound.getsockname()[1]}"
+    with bind(config.host, config.port) as bound:
+        return run_loop(_serve(WebState(config, upstreams), bound))
 
-    async def run() -> int:
-        try:
-            log.info("the page is at %s, for %s", address, ", ".join(one.url for one in upstreams.all))
-            await _greet(state)
-            await DrainingServer(create_web_app(state), state).serve(sockets=[bound])
-        finally:
-            await upstreams.close()
-        return 0
 
+async def _serve(state: WebState, bound: socket.socket) -> int:
+    upstreams = state.upstreams
     try:
-        return run_loop(run())
+        address = f"http://{state.config.host}:{bound.getsockname()[1]}"
+        log.info("the page is at %s, for %s", address, ", ".join(one.url for one in upstreams.all))
+        await _greet(state)
+        await DrainingServer(create_web_app(state), state).serve(sockets=[bound])
     finally:
-        bound.close()
+        await upstreams.close()
+    return 0
 
 
 async def _greet(state: WebState) -> None:

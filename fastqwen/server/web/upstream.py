@@ -13,6 +13,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from fastqwen.errors import BadConfig, UpstreamGone
+from fastqwen.server.http.body import joined
 from fastqwen.server.http.sse import EventStream
 from fastqwen.version import __version__
 
@@ -87,17 +88,14 @@ class Upstream:
 
     async def read(self, response: httpx.Response) -> bytes:
         try:
-            parts, size = [], 0
-            async for part in response.aiter_bytes():
-                size += len(part)
-                if size > MAX_ANSWER_BYTES:
-                    raise UpstreamGone(f"{self.url} sends more than {MAX_ANSWER_BYTES} bytes at once")
-                parts.append(part)
-            return b"".join(parts)
+            body = await joined(response.aiter_bytes(), MAX_ANSWER_BYTES)
         except httpx.HTTPError as error:
             raise self._silent(error) from None
         finally:
             await response.aclose()
+        if body is None:
+            raise UpstreamGone(f"{self.url} sends more than {MAX_ANSWER_BYTES} bytes at once")
+        return body
 
     async def lines(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
         """The body as it comes, in whole lines, so that an error event after a broken one can still be read."""
