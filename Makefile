@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 
-.PHONY: serve test test-slow test-page stress fuzz test-clients check-install lint clean help
+.PHONY: serve test test-slow test-page stress fuzz test-clients test-compile check-install lint clean help
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -49,6 +49,9 @@ test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use
 test-page: $(DEV_STAMP)  ## Test the chat page in headless Chromium (needs Debian's chromium on the PATH)
 	@scripts/install page
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/page
+
+test-compile: $(DEV_STAMP)  ## Compile what each model launches on a GPU, without one
+	$(BIN)/python -m pytest -m slow tests/kernels/test_compile.py
 
 check-install: $(DEV_STAMP)  ## Ask the package index whether constraints.txt can be installed, for each Python; installs nothing
 	$(BIN)/python scripts/check_install.py

@@ -14,6 +14,7 @@ DECODE_ROWS = 2048  # int32 counters for each key-value head
 UNPACK_BYTES = 8 * MIB  # of a packed matrix, as float32, unpacked at a time
 WIDE_BYTES = 200 * MIB  # activations of a step that are worth to be made in two parts
 CHUNK_ROWS = 4096
+GPU_HEAD_DIMS = (16, 32, 64, 128, 256)  # the first in float32 only
 TILE_TOKENS = 64  # of the prompt kernel; steps with prompts beside streams have a multiple of so many tokens
 MAX_RECORDED_TOKENS = 2048
 LIBRARY_ATTENTION_CAPABILITY = (9, 0)  # from here on whole prompts go through cuDNN

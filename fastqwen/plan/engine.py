@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadConfig, DoesNotFit
-from fastqwen.kernels.limits import MAX_RECORDED_TOKENS
+from fastqwen.errors import BadConfig, DoesNotFit, Unsupported
+from fastqwen.kernels.limits import GPU_HEAD_DIMS, MAX_RECORDED_TOKENS
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import NamedModel, published
 from fastqwen.plan.changes import advise
@@ -56,6 +56,8 @@ def make_plan(
     if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
     on_cpu = facts.kind == "cpu"
+    if not on_cpu:
+        check_head_dim(model.head_dim, dtype)
     profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
     block_size = config.block_size or profile.block_size
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
@@ -93,6 +95,14 @@ def make_plan(
         notices=tuple(notices),
         peak_bytes=need.fixed + num_blocks * block_size * per_token,
     )
+
+
+def check_head_dim(head_dim: int, dtype: str) -> None:
+    """Raises Unsupported. The GPU's kernels hold a head as two halves, each of a size that tensor cores take."""
+    possible = GPU_HEAD_DIMS if dtype == "float32" else GPU_HEAD_DIMS[1:]
+    if head_dim not in possible:
+        sizes = ", ".join(map(str, possible))
+        raise Unsupported(f"head_dim is {head_dim}, on a GPU in {dtype} it can be {sizes}: use --device cpu")
 
 
 def mixed_tokens(model: ModelConfig, facts: DeviceFacts) -> int:

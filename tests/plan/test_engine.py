@@ -146,3 +146,12 @@ def test_prompts_beside_streams_take_as_many_tokens_as_last_a_twentieth_of_a_sec
         make_plan(model_of("Qwen3-0.6B"), EngineConfig(model="x", max_model_len=4096), cpu(16)).max_num_mixed_tokens
         is None
     )
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(80, "bfloat16"), (16, "float16"), (512, "bfloat16"), (24, "float32")])
+def test_heads_that_the_gpus_kernels_do_not_take_are_refused(head_dim: int, dtype: str):
+    model = msgspec.structs.replace(model_of("Qwen3-8B"), head_dim=head_dim)
+    config = EngineConfig(model="x", dtype=dtype, max_model_len=1024)  # type: ignore[arg-type]
+    with pytest.raises(Unsupported, match=f"head_dim is {head_dim}, on a GPU .*--device cpu"):
+        make_plan(model, config, find_target("RTX 4090").facts)
+    assert make_plan(model, config, cpu(200)).num_blocks > 0
