@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests import reaper
 from tests.server.live import LiveServer, eventually
 
 # As the command line does: tests share the cores with the servers that they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["FASTQWEN_STATE"] = tempfile.mkdtemp(prefix="fastqwen-state-")  # not the user's own history of messages
+REAPER = reaper.watch(os.environ["FASTQWEN_STATE"])
 
 TESTS = Path(__file__).parent
 

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import typer
 
+from fastqwen import models, quant
 from fastqwen.cli.main import app
+from fastqwen.config import EngineConfig
 from tests.server.live import ROOT, LiveServer, environment, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +39,13 @@ def blocks(*languages: str) -> list[tuple[str, str]]:
 def commands() -> list[str]:
     lines = [line.split("   #")[0].strip() for _, text in blocks("sh") for line in text.splitlines()]
     return [line for line in lines if line]
+
+
+def elsewhere() -> list[str]:
+    """What the README's last column says instead of other projects' commands: the last code of each row."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## What you typed elsewhere")[1].split("\n## ")[0]
+    cells = [row.rsplit(" | ", 1)[1] for row in re.findall(r"^\| (.* \| .*) \|$", table, flags=re.M)[1:]]
+    return [re.findall(r"`([^`]+)`", cell)[0] for cell in cells]
 
 
 MAKE = [line for line in commands() if line.startswith("make ")]
@@ -96,6 +105,31 @@ def test_fastqwen(server: LiveServer, line: str):
     done = run(*words[1:], stdin=stdin)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("line", [line for line in elsewhere() if line.startswith("fastqwen ")])
+def test_commands_for_those_who_come_from_elsewhere(line: str):
+    _read_only(shlex.split(line)[1:])
+
+
+def test_python_for_those_who_come_from_elsewhere(server: LiveServer):
+    lines = [line for line in elsewhere() if not line.startswith("fastqwen ")]
+    assert len(lines) == 3
+    names: dict[str, Any] = {}
+    for line in lines:
+        line = line.replace("Qwen/Qwen-7B-Chat", server.url)
+        exec(line.replace("history=None", "history=None, max_tokens=8"), names)
+    names["model"].close()
+    assert names["response"] and len(names["history"]) == 1
+
+
+def test_what_the_readme_calls_missing_is_missing():
+    missing = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is missing")[1].split("\n## ")[0]
+    for word in ("qwen3_next", "qwen3_5"):
+        assert f"`{word}`" in missing and word not in models.supported()
+    assert "**AWQ and FP8**" in missing and quant.supported() == ["dense", "gptq"]
+    assert "--tensor-parallel-size" in missing and "tensor_parallel_size" not in EngineConfig.__struct_fields__
+    assert "8-bit KV cache" in missing and "kv_cache_dtype" not in EngineConfig.__struct_fields__
 
 
 def _read_only(words: list[str]) -> None:

@@ -25,8 +25,8 @@ from fastqwen.runner import cuda_runner, start
 from tests.models.embedding import make_embedder, reference
 from tests.models.tiny import prompt
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-TEXTS = [[5], prompt(17), prompt(33), prompt(100)]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+TEXTS = [[5], prompt(17), prompt(33), prompt(50)]
 
 
 class NoEvent:
@@ -63,4 +63,4 @@ def test_vectors_and_tokens_in_the_same_steps(on_cpu: None, tmp_path: Path, opti
         assert tokens == wanted.outputs[0].token_ids
         for index, text in enumerate(TEXTS):
             torch.testing.assert_close(vectors[str(index)], reference(base, text), rtol=0, atol=1e-4)
-    assert [one.num_cached_tokens for one in llm.embed(TEXTS, use_tqdm=False)] == [0, 16, 32, 96]
+    assert [one.num_cached_tokens for one in llm.embed(TEXTS, use_tqdm=False)] == [0, 16, 32, 48]

@@ -205,8 +205,9 @@ def test_truncated_gguf(tmp_path: Path, demo_gguf: Path, keep: float):
     file = tmp_path / "model.gguf"
     shutil.copy(demo_gguf, file)
     os.truncate(file, int(keep * file.stat().st_size) if isinstance(keep, float) else keep)
-    for arguments in (["serve", str(file), "--port", "0"], ["generate", str(file), "Hello"]):
-        assert file.name in one_line(run(*arguments))
+    assert file.name in one_line(run("serve", str(file), "--port", "0"))
+    if keep == 0.5:  # both ask the same reader
+        assert file.name in one_line(run("generate", str(file), "Hello"))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,10 @@ SAMPLING: dict[str, tuple[Any, dict[str, Any], str]] = {
     "guided_grammar": ('start: "yes"', {}, "Hello"),
     "stream": (True, {}, "Hello"),
     "stream_options": ({"include_usage": True}, {"stream": True}, "Hello"),
-    **{name: ({"a": "b"} if name == "metadata" else name in ("store",) or "x", {}, "Hello") for name in WITHOUT_EFFECT},
+    **{
+        name: ({"a": "b"} if name == "metadata" else name in ("store",) or "x", {}, "Hello")
+        for name in sorted(WITHOUT_EFFECT)
+    },
 }
 CHAT = {
     **SAMPLING,
