@@ -1,4 +1,4 @@
-"""fastqwen serves every generation of Qwen on a CPU or a GPU.
+"""fastqwen serves Qwen models from 2023 on, on a CPU or a GPU.
 
 The public names load on first use, so that ``fastqwen --help`` and the planner never pay for importing torch.
 """

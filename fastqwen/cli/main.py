@@ -37,7 +37,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main() -> None:
     """A user's mistake is one line on standard error and exit status 1; a bug keeps its traceback."""
     # Compute threads sleep while they wait for each other. Spinning is faster on an idle machine, and ten times slower
-    # once anything else wants the cores (docs/performance.md). Read when torch is imported, inherited by the engine.
+    # once anything else wants the cores (docs/ideas_tried.md). Read when torch is imported, inherited by the engine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()

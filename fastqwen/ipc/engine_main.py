@@ -36,6 +36,7 @@ IDLE_WAIT_MS = 500  # also how often an idle engine shows that it lives
 
 def main(address: str, log_format: str = "text", start_engine: Starter | None = None) -> int:
     """``start_engine`` is the real one unless a test brings another."""
+    parent = os.getppid()
     configure_logging(log_format, "engine")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     context = zmq.Context()
@@ -49,7 +50,7 @@ def main(address: str, log_format: str = "text", start_engine: Starter | None = 
         engine = _start(socket, start, start_engine or _start_real_engine)
         if engine is None:
             return 1
-        _serve(socket, engine.core, Arrivals(engine.compiler))
+        _serve(socket, parent, engine.core, Arrivals(engine.compiler))
     finally:
         socket.close()
         context.term()
@@ -89,8 +90,7 @@ def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> En
     return engine
 
 
-def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals) -> None:
-    parent = os.getppid()
+def _serve(socket: zmq.Socket[bytes], parent: int, core: EngineCore, arrivals: Arrivals) -> None:
     told_s = 0.0
     while os.getppid() == parent:
         _take_messages(socket, core, arrivals, wait_ms=0 if core.has_work else arrivals.patience_ms(IDLE_WAIT_MS))

@@ -1,10 +1,10 @@
 """Compiles what steps of a model launch on a GPU, on a machine without one.
 
-``python -m tests.kernels.compile_for_gpu CAPABILITY [MODEL ...]``, 90 or 80: the runner's own code runs on tensors that have shapes
-and no memory (torch's meta device), under a driver that names the GPU and launches nothing. So every size, constant and
+``python -m tests.kernels.compile_for_gpu CAPABILITY [MODEL ...]``, 90 or 80: the runner's own code runs on tensors that have
+shapes and no memory (torch's meta device), under a driver that names the GPU and launches nothing. So every size, constant and
 tiling is the real one, and what the interpreter lets pass and the compiler does not (types that change in a loop, a size of 1,
-which becomes a constant, more shared memory than there is) fails here. Run by test_compile.py in a process of its own, in which Triton is not an interpreter. Prints a line of JSON for each
-kernel that was compiled.
+which becomes a constant, more shared memory than there is) fails here. Run by test_compile.py in a process of its own, in
+which Triton is not an interpreter. Prints a line of JSON for each kernel that was compiled.
 """
 
 from __future__ import annotations

@@ -36,11 +36,14 @@ def make(folder: Path, config_class: str, *, dtype: torch.dtype = torch.float32,
     """A transformers model with random weights, saved into ``folder``; norms and biases are random as well."""
     torch.manual_seed(20261123)
     config = getattr(transformers, config_class)(**{**COMMON, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith(".bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.data = parameter.to(
+                dtype
+            )  # not model.to(dtype), which would round the rotary frequencies as well
     model.generation_config = transformers.GenerationConfig(do_sample=False)
     model.save_pretrained(folder)
     return model
