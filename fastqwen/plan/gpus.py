@@ -123,7 +123,7 @@ def _this_machine() -> Target:
     """The GPU with the least free memory that nvidia-smi names, else this machine's memory."""
     rows = _nvidia_smi()
     if not rows:
-        facts = _host_facts()
+        facts = host_facts()
         return one_device(facts, f"this machine's CPU with {facts.total_bytes / GIB:.1f} GiB")
     name, mib, capability, used_mib = min(rows, key=lambda row: row[1] - row[3])
     sheet = data_sheet(name, mib)
@@ -166,7 +166,7 @@ def _nvidia_smi() -> list[tuple[str, int, str, int]]:
     return rows
 
 
-def _host_facts() -> DeviceFacts:
+def host_facts() -> DeviceFacts:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DeviceFacts(kind="cpu", name="CPU", total_bytes=total, free_bytes=_free_host_bytes(total))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from fastqwen.config import EngineConfig
@@ -11,7 +9,7 @@ from fastqwen.errors import BadConfig
 from fastqwen.kernels import Ops
 from fastqwen.plan import DeviceFacts
 from fastqwen.plan.facts import CONTEXT_BYTES_PER_MULTIPROCESSOR, MIB
-from fastqwen.plan.gpus import data_sheet
+from fastqwen.plan.gpus import data_sheet, host_facts
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,9 +39,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
             bandwidth_gb_s=sheet.bandwidth_gb_s if sheet else None,
             matmul_tflops=sheet.matmul_tflops if sheet else None,
         )
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = page * os.sysconf("SC_PHYS_PAGES")
-    return DeviceFacts(kind="cpu", name="CPU", total_bytes=total, free_bytes=_free_host_bytes(total))
+    return host_facts()
 
 
 def choose_ops(device: torch.device) -> Ops:
@@ -60,14 +56,3 @@ def choose_ops(device: torch.device) -> Ops:
         if library is not None:
             return CpuOps(library)
     return ReferenceOps()
-
-
-def _free_host_bytes(total: int) -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return total // 2
