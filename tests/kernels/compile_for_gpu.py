@@ -1,6 +1,6 @@
 """Compiles what steps of a model launch on a GPU, on a machine without one.
 
-``python -m tests.kernels.compile_for_gpu CAPABILITY [MODEL ...]``, 90 or 80: the runner's own code runs on tensors that have
+``python -m tests.kernels.compile_for_gpu CAPABILITY [MODEL ...]``, 80 or 120: the runner's own code runs on tensors that have
 shapes and no memory (torch's meta device), under a driver that names the GPU and launches nothing. So every size, constant and
 tiling is the real one, and what the interpreter lets pass and the compiler does not (types that change in a loop, a size of 1,
 which becomes a constant, more shared memory than there is) fails here. Run by test_compile.py in a process of its own, in
@@ -36,10 +36,8 @@ from fastqwen.runner.device import TORCH_DTYPES
 from fastqwen.weights.source import Weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHARED_BYTES = {
-    80: 163 * 1024,
-    90: 227 * 1024,
-}  # for one program at most (CUDA's programming guide, table of capabilities)
+# Shared memory in KiB for one program at most, by capability (CUDA's programming guide); multiprocessors of a usual card.
+CARDS = {80: (163, 108), 86: (99, 82), 89: (99, 128), 90: (227, 132), 100: (227, 148), 120: (99, 170)}
 META = torch.device("meta")
 
 PUBLISHED = ("qwen1-7b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "qwen3-14b", "qwen3-30b-a3b")
@@ -102,7 +100,9 @@ class Event:
 def stand_in(capability: int) -> dict[str, Any]:
     """Nothing is launched, everything is compiled. Returns what was, by name and the compiler's key."""
     found: dict[str, Any] = {}
-    launch.capability = lambda device: divmod(capability, 10)  # type: ignore[assignment]
+    kibibytes, multiprocessors = CARDS[capability]
+    card = launch.Card(divmod(capability, 10), kibibytes * 1024, multiprocessors)
+    launch.card_of = lambda device: card  # type: ignore[assignment]
     triton.runtime.driver.set_active(NamesTarget(capability))
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment,method-assign]
     torch.cuda.Event = Event  # type: ignore[assignment,misc]
@@ -129,7 +129,7 @@ def make_runner(model: ModelConfig, dtype: str, capability: int) -> Any:
     config = EngineConfig(model="meta", dtype=dtype, max_model_len=8192)  # type: ignore[arg-type]
     facts = DeviceFacts(
         kind="cuda", name="", total_bytes=80 * GIB, free_bytes=80 * GIB,
-        compute_capability=divmod(capability, 10), multiprocessors=108,
+        compute_capability=divmod(capability, 10), multiprocessors=CARDS[capability][1],
     )  # fmt: skip
     plan = make_plan(model, config, facts)
     decoder = build_decoder(model, ShapesOnly(TORCH_DTYPES[dtype]), TritonOps(META))
@@ -173,7 +173,7 @@ def main() -> None:
             compute_steps(make_runner(model, dtype, capability))
         for key in found.keys() - before:
             shared = found[key].metadata.shared
-            fits = shared <= SHARED_BYTES[capability]
+            fits = shared <= CARDS[capability][0] * 1024
             line = {"model": name, "kernel": found[key].metadata.name, "shared_bytes": shared, "fits": fits}
             print(json.dumps(line), flush=True)
 

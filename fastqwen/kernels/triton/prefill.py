@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fastqwen.kernels import AttentionParts, LayerCache, StepTokens
 from fastqwen.kernels.triton.attention import LOG2_E
+from fastqwen.kernels.triton.launch import INTERPRETED, Card, card_of, stages_that_fit
+
+LARGE_SHARED_BYTES = 160 * 1024  # what an A100 and Hopper have; an RTX 3090 or 5090 has 99 KiB
 
 
 @triton.jit
@@ -107,10 +110,12 @@ class PrefillTiling:
     num_stages: int
 
 
-def prefill_tiling(head_dim: int, element_bytes: int) -> PrefillTiling:
+def prefill_tiling(head_dim: int, element_bytes: int, card: Card = INTERPRETED) -> PrefillTiling:
     """What was fastest on an H200 (bench/results/h200-prompts.json). Shared memory holds the stages' keys and values: of
-    float32 only two fit."""
-    return PrefillTiling(keys=64, num_warps=4, num_stages=3 if head_dim * element_bytes <= 256 else 2)
+    float32 only two fit, on cards with less of it only half as many keys."""
+    keys = 64 if card.shared_bytes >= LARGE_SHARED_BYTES else 32
+    stages = 3 if head_dim * element_bytes <= 256 else 2
+    return PrefillTiling(keys, 4, stages_that_fit(stages, 2 * keys * head_dim * element_bytes, card))
 
 
 def prefill_attention(
@@ -127,7 +132,7 @@ def prefill_attention(
     tiles, height, shape = step.prompts.tiles, step.prompts.height, parts.shape
     if not tiles.shape[0]:
         return
-    t = tiling or prefill_tiling(shape.head_dim, q.element_size())
+    t = tiling or prefill_tiling(shape.head_dim, q.element_size(), card_of(q.device))
     _prefill[(shape.num_heads, tiles.shape[0])](
         q, cache.k, cache.v, out, tiles, step.block_tables,
         step.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E,
