@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionParts, HeadShape, LayerCache, StepTokens
-from fastqwen.kernels.limits import DECODE_PARTS, DECODE_ROWS
-from fastqwen.kernels.triton.launch import card_of, overlapping, prefetch, stages_that_fit, supports_overlap
+from fastqwen.kernels.limits import DECODE_PARTS, DECODE_ROWS, decode_stages
+from fastqwen.kernels.triton.launch import card_of, overlapping, prefetch, supports_overlap
 from fastqwen.kernels.triton.pointwise import normed_and_rotated, turn_of
 
 LOG2_E = 1.4426950408889634
@@ -269,7 +269,6 @@ class DecodeWorkspace:
 MAX_SPLITS = 64
 RECORDED_SPLITS = 8
 PROGRAMS_EACH = 4  # wanted for each multiprocessor
-STAGES = 3
 
 
 def expected_rows(rows: int, step: StepTokens) -> int:
@@ -295,14 +294,14 @@ def decode_attention(
         splits = min(splits, workspace.max_parts // (rows * shape.num_kv_heads) or 1)
     assert shape.group <= 16, "more than 16 query heads for a KV head"
     pdl, counted = workspace.overlap, step.decode_count is not None
-    stage_bytes = 2 * cache.k.shape[2] * shape.head_dim * cache.k.element_size()
-    stages = stages_that_fit(STAGES, stage_bytes, card_of(qkv.device))
+    block_size, card = cache.k.shape[2], card_of(qkv.device)
+    stages = decode_stages(block_size, shape.head_dim, cache.k.element_size(), card.shared_bytes)
     _decode[(shape.num_kv_heads, rows, splits)](
         qkv, step.cos_sin, step.q_scale, parts.q_norm, parts.k_norm, step.slots, step.block_tables, step.positions,
         step.decode_count, cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
         step.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, parts.eps, splits,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, ROTARY=shape.rotary_dim,
-        WIDTH=qkv.stride(0), BLOCK_SIZE=cache.k.shape[2], GROUP=shape.group, GROUP_2=triton.next_power_of_2(shape.group),
+        WIDTH=qkv.stride(0), BLOCK_SIZE=block_size, GROUP=shape.group, GROUP_2=triton.next_power_of_2(shape.group),
         MAX_SPLITS=triton.next_power_of_2(splits), WINDOW=parts.window or 0, NORM=parts.q_norm is not None,
         LOGN=step.q_scale is not None, COUNTED=counted, HOLD=hold,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=stages, PDL=pdl, num_warps=4, **overlapping(pdl),

@@ -31,7 +31,7 @@ class Card:
 
 INTERPRETED = Card((0, 0), 227 * 1024, 132)  # where there is no GPU: an H200's sizes
 
-UNSTAGED_BYTES = 2048  # of a program's shared memory: sums between warps, what Triton aligns
+UNSTAGED_BYTES = 5 * 1024  # of a program's shared memory: sums between warps, what Triton aligns
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastqwen.kernels import AttentionParts, LayerCache, StepTokens
+from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.kernels.triton.attention import LOG2_E
 from fastqwen.kernels.triton.launch import INTERPRETED, Card, card_of, stages_that_fit
 
@@ -111,11 +112,16 @@ class PrefillTiling:
 
 
 def prefill_tiling(head_dim: int, element_bytes: int, card: Card = INTERPRETED) -> PrefillTiling:
-    """What was fastest on an H200 (bench/results/h200-prompts.json). Shared memory holds the stages' keys and values: of
-    float32 only two fit, on cards with less of it only half as many keys."""
+    """What was fastest on an H200 (bench/results/h200-prompts.json), with fewer keys on cards with less shared memory. It
+    holds the stages' keys and values, and of float32, which tensor cores do not take, the tile's queries as well."""
     keys = 64 if card.shared_bytes >= LARGE_SHARED_BYTES else 32
-    stages = 3 if head_dim * element_bytes <= 256 else 2
-    return PrefillTiling(keys, 4, stages_that_fit(stages, 2 * keys * head_dim * element_bytes, card))
+    if element_bytes == 2:
+        return PrefillTiling(keys, 4, stages_that_fit(3 if head_dim <= 128 else 2, 4 * keys * head_dim, card))
+    queries = 4 * TILE_TOKENS * head_dim
+    while keys > 16 and queries + keys * (8 * head_dim + 260) > card.shared_bytes:
+        keys //= 2
+    stages = stages_that_fit(2, 8 * keys * head_dim, replace(card, shared_bytes=card.shared_bytes - queries))
+    return PrefillTiling(keys, 4, stages)
 
 
 def prefill_attention(
