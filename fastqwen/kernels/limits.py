@@ -3,21 +3,44 @@ counts the memory that follows from them, runner and kernels allocate and choose
 
 from __future__ import annotations
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 
 FUSED_ROWS = 64  # products of up to so many rows use our own kernels, others cuBLAS
 SAMPLE_CHUNK = 4096  # entries of the vocabulary that one program of the sampler looks at
 SPLIT_PARTS = 4 * 2**20  # float32 numbers for products that are split over programs
 SPLIT_BLOCKS = 16384  # int32 counters for them
 DECODE_PARTS = 16384  # parts of contexts in a decode step; each has an output and two numbers for each query head
+DECODE_STAGES = 3
+DECODE_SUMS_BYTES = 12 * KIB
 DECODE_ROWS = 2048  # int32 counters for each key-value head
 UNPACK_BYTES = 8 * MIB  # of a packed matrix, as float32, unpacked at a time
 WIDE_BYTES = 200 * MIB  # activations of a step that are worth to be made in two parts
 CHUNK_ROWS = 4096
+GPU_BLOCK_SIZES = (16, 32, 64, 128, 256)  # of the KV cache, in tokens
 GPU_HEAD_DIMS = (16, 32, 64, 128, 256)  # the first in float32 only
 TILE_TOKENS = 64  # of the prompt kernel; steps with prompts beside streams have a multiple of so many tokens
 MAX_RECORDED_TOKENS = 2048
 LIBRARY_ATTENTION_CAPABILITY = (9, 0)  # from here on whole prompts go through cuDNN
+
+
+SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+
+
+def shared_bytes(capability: tuple[int, int]) -> int:
+    """Of shared memory for one program at most (CUDA C++ programming guide, technical specifications by capability); of a
+    capability that is not known the least of today's."""
+    return SHARED_KIB.get(capability, 99) * KIB
+
+
+def decode_stages(block_size: int, head_dim: int, number_bytes: int, shared_bytes: int) -> int:
+    """How many blocks of keys and values the attention of single tokens has on their way; 0: not even one fits.
+
+    All stages but the last lie in shared memory, beside one block as the product's operand and the sums (what Triton 3.7
+    asks for: tests/kernels/compile_for_gpu.py).
+    """
+    tile = block_size * head_dim * number_bytes
+    left = shared_bytes - tile - DECODE_SUMS_BYTES
+    return 0 if left < 0 else min(DECODE_STAGES, left // (2 * tile) + 1)
 
 
 def graph_batches(max_num_seqs: int) -> tuple[int, ...]:

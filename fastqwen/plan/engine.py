@@ -6,12 +6,12 @@ import msgspec
 
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit, Unsupported
-from fastqwen.kernels.limits import GPU_HEAD_DIMS, MAX_RECORDED_TOKENS
+from fastqwen.kernels.limits import GPU_BLOCK_SIZES, GPU_HEAD_DIMS, MAX_RECORDED_TOKENS, decode_stages, shared_bytes
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import NamedModel, published
 from fastqwen.plan.changes import advise
 from fastqwen.plan.device import budget_bytes, choose_dtype
-from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
+from fastqwen.plan.facts import DTYPE_BYTES, FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 from fastqwen.plan.question import PlanOptions, Question, is_fitting
 from fastqwen.plan.weights import num_parameters
@@ -58,6 +58,7 @@ def make_plan(
     on_cpu = facts.kind == "cpu"
     if not on_cpu:
         check_head_dim(model.head_dim, dtype)
+        check_block_size(config.block_size or FASTQWEN_GPU.block_size, model.head_dim, dtype, facts)
     profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
     block_size = config.block_size or profile.block_size
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
@@ -103,6 +104,17 @@ def check_head_dim(head_dim: int, dtype: str) -> None:
     if head_dim not in possible:
         sizes = ", ".join(map(str, possible))
         raise Unsupported(f"head_dim is {head_dim}, on a GPU in {dtype} it can be {sizes}: use --device cpu")
+
+
+def check_block_size(block_size: int, head_dim: int, dtype: str, facts: DeviceFacts) -> None:
+    """Raises BadConfig. The attention of single tokens has whole blocks in a program's shared memory."""
+    capability, number = facts.compute_capability or (0, 0), DTYPE_BYTES[dtype]
+    fitting = [str(size) for size in GPU_BLOCK_SIZES if decode_stages(size, head_dim, number, shared_bytes(capability))]
+    if str(block_size) not in fitting:
+        raise BadConfig(
+            f"--block-size is {block_size}, with heads of {head_dim} numbers in {dtype} it can be "
+            f"{', '.join(fitting)} on {facts.name or 'this GPU'}"
+        )
 
 
 def mixed_tokens(model: ModelConfig, facts: DeviceFacts) -> int:

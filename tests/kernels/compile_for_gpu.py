@@ -1,6 +1,6 @@
 """Compiles what steps of a model launch on a GPU, on a machine without one.
 
-``python -m tests.kernels.compile_for_gpu CAPABILITY [MODEL ...]``, 90 or 80: the runner's own code runs on tensors that have
+``python -m tests.kernels.compile_for_gpu CAPABILITY [MODEL ...]``, 80 or 120: the runner's own code runs on tensors that have
 shapes and no memory (torch's meta device), under a driver that names the GPU and launches nothing. So every size, constant and
 tiling is the real one, and what the interpreter lets pass and the compiler does not (types that change in a loop, a size of 1,
 which becomes a constant, more shared memory than there is) fails here. Run by test_compile.py in a process of its own, in
@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from fastqwen.build import build_decoder
 from fastqwen.config import EngineConfig
+from fastqwen.kernels.limits import shared_bytes
 from fastqwen.kernels.triton import launch
 from fastqwen.model_config import ModelConfig
 from fastqwen.models import parse_config, read_config
@@ -36,10 +37,7 @@ from fastqwen.runner.device import TORCH_DTYPES
 from fastqwen.weights.source import Weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHARED_BYTES = {
-    80: 163 * 1024,
-    90: 227 * 1024,
-}  # for one program at most (CUDA's programming guide, table of capabilities)
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}  # of a usual card of each capability
 META = torch.device("meta")
 
 PUBLISHED = ("qwen1-7b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "qwen3-14b", "qwen3-30b-a3b")
@@ -102,7 +100,9 @@ class Event:
 def stand_in(capability: int) -> dict[str, Any]:
     """Nothing is launched, everything is compiled. Returns what was, by name and the compiler's key."""
     found: dict[str, Any] = {}
-    launch.capability = lambda device: divmod(capability, 10)  # type: ignore[assignment]
+    pair = divmod(capability, 10)
+    card = launch.Card(pair, shared_bytes(pair), MULTIPROCESSORS[capability])
+    launch.card_of = lambda device: card  # type: ignore[assignment]
     triton.runtime.driver.set_active(NamesTarget(capability))
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment,method-assign]
     torch.cuda.Event = Event  # type: ignore[assignment,misc]
@@ -119,17 +119,17 @@ def stand_in(capability: int) -> dict[str, Any]:
     return found
 
 
-def make_runner(model: ModelConfig, dtype: str, capability: int) -> Any:
+def make_runner(model: ModelConfig, dtype: str, block_size: int, capability: int) -> Any:
     from fastqwen.kernels.triton import streamed, streamed_attention
     from fastqwen.kernels.triton.ops import TritonOps
     from fastqwen.runner.cuda_runner import CudaRunner
 
     for module in (streamed, streamed_attention):
         module.try_out = lambda device: None  # type: ignore[assignment]  # it would look at numbers
-    config = EngineConfig(model="meta", dtype=dtype, max_model_len=8192)  # type: ignore[arg-type]
+    config = EngineConfig(model="meta", dtype=dtype, max_model_len=8192, block_size=block_size)  # type: ignore[arg-type]
     facts = DeviceFacts(
         kind="cuda", name="", total_bytes=80 * GIB, free_bytes=80 * GIB,
-        compute_capability=divmod(capability, 10), multiprocessors=108,
+        compute_capability=divmod(capability, 10), multiprocessors=MULTIPROCESSORS[capability],
     )  # fmt: skip
     plan = make_plan(model, config, facts)
     decoder = build_decoder(model, ShapesOnly(TORCH_DTYPES[dtype]), TritonOps(META))
@@ -150,31 +150,33 @@ def row(slot: int, count: int) -> Row:
     return Row(slot=slot, request_id="", start=start, num_tokens=count, new_blocks=(), num_logits=1)
 
 
-def models() -> Iterator[tuple[str, ModelConfig, str]]:
-    """One layer of each kind: the others have the same shapes."""
+def models() -> Iterator[tuple[str, ModelConfig, str, int]]:
+    """Name, model, dtype, block size. One layer of each kind: the others have the same shapes."""
     for name in PUBLISHED:
         model = read_config(CONFIGS / name)
-        yield name, msgspec.structs.replace(model, num_layers=1), "bfloat16"
-    model = read_config(CONFIGS / "qwen3-8b")
-    yield "partly-rotated", msgspec.structs.replace(model, num_layers=1, head_dim=256, rotated=64), "bfloat16"
+        yield name, msgspec.structs.replace(model, num_layers=1), "bfloat16", 64
+    small = msgspec.structs.replace(read_config(CONFIGS / "qwen3-0.6b"), num_layers=1)
+    yield "large-blocks", small, "bfloat16", 256
+    yield "partly-rotated", msgspec.structs.replace(small, head_dim=256, rotated=64), "bfloat16", 64
+    yield "wide-float32", msgspec.structs.replace(small, head_dim=256), "float32", 64
     odd = parse_config(ODD, "odd")
     for dtype in ("float32", "float16"):
-        yield f"odd-{dtype}", odd, dtype
+        yield f"odd-{dtype}", odd, dtype, 16
 
 
 def main() -> None:
     capability, names = int(sys.argv[1]), sys.argv[2:]
     found = stand_in(capability)
-    for name, model, dtype in models():
+    for name, model, dtype, block_size in models():
         if names and name not in names:
             continue
         before = set(found)
         with torch.inference_mode():
-            compute_steps(make_runner(model, dtype, capability))
+            compute_steps(make_runner(model, dtype, block_size, capability))
         for key in found.keys() - before:
-            shared = found[key].metadata.shared
-            fits = shared <= SHARED_BYTES[capability]
-            line = {"model": name, "kernel": found[key].metadata.name, "shared_bytes": shared, "fits": fits}
+            asked = found[key].metadata.shared
+            fits = asked <= shared_bytes(divmod(capability, 10))
+            line = {"model": name, "kernel": found[key].metadata.name, "shared_bytes": asked, "fits": fits}
             print(json.dumps(line), flush=True)
 
 

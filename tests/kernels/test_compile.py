@@ -31,6 +31,6 @@ def test_what_steps_launch_compiles_for_a_gpu(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
 def test_what_each_model_launches_compiles_for_a_gpu(capability: int, tmp_path: Path):
     assert len(compiled(capability, tmp_path)) == (18 if capability == 90 else 16)

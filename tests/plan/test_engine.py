@@ -155,3 +155,21 @@ def test_heads_that_the_gpus_kernels_do_not_take_are_refused(head_dim: int, dtyp
     with pytest.raises(Unsupported, match=f"head_dim is {head_dim}, on a GPU .*--device cpu"):
         make_plan(model, config, find_target("RTX 4090").facts)
     assert make_plan(model, config, cpu(200)).num_blocks > 0
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "head_dim", "most"),
+    [("RTX 3090", "bfloat16", 128, 256), ("RTX 3090", "float32", 256, 64), ("H200", "bfloat16", 256, 256)],
+)
+def test_blocks_that_do_not_fit_into_shared_memory_are_refused(gpu: str, dtype: str, head_dim: int, most: int):
+    model = msgspec.structs.replace(model_of("Qwen3-0.6B"), head_dim=head_dim)
+    facts = find_target(gpu).facts
+
+    def plan(block_size: int) -> int:
+        config = EngineConfig(model="x", dtype=dtype, max_model_len=1024, block_size=block_size)  # type: ignore[arg-type]
+        return make_plan(model, config, facts).block_size
+
+    assert plan(most) == most and plan(16) == 16
+    for size in (8, 2 * most):
+        with pytest.raises(BadConfig, match=rf"--block-size is {size}, .*it can be 16, .*{most} on {gpu}"):
+            plan(size)

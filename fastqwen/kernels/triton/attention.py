@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionParts, HeadShape, LayerCache, StepTokens
-from fastqwen.kernels.limits import DECODE_PARTS, DECODE_ROWS
-from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
+from fastqwen.kernels.limits import DECODE_PARTS, DECODE_ROWS, decode_stages
+from fastqwen.kernels.triton.launch import card_of, overlapping, prefetch, supports_overlap
 from fastqwen.kernels.triton.pointwise import normed_and_rotated, turn_of
 
 LOG2_E = 1.4426950408889634
@@ -252,6 +252,7 @@ class DecodeWorkspace:
         self.stats = torch.empty(max_parts * 2 * shape.group, dtype=torch.float32, device=device)
         self.counter = torch.zeros(max_rows * shape.num_kv_heads, dtype=torch.int32, device=device)
         self.overlap = supports_overlap(device)
+        self.programs_wanted = PROGRAMS_EACH * card_of(device).multiprocessors
 
     def splits(self, rows: int, num_kv_heads: int) -> tuple[int, bool]:
         """How many parts a context may be cut into, and whether a program holds its first tile in registers.
@@ -260,14 +261,14 @@ class DecodeWorkspace:
         others four (bench/results/h200-tune-attention.json). A power of two, so that few variants are compiled.
         """
         pairs = rows * num_kv_heads
-        hold = pairs * 4 <= PROGRAMS_WANTED // 2
-        wanted = (PROGRAMS_WANTED // 2 if hold else PROGRAMS_WANTED) // pairs
+        hold = pairs * 4 <= self.programs_wanted // 2
+        wanted = (self.programs_wanted // 2 if hold else self.programs_wanted) // pairs
         return int(2 ** math.floor(math.log2(max(1, min(MAX_SPLITS, wanted, self.max_parts // pairs))))), hold
 
 
 MAX_SPLITS = 64
 RECORDED_SPLITS = 8
-PROGRAMS_WANTED = 528  # four for each of an H200's multiprocessors
+PROGRAMS_EACH = 4  # wanted for each multiprocessor
 
 
 def expected_rows(rows: int, step: StepTokens) -> int:
@@ -293,13 +294,15 @@ def decode_attention(
         splits = min(splits, workspace.max_parts // (rows * shape.num_kv_heads) or 1)
     assert shape.group <= 16, "more than 16 query heads for a KV head"
     pdl, counted = workspace.overlap, step.decode_count is not None
+    block_size, card = cache.k.shape[2], card_of(qkv.device)
+    stages = decode_stages(block_size, shape.head_dim, cache.k.element_size(), card.shared_bytes)
     _decode[(shape.num_kv_heads, rows, splits)](
         qkv, step.cos_sin, step.q_scale, parts.q_norm, parts.k_norm, step.slots, step.block_tables, step.positions,
         step.decode_count, cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
         step.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, parts.eps, splits,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, ROTARY=shape.rotary_dim,
-        WIDTH=qkv.stride(0), BLOCK_SIZE=cache.k.shape[2], GROUP=shape.group, GROUP_2=triton.next_power_of_2(shape.group),
+        WIDTH=qkv.stride(0), BLOCK_SIZE=block_size, GROUP=shape.group, GROUP_2=triton.next_power_of_2(shape.group),
         MAX_SPLITS=triton.next_power_of_2(splits), WINDOW=parts.window or 0, NORM=parts.q_norm is not None,
         LOGN=step.q_scale is not None, COUNTED=counted, HOLD=hold,
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=3, PDL=pdl, num_warps=4, **overlapping(pdl),
+        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=stages, PDL=pdl, num_warps=4, **overlapping(pdl),
     )  # fmt: skip

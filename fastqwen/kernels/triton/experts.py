@@ -6,7 +6,7 @@ the results do not, because a row's arithmetic does not depend on its place in a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import ExpertsWeight, Norm
-from fastqwen.kernels.triton.launch import overlapping, supports_overlap
+from fastqwen.kernels.triton.launch import INTERPRETED, Card, card_of, overlapping, stages_that_fit, supports_overlap
 
 
 @triton.jit
@@ -271,9 +271,14 @@ class GroupTiling:
     num_stages: int
 
 
-def group_tiling(pairs: int, num_experts: int, element_bytes: int = 2) -> GroupTiling:
-    """By how many pairs an expert has on average; a tile should hold most experts' pairs, or be full."""
-    average = pairs / num_experts
+def group_tiling(pairs: int, num_experts: int, element_bytes: int = 2, card: Card = INTERPRETED) -> GroupTiling:
+    """By how many pairs an expert has on average; a tile should hold most experts' pairs, or be full. As many stages as fit."""
+    t = _group_tiling(pairs / num_experts, element_bytes)
+    stage_bytes = (t.block_m + max(t.block_n, 2 * t.gate_n)) * t.block_k * element_bytes
+    return replace(t, num_stages=stages_that_fit(t.num_stages, stage_bytes, card))
+
+
+def _group_tiling(average: float, element_bytes: int) -> GroupTiling:
     if element_bytes > 2:  # shared memory holds half as much
         return GroupTiling(16, 64, 32, 64, 4, 3) if average <= 8 else GroupTiling(64, 64, 64, 64, 4, 2)
     if average <= 8:
@@ -327,7 +332,7 @@ def add_experts(
     launch = overlapping(pdl)
     padded = triton.next_power_of_2(num_experts)
     many: dict[str, Any] = {"EXPERTS": num_experts, "PADDED": padded, "TOP_K": top_k, "PDL": pdl}
-    t = tiling or group_tiling(pairs, num_experts, x.element_size())
+    t = tiling or group_tiling(pairs, num_experts, x.element_size(), card_of(x.device))
     num_tiles = min(num_experts, pairs) + pairs // t.block_m
     many |= {"BLOCK_M": t.block_m, "BLOCK_K": t.block_k, "HALVES": t.block_m >= 128}
     many |= {"PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}

@@ -1,7 +1,9 @@
-"""Kernels that start before the one in front has ended (programmatic dependent launch, compute capability 9.0)."""
+"""What a card gives a program, and kernels that start before the one in front has ended (programmatic dependent launch,
+compute capability 9.0)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,14 +20,36 @@ def prefetch(pointers):
     )
 
 
+@dataclass(frozen=True)
+class Card:
+    """What tilings go by."""
+
+    capability: tuple[int, int]
+    shared_bytes: int  # of shared memory for one program at most, as the driver says and Triton compares
+    multiprocessors: int
+
+
+INTERPRETED = Card((0, 0), 227 * 1024, 132)  # where there is no GPU: an H200's sizes
+
+UNSTAGED_BYTES = 5 * 1024  # of a program's shared memory: sums between warps, what Triton aligns
+
+
 @cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability; (0, 0) where there is no GPU and Triton interprets."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+def card_of(device: torch.device) -> Card:
+    if device.type != "cuda":
+        return INTERPRETED
+    found = torch.cuda.get_device_properties(device)
+    shared_bytes = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return Card((found.major, found.minor), shared_bytes, found.multi_processor_count)
+
+
+def stages_that_fit(wanted: int, stage_bytes: int, card: Card) -> int:
+    """Of a loop whose loads are in shared memory before they are used; the last stage's go on to registers."""
+    return max(1, min(wanted, (card.shared_bytes - UNSTAGED_BYTES) // stage_bytes + 1))
 
 
 def supports_overlap(device: torch.device) -> bool:
-    return capability(device) >= (9, 0)
+    return card_of(device).capability >= (9, 0)
 
 
 def overlapping(enabled: bool) -> dict[str, Any]:

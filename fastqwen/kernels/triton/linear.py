@@ -16,7 +16,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import DenseWeight, Norm
 from fastqwen.kernels.limits import FUSED_ROWS
-from fastqwen.kernels.triton.launch import overlapping, prefetch, supports_overlap
+from fastqwen.kernels.triton.launch import (
+    INTERPRETED,
+    Card,
+    card_of,
+    overlapping,
+    prefetch,
+    stages_that_fit,
+    supports_overlap,
+)
 from fastqwen.kernels.triton.workspace import Workspace
 
 RING_BYTES = 200 * 1024  # of a program's shared memory for what is on its way
@@ -182,8 +190,11 @@ def gemv_tiling(n_size: int, k_size: int, *, gated: bool) -> Tiling:
     return Tiling(block_n, num_warps=min(8, max(2, weights // 2048)))
 
 
-def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool, element_bytes: int = 2) -> Tiling:
-    """What was fastest on an H200 (bench/results/h200-linear-tilings.json), by the shape of the matrix."""
+def skinny_tiling(
+    m_size: int, n_size: int, k_size: int, *, gated: bool, element_bytes: int = 2, card: Card = INTERPRETED
+) -> Tiling:
+    """What was fastest on an H200 (bench/results/h200-linear-tilings.json), by the shape of the matrix; on other cards as
+    much of it as fits."""
     large = n_size >= 4096 and k_size >= 4096
     if gated:
         block_n, block_k, stages = (32, 256, 3) if not large else (64, 64, 3) if m_size <= 16 else (32, 128, 3)
@@ -192,10 +203,12 @@ def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool, element
     while k_size % block_k and block_k > 64:
         block_k //= 2
     split_k = 1
-    while not gated and -(-n_size // block_n) * split_k < 96 and k_size // (split_k * 2) >= 2 * block_k:
-        split_k *= 2  # a program for nearly every multiprocessor
+    programs = card.multiprocessors * 8 // 11  # nearly one for each
+    while not gated and -(-n_size // block_n) * split_k < programs and k_size // (split_k * 2) >= 2 * block_k:
+        split_k *= 2
     stage_bytes = (block_n * (2 if gated else 1) + max(16, triton.next_power_of_2(m_size))) * block_k * element_bytes
-    return Tiling(block_n, 4, block_k, split_k, max(1, min(stages, RING_BYTES // stage_bytes)), prefetch=8)
+    stages = stages_that_fit(max(1, min(stages, RING_BYTES // stage_bytes)), stage_bytes, card)
+    return Tiling(block_n, 4, block_k, split_k, stages, prefetch=8)
 
 
 def sizes_and_output(x: Tensor, weight: Tensor, *, gated: bool, add_to: Tensor | None) -> tuple[int, int, int, Tensor]:
@@ -241,7 +254,9 @@ def skinny_linear(
     """x [m <= 64, k], weight [n, k] ([2n, k] if gated) -> [m, n], with SiLU or the residual behind."""
     m_size, n_size, k_size, out = sizes_and_output(x, weight.weight, gated=gated, add_to=add_to)
     pdl, bias = workspace.overlap, weight.bias
-    t = tiling or skinny_tiling(m_size, n_size, k_size, gated=gated, element_bytes=x.element_size())
+    t = tiling or skinny_tiling(
+        m_size, n_size, k_size, gated=gated, element_bytes=x.element_size(), card=card_of(x.device)
+    )
     block_m = max(16, triton.next_power_of_2(m_size))
     blocks = triton.cdiv(n_size, t.block_n)
     assert t.split_k == 1 or t.split_k * blocks * t.block_n * block_m <= workspace.partial.numel()

@@ -17,7 +17,7 @@ from fastqwen.kernels.limits import FUSED_ROWS, LIBRARY_ATTENTION_CAPABILITY, fe
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.kernels.triton import attention, linear, pointwise, prefill
 from fastqwen.kernels.triton.experts import add_experts, add_experts_of_one
-from fastqwen.kernels.triton.launch import capability
+from fastqwen.kernels.triton.launch import card_of
 from fastqwen.kernels.triton.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class TritonOps(ReferenceOps):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         # cuDNN's kernel reached 450 to 580 TFLOP/s on an H200 where ours, which reads the paged cache, reaches half of it.
-        self.library_prefill = capability(device) >= LIBRARY_ATTENTION_CAPABILITY
+        self.library_prefill = card_of(device).capability >= LIBRARY_ATTENTION_CAPABILITY
         self._linear_space = Workspace(device)
         self._streamed, self._streamed_attention = _streamed_if_they_run(device)
         self._decode_spaces: dict[HeadShape, attention.DecodeWorkspace] = {}
@@ -135,7 +135,7 @@ class TritonOps(ReferenceOps):
 def _streamed_if_they_run(device: torch.device) -> tuple[ModuleType | None, ModuleType | None]:
     """The modules of products and attention in Gluon, on a GPU with their instructions. Gluon is experimental and its
     names change between Triton's versions: where it does not run, nothing but speed is lost."""
-    if capability(device)[0] != 9:
+    if card_of(device).capability[0] != 9:
         return None, None
     try:
         from fastqwen.kernels.triton import streamed, streamed_attention

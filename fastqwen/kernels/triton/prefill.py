@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -10,7 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastqwen.kernels import AttentionParts, LayerCache, StepTokens
+from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.kernels.triton.attention import LOG2_E
+from fastqwen.kernels.triton.launch import INTERPRETED, Card, card_of, stages_that_fit
+
+LARGE_SHARED_BYTES = 160 * 1024  # what an A100 and Hopper have; an RTX 3090 or 5090 has 99 KiB
 
 
 @triton.jit
@@ -107,10 +111,17 @@ class PrefillTiling:
     num_stages: int
 
 
-def prefill_tiling(head_dim: int, element_bytes: int) -> PrefillTiling:
-    """What was fastest on an H200 (bench/results/h200-prompts.json). Shared memory holds the stages' keys and values: of
-    float32 only two fit."""
-    return PrefillTiling(keys=64, num_warps=4, num_stages=3 if head_dim * element_bytes <= 256 else 2)
+def prefill_tiling(head_dim: int, element_bytes: int, card: Card = INTERPRETED) -> PrefillTiling:
+    """What was fastest on an H200 (bench/results/h200-prompts.json), with fewer keys on cards with less shared memory. It
+    holds the stages' keys and values, and of float32, which tensor cores do not take, the tile's queries as well."""
+    keys = 64 if card.shared_bytes >= LARGE_SHARED_BYTES else 32
+    if element_bytes == 2:
+        return PrefillTiling(keys, 4, stages_that_fit(3 if head_dim <= 128 else 2, 4 * keys * head_dim, card))
+    queries = 4 * TILE_TOKENS * head_dim
+    while keys > 16 and queries + keys * (8 * head_dim + 260) > card.shared_bytes:
+        keys //= 2
+    stages = stages_that_fit(2, 8 * keys * head_dim, replace(card, shared_bytes=card.shared_bytes - queries))
+    return PrefillTiling(keys, 4, stages)
 
 
 def prefill_attention(
@@ -127,7 +138,7 @@ def prefill_attention(
     tiles, height, shape = step.prompts.tiles, step.prompts.height, parts.shape
     if not tiles.shape[0]:
         return
-    t = tiling or prefill_tiling(shape.head_dim, q.element_size())
+    t = tiling or prefill_tiling(shape.head_dim, q.element_size(), card_of(q.device))
     _prefill[(shape.num_heads, tiles.shape[0])](
         q, cache.k, cache.v, out, tiles, step.block_tables,
         step.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E,
