@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from operator import attrgetter
+from typing import Any
 
 import msgspec
 
@@ -98,11 +99,7 @@ class Scheduler:
     def abort(self, request_id: str) -> RequestDelta | None:
         """End a request now. None if it had ended already."""
         sequence = self._sequences.get(request_id)
-        return (
-            None
-            if sequence is None
-            else self._finish(sequence, RequestDelta(request_id=request_id, finish_reason="abort"))
-        )
+        return None if sequence is None else self._finish(sequence, finish_reason="abort")
 
     # ---- a step ----
 
@@ -263,9 +260,7 @@ class Scheduler:
 
     def _commit_row(self, sequence: Sequence, row: Row, sampled: SampledRow, step_id: int) -> RequestDelta | None:
         if sampled.error is not None:
-            return self._finish(
-                sequence, RequestDelta(request_id=row.request_id, finish_reason="error", error=sampled.error)
-            )
+            return self._finish(sequence, finish_reason="error", error=sampled.error)
         sequence.num_pending -= row.num_logits + row.pools
         sequence.token_ids += sampled.token_ids
         if sequence.slot != NO_SLOT and step_id >= sequence.admitted_in_step:  # else preempted since: other blocks now
@@ -275,19 +270,17 @@ class Scheduler:
             self._register_full_blocks(sequence, row.end - num_taken_back)
         if row.pools:
             assert sampled.embedding is not None
-            delta = RequestDelta(
-                request_id=row.request_id,
-                finish_reason="stop",
-                num_cached_tokens=sequence.num_cached,
-                embedding=sampled.embedding,
+            return self._finish(
+                sequence, finish_reason="stop", num_cached_tokens=sequence.num_cached, embedding=sampled.embedding
             )
-            return self._finish(sequence, delta)
         if not row.num_logits:
             if sampled.prompt_logprobs is None:
                 return None
             return RequestDelta(request_id=row.request_id, prompt_logprobs=sampled.prompt_logprobs)
         delta = self._delta_of(sequence, sampled)
-        return self._finish(sequence, delta) if delta.finish_reason else delta
+        if delta.finish_reason:
+            self._forget(sequence)
+        return delta
 
     def _delta_of(self, sequence: Sequence, sampled: SampledRow) -> RequestDelta:
         """Up to the token that ends the answer; what was sampled behind it is dropped."""
@@ -340,11 +333,14 @@ class Scheduler:
         sequence.forget_cache()
         self._push_waiting(sequence)
 
-    def _finish(self, sequence: Sequence, delta: RequestDelta) -> RequestDelta:
+    def _finish(self, sequence: Sequence, **gained: Any) -> RequestDelta:
+        self._forget(sequence)
+        return RequestDelta(request_id=sequence.request_id, **gained)
+
+    def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
         if sequence in self._running:
             self._leave_slot(sequence)
-        return delta
 
     def _leave_slot(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

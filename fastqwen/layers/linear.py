@@ -125,8 +125,8 @@ class JoinedLinear(Linear):
         return _cat(first, *others, dim=-1)
 
 
-class SummedLinear(Linear):
-    """A product whose inputs are split over the shards."""
+class ShardedLinear(Linear):
+    """This shard's part of a product."""
 
     def __init__(self, part: Linear, world: World) -> None:
         super().__init__(part.ops)
@@ -136,6 +136,10 @@ class SummedLinear(Linear):
     @property
     def num_bytes(self) -> int:
         return self.part.num_bytes
+
+
+class SummedLinear(ShardedLinear):
+    """A product whose inputs are split over the shards."""
 
     def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
         out = self.part(x, step)
@@ -150,18 +154,12 @@ class SummedLinear(Linear):
         self.world.all_reduce(residual)
 
 
-class GatheredLinear(Linear):
+class GatheredLinear(ShardedLinear):
     """A product whose outputs are split over the shards, and wanted by each of them: the head's."""
 
     def __init__(self, part: Linear, world: World, out_size: int) -> None:
-        super().__init__(part.ops)
-        self.part = part
-        self.world = world
+        super().__init__(part, world)
         self.out_size = out_size
-
-    @property
-    def num_bytes(self) -> int:
-        return self.part.num_bytes
 
     def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
         return self.world.all_gather(self.part(x, step))[:, : self.out_size].contiguous()

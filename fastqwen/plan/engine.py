@@ -57,8 +57,7 @@ def make_plan(
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
     on_cpu = facts.kind == "cpu"
     if not on_cpu:
-        check_head_dim(model.head_dim, dtype)
-        check_block_size(config.block_size or FASTQWEN_GPU.block_size, model.head_dim, dtype, facts)
+        check_sizes(model.head_dim, config.block_size or FASTQWEN_GPU.block_size, dtype, facts)
     profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
     block_size = config.block_size or profile.block_size
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
@@ -98,22 +97,18 @@ def make_plan(
     )
 
 
-def check_head_dim(head_dim: int, dtype: str) -> None:
-    """Raises Unsupported. The GPU's kernels hold a head as two halves, each of a size that tensor cores take."""
-    possible = GPU_HEAD_DIMS if dtype == "float32" else GPU_HEAD_DIMS[1:]
-    if head_dim not in possible:
-        sizes = ", ".join(map(str, possible))
-        raise Unsupported(f"head_dim is {head_dim}, on a GPU in {dtype} it can be {sizes}: use --device cpu")
-
-
-def check_block_size(block_size: int, head_dim: int, dtype: str, facts: DeviceFacts) -> None:
-    """Raises BadConfig. The attention of single tokens has whole blocks in a program's shared memory."""
-    capability, number = facts.compute_capability or (0, 0), DTYPE_BYTES[dtype]
-    fitting = [str(size) for size in GPU_BLOCK_SIZES if decode_stages(size, head_dim, number, shared_bytes(capability))]
-    if str(block_size) not in fitting:
+def check_sizes(head_dim: int, block_size: int, dtype: str, facts: DeviceFacts) -> None:
+    """Raises Unsupported or BadConfig for what a GPU's kernels do not take: they hold a head as two halves, each of a size
+    that tensor cores take, and whole blocks in a program's shared memory."""
+    heads = GPU_HEAD_DIMS if dtype == "float32" else GPU_HEAD_DIMS[1:]
+    if head_dim not in heads:
+        raise Unsupported(f"head_dim is {head_dim}, on a GPU in {dtype} it can be {str(heads)[1:-1]}: use --device cpu")
+    shared = shared_bytes(facts.compute_capability or (0, 0))
+    blocks = tuple(size for size in GPU_BLOCK_SIZES if decode_stages(size, head_dim, DTYPE_BYTES[dtype], shared))
+    if block_size not in blocks:
         raise BadConfig(
-            f"--block-size is {block_size}, with heads of {head_dim} numbers in {dtype} it can be "
-            f"{', '.join(fitting)} on {facts.name or 'this GPU'}"
+            f"--block-size is {block_size}, with heads of {head_dim} numbers in {dtype} it can be {str(blocks)[1:-1]} "
+            f"on {facts.name or 'this GPU'}"
         )
 
 

@@ -190,11 +190,8 @@ class CudaRunner(ModelRunner):
             decode_count=decode_count,
         )
         decoder.advance(residual, where, self.states)
-        picked = (
-            residual
-            if prompts is None and len(inputs.sample_tokens) == len(residual)
-            else residual[inputs.sample_tokens]
-        )
+        gives_all = prompts is None and len(inputs.sample_tokens) == len(residual)
+        picked = residual if gives_all else residual[inputs.sample_tokens]
         if not len(picked):
             return residual, picked, torch.empty(0, dtype=torch.int32, device=residual.device)
         logits = decoder.logits(picked)

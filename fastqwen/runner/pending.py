@@ -70,12 +70,6 @@ class PendingStep:
             for index, token in zip(owners, tokens, strict=True):
                 if token == step.CORRUPT:
                     errors.setdefault(index, NOT_FINITE)
-        if extras is None:
-            return step_output(self._batch, tokens, logprobs={}, prompt_logprobs={}, errors=errors)
-        return step_output(
-            self._batch,
-            tokens,
-            logprobs=extras.logprobs.of(tokens),
-            prompt_logprobs=extras.prompt_logprobs,
-            errors=errors,
-        )
+        logprobs = {} if extras is None else extras.logprobs.of(tokens)
+        reported = {} if extras is None else extras.prompt_logprobs
+        return step_output(self._batch, tokens, logprobs=logprobs, prompt_logprobs=reported, errors=errors)

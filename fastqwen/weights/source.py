@@ -42,12 +42,10 @@ class Weights:
         """A floating-point tensor in this model's type, or in the file's own one: all of it, or a part."""
         found = self.raw(name, shape, part)
         if not found.is_floating_point():
-            raise BadCheckpoint(
-                f"{self._file.location(name)}: tensor {name} holds {_type_name(found)}, expected floating-point numbers"
-            )
+            raise self.fault(name, f"holds {_type_name(found)}, expected floating-point numbers")
         found = found.to(device=self.device, dtype=found.dtype if keep_type else self.dtype)
         if not _is_finite(found):
-            raise BadCheckpoint(f"{self._file.location(name)}: tensor {name} contains NaN or infinity")
+            raise self.fault(name, "contains NaN or infinity")
         self.num_bytes += found.nbytes
         return found
 
@@ -55,9 +53,7 @@ class Weights:
         """An int32 tensor on this model's device."""
         found = self.raw(name, shape, part)
         if found.dtype != torch.int32:
-            raise BadCheckpoint(
-                f"{self._file.location(name)}: tensor {name} holds {_type_name(found)}, expected 32-bit whole numbers"
-            )
+            raise self.fault(name, f"holds {_type_name(found)}, expected 32-bit whole numbers")
         self.num_bytes += found.nbytes
         return found.to(self.device)
 
@@ -71,7 +67,7 @@ class Weights:
         return _with_zeros(cut(tensor, part), part)
 
     def fault(self, name: str, what: str) -> BadCheckpoint:
-        """The error for a tensor whose values cannot be right."""
+        """The error for a tensor that cannot be right."""
         return BadCheckpoint(f"{self._file.location(name)}: tensor {name} {what}")
 
     def raw(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
@@ -80,9 +76,7 @@ class Weights:
             raise BadCheckpoint(f"{self._file.location('')}: tensor {name} is missing")
         found = self._file.shape(name)
         if found != shape:
-            raise BadCheckpoint(
-                f"{self._file.location(name)}: tensor {name} has shape {list(found)}, config.json says {list(shape)}"
-            )
+            raise self.fault(name, f"has shape {list(found)}, config.json says {list(shape)}")
         read = self._file.read(name, part)
         return read if part is None else _with_zeros(read, part)
 

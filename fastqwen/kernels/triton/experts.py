@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import ExpertsWeight, Norm
-from fastqwen.kernels.triton.launch import INTERPRETED, Card, card_of, overlapping, stages_that_fit, supports_overlap
+from fastqwen.kernels.triton.launch import Card, card_of, overlapping, stages_that_fit, supports_overlap
 
 
 @triton.jit
@@ -271,7 +271,7 @@ class GroupTiling:
     num_stages: int
 
 
-def group_tiling(pairs: int, num_experts: int, element_bytes: int = 2, card: Card = INTERPRETED) -> GroupTiling:
+def group_tiling(pairs: int, num_experts: int, element_bytes: int, card: Card) -> GroupTiling:
     """By how many pairs an expert has on average; a tile should hold most experts' pairs, or be full. As many stages as fit."""
     t = _group_tiling(pairs / num_experts, element_bytes)
     stage_bytes = (t.block_m + max(t.block_n, 2 * t.gate_n)) * t.block_k * element_bytes

@@ -16,15 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import DenseWeight, Norm
 from fastqwen.kernels.limits import FUSED_ROWS
-from fastqwen.kernels.triton.launch import (
-    INTERPRETED,
-    Card,
-    card_of,
-    overlapping,
-    prefetch,
-    stages_that_fit,
-    supports_overlap,
-)
+from fastqwen.kernels.triton.launch import Card, card_of, overlapping, prefetch, stages_that_fit, supports_overlap
 from fastqwen.kernels.triton.workspace import Workspace
 
 RING_BYTES = 200 * 1024  # of a program's shared memory for what is on its way
@@ -190,9 +182,7 @@ def gemv_tiling(n_size: int, k_size: int, *, gated: bool) -> Tiling:
     return Tiling(block_n, num_warps=min(8, max(2, weights // 2048)))
 
 
-def skinny_tiling(
-    m_size: int, n_size: int, k_size: int, *, gated: bool, element_bytes: int = 2, card: Card = INTERPRETED
-) -> Tiling:
+def skinny_tiling(m_size: int, n_size: int, k_size: int, *, gated: bool, element_bytes: int, card: Card) -> Tiling:
     """What was fastest on an H200 (bench/results/h200-linear-tilings.json), by the shape of the matrix; on other cards as
     much of it as fits."""
     large = n_size >= 4096 and k_size >= 4096

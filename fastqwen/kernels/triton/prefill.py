@@ -12,7 +12,7 @@ from torch import Tensor
 from fastqwen.kernels import AttentionParts, LayerCache, StepTokens
 from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.kernels.triton.attention import LOG2_E
-from fastqwen.kernels.triton.launch import INTERPRETED, Card, card_of, stages_that_fit
+from fastqwen.kernels.triton.launch import Card, card_of, stages_that_fit
 
 LARGE_SHARED_BYTES = 160 * 1024  # what an A100 and Hopper have; an RTX 3090 or 5090 has 99 KiB
 
@@ -111,7 +111,7 @@ class PrefillTiling:
     num_stages: int
 
 
-def prefill_tiling(head_dim: int, element_bytes: int, card: Card = INTERPRETED) -> PrefillTiling:
+def prefill_tiling(head_dim: int, element_bytes: int, card: Card) -> PrefillTiling:
     """What was fastest on an H200 (bench/results/h200-prompts.json), with fewer keys on cards with less shared memory. It
     holds the stages' keys and values, and of float32, which tensor cores do not take, the tile's queries as well."""
     keys = 64 if card.shared_bytes >= LARGE_SHARED_BYTES else 32
