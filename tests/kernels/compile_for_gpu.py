@@ -21,7 +21,6 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 from fastqwen.build import build_decoder
@@ -106,16 +105,14 @@ def stand_in(capability: int) -> dict[str, Any]:
     triton.runtime.driver.set_active(NamesTarget(capability))
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment,method-assign]
     torch.cuda.Event = Event  # type: ignore[assignment,misc]
-    for kind in (JITFunction, GluonJITFunction):
-        original = kind.run
+    original = JITFunction.run  # Gluon's kernels inherit it
 
-        def run(kernel: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
-            compiled = original(kernel, *args, **{**kwargs, "warmup": True})
-            found[compiled.hash] = compiled
-            return compiled
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled = original(kernel, *args, **{**kwargs, "warmup": True})
+        found[compiled.hash] = compiled
+        return compiled
 
-        if "run" in vars(kind):
-            kind.run = run  # type: ignore[method-assign]
+    JITFunction.run = run  # type: ignore[method-assign]
     return found
 
 
