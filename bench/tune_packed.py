@@ -82,7 +82,7 @@ def check(space: PackedSpace) -> list[dict[str, Any]]:
     for bits, dtype, group, symmetric, rows in cases:
         n, k = 1104 if symmetric else 1120, 1056
         groups = -(-k // group)
-        scales = (torch.rand(groups, n, device="cuda") * 0.02 + 0.01).half()
+        scales = (torch.rand(groups, n, device="cuda") * 0.3 / 2**bits + 0.1 / 2**bits).half()
         zeros = torch.full((groups, n), 2 ** (bits - 1), dtype=torch.int16, device="cuda")
         if not symmetric:
             zeros.random_(1, 2**bits + 1)
@@ -121,8 +121,8 @@ def check(space: PackedSpace) -> list[dict[str, Any]]:
 
 def tilings(rows: int, *, quick: bool) -> Iterator[PackedTiling]:
     if rows <= 8:
-        for warps, depth, each, whole in itertools.product((4, 8), (4, 6, 8), (1, 2, 3, 6), (True, False)):
-            if 24 <= warps * depth * each <= 200 and not (quick and not whole):
+        for warps, depth, each, whole in itertools.product((8, 16), (2, 3, 4, 6, 8), (1, 2, 3), (True, False)):
+            if 24 <= warps * depth * each <= 128 and not (quick and not whole):
                 yield PackedTiling(warps=warps, depth=depth, blocks_each=each, whole=whole)
     else:
         for stages, each, wide in itertools.product((3, 4, 6), (1, 2), (1, 2, 4, 8)):

@@ -155,6 +155,14 @@ struct Numbers {
 
 struct Fp16 : Numbers<Fp16> {
   static constexpr u32 MAGIC = 0x6400;
+  static u32 multiply_and_add(u32 a, u32 b, u32 c) {
+    u32 found = 0;
+    for (int i = 0; i < 32; i += 16) {
+      const float sum = to_float(a >> i & 0xFFFF) * to_float(b >> i & 0xFFFF) + to_float(c >> i & 0xFFFF);
+      found |= (u32)from_float(sum) << i;
+    }
+    return found;
+  }
   static float to_float(u16 bits) {
     _Float16 found;
     memcpy(&found, &bits, 2);

@@ -56,13 +56,35 @@ struct Int4 {
   template <typename T>
   static __device__ inline void unpack(const uint4& words, int step, int half, Zero<T> z0, Zero<T> z1, u32 (&a)[4]) {
     const u32 w = step == 0 ? (half == 0 ? words.x : words.y) : (half == 0 ? words.z : words.w);
-    const u32 magic = T::MAGIC * 0x10001u;
-    a[0] = T::subtract(and_or(w, 0x000F000Fu, magic), z0.moved);
-    a[1] = T::subtract(and_or(w >> 4, 0x000F000Fu, magic), z1.moved);
-    a[2] = T::subtract(and_or(w >> 8, 0x000F000Fu, magic), z0.moved);
-    a[3] = T::subtract(and_or(w >> 12, 0x000F000Fu, magic), z1.moved);
+    a[0] = low_nibble<T>(w, z0);
+    a[1] = high_nibble<T>(w, z1);
+    a[2] = low_nibble<T>(w >> 8, z0);
+    a[3] = high_nibble<T>(w >> 8, z1);
+  }
+
+  template <typename T>
+  static __device__ inline u32 low_nibble(u32 w, Zero<T> zero) {
+    return T::subtract(and_or(w, 0x000F000Fu, T::MAGIC * 0x10001u), zero.moved);
+  }
+
+  template <typename T>
+  static __device__ inline u32 high_nibble(u32 w, Zero<T> zero) {
+    return low_nibble<T>(w >> 4, zero);
   }
 };
+
+// float16 has room for the code four bits further up, 1024 + 16 * code: a multiplication moves it back, instead of a shift.
+template <>
+struct Int4::Zero<Fp16> {
+  u32 moved, moved_high;
+  __device__ inline explicit Zero(u32 zero)
+      : moved((Fp16::MAGIC + zero) * 0x10001u), moved_high((0xD400u + zero * 16) * 0x10001u) {}  // -(64 + zero)
+};
+
+template <>
+__device__ inline u32 Int4::high_nibble<Fp16>(u32 w, Zero<Fp16> zero) {
+  return Fp16::multiply_and_add(and_or(w, 0x00F000F0u, Fp16::MAGIC * 0x10001u), 0x2C002C00u, zero.moved_high);
+}
 
 struct Int8 {
   static constexpr int STEPS = 1;
@@ -150,22 +172,40 @@ struct Slot {
   u32 groups[GROUP_WORDS == 0 ? 1 : GROUP_WORDS][32];
 };
 
+__device__ inline void ask_groups(Slot& slot, const Args& args, u32 group, int i, int lane) {
+  const int g = lane / 4;
+  if (SCALES == PAIRS) ask_4_bytes(&slot.groups[i][lane], args.scales + group * 8 + g);
+  if (SCALES == TILES) ask_4_bytes(&slot.groups[i][lane], args.scales + group);
+  if (SCALES == FLOATS) {
+    ask_4_bytes(&slot.groups[2 * i][lane], args.scales + (group * 8 + g) * 2);
+    ask_4_bytes(&slot.groups[2 * i + 1][lane], args.scales + (group * 8 + g) * 2 + 1);
+  }
+  if (ZEROS) ask_4_bytes(&slot.groups[GROUPS_A_UNIT * SCALE_WORDS + i][lane], args.zeros + group * 8 + g);
+}
+
+// A unit of a tile.
 __device__ inline void ask_unit(Slot& slot, const Args& args, int tile, int unit, int lane) {
-  ask_16_bytes(&slot.words[lane], args.words + ((size_t)tile * args.units + unit) * 32 + lane);
+  ask_16_bytes(&slot.words[lane], args.words + ((size_t)(tile * args.units + unit) * 32 + lane));
   if (GROUP_WORDS == 0) return;
-  const int first = (unit * FORMAT::STEPS) >> args.group_shift, g = lane / 4;
+  const int first = (unit * FORMAT::STEPS) >> args.group_shift;
 #pragma unroll
   for (int i = 0; i < GROUPS_A_UNIT; ++i) {
-    const size_t group = (size_t)tile * args.groups + min(first + i, args.groups - 1);
-    if (SCALES == PAIRS) ask_4_bytes(&slot.groups[i][lane], args.scales + group * 8 + g);
-    if (SCALES == TILES) ask_4_bytes(&slot.groups[i][lane], args.scales + group);
-    if (SCALES == FLOATS) {
-      ask_4_bytes(&slot.groups[2 * i][lane], args.scales + (group * 8 + g) * 2);
-      ask_4_bytes(&slot.groups[2 * i + 1][lane], args.scales + (group * 8 + g) * 2 + 1);
-    }
-    if (ZEROS) ask_4_bytes(&slot.groups[GROUPS_A_UNIT * SCALE_WORDS + i][lane], args.zeros + group * 8 + g);
+    ask_groups(slot, args, tile * args.groups + min(first + i, args.groups - 1), i, lane);
   }
 }
+
+// Where a warp's copies have got to: a tile of the line, and a place in it.
+struct Cursor {
+  int tile, at, size;
+  __device__ inline Cursor(int place, int size) : tile(place / size), at(place - place / size * size), size(size) {}
+  __device__ inline void advance(int steps) {
+    at += steps;
+    while (at >= size) {
+      at -= size;
+      ++tile;
+    }
+  }
+};
 
 struct GroupNumbers {
   float scale0, scale1;  // of the rows g and g + 8
@@ -511,12 +551,13 @@ __device__ inline void few_rows(const Args& args) {
   Slot(*ring)[2] = shared.ring[warp];
 
   let_kernel_behind_start();
+  Cursor cursor(part.begin + warp, args.units);
   int asked = part.begin + warp;
   const auto ask = [&](int slot) {
     if (asked < part.end) {
-      const int pair = asked / args.units, unit = asked - pair * args.units;
-      ask_unit(ring[slot][0], args, pair, unit, lane);
-      ask_unit(ring[slot][1], args, pair + pairs, unit, lane);
+      ask_unit(ring[slot][0], args, cursor.tile, cursor.at, lane);
+      ask_unit(ring[slot][1], args, cursor.tile + pairs, cursor.at, lane);
+      cursor.advance(WARPS);
     }
     asked += WARPS;
     end_of_asking();
@@ -562,13 +603,19 @@ struct SomeShared {
   int arrived;
 };
 
+// A thread's copies of a chunk of x: the same piece of every 32 * WARPS / PIECES-th row.
 template <int WN, int SLICES>
 __device__ inline void ask_x(SomeShared<WN, SLICES>& shared, const Args& args, int stage, int chunk) {
-  constexpr int PIECES = SomeShared<WN, SLICES>::PIECES;
-  for (int i = threadIdx.x; i < 8 * SLICES * PIECES; i += 32 * WARPS) {
-    const int row = i / PIECES, piece = i % PIECES, k = (chunk * PIECES + piece) * 8;
-    const bool given = row < args.rows && k < args.k_size;
-    ask_16_bytes_or_zeros(&shared.x[stage][row][piece], (const uint4*)(args.x + (given ? (size_t)row * args.k_size + k : 0)), given);
+  constexpr int PIECES = SomeShared<WN, SLICES>::PIECES, APART = 32 * WARPS / PIECES, ROUNDS = 8 * SLICES / APART;
+  static_assert(32 * WARPS % PIECES == 0 && (ROUNDS > 0 || 8 * SLICES * PIECES <= 32 * WARPS), "pieces of x");
+  const int first = threadIdx.x / PIECES, piece = threadIdx.x % PIECES, k = (chunk * PIECES + piece) * 8;
+  const bool inside = k < args.k_size;
+#pragma unroll
+  for (int i = 0; i < (ROUNDS > 0 ? ROUNDS : 1); ++i) {
+    const int row = first + i * APART;
+    if (ROUNDS == 0 && row >= 8 * SLICES) continue;
+    const bool given = inside && row < args.rows;
+    ask_16_bytes_or_zeros(&shared.x[stage][row][piece], (const uint4*)(args.x + (given ? row * args.k_size + k : 0)), given);
   }
 }
 
@@ -583,21 +630,21 @@ __device__ inline void some_rows(const Args& args) {
   const int all = block_tiles * chunks;
   const Part part(all, args.grain, blockIdx.x, gridDim.x);
 
-  const auto ask_weights = [&](int place) {
-    if (place >= part.end) return;
-    const int block_tile = place / chunks;
-    const int pair = block_tile * WN + warp / WK, unit = (place - block_tile * chunks) * WK + warp % WK;
+  const auto ask_weights = [&](const Cursor& cursor, int stage) {
+    const int pair = cursor.tile * WN + warp / WK, unit = cursor.at * WK + warp % WK;
     if (pair >= pairs || unit >= args.units) return;
-    Slot(&slots)[2] = shared.ring[(place - part.begin) % STAGES][warp];
-    ask_unit(slots[0], args, pair, unit, lane);
-    ask_unit(slots[1], args, pair + pairs, unit, lane);
+    ask_unit(shared.ring[stage][warp][0], args, pair, unit, lane);
+    ask_unit(shared.ring[stage][warp][1], args, pair + pairs, unit, lane);
   };
   let_kernel_behind_start();
-  for (int i = 0; i < STAGES - 1; ++i) ask_weights(part.begin + i);
+  Cursor cursor(part.begin, chunks), x_cursor(part.begin, chunks);
+  for (int i = 0; i < STAGES - 1; ++i, cursor.advance(1)) {
+    if (part.begin + i < part.end) ask_weights(cursor, i);
+  }
   end_of_asking();
   wait_for_kernel_in_front();
-  for (int i = 0; i < STAGES - 1; ++i) {
-    if (part.begin + i < part.end) ask_x<WN, SLICES>(shared, args, i, (part.begin + i) % chunks);
+  for (int i = 0; i < STAGES - 1; ++i, x_cursor.advance(1)) {
+    if (part.begin + i < part.end) ask_x<WN, SLICES>(shared, args, i, x_cursor.at);
     end_of_asking();
   }
 
@@ -609,10 +656,11 @@ __device__ inline void some_rows(const Args& args) {
     for (; place < stop; ++place) {
       wait_for_asked<STAGES - 2>();
       __syncthreads();  // all copies of this stage are there, and nobody reads the one before any more
-      const int next = place + STAGES - 1;
-      if (next < part.end) {
-        ask_weights(next);
-        ask_x<WN, SLICES>(shared, args, stage == 0 ? STAGES - 1 : stage - 1, next % chunks);
+      if (place + STAGES - 1 < part.end) {
+        const int free = stage == 0 ? STAGES - 1 : stage - 1;
+        ask_weights(cursor, free);
+        ask_x<WN, SLICES>(shared, args, free, cursor.at);
+        cursor.advance(1);
       }
       end_of_asking();
       const int unit = (place - first) * WK + warp % WK;

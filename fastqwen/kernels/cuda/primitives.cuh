@@ -95,6 +95,11 @@ struct Fp16 {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
     return found;
   }
+  static __device__ inline u32 multiply_and_add(u32 a, u32 b, u32 c) {
+    u32 found;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(c));
+    return found;
+  }
 };
 
 struct Bf16 {
