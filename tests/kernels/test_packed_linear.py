@@ -15,7 +15,7 @@ from torch import Tensor
 from fastqwen.kernels import GroupedWeight, Norm
 from fastqwen.kernels.cuda import packed_linear
 from fastqwen.kernels.cuda.pack import PackedWeight, pack_codes, pack_grouped, unpack_codes
-from fastqwen.kernels.cuda.packed_linear import Args, PackedTiling, Variant, args_of, launch_of
+from fastqwen.kernels.cuda.packed_linear import Args, PackedTiling, Variant, args_of, few_launch, some_launch
 from fastqwen.kernels.reference import ReferenceOps, unpack_grouped
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -78,7 +78,8 @@ def compute(
     out = torch.full((x.shape[0], out_size), 77.0, dtype=x.dtype) if residual is None else residual.clone()
     partial, counter = torch.full((2**18,), torch.nan), torch.zeros(64, dtype=torch.int32)
     args = args_of(x, weight, out, partial, counter, norm=norm, gated=gated, add=residual is not None, grain=grain)
-    launch = launch_of(x.dtype, x.shape[0], weight, PackedTiling(depth=3, stages=3, wide=wide))
+    tiling = PackedTiling(depth=3, stages=3, wide=wide)
+    launch = (few_launch if x.shape[0] <= 8 else some_launch)(x.dtype, x.shape[0], weight, tiling)
     build(launch.variant)(args, blocks)
     assert not counter.any()
     return out

@@ -49,6 +49,35 @@ class PackedWeight:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
+    def group_scales(self) -> Tensor | None:
+        return None if self.kind == "ROWS" else self.scales
+
+    @property
+    def row_scales(self) -> Tensor | None:
+        return self.scales if self.kind == "ROWS" else None
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.kind == "ROWS" else self.scales.shape[1]
+
+    @property
+    def group_shift(self) -> int:
+        """2 to this many steps of 32 inputs are a group."""
+        return (self.group_size // STEP_K).bit_length() - 1
+
+    def part(self, start: int, stop: int) -> PackedWeight:
+        """Tiles ``start`` to ``stop``."""
+        tiles, outputs = slice(start, stop), slice(start * TILE_N, stop * TILE_N)
+        return replace(
+            self,
+            words=self.words[tiles],
+            scales=self.scales[outputs if self.kind == "ROWS" else tiles],
+            zeros=None if self.zeros is None else self.zeros[tiles],
+            out_size=min(self.out_size, stop * TILE_N) - start * TILE_N,
+            bias=None if self.bias is None else self.bias[outputs],
+        )
+
+    @property
     def tiles(self) -> int:
         return self.words.shape[0]
 
