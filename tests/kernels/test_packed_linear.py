@@ -40,7 +40,7 @@ def compiled(variant: Variant, path: Path) -> ctypes.CDLL:
         f'#include "{Path(__file__).parent / "cuda_on_cpu.h"}"\n{kernel_source()}\n'
         f"KERNEL(kernel)(Args args) {{ {variant.body}(args); }}\n"
         'extern "C" void run(const Args* args, int blocks) { Launch<Args>::run(kernel, *args, blocks, 32 * WARPS); }\n'
-        'extern "C" { int few_bytes = sizeof(FewShared), some_bytes = sizeof(SomeShared<1, 4, 4>); }\n'
+        'extern "C" { int few_bytes = sizeof(FewShared), some_bytes = sizeof(SomeShared<4, 4>); }\n'
     )
     defines = [f"-D{name}={value}" for name, value in variant.defines().items()]
     library = path.with_suffix(".so")

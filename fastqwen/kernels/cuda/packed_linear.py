@@ -142,8 +142,7 @@ class Launch:
 
     variant: Variant
     shared_bytes: int
-    pairs: int  # of tiles that a block has
-    units: int  # of each that it computes at once, where a tile's work may be cut
+    pairs: int  # of tiles that a block has; its other warps share their inputs
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,6 @@ class PackedTiling:
     blocks_each: int = 1  # on a multiprocessor
     whole: bool = True  # a block has whole tiles, with few rows
     wide: int = 4  # pairs of tiles of a block, with more rows
-    sharing: int = 1  # warps that share a pair's weights, for some of the rows each
 
     @property
     def tuned(self) -> dict[str, int]:
@@ -168,20 +166,18 @@ def few_launch(dtype: torch.dtype, rows: int, weight: PackedWeight, tiling: Pack
     ring = variant.warps * variant.depth * 2 * _slot_bytes(variant)
     end = 4 * (variant.warps * SLICE_SUMS + variant.warps + 1)
     x_bytes = count * 16 * _spread(weight.units * unit_inputs(_bits(weight)) // 8)
-    return Launch(variant, _aligned(ring + end) + x_bytes, 1, 1)
+    return Launch(variant, _aligned(ring + end) + x_bytes, 1)
 
 
 def some_launch(dtype: torch.dtype, rows: int, weight: PackedWeight, tiling: PackedTiling) -> Launch:
     """Of up to 64 rows."""
     slices = next((slices for slices in (2, 4) if 8 * slices >= rows), 8)
-    sharing = min(tiling.sharing, slices)
-    variant = variant_of(f"some_rows<{sharing}, {tiling.wide}, {slices // sharing}>", dtype, weight, **tiling.tuned)
-    units = variant.warps // sharing  # on their way in a stage
-    ring = variant.stages * units * 2 * _slot_bytes(variant)
-    pieces = units // tiling.wide * unit_inputs(_bits(weight)) // 8
+    variant = variant_of(f"some_rows<{tiling.wide}, {slices}>", dtype, weight, **tiling.tuned)
+    ring = variant.stages * variant.warps * 2 * _slot_bytes(variant)
+    pieces = variant.warps // tiling.wide * unit_inputs(_bits(weight)) // 8
     x_bytes = variant.stages * 8 * slices * 16 * _spread(pieces)
     end = 4 * (variant.warps * SLICE_SUMS + 1)
-    return Launch(variant, _aligned(ring + x_bytes + end), tiling.wide, units // tiling.wide)
+    return Launch(variant, _aligned(ring + x_bytes + end), tiling.wide)
 
 
 Tilings = Sequence[PackedTiling]
@@ -305,7 +301,8 @@ def packed_product(
     if out is None:
         out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     kernel, at_once = space.kernel(launch)
-    block_tiles, chunks = -(-weight.tiles // 2 // launch.pairs), -(-weight.units // launch.units)
+    sharing = 1 if has_all_x else launch.variant.warps // launch.pairs
+    block_tiles, chunks = -(-weight.tiles // 2 // launch.pairs), -(-weight.units // sharing)
     grain = chunks if has_all_x and tiling.whole else 1
     blocks = min(at_once, tiling.blocks_each * space.card.multiprocessors, block_tiles * chunks // grain)
     args = args_of(x, weight, out, space.partial, space.counter, norm=norm, gated=gated, add=add, grain=grain)
@@ -322,7 +319,7 @@ def unpacked(
     part = weight.part(first_tile, first_tile + count)
     plain = space.plain[: count * TILE_N * padded].view(dtype).view(count * TILE_N, padded)
     variant = variant_of("unpack", dtype, weight)
-    kernel, at_once = space.kernel(Launch(variant, variant.warps * _slot_bytes(variant), 1, 1))
+    kernel, at_once = space.kernel(Launch(variant, variant.warps * _slot_bytes(variant), 1))
     kernel.launch(min(at_once, -(-count * part.units // variant.warps)), plain_args(part, plain), overlap=False)
     return plain[: part.out_size, : weight.in_size], part
 
