@@ -14,19 +14,15 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from fastqwen.server.http.guard import CONTENT_SECURITY_POLICY
+from fastqwen.server.http.pages import add_pages, policy_of
 
-STATIC = Path(__file__).resolve().parents[2] / "fastqwen/server/static"
 HEADERS = {
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY.decode(),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -95,6 +91,7 @@ class Fake:
         self.key = ""
         self.bare = False  # has no route but OpenAI's
         self.busy = False  # pretends to have other users, for the operators' page
+        self.notes: dict[str, Any] = {}  # what the last chunk of an answer says besides: cache, timing, warnings
         self.requests: list[dict[str, Any]] = []
         self.aborted = 0
         self.running = 0
@@ -118,8 +115,13 @@ def count(messages: list[dict[str, Any]]) -> int:
 
 
 def script(body: dict[str, Any]) -> tuple[str, str, float]:
-    """(thoughts, answer, seconds between tokens)"""
-    last = body["messages"][-1]
+    """(thoughts, answer, seconds between tokens). An answer that has begun goes on where it stands."""
+    messages = body["messages"]
+    if body.get("continue_final_message"):
+        begun = messages[-1]["content"]
+        _, whole, pause_s = script({**body, "messages": messages[:-1], "continue_final_message": False})
+        return "", whole[len(begun) :] if whole.startswith(begun) else " and so on, to another end.", pause_s
+    last = messages[-1]
     asked = str(last.get("content") or "")
     thoughts = "The user asks something.\nI look at it from two sides, then answer briefly.\n" * 3
     if last["role"] == "tool":
@@ -163,8 +165,9 @@ def make_app(fake: Fake) -> FastAPI:
         if closed and fake.key and request.headers.get("authorization") != f"Bearer {fake.key}":
             return problem(401, "no valid API key was given", "invalid_api_key")
         response = await call_next(request)
-        for name, value in HEADERS.items():
-            response.headers[name] = value
+        response.headers.update(HEADERS)
+        if policy := policy_of(path):
+            response.headers["Content-Security-Policy"] = policy.decode()
         return response
 
     def unready() -> Response | None:
@@ -175,15 +178,7 @@ def make_app(fake: Fake) -> FastAPI:
             return JSONResponse({"status": "engine restarting", "message": "the engine ended"}, status_code=503)
         return None
 
-    @app.get("/")
-    async def index() -> FileResponse:
-        return FileResponse(STATIC / "index.html")
-
-    @app.get("/admin")
-    async def admin() -> FileResponse:
-        return FileResponse(STATIC / "admin.html")
-
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    add_pages(app)
 
     @app.get("/health/ready")
     async def ready() -> Response:
@@ -218,6 +213,8 @@ def make_app(fake: Fake) -> FastAPI:
         body = await request.json()
         fake.requests.append(body)
         asked = str(body["messages"][-1].get("content") or "")
+        if body.get("logprobs") and not body.get("stream"):
+            return JSONResponse(likeliest(body))
         if waiting := unready():
             return waiting
         if "overload" in asked:
@@ -235,6 +232,16 @@ def make_app(fake: Fake) -> FastAPI:
         return StreamingResponse(stream(fake, body, asked, prompt), media_type="text/event-stream")
 
     return app
+
+
+def likeliest(body: dict[str, Any]) -> dict[str, Any]:
+    """One token, and what might have stood in its place."""
+    _, answer, _ = script(body)
+    match = re.match(r"\s*\S+", answer)
+    words = {match[0] if match else "": 0.5, " perhaps": 0.25, " rather": 0.125, " never": 0.0004}
+    top = [{"token": word, "logprob": math.log(share), "bytes": None} for word, share in words.items()]
+    choice = {"index": 0, "message": {"role": "assistant", "content": top[0]["token"]}, "finish_reason": "length"}
+    return {"choices": [{**choice, "logprobs": {"content": [{**top[0], "top_logprobs": top}]}}]}
 
 
 def admin_figures(fake: Fake) -> dict[str, Any]:
@@ -275,7 +282,8 @@ def admin_figures(fake: Fake) -> dict[str, Any]:
 async def stream(fake: Fake, body: dict[str, Any], asked: str, prompt: int) -> AsyncIterator[str]:
     def event(delta: dict[str, Any], finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+        notes = fake.notes if finish else {}
+        return f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'choices': [choice], **notes})}\n\n"
 
     thoughts, answer, pause_s = script(body)
     fake.running += 1
@@ -296,7 +304,8 @@ async def stream(fake: Fake, body: dict[str, Any], asked: str, prompt: int) -> A
                 await asyncio.sleep(0.01)
             yield event({}, "tool_calls")
         else:
-            for piece in pieces(answer, 5 if pause_s else 80):
+            written = answer[: 5 * body["max_tokens"]] if body.get("max_tokens") and pause_s else answer
+            for piece in pieces(written, 5 if pause_s else 80):
                 tokens += 1
                 yield event({"content": piece})
                 await asyncio.sleep(pause_s)
@@ -305,8 +314,7 @@ async def stream(fake: Fake, body: dict[str, Any], asked: str, prompt: int) -> A
                     return
                 if tokens == 12 and "cut" in asked:
                     return
-            limit = body.get("max_tokens")
-            yield event({}, "length" if limit and tokens > limit else "stop")
+            yield event({}, "length" if len(written) < len(answer) else "stop")
         cached = prompt // 2 // 16 * 16
         usage = {
             "prompt_tokens": prompt,

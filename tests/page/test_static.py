@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastqwen.server.http.guard import CONTENT_SECURITY_POLICY
-from tests.page.fake_api import STATIC
+from fastqwen.server.http.pages import CONTENT_SECURITY_POLICY, STATIC
 
 OWN = sorted(p for p in STATIC.rglob("*") if p.suffix in {".js", ".css", ".html"} and "vendor" not in p.parts)
 SCRIPTS = [p for p in OWN if p.suffix == ".js"]
@@ -18,12 +17,13 @@ def read(path: Path) -> str:
 
 def test_own_code_stays_small() -> None:
     lines = {p.name: read(p).count("\n") for p in OWN}
-    assert sum(lines.values()) < 2500
+    assert sum(lines.values()) < 4000
     assert max(lines.values()) <= 400
 
 
-def test_everything_shipped_stays_under_a_megabyte_and_a_half() -> None:
-    assert sum(p.stat().st_size for p in STATIC.rglob("*") if p.is_file()) < 1_500_000
+def test_everything_shipped_but_mermaid_stays_under_a_megabyte_and_a_half() -> None:
+    shipped = [p for p in STATIC.rglob("*") if p.is_file() and "mermaid" not in p.parts]
+    assert sum(p.stat().st_size for p in shipped) < 1_500_000
 
 
 def test_nothing_is_fetched_from_elsewhere() -> None:

@@ -1,15 +1,13 @@
-"""What operators and clients look at: models, stop tokens, health, metrics, figures for the admin page, and the pages."""
+"""What operators and clients look at: models, stop tokens, health, metrics, and figures for the admin page."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from fastqwen.client.engine import Ready
@@ -17,7 +15,6 @@ from fastqwen.server.answer.state import ServerState
 from fastqwen.server.operator.prometheus import metrics_text
 from fastqwen.version import __version__
 
-STATIC = Path(__file__).parents[1] / "static"
 ENGINE_FIGURES = ("kv_usage", "num_blocks", "num_preemptions", "prefix_queries_tokens", "prefix_hits_tokens")
 READY_WITHIN_S = 30.0  # an engine that is silent for longer is not ready
 
@@ -26,7 +23,6 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
     _add_models(app, state)
     _add_health(app, state)
     _add_figures(app, state)
-    add_pages(app)
 
 
 def _add_models(app: FastAPI, state: ServerState) -> None:
@@ -109,18 +105,6 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
             },
             "recent_errors": list(state.recent_errors),
         }
-
-
-def add_pages(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    async def index() -> FileResponse:
-        return FileResponse(STATIC / "index.html")
-
-    @app.get("/admin", include_in_schema=False)
-    async def admin() -> FileResponse:
-        return FileResponse(STATIC / "admin.html")
-
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
 
 
 FIGURES = {"weights": "weights_bytes", "peak": "peak_bytes", "KV blocks": "num_blocks"}

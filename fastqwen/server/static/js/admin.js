@@ -6,7 +6,7 @@ import { language, t } from "./i18n.js";
 import { Plot } from "./plot.js";
 import { LanguageButton, ThemeButton } from "./sidebar.js";
 import { check, noteError, server } from "./status.js";
-import { emit, html, render, useTopic } from "./ui.js";
+import { at, emit, html, render, useTopic } from "./ui.js";
 
 const SLOTS = 300;
 const EVERY_MS = 1000;
@@ -125,9 +125,9 @@ function Admin() {
   return html`
     <${Banner} />
     <div class="admin">
-      <header><img src="static/icon.svg" alt="" width="28" height="28" /><h1>${t("operators")}</h1><span>${view.data?.model}</span>
+      <header><img src=${at("static/icon.svg")} alt="" width="28" height="28" /><h1>${t("operators")}</h1><span>${view.data?.model}</span>
         ${view.last && html`<span class="state">${t("live")}</span>`}<span class="grow"></span>
-        <a href="./">${t("toChat")}</a><${ThemeButton} /><${LanguageButton} /></header>
+        <a href=${at("")}>${t("toChat")}</a><${ThemeButton} /><${LanguageButton} /></header>
       <main>${view.data ? html`<${Figures} data=${view.data} />` : view.absent && html`<p class="panel hint">${t("noFigures")}</p>`}</main>
     </div>
     <${Dialogs} />`;

@@ -5,10 +5,12 @@ import { t } from "./i18n.js";
 import { server } from "./status.js";
 import { state } from "./store.js";
 import { leafOf, shownPath } from "./tree.js";
-import { emit, html, Icon, IconButton, on, showToast, stored, useEffect, useLayoutEffect, useRef, useState, useTopic } from "./ui.js";
+import { emit, html, Icon, IconButton, on, sendsOn, showToast, stored, touch, useEffect, useLayoutEffect, useRef, useState, useTopic } from "./ui.js";
 
 const MAX_FILE_BYTES = 2 * 2 ** 20;
-const touch = matchMedia("(pointer: coarse)");
+
+/** What would push the conversation out of sight becomes a file; a click on its name brings it back. */
+const isLong = (text) => text.length > 8000 || text.split("\n").length > 60;
 
 /** Reads a text file as UTF-8, UTF-16 with a mark, or GB18030. Throws the reason in words. */
 async function readTextFile(file) {
@@ -83,6 +85,21 @@ export function Composer({ conversation }) {
     }
   }
 
+  function paste(e) {
+    const pasted = e.clipboardData.getData("text/plain");
+    if (e.clipboardData.files.length) { e.preventDefault(); addFiles(e.clipboardData.files); }
+    else if (isLong(pasted)) {
+      e.preventDefault();
+      setFiles((old) => [...old, { name: t("pasted", { n: pasted.split("\n").length.toLocaleString() }), text: pasted, pasted: true }]);
+    }
+  }
+
+  function unfold(file) {
+    setFiles(files.filter((f) => f !== file));
+    change(text ? `${text}\n${file.text}` : file.text);
+    area.current.focus();
+  }
+
   function submit() {
     if (busy || (!text.trim() && files.length === 0)) return;
     stored.set(draftName, null);
@@ -94,18 +111,18 @@ export function Composer({ conversation }) {
 
   function keys(e) {
     if (e.isComposing || e.keyCode === 229) return; // Enter that picks a candidate of an input method
-    if (e.key === "Enter" && !e.shiftKey && (e.ctrlKey || e.metaKey || !touch.matches)) { e.preventDefault(); submit(); }
+    if (sendsOn(e)) { e.preventDefault(); submit(); }
     if (e.key === "ArrowUp" && !text && !busy) { e.preventDefault(); emit("edit:" + shownPath(side).findLast(({ node }) => node.role === "user")?.node.id); }
   }
 
   return html`
     <form class="composer" onSubmit=${(e) => { e.preventDefault(); submit(); }}>
       ${files.length > 0 && html`<div class="chips">${files.map((f, i) => html`
-        <span class="chip"><${Icon} name="clip" /> ${f.name}
+        <span class="chip"><${Icon} name="clip" /> ${f.pasted ? html`<button type="button" class="text-button" title=${t("unfold")} onClick=${() => unfold(f)}>${f.name}</button>` : f.name}
           <${IconButton} name="close" label=${t("removeFile", { name: f.name })} onClick=${() => setFiles(files.filter((_, k) => k !== i))} /></span>`)}</div>`}
       <textarea ref=${area} id="composer" rows="1" value=${text} aria-label=${t("message")} placeholder=${t("placeholder")}
         onInput=${(e) => change(e.target.value)} onKeyDown=${keys}
-        onPaste=${(e) => { if (e.clipboardData.files.length) { e.preventDefault(); addFiles(e.clipboardData.files); } }}></textarea>
+        onPaste=${paste}></textarea>
       <div class="composer-row">
         <${IconButton} name="clip" label=${t("attach")} onClick=${() => picker.current.click()} />
         <input type="file" multiple hidden ref=${picker} onChange=${(e) => { addFiles([...e.target.files]); e.target.value = ""; }} />

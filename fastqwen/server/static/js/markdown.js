@@ -23,13 +23,17 @@ function colour(code, language) {
 }
 
 function codeBlock(code, language) {
-  return `<div class="code"><div class="code-head"><span>${escape(language || t("plainText"))}</span>` +
+  return `<div class="code"><div class="code-head"><span class="label">${escape(language || t("plainText"))}</span>` +
     `<button type="button" class="copy">${escape(t("copy"))}</button></div><pre tabindex="0"><code>${colour(code, language)}</code></pre></div>`;
 }
 
 md.renderer.rules.fence = (tokens, i) => codeBlock(tokens[i].content, tokens[i].info.trim().split(/\s+/)[0].toLowerCase());
 md.renderer.rules.code_block = (tokens, i) => codeBlock(tokens[i].content, "");
 md.renderer.rules.table_open = () => '<div class="table" tabindex="0"><table>';
+md.renderer.rules.th_open = md.renderer.rules.td_open = (tokens, i) => {
+  const side = /text-align:(right|center)/.exec(tokens[i].attrGet("style") ?? "")?.[1]; // answers carry no styles
+  return `<${tokens[i].tag}${side ? ` class="${side}"` : ""}>`;
+};
 md.renderer.rules.table_close = () => "</table></div>";
 // A picture would make the browser call a host that the model chose; a link waits for the reader.
 md.renderer.rules.image = (tokens, i) => {

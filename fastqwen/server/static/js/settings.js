@@ -2,7 +2,7 @@
 import { t } from "./i18n.js";
 import { server } from "./status.js";
 import { setModel, setSettings } from "./store.js";
-import { html, IconButton, useState, useTopic } from "./ui.js";
+import { emit, html, IconButton, on, useLayoutEffect, useState, useTopic } from "./ui.js";
 
 export function ModelPicker({ side, label }) {
   useTopic("server");
@@ -14,6 +14,11 @@ export function ModelPicker({ side, label }) {
       ${shown.map((name) => html`<option key=${name} value=${name}>${name}</option>`)}
     </select>`;
 }
+
+/** What changes every answer of a conversation is seen in it. */
+export const SystemCard = ({ text }) => text && html`
+  <details class="system"><summary><span class="label">${t("system")}</span> <span>${text.split("\n")[0]}</span></summary>
+    <pre>${text}</pre><button type="button" class="button" onClick=${() => emit("open-settings")}>${t("change")}</button></details>`;
 
 const NUMBERS = [ // name, least, most, step, whether a slider helps
   ["temperature", 0, 2, 0.05, true],
@@ -56,6 +61,7 @@ function ToolsField({ side }) {
 
 export function SettingsPanel({ conversation, onClose }) {
   const [index, setIndex] = useState(0);
+  useLayoutEffect(() => on("settings-side", setIndex), []);
   const side = conversation.sides[Math.min(index, conversation.sides.length - 1)];
   const reset = { temperature: null, top_p: null, max_tokens: null, seed: null, thinking: "auto" };
   return html`

@@ -1,7 +1,7 @@
 // The list of conversations: new, open, search, rename, delete; and the switches at its foot.
 import { language, setLanguage, t } from "./i18n.js";
 import { remove, rename, search, select, startNew, state } from "./store.js";
-import { emit, html, Icon, IconButton, on, stored, useEffect, useLayoutEffect, useRef, useState } from "./ui.js";
+import { at, emit, html, Icon, IconButton, on, stored, useEffect, useLayoutEffect, useRef, useState } from "./ui.js";
 
 const DAY_MS = 86400000;
 
@@ -68,7 +68,7 @@ export function Sidebar({ onClose }) {
   const fresh = (sides) => { startNew(sides); onClose(); emit("focus-composer"); };
   return html`
     <nav class="sidebar" aria-label=${t("conversations")}>
-      <div class="brand"><img src="static/icon.svg" alt="" width="24" height="24" /><b>fastqwen</b>
+      <div class="brand"><img src=${at("static/icon.svg")} alt="" width="24" height="24" /><b>fastqwen</b>
         <${IconButton} name="close" label=${t("close")} class="icon-button phone-only" onClick=${onClose} /></div>
       <button type="button" class="new" onClick=${() => fresh(1)}><${Icon} name="plus" /> ${t("newChat")}</button>
       <button type="button" class="new quiet" onClick=${() => fresh(2)}><${Icon} name="split" /> ${t("compare")}</button>
@@ -83,7 +83,7 @@ export function Sidebar({ onClose }) {
       <div class="foot">
         <${ThemeButton} /><${LanguageButton} />
         <span class="grow"></span>
-        <a class="icon-button" href="admin" aria-label=${t("operators")} title=${t("operators")}><${Icon} name="pulse" /></a>
+        <a class="icon-button" href=${at("admin")} aria-label=${t("operators")} title=${t("operators")}><${Icon} name="pulse" /></a>
         <${IconButton} name="box" label=${t("dataTitle")} onClick=${() => emit("open-dialog", "data")} />
         <${IconButton} name="help" label=${t("help")} onClick=${() => emit("open-dialog", "help")} />
       </div>

@@ -3,18 +3,19 @@ import { isRunning } from "./chat.js";
 import { Compare } from "./compare.js";
 import { t } from "./i18n.js";
 import { Message } from "./message.js";
+import { SystemCard } from "./settings.js";
 import { state } from "./store.js";
 import { shownPath } from "./tree.js";
-import { copyText, emit, html, Icon, on, showToast, useEffect, useLayoutEffect, useRef, useState } from "./ui.js";
+import { at, copyText, emit, html, Icon, on, showToast, useEffect, useLayoutEffect, useRef, useState } from "./ui.js";
 
 const NEAR_PX = 80;
 
 function Welcome() {
   return html`
     <div class="welcome">
-      <img src="static/icon.svg" alt="" width="56" height="56" />
+      <img src=${at("static/icon.svg")} alt="" width="56" height="56" />
       <h1>${t("welcome")}</h1>
-      <p>${t(state.persistent ? "welcomeHint" : "notPersistent")}</p>
+      <p>${t(state.unsaved === "forbidden" ? "notPersistent" : "welcomeHint")}</p>
       <div class="ideas">${["idea1", "idea2", "idea3", "idea4"].map((name) => html`<button type="button" onClick=${() => emit("fill-composer", t(name))}>${t(name)}</button>`)}</div>
     </div>`;
 }
@@ -22,8 +23,8 @@ function Welcome() {
 function Single({ conversation }) {
   const side = conversation.sides[0];
   const path = shownPath(side);
-  return path.map(({ node, siblings }, i) => html`<${Message} key=${node.id} node=${node} siblings=${siblings} side=${side} conversation=${conversation}
-    isLast=${i === path.length - 1} v=${node.v} count=${siblings.length} busy=${isRunning(conversation)} language=${document.documentElement.lang} />`);
+  return html`${path.length > 0 && html`<${SystemCard} text=${side.settings.system} />`}${path.map(({ node, siblings }, i) => html`<${Message} key=${node.id} node=${node} siblings=${siblings} side=${side} conversation=${conversation}
+    isLast=${i === path.length - 1} v=${node.v} count=${siblings.length} busy=${isRunning(conversation)} language=${document.documentElement.lang} />`)}`;
 }
 
 function onCopyClick(e) {
