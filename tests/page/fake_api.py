@@ -91,6 +91,7 @@ class Fake:
         self.key = ""
         self.bare = False  # has no route but OpenAI's
         self.busy = False  # pretends to have other users, for the operators' page
+        self.answer = ""  # instead of a script's
         self.notes: dict[str, Any] = {}  # what the last chunk of an answer says besides: cache, timing, warnings
         self.requests: list[dict[str, Any]] = []
         self.aborted = 0
@@ -159,9 +160,9 @@ def make_app(fake: Fake) -> FastAPI:
     @app.middleware("http")
     async def guard(request: Request, call_next):  # type: ignore[no-untyped-def]
         path = request.url.path
-        if fake.bare and path in {"/tokenize", "/health/ready", "/admin/data", "/metrics"}:
+        if fake.bare and path in {"/tokenize", "/health/ready", "/admin/data", "/admin/plan", "/metrics"}:
             return problem(404, "Not Found")
-        closed = path.startswith("/v1") or path in {"/tokenize", "/admin/data", "/metrics"}
+        closed = path.startswith("/v1") or path in {"/tokenize", "/admin/data", "/admin/plan", "/metrics"}
         if closed and fake.key and request.headers.get("authorization") != f"Bearer {fake.key}":
             return problem(401, "no valid API key was given", "invalid_api_key")
         response = await call_next(request)
@@ -187,7 +188,10 @@ def make_app(fake: Fake) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         names = ["Qwen3-4B", "Qwen-7B-Chat"]
-        return {"object": "list", "data": [{"id": n, "object": "model", "max_model_len": MAX_LEN} for n in names]}
+        return {
+            "object": "list",
+            "data": [{"id": n, "object": "model", "root": f"Qwen/{n}", "max_model_len": MAX_LEN} for n in names],
+        }
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
@@ -203,6 +207,23 @@ def make_app(fake: Fake) -> FastAPI:
     @app.get("/_fake")
     async def tell() -> dict[str, Any]:
         return {"requests": fake.requests, "aborted": fake.aborted, "running": fake.running}
+
+    @app.get("/admin/plan")
+    async def plan() -> dict[str, Any]:
+        """As an RTX 3090's owner would see it."""
+        rows = [("Qwen3-14B", 24_576, 23.1), ("Qwen3-8B", 40_960, 21.4), ("Qwen3-4B-Instruct-2507", 98_304, 22.0)]
+        speed = {"batch": 1, "context_tokens": 4096, "low": 30.2, "high": 44.8}
+        models = [
+            {
+                "model": f"Qwen/{m}",
+                "command": f"fastqwen serve Qwen/{m}",
+                "context": n,
+                "gib": gib,
+                "tokens_per_second": speed,
+            }
+            for m, n, gib in rows
+        ]
+        return {"device": "NVIDIA GeForce RTX 3090", "serving": "Qwen/Qwen3-4B", "models": models}
 
     @app.get("/admin/data")
     async def admin_data() -> dict[str, Any]:
@@ -285,7 +306,7 @@ async def stream(fake: Fake, body: dict[str, Any], asked: str, prompt: int) -> A
         notes = fake.notes if finish else {}
         return f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'choices': [choice], **notes})}\n\n"
 
-    thoughts, answer, pause_s = script(body)
+    thoughts, answer, pause_s = ("", fake.answer, 0.002) if fake.answer else script(body)
     fake.running += 1
     tokens = 0
     try:

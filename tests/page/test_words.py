@@ -106,3 +106,19 @@ def test_a_line_says_why_an_answer_was_fast_or_slow(page: Any, fake: Server) -> 
     assert "32 of 67 tokens read from memory · 35 computed in 0.31 s" in line
     assert "the system prompt changed" in line
     assert "user has no effect" in page.locator(".message.assistant").inner_text()
+
+
+def test_the_planner_says_what_this_machine_could_run(page: Any, fake: Server) -> None:
+    visit(page, fake.url)
+    page.get_by_text("What else could this machine run?").click()
+    dialog = page.locator("dialog")
+    page.wait_for_selector(".command")
+    assert "RTX 3090 could run Qwen3-14B with a context of 24,576 tokens" in dialog.inner_text()
+    assert page.locator(".command code").inner_text() == "fastqwen serve Qwen/Qwen3-14B"
+    assert page.locator(".runs tbody tr").count() == 2
+
+
+def test_a_server_without_a_planner_offers_none(page: Any, fake: Server) -> None:
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "other", "object": "model"}]}))
+    visit(page, fake.url)
+    assert page.get_by_text("What else could this machine run?").count() == 0

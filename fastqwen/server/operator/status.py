@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from fastqwen.client.engine import Ready
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.operator.planner import Planner
 from fastqwen.server.operator.prometheus import metrics_text
 from fastqwen.version import __version__
 
@@ -78,6 +79,14 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
 
 
 def _add_figures(app: FastAPI, state: ServerState) -> None:
+    planner = Planner()
+
+    @app.get("/admin/plan")
+    async def plan() -> dict[str, Any]:
+        """What else this machine could run, with the commands."""
+        held_bytes = _figures(state.engine.ready, "measured").get("peak_bytes", 0)
+        return {**await planner.found(held_bytes), "serving": state.engine_config.model}
+
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(metrics_text(state), media_type=CONTENT_TYPE_LATEST)

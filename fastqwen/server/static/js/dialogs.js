@@ -1,10 +1,10 @@
 // The dialogs: key, help, import and export. <dialog> keeps the focus inside and gives it back.
-import { getKey, setKey } from "./api.js";
+import { getKey, request, setKey } from "./api.js";
 import { t } from "./i18n.js";
 import { check, server } from "./status.js";
 import { removeAll, state } from "./store.js";
 import { exportAll, exportJson, exportMarkdown, exportVotes, importFile } from "./transfer.js";
-import { html, IconButton, on, showToast, useLayoutEffect, useRef, useState } from "./ui.js";
+import { copyText, html, IconButton, on, showToast, useEffect, useLayoutEffect, useRef, useState } from "./ui.js";
 
 const apple = /Mac|iPhone|iPad/.test(navigator.platform);
 const MOD = apple ? "⌘" : "Ctrl";
@@ -80,7 +80,39 @@ export function KeyDialog({ onClose }) {
     <//>`;
 }
 
-const KINDS = { help: Help, data: Data, key: KeyDialog };
+function Command({ text }) {
+  return html`<div class="command"><code>${text}</code><${IconButton} name="copy" label=${t("copyCommand", { command: text })} onClick=${() => copyText(text).then(() => showToast(t("copied")))} /></div>`;
+}
+
+const shortName = (model) => model.split("/").at(-1);
+
+function Runs({ models }) {
+  const speed = (s) => (s ? `${Math.round(s.low)}–${Math.round(s.high)}` : "–");
+  return html`
+    <div class="scroll" tabindex="0"><table class="runs"><thead><tr><th scope="col">${t("model")}</th><th scope="col">GiB</th><th scope="col">${t("context")}</th><th scope="col">${t("tokPerS")}</th><th></th></tr></thead>
+      <tbody>${models.map((m) => html`<tr key=${m.model}><th scope="row">${shortName(m.model)}</th><td>${m.gib}</td><td>${m.context.toLocaleString()}</td><td>${speed(m.tokens_per_second)}</td>
+        <td><${IconButton} name="copy" label=${t("copyCommand", { command: m.command })} onClick=${() => copyText(m.command).then(() => showToast(t("copied")))} /></td></tr>`)}</tbody></table></div>`;
+}
+
+/** What else the server's machine could run. */
+function Plan({ onClose }) {
+  const [found, setFound] = useState(null);
+  useEffect(() => { request("admin/plan").then((r) => r.json()).then(setFound, (error) => setFound({ error })); }, []);
+  const [first, ...others] = found?.models ?? [];
+  return html`
+    <${Dialog} title=${t("planTitle")} onClose=${onClose}>
+      ${!found && html`<p class="row"><span class="spinner"></span> ${t("planning")}</p>`}
+      ${found?.error && html`<p>${found.error.status === 404 ? t("planNone") : found.error.detail}</p>`}
+      ${found && !found.error && !first && html`<p>${t("planNothing", { device: found.device })}</p>`}
+      ${first && html`
+        <p>${t("planBest", { device: found.device, model: shortName(first.model), n: first.context.toLocaleString() })}</p>
+        <${Command} text=${first.command} />
+        <h3>${t("planOthers", { n: others.length })}</h3><${Runs} models=${others} />
+        <p class="hint">${t("planHint")}</p>`}
+    <//>`;
+}
+
+const KINDS = { help: Help, data: Data, key: KeyDialog, plan: Plan };
 
 export function Dialogs() {
   const [kind, setKind] = useState(null);

@@ -4,19 +4,28 @@ import { Compare } from "./compare.js";
 import { t } from "./i18n.js";
 import { Message } from "./message.js";
 import { SystemCard } from "./settings.js";
+import { server } from "./status.js";
 import { state } from "./store.js";
 import { shownPath } from "./tree.js";
-import { at, copyText, emit, html, Icon, on, showToast, useEffect, useLayoutEffect, useRef, useState } from "./ui.js";
+import { at, copyText, emit, html, Icon, on, showToast, useEffect, useLayoutEffect, useRef, useState, useTopic } from "./ui.js";
 
 const NEAR_PX = 80;
 
+const isDemo = (model) => model?.root === "demo" || model?.id === "demo";
+const hasPlanner = () => Boolean(server.models[0]?.root); // other servers' lists of models do not tell what a name stands for
+
 function Welcome() {
+  useTopic("server");
+  const demo = isDemo(server.models[0]);
+  const ideas = [1, 2, 3, 4].map((n) => (demo ? "demoIdea" : "idea") + n);
   return html`
     <div class="welcome">
       <img src=${at("static/icon.svg")} alt="" width="56" height="56" />
       <h1>${t("welcome")}</h1>
       <p>${t(state.unsaved === "forbidden" ? "notPersistent" : "welcomeHint")}</p>
-      <div class="ideas">${["idea1", "idea2", "idea3", "idea4"].map((name) => html`<button type="button" onClick=${() => emit("fill-composer", t(name))}>${t(name)}</button>`)}</div>
+      ${demo && html`<p class="note">${t("demoNote")}</p>`}
+      <div class="ideas">${ideas.map((name) => html`<button type="button" key=${name} onClick=${() => emit("fill-composer", t(name))}>${t(name)}</button>`)}</div>
+      ${hasPlanner() && html`<button type="button" class="text-button plan" onClick=${() => emit("open-dialog", "plan")}>${t(demo ? "planReal" : "planMore")}</button>`}
     </div>`;
 }
 
