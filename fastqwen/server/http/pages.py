@@ -19,12 +19,14 @@ CONTENT_SECURITY_POLICY = (
 )
 # What an answer draws is shown in frames of no origin that reach nothing: no network, no storage, not the page around them.
 _FRAME = (
-    b"sandbox allow-scripts; default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
-    b"base-uri 'none'; form-action 'none'; frame-ancestors 'self'; script-src "
+    b"sandbox allow-scripts; default-src 'none'; img-src data: blob:; font-src data:; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'self'; "
 )
 FRAME_POLICIES = {
-    "/static/frame/preview.html": _FRAME + b"'unsafe-inline'",  # the answer's own scripts
-    "/static/frame/diagram.html": _FRAME + b"'self'",  # Mermaid, and none of the answer's
+    "/static/frame/preview.html": _FRAME
+    + b"script-src 'unsafe-inline'; style-src 'unsafe-inline'",  # the answer's own scripts
+    "/static/frame/diagram.html": _FRAME
+    + b"script-src 'self'; style-src 'self' 'unsafe-inline'",  # Mermaid, and none of the answer's
 }
 
 

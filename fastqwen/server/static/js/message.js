@@ -1,19 +1,40 @@
 // One message: its text, thoughts, tool calls, figures, error and buttons.
 import { canContinue, canForget, continueAnswer, forgetOldest, isRunning, isWaiting, regenerate, resend, sendToolResults, switchBranch } from "./chat.js";
 import { explain } from "./errors.js";
+import { Frame } from "./frames.js";
 import { language, t } from "./i18n.js";
 import { GrowingMarkdown } from "./markdown.js";
 import { drawMath } from "./math.js";
 import { startNew } from "./store.js";
-import { copyText, emit, html, sendsOn, touch, Icon, IconButton, memo, on, showToast, useEffect, useLayoutEffect, useMemo, useRef, useState, useTopic } from "./ui.js";
+import { copyText, emit, html, sendsOn, touch, Icon, IconButton, memo, on, render, showToast, useEffect, useLayoutEffect, useMemo, useRef, useState, useTopic } from "./ui.js";
 import { askForWord, isOnText } from "./words.js";
 
-const Block = memo(({ source }) => {
+const Block = memo(({ source, running }) => {
   const place = useRef();
   useTopic("katex");
   useLayoutEffect(() => drawMath(place.current));
+  useEffect(() => (running ? undefined : showFrames(place.current)), [source, running]);
   return html`<div class="block" ref=${place} dangerouslySetInnerHTML=${{ __html: source }}></div>`;
 });
+
+/** Draws the diagrams of a finished answer, and previews on demand: above their code, which a button shows again. */
+function showFrames(block) {
+  const places = [...block.querySelectorAll(".code[data-frame]")].map((box) => {
+    const place = document.createElement("div");
+    const button = box.querySelector(".show");
+    const { frame: kind } = box.dataset;
+    const toggle = (shown) => {
+      button.setAttribute("aria-pressed", shown);
+      box.classList.toggle("drawn", shown);
+      render(shown ? html`<${Frame} kind=${kind} source=${box.querySelector("code").textContent} label=${t(kind)} />` : null, place);
+    };
+    box.querySelector(".code-head").after(place);
+    button.onclick = () => toggle(button.getAttribute("aria-pressed") !== "true");
+    if (kind === "diagram") toggle(true);
+    return place;
+  });
+  return () => places.forEach((place) => { render(null, place); place.remove(); });
+}
 
 /** Draws a growing text; when drawing takes long, waits in proportion, so that typing and scrolling stay smooth. */
 function Markdown({ text, running }) {
@@ -35,7 +56,7 @@ function Markdown({ text, running }) {
     p.cost = p.at - started;
   }
   useEffect(() => () => clearTimeout(p.timer), []);
-  return html`<div class="markdown">${p.blocks.map((source, i) => html`<${Block} key=${i} source=${source} />`)}</div>`;
+  return html`<div class="markdown">${p.blocks.map((source, i) => html`<${Block} key=${i} source=${source} running=${running} />`)}</div>`;
 }
 
 const seconds = (ms) => (ms / 1000).toFixed(ms < 10000 ? 1 : 0);

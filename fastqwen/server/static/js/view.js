@@ -36,7 +36,10 @@ function Single({ conversation }) {
     isLast=${i === path.length - 1} v=${node.v} count=${siblings.length} busy=${isRunning(conversation)} language=${document.documentElement.lang} />`)}`;
 }
 
-function onCopyClick(e) {
+function onTextClick(e) {
+  const mark = e.target.closest(".note-mark");
+  const text = mark && [...mark.closest(".markdown").querySelectorAll(".footnote")].find((note) => note.dataset.note === mark.dataset.note);
+  text?.scrollIntoView({ block: "nearest" });
   const button = e.target.closest("button.copy");
   if (button) copyText(button.closest(".code").querySelector("code").textContent).then(() => showToast(t("copied")));
 }
@@ -68,7 +71,7 @@ export function Messages({ conversation }) {
   const empty = Object.keys(conversation.sides[0].nodes).length === 0;
   const compare = conversation.sides.length > 1;
   return html`
-    <div class=${`messages ${compare ? "wide" : ""}`} ref=${box} onScroll=${scrolled} onClick=${onCopyClick} tabindex="-1">
+    <div class=${`messages ${compare ? "wide" : ""}`} ref=${box} onScroll=${scrolled} onClick=${onTextClick} tabindex="-1">
       <div class="column" ref=${inner} role="log" aria-live="off" aria-label=${t("thisChat")} aria-busy=${isRunning(conversation)}>
         ${empty && !compare && html`<${Welcome} />`}
         ${compare ? html`<${Compare} conversation=${conversation} empty=${empty} />` : html`<${Single} conversation=${conversation} />`}
