@@ -160,9 +160,22 @@ def make_app(fake: Fake) -> FastAPI:
     @app.middleware("http")
     async def guard(request: Request, call_next):  # type: ignore[no-untyped-def]
         path = request.url.path
-        if fake.bare and path in {"/tokenize", "/health/ready", "/admin/data", "/admin/plan", "/metrics"}:
+        if fake.bare and path in {
+            "/tokenize",
+            "/health/ready",
+            "/admin/data",
+            "/admin/history",
+            "/admin/plan",
+            "/metrics",
+        }:
             return problem(404, "Not Found")
-        closed = path.startswith("/v1") or path in {"/tokenize", "/admin/data", "/admin/plan", "/metrics"}
+        closed = path.startswith("/v1") or path in {
+            "/tokenize",
+            "/admin/data",
+            "/admin/history",
+            "/admin/plan",
+            "/metrics",
+        }
         if closed and fake.key and request.headers.get("authorization") != f"Bearer {fake.key}":
             return problem(401, "no valid API key was given", "invalid_api_key")
         response = await call_next(request)
@@ -224,6 +237,12 @@ def make_app(fake: Fake) -> FastAPI:
             for m, n, gib in rows
         ]
         return {"device": "NVIDIA GeForce RTX 3090", "serving": "Qwen/Qwen3-4B", "models": models}
+
+    @app.get("/admin/history")
+    async def history() -> dict[str, Any]:
+        wave = [900 + 300 * math.sin(i / 40) + 90 * math.sin(i / 7) for i in range(700)]
+        load = {"running": [round(v / 100) for v in wave], "waiting": [max(0, round(v / 100 - 10)) for v in wave]}
+        return {"every_s": 5, "generated": wave, "read": [v / 2 for v in wave], **load}
 
     @app.get("/admin/data")
     async def admin_data() -> dict[str, Any]:

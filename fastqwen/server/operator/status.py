@@ -54,6 +54,7 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
         "owned_by": "fastqwen",
         "root": state.engine_config.model,
         "max_model_len": None if ready is None else ready.plan.max_model_len,
+        "default_sampling": state.text.default_sampling,
     }
 
 
@@ -90,6 +91,11 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(metrics_text(state), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/admin/history")
+    async def history() -> dict[str, Any]:
+        """The last hour."""
+        return state.history.as_json()
 
     @app.get("/admin/data")
     async def figures() -> dict[str, Any]:

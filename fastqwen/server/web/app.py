@@ -27,7 +27,7 @@ from fastqwen.server.http.listen import DrainingServer, bind, run_loop
 from fastqwen.server.http.pages import add_pages
 from fastqwen.server.web.upstream import Relay, Upstream, Upstreams
 
-OPERATORS_PATHS = ("/admin/data", "/admin/plan", "/metrics")
+OPERATORS_PATHS = ("/admin/data", "/admin/history", "/admin/plan", "/metrics")
 JSON = "application/json"
 
 log = logging.getLogger("fastqwen.server")

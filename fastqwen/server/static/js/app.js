@@ -9,8 +9,9 @@ import { ModelPicker, SettingsPanel } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { check } from "./status.js";
 import { open, startNew, state } from "./store.js";
+import { loadTools } from "./tools.js";
 import { leafOf } from "./tree.js";
-import { emit, html, IconButton, on, render, showToast, stored, toast, useEffect, useLayoutEffect, useState, useTopic } from "./ui.js";
+import { at, emit, html, IconButton, on, render, showToast, stored, toast, useEffect, useLayoutEffect, useState, useTopic } from "./ui.js";
 import { Messages } from "./view.js";
 import { Words } from "./words.js";
 
@@ -96,3 +97,5 @@ const place = document.getElementById("app");
 place.replaceChildren();
 render(html`<${App} />`, place);
 check();
+loadTools();
+navigator.serviceWorker?.register(at("worker.js")).catch(() => {}); // forbidden in some private windows: then the page needs its server

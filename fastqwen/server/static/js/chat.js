@@ -3,6 +3,7 @@ import { classify, completeChat, streamChat } from "./api.js";
 import { t } from "./i18n.js";
 import { isAway, modelInfo, noteError, server } from "./status.js";
 import { addVote, dropLive, keepLive, save, state } from "./store.js";
+import { asTools } from "./tools.js";
 import { add, ancestry, choose, leafOf, shownPath } from "./tree.js";
 import { announce, emit, newId, on } from "./ui.js";
 
@@ -99,7 +100,8 @@ function requestBody(side, id, begun = null) {
   const body = { model: side.model ?? server.models[0]?.id ?? "default", messages: buildMessages(side, id) };
   for (const name of NUMBERS) if (side.settings[name] !== null) body[name] = side.settings[name];
   if (thinking !== "auto") body.chat_template_kwargs = { enable_thinking: thinking === "on" };
-  if (tools.trim()) body.tools = parsed(side.settings, "tools");
+  const listed = [...(tools.trim() ? parsed(side.settings, "tools") : []), ...(side.settings.mcp ? asTools() : [])];
+  if (listed.length) body.tools = listed;
   if (schema.trim()) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: parsed(side.settings, "schema") } };
   if (stop) body.stop = stop.split("\n").filter(Boolean);
   if (begun?.content || begun?.reasoning) {
@@ -146,7 +148,7 @@ export function branchFrom(conversation, side, node, content) {
 /** What the model might have said after `content`, likeliest first: [{text, share}], shares of 1. */
 export async function alternatives(side, node, content, signal) {
   const begun = { content, reasoning: node.reasoning };
-  const like = { ...side, model: node.model || side.model, settings: { ...side.settings, ...node.settings, tools: "", schema: "", stop: "" } };
+  const like = { ...side, model: node.model || side.model, settings: { ...side.settings, ...node.settings, tools: "", mcp: "", schema: "", stop: "" } };
   const body = { ...requestBody(like, node.parent, begun), max_tokens: 1, logprobs: true, top_logprobs: 20 };
   const found = await completeChat(body, signal);
   const listed = found.choices?.[0]?.logprobs?.content?.[0]?.top_logprobs ?? [];

@@ -2,9 +2,11 @@
 import { getKey, request, setKey } from "./api.js";
 import { t } from "./i18n.js";
 import { check, server } from "./status.js";
+import { forget, keep, own } from "./library.js";
+import { share } from "./share.js";
 import { removeAll, state } from "./store.js";
-import { exportAll, exportJson, exportMarkdown, exportVotes, importFile } from "./transfer.js";
-import { copyText, html, IconButton, on, showToast, useEffect, useLayoutEffect, useRef, useState } from "./ui.js";
+import { exportAll, exportJson, exportMarkdown, exportVotes, fileName, importFile } from "./transfer.js";
+import { copyText, html, IconButton, on, showToast, useEffect, useLayoutEffect, useRef, useState, useTopic } from "./ui.js";
 
 const apple = /Mac|iPhone|iPad/.test(navigator.platform);
 const MOD = apple ? "⌘" : "Ctrl";
@@ -52,6 +54,7 @@ function Data({ onClose }) {
       <h3>${t("thisChat")}</h3>
       <div class="row wrap">
         <button type="button" class="button" disabled=${!current} onClick=${() => exportMarkdown(current)}>Markdown</button>
+        <button type="button" class="button" disabled=${!current} onClick=${() => share(current, fileName(current.title))}>${t("sharePage")}</button>
         <button type="button" class="button" disabled=${!current} onClick=${() => exportJson([current], current.title)}>JSON</button>
       </div>
       <h3>${t("allChats")}</h3>
@@ -112,7 +115,33 @@ function Plan({ onClose }) {
     <//>`;
 }
 
-const KINDS = { help: Help, data: Data, key: KeyDialog, plan: Plan };
+/** Presets and prompts of one's own. */
+function Library({ onClose }) {
+  useTopic("toast"); // keeping and forgetting both say so
+  const [name, setName] = useState("");
+  const [text, setText] = useState("");
+  const [withSettings, setWith] = useState(false);
+  const save = (e) => {
+    e.preventDefault();
+    keep(name.trim(), text, withSettings ? state.current.sides[0] : null);
+    showToast(t("kept", { name: name.trim() }));
+    setName(""); setText(""); setWith(false);
+  };
+  return html`
+    <${Dialog} title=${t("library")} onClose=${onClose}>
+      <p class="hint">${t("libraryHint")}</p>
+      <ul class="library">${own().map((e) => html`<li key=${e.id}><b>${e.name}</b> <span class="grow">${e.settings ? t("preset") : ""} ${e.text.split("\n")[0]}</span>
+        <${IconButton} name="trash" label=${`${t("delete")} ${e.name}`} onClick=${() => { forget(e.id); showToast(t("gone", { name: e.name })); }} /></li>`)}</ul>
+      <form onSubmit=${save}>
+        <div class="field"><label for="entry-name">${t("name")}</label><input id="entry-name" maxlength="60" value=${name} onInput=${(e) => setName(e.target.value)} /></div>
+        <div class="field"><label for="entry-text">${t("promptText")}</label><textarea id="entry-text" rows="3" value=${text} onInput=${(e) => setText(e.target.value)}></textarea></div>
+        <label class="check"><input type="checkbox" checked=${withSettings} onChange=${(e) => setWith(e.target.checked)} /> ${t("withSettings")}</label>
+        <div class="row end"><button type="submit" class="button primary" disabled=${!name.trim() || (!text.trim() && !withSettings)}>${t("save")}</button></div>
+      </form>
+    <//>`;
+}
+
+const KINDS = { library: Library, help: Help, data: Data, key: KeyDialog, plan: Plan };
 
 export function Dialogs() {
   const [kind, setKind] = useState(null);

@@ -7,6 +7,7 @@ import { GrowingMarkdown } from "./markdown.js";
 import { drawMath } from "./math.js";
 import { startNew } from "./store.js";
 import { copyText, emit, html, sendsOn, touch, Icon, IconButton, memo, on, render, showToast, useEffect, useLayoutEffect, useMemo, useRef, useState, useTopic } from "./ui.js";
+import { offered, runTool } from "./tools.js";
 import { askForWord, isOnText } from "./words.js";
 
 const Block = memo(({ source, running }) => {
@@ -78,18 +79,31 @@ function pretty(text) {
 function ToolCalls({ node, side, conversation, isLast }) {
   const [results, setResults] = useState([]);
   if (!node.toolCalls?.length) return null;
+  const [state, setState] = useState(""); // "running", or why a tool could not be run
   const give = isLast && !node.running && !node.error;
+  const ours = give && node.toolCalls.every((call) => offered.has(call.name));
+  const send = (list) => sendToolResults(conversation, side, node, list);
+  const runAll = async () => {
+    setState("running");
+    try {
+      const found = [];
+      for (const call of node.toolCalls) found.push(await runTool(call)); // one after another: a tool may need what the one before it did
+      send(found);
+    } catch (error) { setState(error.detail || String(error)); }
+  };
   return html`
     <div class="tool-calls">
       ${node.toolCalls.map((call, i) => html`
         <div class="tool" key=${call.id}>
           <div class="tool-head">${t("toolCall")} <code>${call.name}</code></div>
           <pre tabindex="0">${pretty(call.arguments)}</pre>
-          ${give && html`<textarea rows="2" aria-label=${t("toolResult")} placeholder=${t("toolResult")}
+          ${give && !ours && html`<textarea rows="2" aria-label=${t("toolResult")} placeholder=${t("toolResult")}
             onInput=${(e) => { const next = [...results]; next[i] = e.target.value; setResults(next); }}></textarea>`}
         </div>`)}
-      ${give && html`<button type="button" class="button" disabled=${node.toolCalls.some((_, i) => !results[i])}
-        onClick=${() => sendToolResults(conversation, side, node, results)}>${t("sendResult")}</button>`}
+      ${give && !ours && html`<button type="button" class="button" disabled=${node.toolCalls.some((_, i) => !results[i])} onClick=${() => send(results)}>${t("sendResult")}</button>`}
+      ${ours && html`<div class="row"><button type="button" class="button primary" disabled=${state === "running"} onClick=${runAll}>${t(state === "running" ? "toolRuns" : "runTool")}</button>
+        <button type="button" class="button" disabled=${state === "running"} onClick=${() => send(node.toolCalls.map(() => "The user refused this call."))}>${t("refuseTool")}</button></div>`}
+      ${state && state !== "running" && html`<p class="fault" role="alert">${state}</p>`}
     </div>`;
 }
 

@@ -6,10 +6,10 @@ import { emit, newId, on, stored } from "./ui.js";
 
 export const SERVER_DEFAULTS = {
   system: "", temperature: null, top_p: null, top_k: null, min_p: null, repetition_penalty: null, presence_penalty: null, frequency_penalty: null,
-  max_tokens: null, seed: null, thinking: "auto", thinking_budget: null, stop: "", schema: "", tools: "",
+  max_tokens: null, seed: null, thinking: "auto", thinking_budget: null, stop: "", schema: "", tools: "", mcp: "",
 };
 /** What a new conversation does not take over from the last one: it would change answers without being seen. */
-const OWN = { system: "", stop: "", schema: "", tools: "" };
+const OWN = { system: "", stop: "", schema: "", tools: "", mcp: "" };
 
 export const state = {
   list: [], // {id, title, updated, compare}, newest first
@@ -52,7 +52,7 @@ export async function getAll(name) {
   return db ? asPromise(table(name).getAll()) : [...memory[name].values()];
 }
 
-const summary = (c) => ({ id: c.id, title: c.title, updated: c.updated, compare: c.sides.length > 1 });
+const summary = (c) => ({ id: c.id, title: c.title, updated: c.updated, compare: c.sides.length > 1, pinned: c.pinned === true, folder: c.folder ?? "" });
 
 export async function open() {
   try {
@@ -124,12 +124,12 @@ function closeInterrupted(conversation) {
 
 const pending = new Map(); // id -> {timer, write}: changes not written yet
 
-/** Writes the conversation within a second; `now` writes at once. */
-export function save(conversation, now = false) {
-  conversation.updated = Date.now();
+/** Writes the conversation within a second; `now` writes at once. `moves`: whether it goes to the top of the list. */
+export function save(conversation, now = false, moves = true) {
+  if (moves) conversation.updated = Date.now();
   if (state.current === conversation) showAddress(conversation.id, "replace");
   const entry = summary(conversation);
-  state.list = [entry, ...state.list.filter((c) => c.id !== entry.id)];
+  state.list = moves ? [entry, ...state.list.filter((c) => c.id !== entry.id)] : state.list.map((c) => (c.id === entry.id ? entry : c));
   if (!now && pending.has(conversation.id)) return;
   clearTimeout(pending.get(conversation.id)?.timer);
   const write = async () => {
@@ -164,9 +164,11 @@ export async function removeAll() {
   startNew(1, "replace");
 }
 
-export function rename(id, title) {
-  const conversation = state.current?.id === id ? state.current : live.get(id);
-  if (conversation) { conversation.title = title; save(conversation, true); emit("app"); }
+/** change: {title}, {pinned} or {folder} of the open conversation. */
+export function changeEntry(change) {
+  Object.assign(state.current, change);
+  save(state.current, true, false);
+  emit("app");
 }
 
 /** Ids of the conversations whose title or messages contain every word. */
