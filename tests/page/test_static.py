@@ -74,3 +74,10 @@ def test_the_documented_policy_is_the_one_that_is_sent() -> None:
     page = read(Path(__file__).resolve().parents[2] / "docs/page.md")
     shown = re.search(r"default-src.*?frame-ancestors 'none'", page, re.S)
     assert shown and re.sub(r"\s+", " ", shown[0]) == CONTENT_SECURITY_POLICY.decode()
+
+
+def test_the_offline_shell_has_every_module_of_the_chat_page() -> None:
+    listed = re.search(r'MODULES = "([^"]+)"', read(STATIC / "js/worker.js"))
+    assert listed is not None
+    others = {"admin", "plot", "diagram", "worker"}  # of other pages
+    assert listed[1].split() == sorted({p.stem for p in SCRIPTS} - others)

@@ -19,7 +19,7 @@ function Entry({ entry, open, onOpen }) {
   const close = (keep) => {
     const value = field.current?.value.trim();
     setEditing(null);
-    if (keep && (value || editing === "folder")) changeEntry({ [editing]: value });
+    if (keep && (value || (value === "" && editing === "folder"))) changeEntry({ [editing]: value });
   };
   if (editing) {
     return html`<li><input ref=${field} class="rename" defaultValue=${entry[editing]} aria-label=${t(editing === "folder" ? "folder" : "rename")} placeholder=${t(editing === "folder" ? "folder" : "rename")} list="folders" onBlur=${() => close(true)}
