@@ -91,6 +91,7 @@ class Fake:
         self.key = ""
         self.bare = False  # has no route but OpenAI's
         self.busy = False  # pretends to have other users, for the operators' page
+        self.cuts = False  # ends answers at max_tokens, which scripts are longer than
         self.answer = ""  # instead of a script's
         self.notes: dict[str, Any] = {}  # what the last chunk of an answer says besides: cache, timing, warnings
         self.requests: list[dict[str, Any]] = []
@@ -344,7 +345,8 @@ async def stream(fake: Fake, body: dict[str, Any], asked: str, prompt: int) -> A
                 await asyncio.sleep(0.01)
             yield event({}, "tool_calls")
         else:
-            written = answer[: 5 * body["max_tokens"]] if body.get("max_tokens") and pause_s else answer
+            limit = body.get("max_tokens")
+            written = answer[: 5 * limit] if limit and fake.cuts else answer
             for piece in pieces(written, 5 if pause_s else 80):
                 tokens += 1
                 yield event({"content": piece})
@@ -354,7 +356,7 @@ async def stream(fake: Fake, body: dict[str, Any], asked: str, prompt: int) -> A
                     return
                 if tokens == 12 and "cut" in asked:
                     return
-            yield event({}, "length" if len(written) < len(answer) else "stop")
+            yield event({}, "length" if (limit and tokens > limit) or len(written) < len(answer) else "stop")
         cached = prompt // 2 // 16 * 16
         usage = {
             "prompt_tokens": prompt,

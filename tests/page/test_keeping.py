@@ -106,6 +106,7 @@ def test_a_system_prompt_is_seen_and_not_inherited(page: Any, fake: Server) -> N
 
 @pytest.mark.parametrize("how", ["length", "stopped", "cut", "reloaded"])
 def test_an_answer_that_broke_off_is_continued(page: Any, fake: Server, how: str) -> None:
+    fake.set(cuts=how == "length")
     visit(page, fake.url, short=how == "length")
     question = {"length": "write some code", "cut": "cut this"}.get(how, "slow, please")
     say(page, question)

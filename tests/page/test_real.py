@@ -81,8 +81,8 @@ def test_cached_tokens_are_shown(page: Any, base_url: str) -> None:
     visit(page, base_url)
     ask(page, "Hello, this is a first message with a few words in it, so that there is something to be found again")
     ask(page, "Hello again")
-    assert "cached" in page.locator(".figures").last.inner_text()
-    assert "cached" in page.locator(".meter-text").inner_text()
+    assert "read from memory" in page.locator(".why").last.inner_text()
+    assert "read from memory" in page.locator(".meter-text").inner_text()
 
 
 def test_a_page_closed_while_writing_says_so_afterwards(page: Any, base_url: str) -> None:

@@ -92,7 +92,7 @@ const shortName = (model) => model.split("/").at(-1);
 function Runs({ models }) {
   const speed = (s) => (s ? `${Math.round(s.low)}–${Math.round(s.high)}` : "–");
   return html`
-    <div class="scroll" tabindex="0"><table class="runs"><thead><tr><th scope="col">${t("model")}</th><th scope="col">GiB</th><th scope="col">${t("context")}</th><th scope="col">${t("tokPerS")}</th><th></th></tr></thead>
+    <div class="scroll" tabindex="0"><table class="runs"><thead><tr><th scope="col">${t("model")}</th><th scope="col">GiB</th><th scope="col">${t("context")}</th><th scope="col">${t("tokPerS")}</th><td></td></tr></thead>
       <tbody>${models.map((m) => html`<tr key=${m.model}><th scope="row">${shortName(m.model)}</th><td>${m.gib}</td><td>${m.context.toLocaleString()}</td><td>${speed(m.tokens_per_second)}</td>
         <td><${IconButton} name="copy" label=${t("copyCommand", { command: m.command })} onClick=${() => copyText(m.command).then(() => showToast(t("copied")))} /></td></tr>`)}</tbody></table></div>`;
 }

@@ -46,6 +46,8 @@ const TEXT = {
   cause_thinking_stripped: ["the last thoughts are left out, so what follows them was read anew", "略去了上次的思考，其后的内容需重新读取"],
   cause_message_changed: ["an earlier message changed, so what follows it was read anew", "较早的消息有变化，其后的内容需重新读取"],
   cause_other_salt: ["memory of other users is not shared", "不共享其他用户的内存"],
+  taskDone: ["done", "已完成"],
+  taskOpen: ["to do", "待办"],
   diagram: ["Diagram", "图表"],
   preview: ["Preview", "预览"],
   diagramWrong: ["This diagram cannot be drawn:", "无法绘制该图表："],

@@ -48,7 +48,7 @@ md.renderer.rules.image = (tokens, i) => {
 
 const ALLOWED = {
   ALLOWED_TAGS: "a p br hr h1 h2 h3 h4 h5 h6 strong em s del code pre blockquote ul ol li table thead tbody tr th td div span button details summary sup sub kbd mark input".split(" "),
-  ALLOWED_ATTR: ["href", "title", "class", "start", "type", "tabindex", "data-display", "data-note", "data-frame", "rel", "target", "open", "checked", "disabled", "aria-pressed"],
+  ALLOWED_ATTR: ["href", "title", "class", "start", "type", "tabindex", "data-display", "data-note", "data-frame", "rel", "target", "open", "checked", "disabled", "aria-pressed", "aria-label"],
   ALLOW_DATA_ATTR: false,
 };
 DOMPurify.addHook("afterSanitizeAttributes", (node) => {

@@ -1,4 +1,5 @@
 // What people expect of Markdown beyond its core: task lists, footnotes, <details>, and a few tags that carry no risk.
+import { t } from "./i18n.js";
 
 const HARMLESS = /^<(\/?)(br|sub|sup|kbd|mark)\s*\/?>/i;
 const DETAILS = /^<details(\s+open)?\s*>/i;
@@ -100,6 +101,6 @@ export function addMarkup(md) {
     note_mark: (tokens, i) => `<sup><button type="button" class="note-mark" data-note="${escape(tokens[i].content)}">${escape(tokens[i].content)}</button></sup>`,
     note_open: (tokens, i) => `<div class="footnote" data-note="${escape(tokens[i].content)}"><sup>${escape(tokens[i].content)}</sup> `,
     note_close: () => "</div>",
-    task: (tokens, i) => `<input type="checkbox" disabled${tokens[i].content}> `,
+    task: (tokens, i) => `<input type="checkbox" disabled${tokens[i].content} aria-label="${escape(t(tokens[i].content ? "taskDone" : "taskOpen"))}"> `,
   });
 }

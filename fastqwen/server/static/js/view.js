@@ -73,7 +73,7 @@ export function Messages({ conversation }) {
   return html`
     <div class=${`messages ${compare ? "wide" : ""}`} ref=${box} onScroll=${scrolled} onClick=${onTextClick} tabindex="-1">
       <div class="column" ref=${inner} role="log" aria-live="off" aria-label=${t("thisChat")} aria-busy=${isRunning(conversation)}>
-        ${empty && !compare && html`<${Welcome} />`}
+        ${empty ? !compare && html`<${Welcome} />` : html`<h1 class="sr">${conversation.title || t("thisChat")}</h1>`}
         ${compare ? html`<${Compare} conversation=${conversation} empty=${empty} />` : html`<${Single} conversation=${conversation} />`}
       </div>
       ${away && html`<button type="button" class="to-end" aria-label=${t("toEnd")} title=${t("toEnd")} onClick=${toEnd}><${Icon} name="down" /></button>`}
