@@ -91,6 +91,7 @@ class Fake:
         self.key = ""
         self.bare = False  # has no route but OpenAI's
         self.busy = False  # pretends to have other users, for the operators' page
+        self.likely: dict[str, float] = {}  # words in an answered one's place; else three of its own
         self.cuts = False  # ends answers at max_tokens, which scripts are longer than
         self.answer = ""  # instead of a script's
         self.notes: dict[str, Any] = {}  # what the last chunk of an answer says besides: cache, timing, warnings
@@ -255,7 +256,7 @@ def make_app(fake: Fake) -> FastAPI:
         fake.requests.append(body)
         asked = str(body["messages"][-1].get("content") or "")
         if body.get("logprobs") and not body.get("stream"):
-            return JSONResponse(likeliest(body))
+            return JSONResponse(likeliest(fake, body))
         if waiting := unready():
             return waiting
         if "overload" in asked:
@@ -275,11 +276,12 @@ def make_app(fake: Fake) -> FastAPI:
     return app
 
 
-def likeliest(body: dict[str, Any]) -> dict[str, Any]:
+def likeliest(fake: Fake, body: dict[str, Any]) -> dict[str, Any]:
     """One token, and what might have stood in its place."""
-    _, answer, _ = script(body)
-    match = re.match(r"\s*\S+", answer)
-    words = {match[0] if match else "": 0.5, " perhaps": 0.25, " rather": 0.125, " never": 0.0004}
+    begun = body["messages"][-1]["content"] if body.get("continue_final_message") else ""
+    match = re.match(r"\s*\S+", fake.answer[len(begun) :] if fake.answer else script(body)[1])
+    said = match[0] if match else ""
+    words = fake.likely or {said: 0.5, " perhaps": 0.25, " rather": 0.125, " never": 0.0004}
     top = [{"token": word, "logprob": math.log(share), "bytes": None} for word, share in words.items()]
     choice = {"index": 0, "message": {"role": "assistant", "content": top[0]["token"]}, "finish_reason": "length"}
     return {"choices": [{**choice, "logprobs": {"content": [{**top[0], "top_logprobs": top}]}}]}

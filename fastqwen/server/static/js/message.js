@@ -243,7 +243,7 @@ export const Message = memo(({ node, siblings, side, conversation, isLast, name 
   }[node.role];
   return html`
     <article class=${`message ${node.role} ${node.forgotten ? "forgotten" : ""} ${node.running ? "running" : ""}`} data-id=${node.id}>
-      <h3 class=${node.role === "assistant" ? "who" : "sr"}>${who}</h3>
+      <h2 class=${node.role === "assistant" ? "who" : "sr"}>${who}</h2>
       ${node.forgotten && html`<span class="tag">${t("forgotten")}</span>`}
       ${inner()}
     </article>`;
