@@ -103,7 +103,7 @@ def test_a_line_says_why_an_answer_was_fast_or_slow(page: Any, fake: Server) -> 
     line = page.locator(".why").inner_text()
     assert line.startswith("First word after 0.")
     assert "waited 1.2 s for other requests" in line
-    assert "32 of 67 tokens read from memory · 35 computed in 0.31 s" in line
+    assert "32 of 67 tokens read from memory · 35 tokens computed in 0.31 s" in line
     assert "the system prompt changed" in line
     assert "user has no effect" in page.locator(".message.assistant").inner_text()
 
