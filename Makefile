@@ -5,6 +5,7 @@ MODEL ?= demo
 PORT ?= 8000
 ARGS ?=
 SECONDS ?= 60
+WORKERS ?= 2
 CARDS ?= 75 80 86 89 90 100 120
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -31,8 +32,8 @@ $(DEV_STAMP): $(STAMP)
 serve: $(STAMP)  ## Serve MODEL (default: demo) on PORT (default: 8000); ARGS='...' adds flags
 	$(BIN)/fastqwen serve $(MODEL) --port $(PORT) $(ARGS)
 
-test: $(DEV_STAMP)  ## Run the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(DEV_STAMP)  ## Run the tests, in WORKERS processes (default: 2)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
 test-slow: $(DEV_STAMP)  ## Run the tests that take long
 	$(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/page --ignore=tests/reliability
