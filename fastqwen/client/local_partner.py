@@ -54,7 +54,7 @@ class LocalPartner:
         self, messages: Messages, options: dict[str, Any], template_options: dict[str, Any] | None = None
     ) -> Generator[Parts, None, None]:
         facts = self._model.facts
-        sampling = SamplingParams(**{**self._text.default_sampling, "max_tokens": None, **options})
+        sampling = SamplingParams(**{"max_tokens": None, **self._text.default_sampling, **options})
         ids = self._model.chat_token_ids(messages, **(template_options or {}))
         assembler = Assembler(0, sampling, self._text.tokenizer, facts.stop_token_ids)
         parser = self._parser(ids)
