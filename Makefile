@@ -28,7 +28,7 @@ $(DEV_STAMP): $(STAMP)
 	@touch $@
 
 serve: $(STAMP)  ## Serve MODEL (default: demo) on PORT (default: 8000); ARGS='...' adds flags
-	$(BIN)/fastqwen serve $(MODEL) --port $(PORT) $(ARGS)
+	@FASTQWEN_UNDER_MAKE=1 $(BIN)/fastqwen serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(DEV_STAMP)  ## Run the tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"

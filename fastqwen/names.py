@@ -24,6 +24,7 @@ _UNQUANTIZED = ("FP16", "F16", "BF16", "F32")
 _ADDRESS = re.compile(
     r"(?:(?:https?|hf)://|(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.cn|ollama\.com)/)"
 )
+_HOST_AND_PORT = re.compile(r"(?:[\w.-]+|\[[0-9a-f:.]+\]):\d{2,5}(?:/v1)?/?", re.I)  # Ollama's tags end in a letter
 _HUBS = ("huggingface.co", "hf.co", "hf-mirror.com", "modelscope.cn")
 _FAMILY_OF_OLLAMA = {"qwen": "qwen1.5", "codeqwen": "codeqwen1.5"}  # whose names leave the generation out
 _OTHER_KINDS = (  # Qwen's models that read or make something else than text, by a word of their names
@@ -77,6 +78,17 @@ def hub_address(text: str) -> bool:
     if not _ADDRESS.match(text):
         return False
     return text.startswith("hf://") or _host(text) in (*_HUBS, "ollama.com")
+
+
+def server_address(text: str) -> str | None:
+    """The address of a server that is meant by it, None where a model is: localhost:8000 and gpu1:8000 are addresses."""
+    if hub_address(text):
+        return None
+    if text.startswith(("http://", "https://")):
+        return text
+    if text == "localhost":
+        return "http://localhost:8000"
+    return f"http://{text}" if _HOST_AND_PORT.fullmatch(text) and not is_here(text) else None
 
 
 def nearest(text: str) -> list[str]:

@@ -47,6 +47,7 @@ class LocalPartner:
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)  # noqa: S311 not a secret
         self.name = model
+        self.names = [model]
         self.max_model_len: int | None = self._model.facts.max_model_len
         self.generation_config = self._text.generation_config
 

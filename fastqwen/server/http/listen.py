@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fastqwen.errors import BadConfig
+from fastqwen.server.config import FrontConfig
 from fastqwen.server.http.door import Door
 from fastqwen.server.http.header_limits import bounded_http
 
@@ -38,6 +39,12 @@ def bind(host: str, port: int) -> socket.socket:
         ) from None
     bound.setblocking(False)
     return bound
+
+
+def address_of(config: FrontConfig, bound: socket.socket) -> str:
+    """What to open in a browser on this machine; an address that means all of them is none to open."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)  # noqa: S104 nothing is bound here
+    return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{bound.getsockname()[1]}"
 
 
 def run_loop(main: Coroutine[Any, Any, Result]) -> Result:
