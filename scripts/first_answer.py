@@ -1,6 +1,6 @@
 """README's first two minutes, word by word, in a clean Debian: from a clone to the first answer. Prints seconds and bytes.
 
-sudo python3 scripts/first_answer.py [--suite bookworm] [--root FOLDER] [--certificates FILE]
+sudo python3 scripts/first_answer.py [--suite bookworm] [--root FOLDER] [--certificates FILE] [--wheels FOLDER]
 
 debootstrap makes the Debian, with what README asks for and nothing else; what runs in it sees no file of this machine. The
 commands are README's own: the first of its first block, and the first one that asks with curl, whose answer must be the one
@@ -14,6 +14,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,13 +55,18 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
 
 
-def make_root(root: Path, suite: str, certificates: Path | None) -> None:
+def make_root(root: Path, suite: str, certificates: Path | None, wheels: Path | None) -> None:
     if not (root / "usr").exists():
         say(f"Making a Debian ({suite}) with {PACKAGES} ...")
         run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", suite, str(root))
     shutil.copy("/etc/resolv.conf", root / "etc" / "resolv.conf")
     if certificates is not None:
         shutil.copy(certificates, root / "etc/ssl/certs/ca-certificates.crt")
+    shutil.rmtree(root / "wheels", ignore_errors=True)
+    if wheels is not None:
+        say(f"pip finds these beside the index: {', '.join(file.name for file in wheels.iterdir())}")
+        shutil.copytree(wheels, root / "wheels")
+        (root / "etc/pip.conf").write_text("[global]\nfind-links = /wheels\n")
 
 
 def inside(root: Path, command: str) -> list[str]:
@@ -93,11 +99,15 @@ def main() -> None:
     parser.add_argument(
         "--certificates", type=Path, help="A bundle to trust in there, for networks with one of their own."
     )
+    parser.add_argument(
+        "--wheels", type=Path, help="Where torch's own index cannot be reached: wheels that pip finds instead."
+    )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs inside ends as well
     serve, ask, answer = readme()
     with tempfile.TemporaryDirectory(prefix="first-answer-") as made:
         root = options.root or Path(made) / "debian"
-        make_root(root, options.suite, options.certificates)
+        make_root(root, options.suite, options.certificates, options.wheels)
         home = root / "root"
         for left in (home / "fastqwen", home / ".cache"):
             shutil.rmtree(left, ignore_errors=True)
