@@ -355,9 +355,3 @@ def test_log_lines_hold_no_control_characters():
     record = logging.makeLogRecord({"msg": "a\x1b[31m\x00\r\u202e b", "levelname": "INFO", "levelno": 20})
     line = logs.TextFormatter().format(record)
     assert not any(char in line for char in "\x1b\x00\r\u202e")
-    access = logging.makeLogRecord(
-        {"name": "uvicorn.access", "msg": '%s - "%s %s HTTP/%s" %d', "args": ("1.2.3.4:5", "POST", CHAT, "1.1", 200)}
-    )
-    assert logs.TextFormatter().format(access).endswith(f'"POST {CHAT} HTTP/1.1" 200 OK')
-    entry = json.loads(logs.JsonFormatter().format(access))
-    assert (entry["path"], entry["status"]) == (CHAT, 200)

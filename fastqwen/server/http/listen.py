@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from fastqwen.errors import BadConfig
 from fastqwen.server.config import FrontConfig
+from fastqwen.server.http.access_log import AccessLog
 from fastqwen.server.http.door import Door
 from fastqwen.server.http.header_limits import bounded_http
 
@@ -63,9 +64,9 @@ class DrainingServer(uvicorn.Server):
         self._state = state
         super().__init__(
             uvicorn.Config(
-                app,
+                AccessLog(app, writes=state.config.access_log),
                 log_level="info",
-                access_log=state.config.access_log,
+                access_log=False,  # uvicorn writes its line when an answer begins, and knows nothing of its tokens
                 log_config=None,
                 http=bounded_http(state.config.header_timeout_s),
                 ws="none",
