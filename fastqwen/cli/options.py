@@ -53,7 +53,9 @@ def model_names(incomplete: str) -> list[str]:
 
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, autocompletion=model_names)]
-ApiKey = Annotated[str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar=["FASTQWEN_API_KEY", "VLLM_API_KEY"], help="Key of the server, if it wants one.")
+]
 
 
 def whole_number(text: str) -> int:
