@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from fastqwen.cli.vllm_flags import translated
 from fastqwen.errors import BadConfig
 
 MAX_HELP_CHARS = 100
@@ -74,4 +76,18 @@ class Commands(TyperGroup):
                 raise BadConfig(f"there is no command {word}: {ELSEWHERE[word]}")
             hint = f"did you mean {near[0]}?" if near else "fastqwen --help lists them"
             raise BadConfig(f"there is no command {word}: {hint}")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, _in_our_words(command, rest)
+
+
+def _in_our_words(command: Any, words: list[str]) -> list[str]:
+    """A command that takes a model takes vLLM's flags as well. What of them has no effect is said."""
+    options = [param for param in command.params if param.param_type_name == "option"]
+    if not any(param.name == "model" and param.param_type_name == "argument" for param in command.params):
+        return words
+    ours = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    several = {name for option in options if option.multiple for name in option.opts}
+    found = translated(words, ours, several)
+    for notice in found.notices:
+        print(f"INFO:     {notice}", file=sys.stderr)
+    return found.words
