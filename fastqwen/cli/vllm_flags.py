@@ -42,9 +42,7 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
         "enable-auto-tool-choice", "enable-chunked-prefill", "async-scheduling", "enable-prompt-tokens-details",
         "enable-request-id-headers", "enable-server-load-tracking", "enable-offline-docs",
         "enable-reasoning", "disable-log-requests", "enable-log-deltas",
-        "scheduler-reserve-full-isl",
-        "skip-mm-profiling", "language-model-only",
-       
+        "scheduler-reserve-full-isl", "skip-mm-profiling", "language-model-only",
         "exclude-tools-when-tool-choice-none",
     ),
     "this server chooses that itself": (
