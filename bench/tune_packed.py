@@ -27,8 +27,9 @@ from fastqwen.kernels.cuda.packed_linear import (
     PackedSpace,
     PackedTiling,
     Variant,
-    launch_of,
+    few_launch,
     packed_product,
+    some_launch,
     source,
 )
 from fastqwen.kernels.reference import unpack_grouped
@@ -109,7 +110,7 @@ def check(space: PackedSpace) -> list[dict[str, Any]]:
                 tiling = PackedTiling(blocks_each=blocks_each, wide=wide)
                 out = packed_product(
                     x, packed, space, norm=norm, gated=form == "gated",
-                    add_to=None if residual is None else residual.clone(), tiling=tiling,
+                    out=None if residual is None else residual.clone(), add=residual is not None, tiling=tiling,
                 )  # fmt: skip
                 worst = ((out.float() - expected).abs() / (expected.abs() + expected.abs().mean())).max().item()
                 if not worst < (0.03 if dtype == torch.bfloat16 else 0.006):
@@ -132,7 +133,7 @@ def tilings(rows: int, *, quick: bool) -> Iterator[PackedTiling]:
 def compile_all(weight: PackedWeight, rows: list[int], quick: bool, space: PackedSpace) -> None:
     """In as many threads as there are cores; later they are found in the cache."""
     variants = {
-        launch_of(torch.float16, count, weight, tiling).variant
+        (few_launch if count <= 8 else some_launch)(torch.float16, count, weight, tiling).variant
         for count in rows
         for tiling in tilings(count, quick=quick)
     }
@@ -153,7 +154,16 @@ def timed(weights: list[PackedWeight], kind: str, rows: int, space: PackedSpace,
 
     def run() -> None:
         for weight in weights:
-            packed_product(x, weight, space, norm=norm, gated=kind == "gated", add_to=residual, tiling=tiling)
+            packed_product(
+                x,
+                weight,
+                space,
+                norm=norm,
+                gated=kind == "gated",
+                out=residual,
+                add=residual is not None,
+                tiling=tiling,
+            )
 
     run()
     graph = torch.cuda.CUDAGraph()
