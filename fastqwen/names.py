@@ -190,8 +190,8 @@ def _of_address(text: str) -> str:
     """The name that a hub page's address stands for. Raises ModelNotFound for other addresses."""
     if text.startswith("hf://"):
         return text.removeprefix("hf://")
-    parts = [part for part in urlsplit(text if "://" in text else f"https://{text}").path.split("/") if part]
     host = _host(text)
+    parts = [part for part in urlsplit(text if "://" in text else f"https://{text}").path.split("/") if part]
     if host == "ollama.com":
         return "/".join(parts[1:] if parts[:1] == ["library"] else parts) or text
     if host == "modelscope.cn" and parts[:1] == ["models"]:
@@ -211,7 +211,11 @@ def _of_address(text: str) -> str:
 
 
 def _host(text: str) -> str:
-    found = urlsplit(text if "://" in text else f"https://{text}").hostname or ""
+    """Raises ModelNotFound for what is no address at all."""
+    try:
+        found = urlsplit(text if "://" in text else f"https://{text}").hostname or ""
+    except ValueError as error:
+        raise ModelNotFound(f"{text} is no address: {error}") from None
     return found.removeprefix("www.")
 
 
