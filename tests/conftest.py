@@ -39,7 +39,7 @@ def configs() -> Path:
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
     """The demo model's file, fetched once into the user's cache."""
-    from fastqwen.hub import demo_path
+    from fastqwen.demo import demo_path
 
     return demo_path()
 

@@ -16,6 +16,7 @@ from fastqwen.benchmark.curves import plot_decode
 from fastqwen.benchmark.http_load import Stream
 from fastqwen.benchmark.latency import host_ms
 from fastqwen.benchmark.machine import Machine
+from fastqwen.benchmark.progress import Progress
 from fastqwen.benchmark.report import commit, shares, table
 from fastqwen.benchmark.serve import quantile, summary
 from fastqwen.benchmark.work import Needs, Span, decode_step, prefill, span
@@ -205,7 +206,7 @@ def test_the_picture_says_what_was_measured(tmp_path: Path):
 )
 def test_where_no_picture_can_be_is_said_before_the_work(tmp_path: Path, name: str, words: str):
     (tmp_path / "folder.png").mkdir()
-    said = one_line(run("bench", "latency", "no-such-model", "--plot", str(tmp_path / name)))
+    said = one_line(run("bench", "latency", "demo", "--plot", str(tmp_path / name)))
     assert "--plot" in said and words in said
 
 
@@ -231,3 +232,14 @@ def test_a_picture_of_what_the_gpu_script_wrote(tmp_path: Path):
     assert png_size(tmp_path / "models.png") == (1200, 700)
     done = draw(results / "h200-plan-check.json")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "h200-plan-check.json" in done.stderr
+
+
+def test_long_work_says_how_far_it_is(capsys, monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("fastqwen.benchmark.progress.time.perf_counter", lambda: now[0])
+    progress = Progress("decode", 40, "steps")
+    for second in range(20):
+        now[0] = float(second)
+        progress.tick(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "decode: 6 of 40 steps, 3.0 a second so far" and len(lines) == 4

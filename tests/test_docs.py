@@ -24,6 +24,7 @@ from tests.server.live import ROOT, LiveServer, environment, run
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 LOCAL = "http://localhost:8000"
+SHORT = "localhost:8000"
 
 
 def blocks(*languages: str) -> list[tuple[str, str]]:
@@ -96,7 +97,7 @@ def test_curl(server: LiveServer, line: str):
 @pytest.mark.parametrize("line", FASTQWEN)
 def test_fastqwen(server: LiveServer, line: str):
     fed, _, command = line.rpartition(" | ")
-    words = shlex.split(command.replace(LOCAL, server.url))
+    words = shlex.split(command.replace(LOCAL, server.url).replace(SHORT, server.url))
     assert words[0] == "fastqwen"
     if words[1] in ENDLESS:
         _read_only(words[1:])

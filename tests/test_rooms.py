@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fastqwen"
 ORDER = [
     "version", "errors", "logs", "paths", "plot", "records", "outputs", "config", "model_config", "sharding",
     "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
-    "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
+    "names", "demo", "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
 ]  # fmt: skip
 # The same inside server/: app.py and run.py join what stands below them.
 SERVER_ORDER = ["config", "http", "mcp", "answer", "dialects", "operator", "web", "app", "run"]

@@ -6,6 +6,7 @@ import asyncio
 import ssl
 import time
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,11 +173,17 @@ def take_event(line: bytes, stream: Stream, now_s: float) -> None:
     stream.last_s = now_s
 
 
-async def closed_loop(target: Target, bodies: list[bytes], concurrency: int) -> list[Stream]:
-    """All requests, ``concurrency`` of them at any time."""
+async def closed_loop(
+    target: Target, bodies: list[bytes], concurrency: int, on_end: Callable[[Stream], None] = lambda stream: None
+) -> list[Stream]:
+    """All requests, ``concurrency`` of them at any time. ``on_end`` is told of each."""
     waiting = iter(bodies)
 
     async def worker() -> list[Stream]:
-        return [await target.stream(body) for body in waiting]
+        done = []
+        for body in waiting:
+            done.append(await target.stream(body))
+            on_end(done[-1])
+        return done
 
     return [stream for done in await asyncio.gather(*[worker() for _ in range(concurrency)]) for stream in done]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastqwen.benchmark.machine import Machine, measure, synchronize
+from fastqwen.benchmark.progress import Progress, say
 from fastqwen.benchmark.report import describe, finish, percent, shares, table
 from fastqwen.benchmark.work import decode_step, prefill, random_ids
 from fastqwen.client.engine import BlockingStream
@@ -61,6 +62,7 @@ def machine_for(config: EngineConfig) -> tuple[Machine, ModelConfig]:
         torch.set_num_threads(config.num_threads)
     _, model = find_checkpoint(config)
     device = choose_device(config)
+    say("Measuring this machine's memory and arithmetic, a few seconds ...")
     return measure(device, choose_dtype(config.dtype, model, device_facts(device))[0]), model
 
 
@@ -81,16 +83,18 @@ class Bench:
     def decode(self, batch: int, input_len: int, output_len: int, iters: int) -> dict[str, Any]:
         """(time for 1 + n tokens - time for 1 token) / n, the median of several."""
         self._fits(batch, input_len + output_len + 1)
-        self._run(batch, input_len, 2)
+        work = f"decode, {batch} at {input_len}+{output_len} tokens"
+        progress = Progress(work, 2 + iters * (2 + output_len), "steps")
+        self._run(batch, input_len, 2, progress)
         times = []
         for _ in range(iters):
-            first_s = self._run(batch, input_len, 1)
-            times.append((self._run(batch, input_len, 1 + output_len) - first_s) / output_len)
+            first_s = self._run(batch, input_len, 1, progress)
+            times.append((self._run(batch, input_len, 1 + output_len, progress) - first_s) / output_len)
         step_s = statistics.median(times)
         context = input_len + output_len / 2
         needs = decode_step(self._model, self._plan.dtype, batch=batch, context_tokens=context)
         return {
-            "work": f"decode, {batch} at {input_len}+{output_len} tokens",
+            "work": work,
             "batch": batch,
             "ms": step_s * 1e3,
             "tokens_per_s": batch / step_s,
@@ -107,11 +111,16 @@ class Bench:
 
     def prefill(self, batch: int, tokens: int, iters: int) -> dict[str, Any]:
         self._fits(min(batch, self._plan.max_num_seqs), tokens + 1)
-        self._run(1, tokens, 1)
-        prefill_s = statistics.median(self._run(batch, tokens, 1) for _ in range(iters))
+        work = f"prefill, {batch} x {tokens} tokens"
+        progress = Progress(work, (1 + iters * batch) * tokens, "tokens")
+        times = []
+        for count in (1, *[batch] * iters):  # the first one only warms up
+            times.append(self._run(count, tokens, 1))
+            progress.tick(count * tokens)
+        prefill_s = statistics.median(times[1:])
         needs = prefill(self._model, self._plan.dtype, batch=batch, tokens=tokens)
         return {
-            "work": f"prefill, {batch} x {tokens} tokens",
+            "work": work,
             "batch": batch,
             "ms": prefill_s * 1e3,
             "tokens_per_s": batch * tokens / prefill_s,
@@ -127,13 +136,15 @@ class Bench:
                 f"{plan.max_model_len} tokens each and {room} in all; see --max-num-seqs and --kv-cache-memory-bytes"
             )
 
-    def _run(self, batch: int, input_len: int, output_len: int) -> float:
+    def _run(self, batch: int, input_len: int, output_len: int, progress: Progress | None = None) -> float:
         """Seconds until all sequences have their tokens."""
         with self._begin(batch, input_len, output_len) as stream:
             synchronize(self._device)
             start_s = end_s = time.perf_counter()
             for _ in stream:
                 end_s = time.perf_counter()
+                if progress is not None:
+                    progress.tick()
         return end_s - start_s
 
     def _begin(self, batch: int, input_len: int, output_len: int) -> BlockingStream:

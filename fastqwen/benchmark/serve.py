@@ -10,6 +10,7 @@ from typing import Any
 
 from fastqwen.benchmark.http_load import Stream, Target, closed_loop
 from fastqwen.benchmark.machine import Machine
+from fastqwen.benchmark.progress import Progress
 from fastqwen.benchmark.report import describe, finish, percent, shares, table
 from fastqwen.benchmark.work import decode_step, random_ids
 from fastqwen.client.own_server import own_server
@@ -64,8 +65,9 @@ class Load:
         count = self._num_requests or max(8, REQUESTS_PER_STREAM * concurrency)
         run_loop(closed_loop(target, [self._body(vocab_size, 2)], 1))
         bodies = [self._body(vocab_size, self.output_len) for _ in range(count)]
+        progress = Progress(f"{concurrency} streams", count * self.output_len, "tokens")
         start_s = time.perf_counter()
-        streams = run_loop(closed_loop(target, bodies, concurrency))
+        streams = run_loop(closed_loop(target, bodies, concurrency, lambda one: progress.tick(one.num_tokens)))
         return summary(streams, concurrency, time.perf_counter() - start_s)
 
     def _body(self, vocab_size: int, output_len: int) -> bytes:

@@ -7,9 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from fastqwen.cli.groups import Command, Commands
 from fastqwen.cli.options import ApiKey, Model, help_text, with_engine_options
 
-app = typer.Typer(help="Measure speed, and compare it with what the machine's memory allows.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Commands, help="Measure speed, and compare it with what the machine's memory allows.", no_args_is_help=True
+)
 
 BATCH_SIZES = [1, 8]
 CONCURRENCIES = [1, 16, 64]
@@ -117,4 +120,4 @@ def serve(
 
 
 for _command in (latency, throughput, serve):
-    app.command(help=help_text(_command))(_command)
+    app.command(cls=Command, help=help_text(_command))(_command)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastqwen.demo import demo_path
 from fastqwen.errors import ModelNotFound
-from fastqwen.hub import DEMO, config_from_hub, demo_path, is_hub_name
+from fastqwen.hub import config_from_hub
 from fastqwen.models import parse_config, read_config
+from fastqwen.names import DEMO, is_hub_name, known_name
 from fastqwen.plan.catalog import NamedModel, find_published
 
 
 def find_model(text: str) -> NamedModel:
     """Raises ModelNotFound, BadCheckpoint or Unsupported."""
+    text = known_name(text)
     path = demo_path() if text == DEMO else Path(text).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, text)
@@ -21,9 +24,7 @@ def find_model(text: str) -> NamedModel:
     if found is not None:
         return found
     if not is_hub_name(text):
-        raise ModelNotFound(
-            f"there is no folder, .gguf file or published Qwen model {text!r}, and it is not a hub name like Qwen/Qwen3-8B"
-        )
+        raise ModelNotFound(f"{text!r} is not a hub name like Qwen/Qwen3-8B")
     return NamedModel(model=parse_config(config_from_hub(text), f"{text}: config.json"), name=text)
 
 

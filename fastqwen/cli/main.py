@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from fastqwen.cli import batch, bench, chat, check, generate, plan, serve, web
+from fastqwen.cli import batch, bench, chat, check, completion, generate, ours, plan, serve, web
+from fastqwen.cli.groups import Command, Commands
 from fastqwen.cli.options import help_text
-from fastqwen.errors import FastqwenError
+from fastqwen.errors import FastqwenError, ModelNotFound
 from fastqwen.version import __version__
 
 app = typer.Typer(
     name="fastqwen",
+    cls=Commands,
     help="Serve and use Qwen models, on a CPU or a GPU.\n\nStart with: fastqwen serve demo",
     no_args_is_help=True,
     add_completion=False,
@@ -22,9 +26,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (serve.serve, web.web, chat.chat, generate.generate, batch.batch, plan.plan, check.check):
-    app.command(help=help_text(_command))(_command)
-app.add_typer(bench.app, name="bench")
+SERVE, USE, LOOK = "Serve a model", "Use one", "Look at what there is"
+COMMANDS: list[tuple[str, str, Callable[..., None]]] = [
+    ("serve", SERVE, serve.serve),
+    ("web", SERVE, web.web),
+    ("ps", SERVE, ours.ps),
+    ("chat", USE, chat.chat),
+    ("run", USE, chat.chat),  # as Ollama calls it
+    ("generate", USE, generate.generate),
+    ("batch", USE, batch.batch),
+    ("plan", LOOK, plan.plan),
+    ("check", LOOK, check.check),
+    ("list", LOOK, ours.list_models),
+    ("pull", LOOK, ours.pull),
+    ("version", LOOK, ours.version),
+    ("completion", LOOK, completion.completion),
+]
+for _name, _title, _command in COMMANDS:
+    app.command(_name, cls=Command, help=help_text(_command), hidden=_name == "run", rich_help_panel=_title)(_command)
+app.add_typer(bench.app, name="bench", rich_help_panel=LOOK)
 
 
 @app.callback(invoke_without_command=True)
@@ -32,6 +52,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def under_make(error: FastqwenError) -> str:
+    """How to say in `make serve` what an error asks for, where that is how the command was started."""
+    if not os.environ.get("FASTQWEN_UNDER_MAKE"):
+        return ""
+    if isinstance(error, ModelNotFound):
+        return " (make serve MODEL=...)"
+    named = re.search(r"--[a-z][a-z-]+", str(error))
+    if named is None:
+        return ""
+    return " (make serve PORT=8001)" if named[0] == "--port" else f" (make serve ARGS='{named[0]} ...')"
 
 
 def main() -> None:
@@ -42,7 +74,7 @@ def main() -> None:
     try:
         app()
     except FastqwenError as error:
-        print(f"fastqwen: {error}", file=sys.stderr)
+        print(f"fastqwen: {error}{under_make(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

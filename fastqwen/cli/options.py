@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Callable, Container
 from functools import cache
@@ -14,13 +15,47 @@ import msgspec
 import typer
 
 from fastqwen.config import EngineConfig, flag, options_of
+from fastqwen.errors import BadConfig
 
 _SUFFIXES = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
 
+# Under which title --help shows the flag of a field; what is not here stands first, under the command's own options.
+GROUPS = {
+    "The model and its files": (
+        "dtype", "device", "load_format", "revision", "trust_remote_code", "tokenizer", "skip_tokenizer_init",
+        "chat_template", "tool_call_parser", "reasoning_parser", "generation_config", "served_model_name",
+        "rope_per_request", "rope_scaling", "rope_theta", "hf_overrides", "seed",
+    ),
+    "Memory and speed": (
+        "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens", "prompts_first", "block_size",
+        "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching", "enforce_eager", "num_threads",
+    ),
+    "Who may ask, and how long it may take": (
+        "insecure", "allowed_hosts", "allowed_origins", "header_timeout_s", "body_timeout_s", "stall_timeout_s",
+        "drain_timeout_s", "max_body_bytes", "max_concurrent_requests", "strict_model_name", "strict_fields",
+    ),
+    "What a request may ask for": (
+        "max_n", "max_logprobs", "max_logit_bias", "max_stop_strings", "max_stop_chars", "max_grammar_chars",
+        "text_timeout_s",
+    ),
+}  # fmt: skip
+
 # What several commands take.
 MODEL_HELP = "demo, a folder, a .gguf file, or a hub name like Qwen/Qwen3-0.6B."
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-ApiKey = Annotated[str | None, typer.Option(envvar="FASTQWEN_API_KEY", help="Key of the server, if it wants one.")]
+
+
+def model_names(incomplete: str) -> list[str]:
+    """What a shell offers behind a command: the demo, published names, and files by the shell itself."""
+    from fastqwen.plan.catalog import catalog
+
+    names = ["demo", *(entry.name for entry in catalog().models)]
+    return [name for name in names if name.lower().startswith(incomplete.lower())]
+
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, autocompletion=model_names)]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar=["FASTQWEN_API_KEY", "VLLM_API_KEY"], help="Key of the server, if it wants one.")
+]
 
 
 def whole_number(text: str) -> int:
@@ -30,6 +65,22 @@ def whole_number(text: str) -> int:
     if number != int(number):
         raise typer.BadParameter(f"{text!r} is not a whole number (32768, 32K and 1M are fine)")
     return int(number)
+
+
+def named(model: str) -> str:
+    """The name that a hub knows, said where it is not what was typed. The address of a server becomes a whole one.
+
+    Raises ModelNotFound and Unsupported, before anything heavy is imported.
+    """
+    from fastqwen.names import known_name, server_address
+
+    address = server_address(model)
+    if address is not None:
+        return address
+    found = known_name(model)
+    if found != model:
+        print(f"INFO:     {model} stands for {found}", file=sys.stderr)
+    return found
 
 
 def help_text(command: Callable[..., None]) -> str:
@@ -60,7 +111,10 @@ def with_options(
         added = [_parameter(configs[name], field) for name, fields in names.items() for field in fields]
 
         def run(**values: Any) -> None:
+            if isinstance(values.get("model"), str):
+                values["model"] = named(values["model"])
             made = {name: {field: values.pop(field) for field in fields} for name, fields in names.items()}
+            _check_a_server_is_left_alone(values.get("model"), made.get("engine_options", {}))
             command(**made, **values)
 
         parameters = own + added
@@ -70,6 +124,16 @@ def with_options(
         return run
 
     return decorate
+
+
+def _check_a_server_is_left_alone(model: Any, engine_options: dict[str, Any]) -> None:
+    """Raises BadConfig for the first flag that would have to change the engine of a running server."""
+    if not isinstance(model, str) or not model.startswith(("http://", "https://")):
+        return
+    usual = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}
+    for name, value in engine_options.items():
+        if value not in (usual[name], [], None):
+            raise BadConfig(f"{flag(name)} is for a model that is loaded here: the server at {model} has its own")
 
 
 with_engine_options = with_options(engine_options=EngineConfig)
@@ -83,6 +147,7 @@ def _parameter(config: type[msgspec.Struct], name: str) -> inspect.Parameter:
     if optional:
         kind = next(one for one in typing.get_args(kind) if one is not type(None))
     extra: dict[str, Any] = {"min": meta.ge, "max": meta.le}
+    panel = next((title for title, fields in GROUPS.items() if name in fields), None)
     text = flag(name)
     if kind is bool and not meta.extra:
         text = f"{text}/--no-{text.removeprefix('--')}"
@@ -90,6 +155,6 @@ def _parameter(config: type[msgspec.Struct], name: str) -> inspect.Parameter:
         extra = {"parser": whole_number, "metavar": "NUMBER"}
     if default is msgspec.NODEFAULT:
         default = []
-    info = typer.Option(text, help=meta.description, show_default=not optional, **extra)
+    info = typer.Option(text, help=meta.description, show_default=not optional, rich_help_panel=panel, **extra)
     annotation: Any = Annotated[(kind | None) if optional else kind, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -55,5 +55,5 @@ def web(
     from fastqwen.server.web.upstream import Upstreams
 
     config = WebConfig(**front_options, api_keys=read_keys(page_key, page_key_file, WebConfig))
-    keys = read_keys(api_key, api_key_file, ServerConfig, min_chars=1)
+    keys = read_keys(api_key, api_key_file, ServerConfig)
     raise typer.Exit(serve_page(config, Upstreams(api, keys, page_has_keys=bool(config.api_keys))))

@@ -47,6 +47,7 @@ class LocalPartner:
         self._ids = itertools.count()
         self._seeds = random.Random(config.seed)  # noqa: S311 not a secret
         self.name = model
+        self.names = [model]
         self.max_model_len: int | None = self._model.facts.max_model_len
         self.generation_config = self._text.generation_config
 
@@ -54,7 +55,7 @@ class LocalPartner:
         self, messages: Messages, options: dict[str, Any], template_options: dict[str, Any] | None = None
     ) -> Generator[Parts, None, None]:
         facts = self._model.facts
-        sampling = SamplingParams(**{**self._text.default_sampling, "max_tokens": None, **options})
+        sampling = SamplingParams(**{"max_tokens": None, **self._text.default_sampling, **options})
         ids = self._model.chat_token_ids(messages, **(template_options or {}))
         assembler = Assembler(0, sampling, self._text.tokenizer, facts.stop_token_ids)
         parser = self._parser(ids)

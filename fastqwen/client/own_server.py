@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
+from fastqwen.client.running import UNLISTED
 from fastqwen.config import EngineConfig, flag
 from fastqwen.errors import FastqwenError
 
@@ -27,7 +28,7 @@ def own_server(config: EngineConfig) -> Iterator[str]:
             [*command, *_flags(config)],
             stdin=subprocess.DEVNULL,
             stderr=log,
-            env={**os.environ, "FASTQWEN_API_KEY": ""},
+            env={**os.environ, "FASTQWEN_API_KEY": "", "VLLM_API_KEY": "", UNLISTED: "1"},
         )
         try:
             yield _wait_ready(process, log)

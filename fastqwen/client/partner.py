@@ -13,6 +13,7 @@ class Partner(Protocol):
     """LocalPartner (client/local_partner.py) or RemotePartner (client/remote.py). Safe for many threads."""
 
     name: str
+    names: list[str]  # of all models there; setting ``name`` to one of them chooses it
     max_model_len: int | None  # None: the server does not tell
     generation_config: dict[str, Any]  # of the model's own file; empty where a server applies it
 

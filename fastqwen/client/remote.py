@@ -10,6 +10,7 @@ import msgspec
 
 from fastqwen.client.history import Messages
 from fastqwen.errors import BadRequest, FastqwenError
+from fastqwen.names import server_address
 from fastqwen.text.answer import Parts
 
 CONNECT_WITHIN_S = 10.0
@@ -18,14 +19,14 @@ ANSWER_WITHIN_S = 600.0
 
 def is_address(model: str) -> bool:
     """Whether a user's word for a model is the address of a server that has it."""
-    return model.startswith(("http://", "https://"))
+    return server_address(model) is not None
 
 
 class RemotePartner:
     """Raises BadRequest for what the server refuses, FastqwenError where it does not answer."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = (server_address(url) or url).rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)  # as many chats at once as the caller has threads
         timeout = httpx.Timeout(CONNECT_WITHIN_S, read=ANSWER_WITHIN_S)
@@ -34,8 +35,10 @@ class RemotePartner:
         except httpx.InvalidURL as error:
             raise FastqwenError(f"{url} is not an address: {error}") from None
         try:
-            model = self._json("GET", "/v1/models", None)["data"][0]
+            models = self._json("GET", "/v1/models", None)["data"]
+            model = models[0]
             self.name = str(model["id"])
+            self.names = [str(one["id"]) for one in models]
         except (KeyError, IndexError, TypeError):
             raise FastqwenError(f"the server at {self.url} lists no model: is it an OpenAI-compatible one?") from None
         self.max_model_len: int | None = model.get("max_model_len")
@@ -72,6 +75,11 @@ class RemotePartner:
     ) -> int:
         body = {"messages": messages, "add_generation_prompt": add_generation_prompt, **_for_template(template_options)}
         return int(self._json("POST", "/tokenize", body)["count"])
+
+    def whole(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer of an API's route, not streamed."""
+        found: dict[str, Any] = self._json("POST", path, {"model": self.name, **body})
+        return found
 
     def text_of(self, token_ids: list[int]) -> str:
         return str(self._json("POST", "/detokenize", {"tokens": token_ids})["prompt"])

@@ -27,6 +27,7 @@ from fastqwen.server.dialects.schema import (
 )
 from fastqwen.server.dialects.tokens import detokenize, tokenize
 from fastqwen.server.http import docs_page, errors, openapi
+from fastqwen.server.http.access_log import note_tokens
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.guard import Guard
 from fastqwen.server.http.pages import add_pages
@@ -68,6 +69,9 @@ class Work(Protocol):
 
     async def response(self) -> dict[str, Any]: ...
 
+    def tokens(self) -> tuple[int, int]:
+        """Of the prompts and of the answers so far."""
+
 
 def _add_dialects(app: FastAPI, state: ServerState) -> None:
     def add_post(path: str, name: str, kind: type[B], answer: Callable[[Request, B], Any]) -> None:
@@ -83,6 +87,7 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
         async def answer(request: Request, body: Any) -> Response:
             work = make(state, body, explain_cache=_explains_cache(request))
             await work.prepare()
+            note_tokens(request.scope, work.tokens)
             if body.stream:
                 return EventStream(work.events(), stall_timeout_s=state.config.stall_timeout_s, **stream)
             return await _whole(request, work.response())

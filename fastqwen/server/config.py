@@ -23,6 +23,7 @@ class FrontConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     key_flag: ClassVar[str] = "--api-key"
     key_variable: ClassVar[str] = "FASTQWEN_API_KEY"
+    other_key_variables: ClassVar[tuple[str, ...]] = ("VLLM_API_KEY",)  # of scripts that started another server before
 
     host: Annotated[str, option("Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1"
     port: Annotated[int, option("0 takes any free port.", ge=0, le=65535)] = 8000
@@ -92,6 +93,7 @@ class WebConfig(FrontConfig, frozen=True, kw_only=True):
 
     key_flag: ClassVar[str] = "--page-key"
     key_variable: ClassVar[str] = "FASTQWEN_PAGE_KEY"
+    other_key_variables: ClassVar[tuple[str, ...]] = ()
 
     port: Annotated[int, option("0 takes any free port.", ge=0, le=65535)] = 8008
     insecure: Annotated[bool, option("Let other machines in without a page key.", one_way=True)] = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import random
 import socket
 import time
@@ -14,12 +15,15 @@ from pathlib import Path
 
 from fastqwen.client.engine import Ready
 from fastqwen.client.loading_bar import LoadingBar
+from fastqwen.client.running import Running, announced
 from fastqwen.config import EngineConfig
+from fastqwen.demo import ABOUT
 from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.hub import find_checkpoint
 from fastqwen.ipc.engine_process import ENGINE_COMMAND
 from fastqwen.ipc.process_engine import ProcessEngine
 from fastqwen.logs import configure_logging
+from fastqwen.names import DEMO
 from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.history import EVERY_S
 from fastqwen.server.answer.metrics import Metrics
@@ -27,7 +31,7 @@ from fastqwen.server.answer.state import ServerState
 from fastqwen.server.app import create_app
 from fastqwen.server.config import ServerConfig
 from fastqwen.server.http.exposure import check_exposure
-from fastqwen.server.http.listen import DrainingServer, bind, run_loop
+from fastqwen.server.http.listen import DrainingServer, address_of, bind, run_loop
 from fastqwen.server.mcp import McpTools, read_mcp_file
 from fastqwen.text.formats import derive_formats
 from fastqwen.text.load import load_text
@@ -84,7 +88,18 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: 
             cache_stories=CacheStories(enabled=engine_config.enable_prefix_caching),
             mcp=mcp,
         )
-        return run_loop(_serve(state, engine, workers, bound))
+        with announced(_note(state, bound)):
+            return run_loop(_serve(state, engine, workers, bound))
+
+
+def _note(state: ServerState, bound: socket.socket) -> Running:
+    return Running(
+        pid=os.getpid(),
+        url=address_of(state.config, bound),
+        model=state.names[0],
+        started_s=state.started_s,
+        wants_key=bool(state.config.api_keys),
+    )
 
 
 async def _serve(state: ServerState, engine: ProcessEngine, workers: TextPool, bound: socket.socket) -> int:
@@ -113,9 +128,10 @@ def _on_ready(ready: Ready, state: ServerState, bar: LoadingBar, bound: socket.s
     state.text.tokenizer.limit_length(ready.plan.max_model_len)
     gc.collect()
     gc.freeze()  # what was imported and loaded stays: looking through it again would pause every stream
-    address = f"http://{state.config.host}:{bound.getsockname()[1]}"
+    address = address_of(state.config, bound)
     log.info(
-        "%s is ready: %s, context %d tokens, KV cache %d tokens. API %s/v1, documentation %s/docs",
+        "Open %s to chat. %s is ready: %s, context %d tokens, KV cache %d tokens. API %s/v1, documentation %s/docs",
+        address,
         state.names[0],
         ready.plan.dtype,
         ready.plan.max_model_len,
@@ -123,6 +139,8 @@ def _on_ready(ready: Ready, state: ServerState, bar: LoadingBar, bound: socket.s
         address,
         address,
     )
+    if state.engine_config.model == DEMO:
+        log.info("%s", ABOUT)
     if not state.text.stops and not state.engine_config.skip_tokenizer_init:
         log.warning("%s", NO_STOPS)
     for line in ready.comparison:

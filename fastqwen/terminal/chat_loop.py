@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shlex
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastqwen.client.history import Messages
 from fastqwen.client.partner import Partner
-from fastqwen.errors import BadRequest, FastqwenError
+from fastqwen.demo import ABOUT
+from fastqwen.errors import BadConfig, BadRequest, FastqwenError
+from fastqwen.names import DEMO
 from fastqwen.terminal.line_editor import LineEditor, quiet_keyboard
+from fastqwen.terminal.paint import Painter
 from fastqwen.text.answer import Parts
 
 HELP = '''\
@@ -20,7 +28,11 @@ HELP = '''\
 /new                   forget the conversation
 /system TEXT           set the system prompt (without TEXT: show it)
 /set NAME VALUE        temperature, top_p, max_tokens or seed (without NAME: show them; VALUE default: the model's own)
+/set think on          think before the answer, or off, or default: for models whose template has the switch
+/model [NAME]          talk to another model or server (without NAME: show this one)
 /regen                 answer the last question again
+/edit                  change the last question in $EDITOR, or write one there, and ask it
+/verbose               after each answer say how fast it was (again: stop saying it)
 /tokens                how much of the model's context is used
 /save FILE             keep the conversation as JSON
 /load FILE             go on with a kept one
@@ -34,19 +46,30 @@ PROMPT = "> "
 PROMPT_INSIDE = ". "  # of a message of several lines
 CONTEXT_HELP = "/new forgets the conversation, /set max_tokens 200 leaves more room for it"
 
-SETTINGS: dict[str, type] = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "temperature": float,
+    "top_p": float,
+    "max_tokens": int,
+    "seed": int,
+    "think": {"on": True, "off": False}.__getitem__,
+}
+THINK = "think"  # goes to the template, the others to the sampler
 MAX_SAVED_BYTES = 64 * 2**20
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
-def run(partner: Partner, *, prompt: str | None, system: str | None, options: dict[str, Any]) -> int:
+def run(conversation: Conversation, *, prompt: str | None, as_json: bool = False) -> int:
     """With a prompt, or with text on a pipe: one answer. Else a conversation. Returns the exit status."""
-    conversation = Conversation(partner, system, options)
     piped = "" if sys.stdin.isatty() else sys.stdin.read()
     if prompt is not None or piped.strip():
         question = "\n\n".join(part for part in (prompt, piped.strip()) if part)
-        return conversation.ask(question)
-    print(f"{partner.name} is ready. /help lists the commands.", file=sys.stderr)
+        return conversation.ask_as_json(question) if as_json else conversation.ask(question)
+    if as_json:
+        raise BadConfig("--json is for one answer: give a prompt, or text on a pipe")
+    name = conversation.partner.name
+    print(f"{name} is ready. /help lists the commands.", file=sys.stderr)
+    if name == DEMO:
+        print(ABOUT, file=sys.stderr)
     editor = LineEditor()
     for message in messages_from(input):
         editor.remember(message)
@@ -104,12 +127,50 @@ def without_thoughts(answer: Generator[Parts, None, None]) -> Generator[str, Non
             print(PLAIN, file=sys.stderr, flush=True)
 
 
+def edited(text: str) -> str:
+    """What the user makes of it in $VISUAL, $EDITOR or vi. Raises FastqwenError where there is no such program."""
+    command = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "message.md"
+        file.write_text(text, encoding="utf-8")
+        try:
+            done = subprocess.run([*command, str(file)], check=False)
+        except OSError as error:
+            raise FastqwenError(f"{command[0]} cannot be started ({error.strerror}): set EDITOR") from None
+        if done.returncode:
+            raise FastqwenError(f"{command[0]} ended with {done.returncode}, so nothing is asked")
+        return file.read_text(encoding="utf-8").rstrip("\n")
+
+
+def _finish(painter: Painter | None) -> None:
+    if painter is not None:
+        painter.finish()
+
+
+def _printer() -> Painter | None:
+    """None where what is printed goes into a file or a pipe, or to a terminal without colours."""
+    plain = os.environ.get("TERM", "dumb") == "dumb" or os.environ.get("NO_COLOR")
+    if plain or not sys.stdout.isatty():
+        return None
+    return Painter(lambda text: print(text, end="", flush=True))
+
+
 class Conversation:
-    def __init__(self, partner: Partner, system: str | None, options: dict[str, Any]) -> None:
-        self._partner = partner
+    """``open_partner`` makes another side of a name that /model was given."""
+
+    def __init__(
+        self,
+        partner: Partner,
+        system: str | None,
+        options: dict[str, Any],
+        open_partner: Callable[[str], Partner] | None = None,
+    ) -> None:
+        self.partner = partner
+        self._open_partner = open_partner
         self._system = system
         self._options = dict(options)
         self._turns: Messages = []
+        self._verbose = False
 
     @property
     def messages(self) -> Messages:
@@ -119,26 +180,62 @@ class Conversation:
     def ask(self, question: str) -> int:
         """Print the answer as it comes and remember both. Returns an exit status."""
         self._turns.append({"role": "user", "content": question})
-        text = ""
+        text, painter = "", _printer()
+        began_s = time.monotonic()
+        first_s = None
         try:
-            answering = contextlib.closing(without_thoughts(self._partner.answer(self.messages, self._options)))
+            answering = contextlib.closing(without_thoughts(self._answer()))
             with quiet_keyboard(), answering as pieces:
                 for piece in pieces:
+                    first_s = first_s or time.monotonic()
                     text += piece
-                    print(piece, end="", flush=True)
+                    if painter is None:
+                        print(piece, end="", flush=True)
+                    else:
+                        painter.feed(piece)
         except KeyboardInterrupt:
+            _finish(painter)
             print(" [stopped]", end="")
         except FastqwenError as error:
             self._turns.pop()
+            _finish(painter)
             if text:
                 print()
             print(f"fastqwen: {error}", file=sys.stderr)
             if isinstance(error, BadRequest) and error.code == "context_length_exceeded" and self._turns:
                 print(CONTEXT_HELP, file=sys.stderr)
             return 1
+        _finish(painter)
         print()
         self._turns.append({"role": "assistant", "content": text})
+        if self._verbose and first_s is not None:
+            self._say_speed(first_s - began_s, time.monotonic() - first_s)
         return 0
+
+    def ask_as_json(self, question: str) -> int:
+        """One object, once the answer is there."""
+        self._turns.append({"role": "user", "content": question})
+        parts = Parts()
+        for piece in self._answer():
+            parts.add(piece)
+        found = {"model": self.partner.name, "prompt": question, "reasoning": parts.reasoning, "text": parts.content}
+        print(json.dumps(found, ensure_ascii=False))
+        return 0
+
+    def _answer(self) -> Generator[Parts, None, None]:
+        options = {name: value for name, value in self._options.items() if name != THINK}
+        template = {"enable_thinking": self._options[THINK]} if THINK in self._options else None
+        return self.partner.answer(self.messages, options, *([template] if template else []))
+
+    def _say_speed(self, first_s: float, rest_s: float) -> None:
+        """Servers tell the text and not its tokens, so these are counted anew, with what the template puts around them."""
+        try:
+            count = self.partner.count_tokens(self.messages) - self.partner.count_tokens(self.messages[:-1])
+        except FastqwenError:
+            print(f"(first word after {first_s:.2f} s, the rest in {rest_s:.2f} s)", file=sys.stderr)
+            return
+        speed = f", {count / rest_s:.1f} tokens/s" if rest_s > 0.01 else ""
+        print(f"(about {count} tokens{speed}, first word after {first_s:.2f} s)", file=sys.stderr)
 
     def command(self, line: str) -> bool:
         """Whether the conversation goes on."""
@@ -150,7 +247,10 @@ class Conversation:
             "/new": self._new,
             "/system": self._set_system,
             "/set": self._set,
+            "/model": self._model,
             "/regen": self._regenerate,
+            "/edit": self._edit,
+            "/verbose": self._be_verbose,
             "/tokens": self._tokens,
             "/save": self._save,
             "/load": self._load,
@@ -182,11 +282,42 @@ class Conversation:
             self._options.pop(name, None)
         elif value:
             try:
-                self._options[name] = SETTINGS[name](value)
-            except ValueError:
+                self._options[name] = SETTINGS[name](value.strip())
+            except (ValueError, KeyError):
                 print(f"{value!r} is no value for {name}")
                 return
         print(", ".join(f"{one} {self._options.get(one, 'default')}" for one in SETTINGS))
+
+    def _model(self, name: str) -> None:
+        if not name:
+            others = [one for one in self.partner.names if one != self.partner.name]
+            print(self.partner.name + (f" (there are also {', '.join(others)})" if others else ""))
+            return
+        if name in self.partner.names:
+            self.partner.name = name
+        elif self._open_partner is None:
+            print(f"There is no model {name} here.")
+            return
+        else:
+            found = self._open_partner(name)
+            self.partner.close()
+            self.partner = found
+        print(f"{self.partner.name} answers from here on, and knows the conversation so far.")
+
+    def _be_verbose(self, rest: str) -> None:
+        self._verbose = not self._verbose
+        print("Speeds are said after each answer." if self._verbose else "Speeds are no longer said.")
+
+    def _edit(self, rest: str) -> None:
+        answered = bool(self._turns) and self._turns[-1]["role"] == "assistant"
+        last = self._turns[-2 if answered else -1]["content"] if self._turns else ""
+        text = edited(last)
+        if not text.strip():
+            print("Nothing was written, so nothing is asked.")
+            return
+        if self._turns:
+            del self._turns[-2 if answered else -1 :]
+        self.ask(text)
 
     def _regenerate(self, rest: str) -> None:
         if not self._turns:
@@ -200,7 +331,7 @@ class Conversation:
         if not self.messages:
             print("The conversation is empty.")
             return
-        print(f"{self._partner.count_tokens(self.messages)} of {self._partner.max_model_len or '?'} tokens")
+        print(f"{self.partner.count_tokens(self.messages)} of {self.partner.max_model_len or '?'} tokens")
 
     def _save(self, name: str) -> None:
         if not name:

@@ -6,10 +6,28 @@ import sys
 import time
 from typing import Any
 
+import httpx
+
 from fastqwen.client.partner import Partner
 from fastqwen.client.remote import RemotePartner, is_address
+from fastqwen.client.running import running
+from fastqwen.names import DEMO
 
 POLL_S = 0.5
+ASK_WITHIN_S = 2.0
+
+
+def usual_model() -> str:
+    """The address of a server of this user that answers, the newest first, else the demo."""
+    for server in running():
+        try:
+            httpx.get(f"{server.url}/health", timeout=ASK_WITHIN_S).raise_for_status()
+        except httpx.HTTPError:
+            continue
+        print(f"{server.model} answers at {server.url} (fastqwen chat MODEL takes another)", file=sys.stderr)
+        return server.url
+    print("No server of yours runs here, so the demo answers (fastqwen chat MODEL takes another)", file=sys.stderr)
+    return DEMO
 
 
 def partner_for(model: str, engine_options: dict[str, Any], api_key: str | None) -> Partner:

@@ -31,7 +31,8 @@ MAX_TOKENIZER_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class TextTools:
-    """``default_sampling`` holds the keys that ``generation_config`` sets, under SamplingParams' names."""
+    """``default_sampling`` holds what ``generation_config`` sets, under SamplingParams' names; ``max_tokens`` among it is
+    how long an answer gets where a request does not say."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | PiecewiseChatMl | None
@@ -180,7 +181,7 @@ def _check_belonging(
     config_file = str(path if path.is_file() else path / "config.json")
     check_vocabulary(tokenizer, file, model.vocab_size, config_file)
     check_eos(tokenizer, file, model.eos_token_ids, config_file)
-    check_eos(tokenizer, file, own_generation_config(path).get("eos_token_id"), str(path / GENERATION_CONFIG))
+    check_eos(tokenizer, file, own_generation_config(path).get("eos_token_id"), str(generation_config_file(path)))
     check_eos_token(tokenizer, file, files.tokenizer_eos, str(where / "tokenizer_config.json"))
     check_template(tokenizer, file, template)
 
@@ -194,7 +195,12 @@ def eos_without_tokenizer(path: Path, model: ModelConfig) -> list[int]:
 
 def own_generation_config(path: Path) -> dict[str, Any]:
     """The checkpoint's; it says what ends an answer, wherever sampling parameters come from."""
-    return _read_if_there(path / GENERATION_CONFIG)
+    return _read_if_there(generation_config_file(path))
+
+
+def generation_config_file(path: Path) -> Path:
+    """In a checkpoint's folder, or beside a .gguf file, which has no place for it inside."""
+    return (path.parent if path.is_file() else path) / GENERATION_CONFIG
 
 
 def _read_if_there(file: Path) -> dict[str, Any]:
@@ -204,9 +210,9 @@ def _read_if_there(file: Path) -> dict[str, Any]:
 def _chosen_generation_config(path: Path, config: EngineConfig) -> tuple[Path, dict[str, Any]]:
     """Where default sampling parameters come from, and what is written there."""
     if config.generation_config == "auto":
-        return path / GENERATION_CONFIG, own_generation_config(path)
+        return generation_config_file(path), own_generation_config(path)
     if config.generation_config == "none":
-        return path / GENERATION_CONFIG, {}
+        return generation_config_file(path), {}
     file = Path(config.generation_config) / GENERATION_CONFIG
     if not file.is_file():
         raise BadConfig(f"--generation-config: {file} does not exist")
@@ -215,11 +221,14 @@ def _chosen_generation_config(path: Path, config: EngineConfig) -> tuple[Path, d
 
 def _default_sampling(generation: dict[str, Any], file: Path) -> dict[str, Any]:
     defaults = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
-    for key, value in defaults.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+    for key, value in (*defaults.items(), ("max_new_tokens", generation.get("max_new_tokens") or 1)):
+        kinds = (int,) if key == "max_new_tokens" else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
             raise BadCheckpoint(f"{file}: {key} is {str(value)[:60]!r}, expected a number")
     if generation.get("do_sample") is False:
         defaults["temperature"] = 0.0
+    if generation.get("max_new_tokens") is not None:
+        defaults["max_tokens"] = generation["max_new_tokens"]
     try:
         SamplingParams(**defaults)
     except BadRequest as error:

@@ -130,6 +130,62 @@ def test_nobody_answers():
     assert "http://127.0.0.1:1" in one_line(run("chat", "http://127.0.0.1:1", "Hi"))
 
 
+def test_an_address_needs_no_http_in_front(server: LiveServer):
+    address = server.url.removeprefix("http://")
+    asked = run("chat", address, QUESTION, "--temperature", "0", "--json")
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["text"] == "The capital of France is Paris."
+    assert "--dtype is for a model that is loaded here" in one_line(run("chat", address, "Hi", "--dtype", "float32"))
+
+
+def test_chat_alone_finds_the_server_that_runs_here(float32_server: LiveServer, tmp_path: Path):
+    note = tmp_path / "servers" / "1.json"
+    note.parent.mkdir()
+    wrong = {"pid": os.getpid(), "url": "http://127.0.0.1:1", "model": "gone", "started_s": 2.0, "wants_key": False}
+    note.write_text(json.dumps({**wrong, "url": float32_server.url, "model": "demo", "started_s": 1.0}))
+    note.with_name("2.json").write_text(json.dumps(wrong))
+    note.with_name("3.json").write_text(json.dumps({**wrong, "pid": 2**22 - 1}))
+    where = {"FASTQWEN_STATE": str(tmp_path)}
+    found = run("chat", stdin=QUESTION, **where)
+    assert found.returncode == 0 and "Paris" in found.stdout
+    assert f"demo answers at {float32_server.url}" in found.stderr
+    listed = run("ps", **where).stdout.splitlines()
+    assert [line.split()[:3] for line in listed[1:]] == [
+        ["http://127.0.0.1:1", "gone", "silent"],
+        [float32_server.url, "demo", "ready"],
+    ]
+    assert not note.with_name("3.json").exists(), "the note of a process that is gone is removed"
+
+
+def test_a_server_leaves_a_note_while_it_runs(float32_server: LiveServer):
+    found = json.loads(run("ps", "--json").stdout.splitlines()[0])
+    assert found == {"url": float32_server.url, "model": "demo", "pid": float32_server.process.pid, "state": "ready"}
+
+
+def test_what_ollama_calls_run_is_chat(server: LiveServer):
+    assert run("run", server.url, QUESTION, "--temperature", "0").stdout == "The capital of France is Paris.\n"
+
+
+def test_an_answer_on_a_terminal_keeps_its_words_whole(server: LiveServer):
+    with terminal("chat", server.url, "--temperature", "0", "--max-tokens", "60", TERM="xterm", COLUMNS="40") as chat:
+        chat.wait_for("> ")
+        chat.type("List the days of the week in one long sentence.\r")
+        chat.wait_for("\n\x1b[?2004h> ")
+        lines = chat.seen.replace("\r", "").replace("\x1b[?2004l", "").split("\n")[1:-1]
+        assert len(lines) > 1 and all(len(line) < 40 for line in lines), lines
+
+
+def test_generate_asks_a_server(server: LiveServer):
+    words = ("--temperature", "0", "--max-tokens", "20", "--json")
+    done = run("generate", server.url, QUESTION, "Say hello.", *words)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["prompt"] for one in answers] == [QUESTION, "Say hello."]
+    assert answers[0]["text"] == "The capital of France is Paris." and answers[0]["finish_reason"] == "stop"
+    raw = run("generate", server.url, "--raw", "--temperature", "0", "--max-tokens", "5", stdin="One, two, three,")
+    assert raw.returncode == 0 and "four" in raw.stdout
+
+
 def test_generate(demo_gguf: Path, tmp_path: Path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{QUESTION}\n\nSay hello.\n")

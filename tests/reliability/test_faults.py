@@ -160,7 +160,7 @@ def test_neither_keys_nor_prompts_are_logged_whatever_happens(model: Path, log_f
         return
     ours = [json.loads(line) for line in lines]  # the other processes' lines, too
     assert {"time", "level", "logger", "message"} <= set.intersection(*(set(one) for one in ours))
-    access = [one for one in ours if one["logger"] == "uvicorn.access"]
+    access = [one for one in ours if one["logger"] == "fastqwen.access"]
     assert {(one["method"], one["path"], one["status"]) for one in access} >= {
         ("POST", "/v1/completions", 200), ("POST", "/v1/completions", 400), ("GET", "/v1/models", 200),
     }  # fmt: skip

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from fastqwen.client.local_partner import LocalPartner
-from fastqwen.errors import BadRequest, FastqwenError
-from fastqwen.terminal.chat_loop import Conversation, messages_from
+from fastqwen.errors import BadConfig, BadRequest, FastqwenError
+from fastqwen.terminal.chat_loop import Conversation, messages_from, run
 from fastqwen.terminal.line_editor import LineEditor
 from fastqwen.text.answer import Parts
 from tests.engine.fakes import scripted
@@ -15,6 +16,7 @@ from tests.reliability.mock_model import make_model
 
 class FakePartner:
     name = "fake"
+    names = ["fake", "other"]
     max_model_len = 100
 
     def __init__(self) -> None:
@@ -23,7 +25,8 @@ class FakePartner:
         self.fail: BaseException | None = None
         self.thought = ""
 
-    def answer(self, messages, options):
+    def answer(self, messages, options, template_options=None):
+        self.template_options = template_options
         self.asked.append((list(messages), dict(options)))
         try:
             if self.thought:
@@ -34,6 +37,9 @@ class FakePartner:
                 raise self.fail
         finally:
             self.closed = True
+
+    def close(self):
+        self.gone = True
 
     def count_tokens(self, messages):
         return 10 * len(messages)
@@ -197,3 +203,75 @@ def test_a_model_of_our_own_thinks_apart_as_a_server_does(
     assert "\x1b[2mLet me see." in shown.err
     assert talk.messages[-1] == {"role": "assistant", "content": "Hello"}
     model.close()
+
+
+def test_thinking_goes_to_the_template_and_not_to_the_sampler(partner: FakePartner, talk: Conversation, capsys):
+    talk.command("/set think off")
+    talk.ask("one")
+    assert partner.asked[0][1] == {} and partner.template_options == {"enable_thinking": False}
+    talk.command("/set think perhaps")
+    assert "'perhaps' is no value for think" in capsys.readouterr().out
+    talk.command("/set think default")
+    talk.ask("two")
+    assert partner.template_options is None
+
+
+def test_another_model_goes_on_with_the_same_conversation(partner: FakePartner, capsys):
+    second = FakePartner()
+    talk = Conversation(partner, None, {}, lambda name: second)
+    talk.ask("one")
+    talk.command("/model")
+    assert "fake (there are also other)" in capsys.readouterr().out
+    talk.command("/model other")
+    assert partner.name == "other" and talk.partner is partner, "a server's other model is only another name"
+    talk.command("/model Qwen/Qwen3-8B")
+    talk.ask("two")
+    assert partner.gone and [message["content"] for message in second.asked[0][0]] == ["one", "answer 1", "two"]
+
+
+def test_a_model_that_is_not_there_leaves_the_old_one(partner: FakePartner, capsys):
+    def none(name: str) -> FakePartner:
+        raise FastqwenError(f"there is no {name}")
+
+    talk = Conversation(partner, None, {}, none)
+    assert talk.command("/model nowhere")
+    assert talk.partner is partner and capsys.readouterr().err == "fastqwen: there is no nowhere\n"
+
+
+def test_the_last_question_is_changed_in_an_editor(
+    partner: FakePartner, talk: Conversation, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\nsed -i "s/$1/$2/" "$3"\n')
+    editor.chmod(0o755)
+    monkeypatch.setenv("VISUAL", f"{editor} one two")
+    talk.ask("question one")
+    talk.command("/edit")
+    assert [message["content"] for message in talk.messages] == ["question two", "answer 2"]
+    monkeypatch.setenv("VISUAL", "true")
+    talk.command("/new")
+    talk.command("/edit")
+    assert "Nothing was written" in capsys.readouterr().out and talk.messages == []
+    for command, said in (("/no/such/editor", "set EDITOR"), ("false", "ended with 1")):
+        monkeypatch.setenv("VISUAL", command)
+        talk.command("/edit")
+        assert said in capsys.readouterr().err
+
+
+def test_speeds_are_said_when_asked_for(talk: Conversation, capsys):
+    talk.command("/verbose")
+    talk.ask("one")
+    assert "(about 10 tokens" in capsys.readouterr().err
+    talk.command("/verbose")
+    talk.ask("two")
+    assert "tokens" not in capsys.readouterr().err
+
+
+def test_one_answer_as_json(partner: FakePartner, talk: Conversation, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    partner.thought = "hmm"
+    assert run(talk, prompt="one", as_json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"model": "fake", "prompt": "one", "reasoning": "hmm", "text": "answer 1"}
+    with pytest.raises(BadConfig, match="--json is for one answer"):
+        run(talk, prompt=None, as_json=True)

@@ -58,7 +58,9 @@ class Chat(OpenAIWork):
             token_ids, constrained=body.structured() is not None or bool(tools.required)
         )
         grammar = await answer_grammar(state, body.structured(), tools, opened=opened)
-        sampling = body.sampling(state.text.default_sampling, **self._sampling_changes(tools.tools))
+        sampling = body.sampling(
+            state.text.default_sampling, **self._sampling_changes(tools.tools, facts.max_model_len - len(token_ids))
+        )
         options = GenerationOptions(
             priority=body.priority,
             cache_salt=body.cache_salt,
@@ -88,13 +90,15 @@ class Chat(OpenAIWork):
             return token_ids + tokenizer.encode(f"{THINK}\n"), True
         return token_ids, opened
 
-    def _sampling_changes(self, tools: list[dict[str, Any]]) -> dict[str, Any]:
+    def _sampling_changes(self, tools: list[dict[str, Any]], room_tokens: int) -> dict[str, Any]:
+        """``room_tokens``: what the prompt leaves of the context; the model's own length of an answer is cut to it."""
         body = self._body
         changes: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
         if body.max_completion_tokens is not None:
             changes["max_tokens"] = body.max_completion_tokens
         elif body.max_tokens is None:
-            changes["max_tokens"] = None
+            usual = self._state.text.default_sampling.get("max_tokens")
+            changes["max_tokens"] = None if usual is None else min(usual, room_tokens)
         if tools and self._state.formats.tools == "react":
             given = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
             changes["stop"] = [*given, react.STOP]

@@ -19,6 +19,7 @@ from fastqwen.server.http.sse import encode, event
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 4096  # prompts times answers of one request
+USUAL_TOKENS = 16  # of an answer, where the request does not say: as in OpenAI's API
 FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
@@ -36,6 +37,8 @@ class Completion(OpenAIWork):
         body = self._body
         self._check()
         changes: dict[str, Any] = {"logprobs": body.logprobs}
+        if body.max_tokens is None:
+            changes["max_tokens"] = USUAL_TOKENS
         if body.best_of is not None and body.best_of > self._n:
             changes.update(n=body.best_of, logprobs=body.logprobs or 0)
         sampling = body.sampling(self._state.text.default_sampling, **changes)

@@ -120,6 +120,9 @@ class Messages:
     async def prepare(self) -> None:
         await self._chat.prepare()
 
+    def tokens(self) -> tuple[int, int]:
+        return self._chat.tokens()
+
     async def response(self) -> dict[str, Any]:
         generation = self._chat.generation
         await generation.finish()

@@ -50,9 +50,13 @@ class OpenAIWork:
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
-    def usage(self) -> dict[str, Any]:
+    def tokens(self) -> tuple[int, int]:
+        """Of the prompts and of the answers so far."""
         prompt = sum(len(one.prompt_token_ids) for one in self.generations)
-        generated = sum(one.num_generated_tokens for one in self.generations)
+        return prompt, sum(one.num_generated_tokens for one in self.generations)
+
+    def usage(self) -> dict[str, Any]:
+        prompt, generated = self.tokens()
         thought = [one.num_thinking_tokens for one in self.generations if one.parses_thinking]
         details = {"completion_tokens_details": {"reasoning_tokens": sum(thought)}} if thought else {}
         return {

@@ -164,6 +164,9 @@ class Responses:
     async def prepare(self) -> None:
         await self._chat.prepare()
 
+    def tokens(self) -> tuple[int, int]:
+        return self._chat.tokens()
+
     async def response(self) -> dict[str, Any]:
         await self._chat.generation.finish()
         writer = _ItemWriter()

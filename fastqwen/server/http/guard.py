@@ -56,7 +56,7 @@ class Guard:
         path: str = scope["path"]
         origin = _header(headers, b"origin")
         allowed_origin = origin if self._state.config.allows_origin(origin) else None
-        scope[DIRECT_SEND] = send
+        scope.setdefault(DIRECT_SEND, send)
         send = _with_headers(send, path, allowed_origin)
         refusal = self._refusal(scope, headers, path)
         if refusal is not None:

@@ -15,6 +15,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fastqwen.errors import BadConfig
+from fastqwen.server.config import FrontConfig
+from fastqwen.server.http.access_log import AccessLog
 from fastqwen.server.http.door import Door
 from fastqwen.server.http.header_limits import bounded_http
 
@@ -40,6 +42,12 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def address_of(config: FrontConfig, bound: socket.socket) -> str:
+    """What to open in a browser on this machine; an address that means all of them is none to open."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)  # noqa: S104 nothing is bound here
+    return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{bound.getsockname()[1]}"
+
+
 def run_loop(main: Coroutine[Any, Any, Result]) -> Result:
     """On uvloop where there is one: a token costs a process half as much."""
     if sys.platform == "win32":
@@ -56,9 +64,9 @@ class DrainingServer(uvicorn.Server):
         self._state = state
         super().__init__(
             uvicorn.Config(
-                app,
+                AccessLog(app, writes=state.config.access_log),
                 log_level="info",
-                access_log=state.config.access_log,
+                access_log=False,  # uvicorn writes its line when an answer begins, and knows nothing of its tokens
                 log_config=None,
                 http=bounded_http(state.config.header_timeout_s),
                 ws="none",
