@@ -9,7 +9,8 @@ from fastqwen.errors import BadConfig
 from fastqwen.kernels import Ops
 from fastqwen.plan import DeviceFacts
 from fastqwen.plan.facts import CONTEXT_BYTES_PER_MULTIPROCESSOR, MIB
-from fastqwen.plan.gpus import data_sheet, host_facts
+from fastqwen.plan.gpus import data_sheet
+from fastqwen.plan.host import host_facts
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
