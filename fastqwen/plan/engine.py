@@ -12,6 +12,7 @@ from fastqwen.plan.catalog import NamedModel, published
 from fastqwen.plan.changes import advise
 from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import CPU_STEP_TOKENS, DTYPE_BYTES, FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
+from fastqwen.plan.generations import TORCH_ONLY, generation_of
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 from fastqwen.plan.question import PlanOptions, Question, is_fitting
 from fastqwen.plan.steps import mixed_tokens, step_tokens
@@ -33,6 +34,7 @@ class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
     max_num_mixed_tokens: int | None = None  # of a step with prompts beside running streams; None: as of any other
     notices: tuple[str, ...] = ()
     peak_bytes: int = 0  # predicted: weights, cache, and all that a step and a process need beside them
+    device: str = ""  # its name, as its driver says it
 
     @property
     def kv_bytes(self) -> int:
@@ -52,7 +54,9 @@ def make_plan(
     if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
     on_cpu = facts.kind == "cpu"
-    if not on_cpu:
+    if not on_cpu and generation_of(facts.compute_capability).is_torch_only:
+        notices.append(f"{facts.name} computes by {TORCH_ONLY}")
+    elif not on_cpu:
         check_sizes(model.head_dim, config.block_size or FASTQWEN_GPU.block_size, dtype, facts)
     profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
     block_size = config.block_size or profile.block_size
@@ -91,6 +95,7 @@ def make_plan(
         kv_bytes_per_token=per_token,
         notices=tuple(notices),
         peak_bytes=need.fixed + num_blocks * block_size * per_token,
+        device=facts.name,
     )
 
 

@@ -37,6 +37,10 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     basis: str = "no such card was measured"
 
     @property
+    def is_torch_only(self) -> bool:
+        return self.way == TORCH_ONLY
+
+    @property
     def dotted(self) -> str:
         return f"{self.capability[0]}.{self.capability[1]}"
 

@@ -18,6 +18,7 @@ from fastqwen.plan.host import host_facts, measure_bandwidth
 
 DATA = Path(__file__).parent.parent / "data"
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap,memory.used", "--format=csv,noheader,nounits")
+NVIDIA_SMI_DRIVER = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
 NVIDIA_SMI_TIMEOUT_S = 10
 NOMINAL_SLACK = 0.93  # a "24 GB" card shows 22.5 to 24 GiB
 MOST_BARE_GIGABYTES = 640  # a larger number alone is a card's
@@ -228,19 +229,29 @@ def data_sheet(name: str, mib: int) -> Gpu | None:
 
 def _nvidia_smi() -> list[tuple[str, int, str, int]]:
     """Name, memory in MiB, compute capability and MiB in use of each GPU; nothing where there is no driver."""
-    try:
-        run = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
     rows = []
-    for line in run.stdout.splitlines() if run.returncode == 0 else []:
-        name, total, capability, used = [*(part.strip() for part in line.split(",")), "", "", ""][:4]
+    for name, total, capability, used in _ask_driver(NVIDIA_SMI, 4):
         if total.isdigit():
             rows.append((name, int(total), capability, int(used) if used.isdigit() else 0))
         elif total.startswith("[") and _capability(capability) is not None:  # it shares the CPU's memory
             host = host_facts()
             rows.append((name, host.total_bytes // MIB, capability, (host.total_bytes - host.free_bytes) // MIB))
     return rows
+
+
+def installed_driver() -> tuple[str, str] | None:
+    """Name of the first GPU, and its driver's version; None where there is none."""
+    found = next(iter(_ask_driver(NVIDIA_SMI_DRIVER, 2)), None)
+    return (found[0], found[1]) if found is not None else None
+
+
+def _ask_driver(question: tuple[str, ...], num_fields: int) -> list[list[str]]:
+    try:
+        run = subprocess.run(question, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = run.stdout.splitlines() if run.returncode == 0 else []
+    return [[*(part.strip() for part in line.split(",")), *([""] * num_fields)][:num_fields] for line in lines]
 
 
 def one_device(facts: DeviceFacts, label: str) -> Target:

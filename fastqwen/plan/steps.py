@@ -23,6 +23,8 @@ def mixed_tokens(active_parameters: int, facts: DeviceFacts) -> int:
 
 def step_tokens(active_parameters: int, facts: DeviceFacts) -> int:
     """Of any step, where nobody asked for a number (``--max-num-batched-tokens``): what takes STEP_S."""
+    if generation_of(facts.compute_capability).is_torch_only:
+        return LEAST_STEP_TOKENS  # its attention holds the scores of all of a step's tokens
     tokens = int(STEP_S * _tokens_per_s(active_parameters, facts))
     return min(MOST_STEP_TOKENS, max(LEAST_STEP_TOKENS, tokens // LEAST_STEP_TOKENS * LEAST_STEP_TOKENS))
 

@@ -195,3 +195,11 @@ def test_blocks_that_do_not_fit_into_shared_memory_are_refused(gpu: str, dtype: 
     for size in (8, 2 * most):
         with pytest.raises(BadConfig, match=rf"--block-size is {size}, .*it can be 16, .*{most} on {gpu}"):
             plan(size)
+
+
+def test_the_oldest_cards_say_that_they_are_slow_and_take_short_steps():
+    model, config = model_of("Qwen-1_8B-Chat"), EngineConfig(model="x", max_model_len=2048)
+    plan = make_plan(model, config, find_target("GTX 1080 Ti").facts)
+    assert (plan.dtype, plan.max_num_batched_tokens, plan.device) == ("float16", 512, "GTX 1080 Ti")
+    assert any("torch's operations only" in notice and "slow" in notice for notice in plan.notices)
+    assert not make_plan(model, config, find_target("H200").facts).notices
