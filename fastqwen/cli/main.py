@@ -13,6 +13,10 @@ from fastqwen.cli.options import help_text
 from fastqwen.errors import FastqwenError
 from fastqwen.version import __version__
 
+NOT_ON_WINDOWS = (
+    "fastqwen: not for Windows itself: use WSL (in PowerShell: wsl --install), install and start fastqwen there"
+)
+
 app = typer.Typer(
     name="fastqwen",
     help="Serve and use Qwen models, on a CPU or a GPU.\n\nStart with: fastqwen serve demo",
@@ -36,6 +40,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """A user's mistake is one line on standard error and exit status 1; a bug keeps its traceback."""
+    if sys.platform == "win32":
+        print(NOT_ON_WINDOWS, file=sys.stderr)
+        sys.exit(1)
     # Compute threads sleep while they wait for each other. Spinning is faster on an idle machine, and ten times slower
     # once anything else wants the cores (docs/ideas_tried.md). Read when torch is imported, inherited by the engine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -19,7 +19,7 @@ MOST_THREADS = 16
 def host_facts() -> DeviceFacts:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = _free_host_bytes(total)
-    for limit, used in _limits():
+    for limit, used in (*_group_limits(), *_process_limits()):
         total, free = min(total, limit), min(free, max(0, limit - used))
     return DeviceFacts(kind="cpu", name="CPU", total_bytes=total, free_bytes=free)
 
@@ -35,7 +35,7 @@ def _free_host_bytes(total: int) -> int:
     return total // 2
 
 
-def _limits() -> list[tuple[int, int]]:
+def _group_limits() -> list[tuple[int, int]]:
     """Limit and use in bytes of each control group that this process is in: a container's, a service's, a batch job's. Pages
     of files that the kernel can drop are not in use."""
     found = []
@@ -48,6 +48,14 @@ def _limits() -> list[tuple[int, int]]:
             continue
         found.append((limit, used - int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))))
     return found
+
+
+def _process_limits() -> list[tuple[int, int]]:
+    """What the shell or a batch system allows a process (ulimit -v, ulimit -d); nothing of it is used yet by what comes."""
+    import resource  # Windows has none, and is told so by name
+
+    limits = (resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return [(limit, 0) for limit in limits if limit != resource.RLIM_INFINITY]
 
 
 def _groups() -> list[tuple[Path, str, str]]:
