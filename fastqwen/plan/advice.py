@@ -6,7 +6,7 @@ import msgspec
 
 from fastqwen import quant
 from fastqwen.errors import BadConfig
-from fastqwen.plan.catalog import Rank, catalog, named_model, rank
+from fastqwen.plan.catalog import Entry, catalog, named_model, rank
 from fastqwen.plan.changes import LIST_TOKENS, Change, advise, tight, with_less_context
 from fastqwen.plan.device import budget_bytes
 from fastqwen.plan.facts import GIB
@@ -35,7 +35,6 @@ class Answer(Load, frozen=True, kw_only=True):
     model: str
     device: str
     on_cpu: bool
-    is_plain: bool  # its weights are not packed, or there is a kernel that computes on packed ones
     engine: str
     need: Need
     budget_bytes: int
@@ -92,7 +91,6 @@ def _figures(question: Question, target: Target) -> Answer:
         model=question.name,
         device=target.label,
         on_cpu=question.facts.kind == "cpu",
-        is_plain=has_fast_packed(quant.method_word(question.model.quantization), question.facts),
         engine=profile.name,
         need=need,
         budget_bytes=budget,
@@ -116,50 +114,54 @@ def _figures(question: Question, target: Target) -> Answer:
 def list_models(target: Target, options: PlanOptions | None = None) -> list[Answer]:
     """What runs on a device: every published model at its own length, but at most LIST_TOKENS, unless one is wished. What
     fits comes first, then what is tight, then the rest; each in the order of ``rank``."""
-    options = options or PlanOptions()
     answers = []
     for entry in sorted(catalog().models, key=rank):
-        model = catalog().model(entry)
-        length = options.max_model_len or min(trained_len(model), LIST_TOKENS)
-        if length > model.default_max_len:  # not made for the wished length
-            continue
-        asked = msgspec.structs.replace(options, max_model_len=length)
-        question = Question.of(asked, named_model(entry), target.facts)
-        try:
-            answers.append(_listed(question, target, length_asked=options.max_model_len is not None))
-        except BadConfig:  # this model's heads do not split over that many GPUs
-            continue
+        question = _list_question(entry, target, options)
+        if question is not None:
+            found = answer(question, target)
+            answers.append(_with_long_context(found, question, options))
     return sorted(answers, key=lambda found: (not found.fits, found.tight))
 
 
 def best_model(target: Target, options: PlanOptions | None = None) -> Answer | None:
     """One recommendation: of the newest version the largest model for everybody that answers, fits with room, is served
     with its weights as they are, and is not slower than one reads. If all are, the fastest of the newest version."""
-    fitting = [
-        found
-        for found in list_models(target, options)
-        if found.fits
-        and not found.tight
-        and found.command is not None
-        and found.is_plain
-        and not (_rank(found).is_base or _rank(found).is_special)
-    ]
-    newest = [one for one in fitting if _rank(one).version == _rank(fitting[0]).version]
-    quick = [one for one in newest if one.speed_single is None or one.speed_single.middle >= READING_TOKENS_S]
-    fastest = max(newest, key=lambda one: one.speed_single.middle if one.speed_single else 0.0, default=None)
-    return quick[0] if quick else fastest
+    fitting: list[Answer] = []
+    version = None
+    for entry in sorted(catalog().models, key=rank):
+        place = rank(entry)
+        if version is not None and place.version != version:
+            break
+        question = None if place.is_base or place.is_special else _list_question(entry, target, options)
+        if question is None or not has_fast_packed(quant.method_word(question.model.quantization), target.facts):
+            continue
+        found = _figures(question, target)
+        if found.command is not None:
+            version = place.version
+            fitting.append(_with_long_context(found, question, options))
+            if found.speed_single is None or found.speed_single.middle >= READING_TOKENS_S:
+                return fitting[-1]
+    return max(fitting, key=lambda one: one.speed_single.middle if one.speed_single else 0.0, default=None)
 
 
-def _rank(found: Answer) -> Rank:
-    entry = catalog().find(found.model)
-    assert entry is not None
-    return rank(entry)
+def _list_question(entry: Entry, target: Target, options: PlanOptions | None) -> Question | None:
+    """None for a model that was not made for the wished length, or whose heads do not split over that many GPUs."""
+    options = options or PlanOptions()
+    model = catalog().model(entry)
+    length = options.max_model_len or min(trained_len(model), LIST_TOKENS)
+    if length > model.default_max_len:
+        return None
+    try:
+        model.local(options.num_gpus)
+    except BadConfig:
+        return None
+    return Question.of(msgspec.structs.replace(options, max_model_len=length), named_model(entry), target.facts)
 
 
-def _listed(question: Question, target: Target, *, length_asked: bool) -> Answer:
-    """An answer for the list: its question's length is a floor, so the command names as much context as there is."""
-    found = answer(question, target)
-    if not found.fits or found.tight or length_asked or found.not_served_yet or found.hindrance is not None:
+def _with_long_context(found: Answer, question: Question, options: PlanOptions | None) -> Answer:
+    """A list's length is a floor unless it was wished, so the command names as much context as there is."""
+    wished = options is not None and options.max_model_len is not None
+    if wished or not found.fits or found.tight or found.not_served_yet or found.hindrance is not None:
         return found
     longest = rounded(found.largest_context, question.model.default_max_len)
     line = command(msgspec.structs.replace(question, max_model_len=max(longest, found.max_model_len)))

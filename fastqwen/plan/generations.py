@@ -15,6 +15,8 @@ OLD_TORCH_BUILD = "cu126"  # the last build of torch with code for Pascal and Vo
 OLD_TORCH_INSTALL = "pip install 'torch>=2.11,<2.15' --index-url https://download.pytorch.org/whl/cu126"
 ORDINARY_CAPABILITY = (7, 5)  # where torch of the ordinary index starts (RELEASE.md of torch 2.11: CUDA 13)
 MEASURED_CAPABILITY = (9, 0)
+# For which what a start and its steps launch was compiled (tests/kernels/test_compile.py).
+COMPILED_FOR = ((8, 0), (8, 6), (9, 0), (12, 0))
 
 # Where a kernel computes on packed weights without unpacking them first: quantization method, and the least compute
 # capability. Elsewhere a speed would be a guess, so the planner names none.
@@ -24,14 +26,13 @@ FAST_PACKED: dict[str, tuple[int, int]] = {}
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
     """``read`` is the lowest and the highest share of the data sheet's bandwidth that decoding steps reach, apart from
     the kernels' starts; None: nothing is known, so no speed is named. ``compute`` is the share of the data sheet's rate that
-    steps of prompts reach."""
+    steps of prompts reach. ``basis`` says where both are from."""
 
     name: str
-    capability: tuple[int, int]  # the first of it; what was compiled, was compiled for this one
+    capability: tuple[int, int]  # the first of it
     cards: str
     torch_build: Literal["ordinary", "cu126", "none"]
     way: str
-    proof: str
     read: tuple[float, float] | None = None
     compute: float = 0.4
     basis: str = "no such card was measured"
@@ -44,37 +45,41 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     def dotted(self) -> str:
         return f"{self.capability[0]}.{self.capability[1]}"
 
+    @property
+    def proof(self) -> str:
+        if self.capability == MEASURED_CAPABILITY:
+            return self.basis
+        if self.is_torch_only:
+            return "the same operations on CPUs"
+        if self.capability in COMPILED_FOR:
+            return "what it launches was compiled for it and fits"
+        return "none: the same code on other cards"
+
 
 TORCH_ONLY = "torch's operations only, in float16: exact, and slow"
 TURING_WAY = "torch's products, own kernels with small blocks, in float16"
 OWN_KERNELS = "own kernels, recorded steps"
-COMPILED = "what it launches was compiled for it and fits"
 
 GENERATIONS = (
-    Generation(name="Kepler, Maxwell", capability=(3, 0), cards="K80, M40, GTX 9xx", torch_build="none", way="not at all",
-               proof=""),
-    Generation(name="Pascal", capability=(6, 0), cards="P100, P40, GTX 10xx, TITAN Xp", torch_build="cu126",
-               way=TORCH_ONLY, proof="the same operations on a CPU"),
-    Generation(name="Volta", capability=(7, 0), cards="V100, TITAN V", torch_build="cu126", way=TURING_WAY,
-               proof="as Turing's"),
+    Generation(name="Kepler, Maxwell", capability=(3, 0), cards="K80, M40, GTX 9xx", torch_build="none", way="not at all"),
+    Generation(name="Pascal", capability=(6, 0), cards="P100, P40, GTX 10xx, TITAN Xp", torch_build="cu126", way=TORCH_ONLY),
+    Generation(name="Volta", capability=(7, 0), cards="V100, TITAN V", torch_build="cu126", way=TURING_WAY),
     Generation(name="Turing", capability=(7, 5), cards="T4, RTX 20xx, GTX 16xx, TITAN RTX", torch_build="ordinary",
-               way=TURING_WAY, proof="no such card was at hand"),
+               way=TURING_WAY),
     Generation(name="Ampere", capability=(8, 0), cards="A100, A800, A30", torch_build="ordinary", way=OWN_KERNELS,
-               proof=COMPILED, read=(0.5, 0.85), compute=0.6, basis="from what others measured on an A100"),
-    Generation(name="Ampere", capability=(8, 6), cards="RTX 30xx, A10, A40, RTX A4000 to A6000", torch_build="ordinary",
-               way=OWN_KERNELS, proof=COMPILED, read=(0.6, 0.8), compute=0.6,
-               basis="from what others measured on an RTX 3090 and an A6000"),
+               read=(0.5, 0.85), compute=0.6, basis="from what others measured on an A100"),
+    Generation(name="Ampere", capability=(8, 6), cards="RTX 30xx, A10, A40, RTX A2000 to A6000", torch_build="ordinary",
+               way=OWN_KERNELS, read=(0.6, 0.8), compute=0.6, basis="from what others measured on an RTX 3090 and an A6000"),
     Generation(name="Ada", capability=(8, 9), cards="RTX 40xx, L4, L20, L40, RTX 6000 Ada", torch_build="ordinary",
-               way=OWN_KERNELS, proof=COMPILED, read=(0.6, 0.85), compute=0.6,
-               basis="from what others measured on RTX 4080, 4090 and 6000 Ada"),
+               way=OWN_KERNELS, read=(0.6, 0.85), compute=0.6,
+               basis="from what others measured on an RTX 4080 and a 4090"),
     Generation(name="Hopper", capability=(9, 0), cards="H100, H200, H20, H800, GH200", torch_build="ordinary",
-               way="own kernels, recorded steps, weights fetched ahead", proof="measured on an H100 and an H200",
-               read=(0.62, 0.88), compute=0.65, basis="measured on an H100 and an H200"),
-    Generation(name="Blackwell", capability=(10, 0), cards="B200, GB200", torch_build="ordinary", way=OWN_KERNELS,
-               proof=COMPILED, read=(0.5, 0.85), compute=0.6, basis="assumed from Hopper's"),
-    Generation(name="Blackwell", capability=(12, 0), cards="RTX 50xx, RTX PRO 6000", torch_build="ordinary",
-               way=OWN_KERNELS, proof=COMPILED, read=(0.6, 0.85), compute=0.6,
-               basis="from what others measured on an RTX 5090"),
+               way=OWN_KERNELS + ", weights fetched ahead", read=(0.62, 0.88), compute=0.65,
+               basis="measured on an H100 and an H200"),
+    Generation(name="Blackwell", capability=(10, 0), cards="B200, GB200, B300", torch_build="ordinary", way=OWN_KERNELS,
+               read=(0.5, 0.85), compute=0.6, basis="assumed from Hopper's"),
+    Generation(name="Blackwell", capability=(12, 0), cards="RTX 50xx, RTX PRO, GB10", torch_build="ordinary",
+               way=OWN_KERNELS, read=(0.6, 0.85), compute=0.6, basis="from what others measured on an RTX 5090"),
 )  # fmt: skip
 UNKNOWN = msgspec.structs.replace(
     GENERATIONS[-1], name="unknown", read=None, compute=0.6, basis="its data sheet is not known"
