@@ -113,14 +113,14 @@ def _figures(question: Question, target: Target) -> Answer:
 
 def list_models(target: Target, options: PlanOptions | None = None) -> list[Answer]:
     """What runs on a device: every published model at its own length, but at most LIST_TOKENS, unless one is wished. What
-    fits comes first, then what is tight, then the rest; each in the order of ``rank``."""
+    runs comes first, then what is tight, what is not served yet, and the rest; each in the order of ``rank``."""
     answers = []
     for entry in sorted(catalog().models, key=rank):
         question = _list_question(entry, target, options)
         if question is not None:
             found = answer(question, target)
             answers.append(_with_long_context(found, question, options))
-    return sorted(answers, key=lambda found: (not found.fits, found.tight))
+    return sorted(answers, key=lambda found: (not found.fits, bool(found.not_served_yet), found.tight))
 
 
 def best_model(target: Target, options: PlanOptions | None = None) -> Answer | None:
