@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -246,8 +247,19 @@ def installed_driver() -> tuple[str, str] | None:
 
 
 def _ask_driver(question: tuple[str, ...], num_fields: int) -> list[list[str]]:
+    """An answer for each GPU that this process may use; none where there is no driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return _run(question, num_fields)
+    if visible.strip() in ("", "-1"):
+        return []
+    # Names that only CUDA knows, such as a part of a GPU, stand for all that the driver names.
+    return _run((*question, f"--id={visible}"), num_fields) or _run(question, num_fields)
+
+
+def _run(command: tuple[str, ...], num_fields: int) -> list[list[str]]:
     try:
-        run = subprocess.run(question, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     lines = run.stdout.splitlines() if run.returncode == 0 else []

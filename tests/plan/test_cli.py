@@ -200,9 +200,10 @@ def test_a_speed_of_packed_weights_is_named_only_where_a_kernel_computes_on_them
     def speed(name: str, card: str):
         return run_json(name, "--gpu", card, "--max-model-len", "2K")["tokens_per_second"]
 
+    monkeypatch.setattr(generations, "FAST_PACKED", {})
     assert speed("Qwen-7B-Int4", "RTX 4090") is None
     assert speed("Qwen-7B", "RTX 4090") is not None
-    monkeypatch.setitem(generations.FAST_PACKED, "gptq", (8, 0))
+    monkeypatch.setattr(generations, "FAST_PACKED", {"gptq": (8, 0)})
     assert speed("Qwen-7B-Int4", "RTX 4090")["low"] > speed("Qwen-7B", "RTX 4090")["high"]
     assert speed("Qwen-7B-Int4", "T4") is None
 

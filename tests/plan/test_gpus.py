@@ -135,6 +135,11 @@ def test_memory_alone_stands_for_all_cards_of_that_size():
     assert target.facts.multiprocessors == 128
 
 
+@pytest.fixture(autouse=True)
+def every_gpu_is_visible(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 def test_auto_asks_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fake_nvidia_smi(tmp_path, "NVIDIA A100-SXM4-80GB, 81920, 8.0\nNVIDIA A100-SXM4-80GB, 81920, 8.0", monkeypatch)
     target = find_target("auto")
@@ -148,6 +153,20 @@ def test_auto_counts_what_other_programs_hold(tmp_path: Path, monkeypatch: pytes
     fake_nvidia_smi(tmp_path, rows, monkeypatch)
     facts = find_target("auto").facts
     assert facts.total_bytes - facts.free_bytes == 3000 * MIB
+
+
+def test_auto_asks_only_for_gpus_that_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = {0: "NVIDIA GeForce RTX 4090, 24564, 8.9, 100", 1: "NVIDIA GeForce RTX 3060, 12288, 8.6, 10"}
+    cases = "\n".join(f"*--id={index}*) echo '{row}';;" for index, row in rows.items())
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\ncase \"$*\" in\n{cases}\n*--id=*) exit 6;;\n*) echo '{rows[1]}';;\nesac\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for visible, name in (("0", "RTX 4090"), ("1", "RTX 3060"), ("MIG-1234", "RTX 3060")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert name in find_target("auto").facts.name
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert find_target("auto").facts.kind == "cpu"
 
 
 def test_a_number_alone_is_the_card_without_more_words():
