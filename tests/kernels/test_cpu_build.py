@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,39 @@ def test_every_float16_is_read_as_what_it_is(ops: CpuOps, inputs: int):
     if inputs == 1:
         assert torch.equal(found[right.isinf()], right[right.isinf()])
     assert found[right.isnan()].isnan().all()
+
+
+NARROW = """
+#include <cstdio>
+#include "kernels.cpp"
+int main() {
+  float v;
+  while (std::fread(&v, 4, 1, stdin) == 1) {
+    f16 out;
+    narrow(v, &out);
+    std::fwrite(&out, 2, 1, stdout);
+  }
+}
+"""
+
+
+def test_float16_by_bits_is_rounded_as_by_the_processor(tmp_path: Path):
+    """Ties, what becomes subnormal or 0, what becomes infinite, and NaN."""
+    program, source = tmp_path / "narrow", tmp_path / "narrow.cpp"
+    source.write_text(NARROW)
+    command = ["g++", "-O1", "-std=c++17", "-DNO_FLOAT16", "-Wno-psabi", f"-I{build.SOURCE.parent}"]
+    subprocess.run([*command, str(source), "-o", str(program)], check=True, capture_output=True)
+    halves = ALL_HALVES.float()
+    halves = halves[halves.isfinite()].sort().values
+    ties = (halves[1:] + halves[:-1]) / 2
+    around = torch.cat([ties, ties.nextafter(torch.tensor(torch.inf)), ties.nextafter(torch.tensor(-torch.inf))])
+    edges = torch.tensor([65519.99, 65520.0, 1e30, 2e-8, 3e-8, 2.98e-8, 1e-40, torch.inf])
+    values = torch.cat([halves, around, edges, -edges, torch.randn(10_000) * 1e3, torch.tensor([torch.nan])])
+    done = subprocess.run([str(program)], input=values.numpy().tobytes(), check=True, capture_output=True)
+    found = torch.frombuffer(bytearray(done.stdout), dtype=torch.float16)
+    right = values.half()
+    assert found[-1].isnan()
+    assert torch.equal(found[:-1].view(torch.int16), right[:-1].view(torch.int16))
 
 
 def fake_compiler(folder: Path, name: str, script: str) -> None:
