@@ -4,7 +4,6 @@ much of a data sheet its steps reach. docs/planner.md shows this table; a test h
 from __future__ import annotations
 
 import functools
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import msgspec
@@ -53,7 +52,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
             return "the same operations on CPUs"
         if self.capability in COMPILED_FOR:
             return "what it launches was compiled for it and fits"
-        return "none: the same code on other cards"
+        return "no more than the same code on other cards"
 
 
 TORCH_ONLY = "torch's operations only, in float16: exact, and slow"
@@ -98,10 +97,10 @@ def card_notices(name: str, capability: tuple[int, int] | None) -> list[str]:
     generation = generation_of(capability)
     if capability is None or generation.capability == MEASURED_CAPABILITY:
         return []
-    how = f"no card like the {name} was at hand: it runs by {generation.way}; {generation.proof}"
+    proof = generation.proof
     if generation.capability != capability:
-        how += f" (of {generation.dotted}, the next below its {capability[0]}.{capability[1]})"
-    return [how]
+        proof += f", as of {generation.dotted}, the next below its {capability[0]}.{capability[1]}"
+    return [f"no card like the {name} was at hand: it runs by {generation.way} (proof: {proof})"]
 
 
 def has_fast_packed(method: str, facts: DeviceFacts) -> bool:
@@ -116,6 +115,8 @@ def has_fast_packed(method: str, facts: DeviceFacts) -> bool:
 def torch_build() -> str | None:
     """Of the torch that is installed here, without importing it: cu126, cpu and so on; None without one, or if its
     version names none."""
+    from importlib.metadata import PackageNotFoundError, version  # --help need not wait for it
+
     try:
         return version("torch").partition("+")[2] or None
     except PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import re
@@ -139,6 +138,8 @@ def _unknown(text: str) -> str:
                 f"--gpu is {text!r}: fastqwen computes on NVIDIA's GPUs only; on a machine with one of {maker}'s it computes "
                 "on the CPU (--gpu cpu here, --device cpu for serve)"
             )
+    import difflib
+
     names = {gpu.name.lower(): gpu.name for gpu in known_gpus()}
     alike = [names[name] for name in difflib.get_close_matches(text.lower(), names)]
     return f"--gpu is {text!r}, which is not in the list of GPUs: give its memory instead, for example 24GB" + (

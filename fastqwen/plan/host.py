@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastqwen.plan.facts import MIB, DeviceFacts
@@ -78,6 +76,9 @@ def _groups() -> list[tuple[Path, str, str]]:
 
 def measure_bandwidth() -> float:
     """GB/s with which all cores together copy memory, reading and writing counted. Takes about a tenth of a second."""
+    import ctypes  # --help need not wait for these
+    from concurrent.futures import ThreadPoolExecutor
+
     threads = min(MOST_THREADS, os.cpu_count() or 1)
     pairs = [(ctypes.create_string_buffer(COPY_BYTES), ctypes.create_string_buffer(COPY_BYTES)) for _ in range(threads)]
     best = 0.0

@@ -89,7 +89,7 @@ def test_a_capability_between_two_is_answered_by_the_lower_and_says_so():
     found, target = find_published("Qwen3-8B"), find_target("GB10")
     assert found is not None
     answered = answer(Question.of(PlanOptions(max_model_len=4096), found, target.facts), target)
-    assert any("of 12.0, the next below its 12.1" in notice for notice in answered.notices)
+    assert any("as of 12.0, the next below its 12.1" in notice for notice in answered.notices)
 
 
 def test_what_is_said_to_be_compiled_is_compiled_by_a_test():
