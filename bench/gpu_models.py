@@ -8,6 +8,7 @@ each and ends with an error if one is wrong.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.models.test_transformers import CASES
 from tests.models.tiny import greedy, logits, make, prompt, start
+from tests.quant.test_gptq import LAYOUTS, MODELS, pack
 
 LENGTHS = (1, 17, 40, 150)
 TOKENS = 48
@@ -63,10 +65,33 @@ def check(case: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     return result
 
 
+def check_packed(case: str, layout: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """GPTQ against its own plain numbers: logits no further from float32's than twice what plain 16 bits are."""
+    MODELS[case](folder)
+    packed, plain = pack(folder, LAYOUTS[layout])
+    name = str(dtype).removeprefix("torch.")
+    prompts = [prompt(length) for length in (*LENGTHS, *range(3, 16), 230)]  # steps of 1 to 18 rows, and of hundreds
+    exact = logits(plain, prompts[-1], dtype="float32", max_model_len=512)
+    rounded = logits(plain, prompts[-1], dtype=name, max_model_len=512)
+    wishes = {"dtype": name, "max_model_len": 512, "max_num_seqs": 24}
+    found = logits(packed, prompts[-1], enforce_eager=True, **wishes)
+    error, allowed = float((found - exact).abs().mean()), 2 * float((rounded - exact).abs().mean()) + 1e-4
+    recorded = greedy(start(packed, **wishes), prompts, TOKENS)
+    eager = greedy(start(packed, enforce_eager=True, **wishes), prompts, TOKENS)
+    return {"case": f"{case} {layout}", "dtype": name, "error": error, "allowed": allowed, "logits": error <= allowed,
+            "recorded": recorded == eager}  # fmt: skip
+
+
 def main() -> None:
-    out, cases = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
+    out, cases = Path(sys.argv[1]), sys.argv[2:] or [*CASES, "packed"]
     torch.backends.cuda.matmul.allow_tf32 = False
     results = []
+    if "packed" in cases:
+        cases.remove("packed")
+        for case, layout, dtype in itertools.product(("qwen1", "qwen3"), LAYOUTS, DTYPES[1:]):
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(check_packed(case, layout, dtype, Path(folder)))
+            print(json.dumps(results[-1]), flush=True)
     for case in cases:
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as folder:

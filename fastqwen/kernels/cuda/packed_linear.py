@@ -113,6 +113,22 @@ def args_of(
     )
 
 
+def plain_args(weight: PackedWeight, out: Tensor) -> Args:
+    """Of ``unpack``: out [16 * tiles, inputs of whole units]"""
+    return Args(
+        words=weight.words.data_ptr(),
+        scales=_pointer(weight.group_scales),
+        zeros=_pointer(weight.zeros),
+        row_scales=_pointer(weight.row_scales),
+        out=out.data_ptr(),
+        n_size=weight.out_size,
+        tiles=weight.tiles,
+        units=weight.units,
+        groups=weight.groups,
+        group_shift=weight.group_shift,
+    )
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -229,6 +245,7 @@ class PackedSpace:
 
     def __init__(self, device: torch.device) -> None:
         self.card = card_of(device)
+        self._capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else self.card.capability
         self.overlap = self.card.capability >= (9, 0)
         self.partial = torch.empty(2 * self.card.multiprocessors * PACKED_SUMS, dtype=torch.float32, device=device)
         self.counter = torch.zeros(PACKED_TILES, dtype=torch.int32, device=device)
@@ -236,7 +253,7 @@ class PackedSpace:
         self._compiler = ThreadPoolExecutor()  # each program takes seconds; most are ready before a weight is
         self._programs: dict[Variant, Future[bytes]] = {}
         self._kernels: dict[Launch, tuple[driver.Kernel, int]] = {}
-        nvrtc.machine_code("", {}, self.card.capability)
+        nvrtc.machine_code("", {}, self._capability)
 
     def compile_for(self, weight: PackedWeight, dtype: torch.dtype) -> None:
         """Begin to compile what steps of any size need for this matrix."""
@@ -246,7 +263,7 @@ class PackedSpace:
 
     def _program(self, variant: Variant) -> Future[bytes]:
         if variant not in self._programs:
-            args = source(variant), variant.defines(), self.card.capability
+            args = source(variant), variant.defines(), self._capability
             self._programs[variant] = self._compiler.submit(nvrtc.machine_code, *args)
         return self._programs[variant]
 
@@ -303,12 +320,7 @@ def unpacked(
     plain = space.plain[: count * TILE_N * padded].view(dtype).view(count * TILE_N, padded)
     variant = variant_of("unpack", dtype, weight)
     kernel, at_once = space.kernel(Launch(variant, variant.warps * _slot_bytes(variant), 1))
-    args = Args(
-        words=part.words.data_ptr(), scales=_pointer(part.group_scales), row_scales=_pointer(part.row_scales),
-        zeros=_pointer(part.zeros), out=plain.data_ptr(), tiles=count, units=part.units, groups=part.groups,
-        group_shift=part.group_shift, n_size=part.out_size,
-    )  # fmt: skip
-    kernel.launch(min(at_once, -(-count * part.units // variant.warps)), args, overlap=False)
+    kernel.launch(min(at_once, -(-count * part.units // variant.warps)), plain_args(part, plain), overlap=False)
     return plain[: part.out_size, : weight.in_size], part
 
 
@@ -351,7 +363,9 @@ class PackedProduct:
         order = self.weight.order
         if order is not None:
             x = functional.pad(x, (0, 1))[:, order] if self._has_padding else x.index_select(1, order)
-        return functional.pad(x, (0, -x.shape[1] % 8)).contiguous()
+        if x.shape[1] % 8:
+            x = functional.pad(x, (0, -x.shape[1] % 8))
+        return x.contiguous()
 
     def _product(self, x: Tensor, add_to: Tensor | None) -> Tensor:
         out = add_to
@@ -384,10 +398,9 @@ class PackedProduct:
 
 
 def make_product(weight: GroupedWeight, dtype: torch.dtype, space: PackedSpace) -> PackedProduct | None:
-    """None for what these kernels do not take: float32, groups of less than 32 inputs."""
-    taken = TYPES.get(dtype) if space.card.capability >= (8, 0) else {torch.float16: "Fp16"}.get(dtype)
-    packed = None if taken is None else pack_grouped(weight)
-    if packed is None:
+    """None for activations that these kernels do not take: float32, and bfloat16 before 8.0."""
+    if dtype not in TYPES or (dtype == torch.bfloat16 and not space.card.has_dots):
         return None
+    packed = pack_grouped(weight)
     space.compile_for(packed, dtype)
     return PackedProduct(packed, space)

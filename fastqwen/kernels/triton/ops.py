@@ -47,6 +47,7 @@ class TritonOps(ReferenceOps):
         self._device = device
         # cuDNN's kernel reached 450 to 580 TFLOP/s on an H200 where ours, which reads the paged cache, reaches half of it.
         self.library_prefill = card_of(device).capability >= LIBRARY_ATTENTION_CAPABILITY
+        self._fused_rows = FUSED_ROWS if card_of(device).has_dots else 1
         self._linear_space = Workspace(device)
         self._streamed, self._streamed_attention = _streamed_if_they_run(device)
         self._decode_spaces: dict[HeadShape, attention.DecodeWorkspace] = {}
@@ -56,22 +57,22 @@ class TritonOps(ReferenceOps):
         return pointwise.rms_norm(x, norm)
 
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
-        if x.shape[0] > FUSED_ROWS:
+        if x.shape[0] > self._fused_rows:
             return functional.linear(x, weight.weight, weight.bias)
         return self._small(x, weight)
 
     def norm_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
-        if x.shape[0] > FUSED_ROWS:
+        if x.shape[0] > self._fused_rows:
             return self.linear(pointwise.rms_norm(x, norm), weight)
         return self._small(x, weight, norm=norm)
 
     def norm_gated_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
-        if x.shape[0] > FUSED_ROWS:
+        if x.shape[0] > self._fused_rows:
             return pointwise.silu_mul(self.norm_linear(x, norm, weight))
         return self._small(x, weight, norm=norm, gated=True)
 
     def linear_add(self, residual: Tensor, x: Tensor, weight: DenseWeight) -> None:
-        if x.shape[0] <= FUSED_ROWS:
+        if x.shape[0] <= self._fused_rows:
             self._small(x, weight, add_to=residual)
             return
         torch.addmm(residual, x, weight.weight.t(), out=residual)
