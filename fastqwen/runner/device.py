@@ -10,6 +10,7 @@ import torch
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig
 from fastqwen.kernels import Ops
+from fastqwen.kernels.limits import emulated_capability
 from fastqwen.plan import DeviceFacts
 from fastqwen.plan.facts import CONTEXT_BYTES_PER_MULTIPROCESSOR, MIB
 from fastqwen.plan.generations import generation_of
@@ -42,13 +43,15 @@ def _warn_once(text: str) -> None:
 
 def has_own_kernels(device: torch.device) -> bool:
     """Whether steps on a GPU go through our kernels and are recorded; on the oldest it is torch's operations alone."""
-    return device.type == "cuda" and not generation_of(torch.cuda.get_device_capability(device)).is_torch_only
+    return device.type == "cuda" and not generation_of(_capability(device)).is_torch_only
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return emulated_capability() or torch.cuda.get_device_capability(device)
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
     if device.type == "cuda":
-        from fastqwen.kernels.triton.launch import card_of
-
         free, total = torch.cuda.mem_get_info(device)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         own = multiprocessors * CONTEXT_BYTES_PER_MULTIPROCESSOR + torch.cuda.memory_reserved(device)
@@ -59,7 +62,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
             name=name,
             total_bytes=total,
             free_bytes=min(total, free + own),  # what other processes leave
-            compute_capability=card_of(device).capability,
+            compute_capability=_capability(device),
             multiprocessors=multiprocessors,
             bandwidth_gb_s=sheet.bandwidth_gb_s if sheet else None,
             matmul_tflops=sheet.matmul_tflops if sheet else None,

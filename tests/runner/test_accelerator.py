@@ -178,3 +178,10 @@ def test_a_gpu_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch):
     ) as error:
         choose_device(EngineConfig(model="x", device="cuda"))
     assert "\n" not in str(error.value)
+
+
+def test_an_older_card_can_be_emulated_to_try_its_way(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert has_own_kernels(torch.device("cuda", 0))
+    monkeypatch.setenv("FASTQWEN_EMULATED_CAPABILITY", "6.1")
+    assert not has_own_kernels(torch.device("cuda", 0))
