@@ -8,7 +8,6 @@ each and ends with an error if one is wrong.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import tempfile
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.models.test_transformers import CASES
 from tests.models.tiny import greedy, logits, make, prompt, start
-from tests.quant.test_gptq import LAYOUTS, MODELS, pack
+from tests.quant.test_gptq import LAYOUTS, pack
 
 LENGTHS = (1, 17, 40, 150)
 TOKENS = 48
@@ -67,7 +66,7 @@ def check(case: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
 
 def check_packed(case: str, layout: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     """GPTQ against its own plain numbers: logits no further from float32's than twice what plain 16 bits are."""
-    MODELS[case](folder)
+    make(folder, case, **HEADS)
     packed, plain = pack(folder, LAYOUTS[layout])
     name = str(dtype).removeprefix("torch.")
     prompts = [prompt(length) for length in (*LENGTHS, *range(3, 16), 230)]  # steps of 1 to 18 rows, and of hundreds
@@ -88,7 +87,9 @@ def main() -> None:
     results = []
     if "packed" in cases:
         cases.remove("packed")
-        for case, layout, dtype in itertools.product(("qwen1", "qwen3"), LAYOUTS, DTYPES[1:]):
+        both = [("Qwen3Config", layout, torch.float16) for layout in LAYOUTS]
+        both += [("Qwen2Config", layout, torch.bfloat16) for layout in ("int4", "int4-desc-act", "int8-asymmetric")]
+        for case, layout, dtype in both:
             with tempfile.TemporaryDirectory() as folder:
                 results.append(check_packed(case, layout, dtype, Path(folder)))
             print(json.dumps(results[-1]), flush=True)
