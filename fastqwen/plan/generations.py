@@ -15,11 +15,11 @@ OLD_TORCH_INSTALL = "pip install 'torch>=2.11,<2.15' --index-url https://downloa
 ORDINARY_CAPABILITY = (7, 5)  # where torch of the ordinary index starts (RELEASE.md of torch 2.11: CUDA 13)
 MEASURED_CAPABILITY = (9, 0)
 # For which what a start and its steps launch was compiled (tests/kernels/test_compile.py).
-COMPILED_FOR = ((8, 0), (8, 6), (9, 0), (12, 0))
+COMPILED_FOR = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
 # Where a kernel computes on packed weights without unpacking them first: quantization method, and the least compute
 # capability. Elsewhere a speed would be a guess, so the planner names none.
-FAST_PACKED: dict[str, tuple[int, int]] = {}
+FAST_PACKED: dict[str, tuple[int, int]] = {"gptq": (7, 5)}
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):

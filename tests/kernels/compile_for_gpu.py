@@ -168,7 +168,12 @@ def models(capability: int) -> Iterator[tuple[str, ModelConfig, str, int]]:
         yield name, msgspec.structs.replace(model, num_layers=1), half, 64 if capability >= 80 else 32
     small = msgspec.structs.replace(read_config(CONFIGS / "qwen3-0.6b"), num_layers=1)
     yield "large-blocks", small, half, 256 if capability >= 80 else 16
-    yield "partly-rotated", msgspec.structs.replace(small, head_dim=256, rotated=64), half, 64 if capability >= 80 else 32
+    yield (
+        "partly-rotated",
+        msgspec.structs.replace(small, head_dim=256, rotated=64),
+        half,
+        64 if capability >= 80 else 32,
+    )
     yield "wide-float32", msgspec.structs.replace(small, head_dim=256), "float32", 64 if capability >= 80 else 16
     odd = parse_config(ODD, "odd")
     for dtype in ("float32", "float16"):
