@@ -284,4 +284,5 @@ class RequestDelta(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     stop_reason: int | str | None = None
     error: Failure | None = None
     num_cached_tokens: int = 0
+    waited_s: float = 0.0  # for other requests, before the first step that served it; with the first token
     embedding: bytes | None = None  # as in SampledRow; comes with the finish_reason

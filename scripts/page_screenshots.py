@@ -18,9 +18,20 @@ sys.path.insert(0, str(ROOT))
 
 from tests.page.conftest import BROWSER_FLAGS, FAKE, Server, free_port  # noqa: E402
 from tests.page.steps import ask, button, finished, say, visit  # noqa: E402
+from tests.page.test_words import click_word  # noqa: E402
 
 IMAGES = ROOT / "docs/images"
 MAX_BYTES = 200_000
+LIKELY = {
+    " sea": 0.58,
+    " ocean": 0.24,
+    " lake": 0.09,
+    " delta": 0.05,
+    " mouth": 0.02,
+    " valley": 0.008,
+    " mountains": 0.0004,
+}
+NOTES = {"timing": {"waited_s": 0.0, "read_s": 0.08, "wrote_s": 1.2}, "cache": {"cause": "new_text"}}
 DESK = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US"}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
 
@@ -68,6 +79,48 @@ def light(page: Any, url: str) -> None:
     save(page, "page-light")
     page.keyboard.press("Control+,")
     save(page, "page-settings")
+
+
+RIVER = """## The way of water
+
+Snow melts, a river carries it to the sea, and the *sun* lifts it again.[^1]
+
+```mermaid
+flowchart LR
+  Snow --> River --> Sea --> Clouds --> Snow
+```
+
+| stage | share |
+|:--|--:|
+| sea | 97.2 % |
+| ice | 2.1 % |
+
+- [x] rain, snow
+- [ ] dew
+
+[^1]: A drop stays in the air for about nine days.
+"""
+
+
+def words(page: Any, url: str) -> None:
+    visit(page, url, short=False)
+    ask(page, "Where does a river end?")
+    click_word(page, "sea")
+    save(page, "page-words")
+
+
+def markup(page: Any, url: str) -> None:
+    visit(page, url, short=False)
+    ask(page, "How does water travel?")
+    page.frame_locator("iframe.frame").locator("svg .node").first.wait_for()
+    save(page, "page-markup")
+
+
+def plan(page: Any, url: str) -> None:
+    visit(page, url, short=False)
+    page.locator(".plan").click()
+    page.wait_for_selector(".command")
+    save(page, "page-plan")
 
 
 def dark(page: Any, url: str) -> None:
@@ -125,6 +178,9 @@ def main() -> None:
         (empty, DESK),
         (light, DESK),
         (tool, DESK),
+        (words, DESK),
+        (markup, DESK),
+        (plan, DESK),
         (dark, {**DESK, "color_scheme": "dark"}),
         (chinese, {**DESK, "locale": "zh-CN"}),
         (phone, {**PHONE, "locale": "en-US"}),
@@ -136,7 +192,8 @@ def main() -> None:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=BROWSER_FLAGS)
             for view, options in views:
-                server.set(busy=view is admin)
+                says = {words: "A river ends in the sea, and begins where rain falls.", markup: RIVER}.get(view, "")
+                server.set(busy=view is admin, answer=says, notes=NOTES, likely=LIKELY if view is words else {})
                 if view is loading:
                     server.set(state="loading", progress=0.42)
                 context = browser.new_context(**options)

@@ -79,6 +79,12 @@ PACKAGES = [
             "LICENSE": "katex/LICENSE",
         },
     ),
+    Package(
+        "mermaid",
+        "11.17.2",
+        "diagrams; loaded with the first one, in a frame of its own",
+        {"dist/mermaid.min.js": "mermaid/mermaid.js", "LICENSE": "mermaid/LICENSE"},
+    ),
 ]
 
 

@@ -15,7 +15,7 @@ ORDER = [
     "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
 ]  # fmt: skip
 # The same inside server/: app.py and run.py join what stands below them.
-SERVER_ORDER = ["config", "http", "answer", "dialects", "operator", "web", "app", "run"]
+SERVER_ORDER = ["config", "http", "mcp", "answer", "dialects", "operator", "web", "app", "run"]
 WITHOUT_TORCH = [
     "engine",
     "records.py",

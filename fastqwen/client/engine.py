@@ -263,6 +263,7 @@ def _joined(first: RequestDelta, second: RequestDelta) -> RequestDelta:
         logprobs=_both(first.logprobs, second.logprobs),
         prompt_logprobs=_both(first.prompt_logprobs, second.prompt_logprobs),
         num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),
+        waited_s=max(first.waited_s, second.waited_s),
     )
 
 

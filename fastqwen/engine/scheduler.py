@@ -8,6 +8,7 @@ the same thing. ``schedule`` may run ahead: it may be called again before the st
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from operator import attrgetter
@@ -208,6 +209,7 @@ class Scheduler:
         sequence.admitted_in_step = self._step_id + 1
         if not sequence.was_admitted:
             sequence.was_admitted = True
+            sequence.waited_s = max(0.0, time.monotonic() - sequence.request.arrival_s)
             sequence.num_cached = num_computed
             self.num_prefix_queries += sequence.num_prompt
             self.num_prefix_hits += num_computed
@@ -302,6 +304,7 @@ class Scheduler:
             finish_reason="stop" if stopped else "length" if at_length else None,
             stop_reason=token_ids[-1] if stopped else None,
             num_cached_tokens=sequence.num_cached,
+            waited_s=0.0 if num_before else sequence.waited_s,
         )
 
     # ---- blocks of a sequence ----

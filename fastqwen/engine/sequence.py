@@ -26,6 +26,7 @@ class Sequence:
         self.num_pending = 0
         self.num_cached = 0  # of the prompt, found in the prefix cache at the first admission
         self.was_admitted = False
+        self.waited_s = 0.0  # from arrival to the first admission
         self.admitted_in_step = 0  # rows of earlier steps belong to blocks that a preemption took away
         self.slot = NO_SLOT
         self.blocks: list[int] = []

@@ -29,8 +29,10 @@ from fastqwen.server.dialects.tokens import detokenize, tokenize
 from fastqwen.server.http import docs_page, errors, openapi
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.guard import Guard
+from fastqwen.server.http.pages import add_pages
 from fastqwen.server.http.sse import EventStream
 from fastqwen.server.operator import status
+from fastqwen.server.operator.tools import add_tools
 from fastqwen.version import __version__
 
 B = TypeVar("B", bound=Body)
@@ -49,6 +51,9 @@ def create_app(state: ServerState) -> ASGIApp:
     errors.install(app, state)
     _add_dialects(app, state)
     status.add_routes(app, state)
+    if state.mcp is not None:
+        add_tools(app, state, state.mcp)
+    add_pages(app)
     docs_page.add_route(app)
     openapi.install(app)
     return Guard(app, state)

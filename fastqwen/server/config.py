@@ -81,6 +81,9 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
         float, option("Seconds for rendering and tokenising a prompt, or compiling a grammar.", ge=0.1)
     ] = 2.0
     text_workers: int = 2
+    mcp: Annotated[
+        str | None, option("FILE of MCP servers (docs/page.md) whose tools the page offers; it asks before each call.")
+    ] = None
     strict_model_name: Annotated[bool, option("Answer 404 to requests that name another model.")] = False
 
 

@@ -7,24 +7,28 @@ import gc
 import logging
 import random
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 from fastqwen.client.engine import Ready
 from fastqwen.client.loading_bar import LoadingBar
 from fastqwen.config import EngineConfig
-from fastqwen.errors import FastqwenError
+from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.hub import find_checkpoint
 from fastqwen.ipc.engine_process import ENGINE_COMMAND
 from fastqwen.ipc.process_engine import ProcessEngine
 from fastqwen.logs import configure_logging
 from fastqwen.server.answer.cache_story import CacheStories
+from fastqwen.server.answer.history import EVERY_S
 from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.app import create_app
 from fastqwen.server.config import ServerConfig
 from fastqwen.server.http.exposure import check_exposure
 from fastqwen.server.http.listen import DrainingServer, bind, run_loop
+from fastqwen.server.mcp import McpTools, read_mcp_file
 from fastqwen.text.formats import derive_formats
 from fastqwen.text.load import load_text
 from fastqwen.text.pool import TextPool
@@ -42,6 +46,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: 
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
     configure_logging(config.log_format)
     check_exposure(config)
+    mcp = _mcp_tools(config)
     with bind(config.host, config.port) as bound, closing(LoadingBar()) as bar:
         path, model = find_checkpoint(engine_config)
         text = load_text(path, model, engine_config)
@@ -77,6 +82,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: 
             metrics=Metrics(),
             seeds=random.Random(engine_config.seed),  # noqa: S311 not a secret
             cache_stories=CacheStories(enabled=engine_config.enable_prefix_caching),
+            mcp=mcp,
         )
         return run_loop(_serve(state, engine, workers, bound))
 
@@ -86,12 +92,15 @@ async def _serve(state: ServerState, engine: ProcessEngine, workers: TextPool, b
     engine.start()
     starting = asyncio.create_task(_start_workers(workers, engine, server))
     failing = asyncio.create_task(_stop_on_failure(engine, server))
+    remembering = asyncio.create_task(_remember(state))
     try:
         await server.serve(sockets=[bound])
     finally:
-        failing.cancel()
-        starting.cancel()
-        await asyncio.gather(failing, starting, return_exceptions=True)
+        for task in (failing, starting, remembering):
+            task.cancel()
+        await asyncio.gather(failing, starting, remembering, return_exceptions=True)
+        if state.mcp is not None:
+            await state.mcp.close()
         await engine.stop()
         await workers.close()
     if engine.failure:
@@ -119,6 +128,27 @@ def _on_ready(ready: Ready, state: ServerState, bar: LoadingBar, bound: socket.s
         log.warning("%s", NO_STOPS)
     for line in ready.comparison:
         log.log(logging.WARNING if line.warn else logging.INFO, "memory: %s", line.text)
+
+
+def _mcp_tools(config: ServerConfig) -> McpTools | None:
+    if config.mcp is None:
+        return None
+    if config.insecure:
+        raise BadConfig("--mcp lets visitors call tools on this machine: give --api-key instead of --insecure")
+    return McpTools(read_mcp_file(Path(config.mcp)))
+
+
+async def _remember(state: ServerState) -> None:
+    while True:
+        stats, metrics = state.engine.stats(), state.metrics
+        state.history.note(
+            time.monotonic(),
+            generated=metrics.generation_tokens,
+            read=metrics.prompt_tokens,
+            running=stats.num_running,
+            waiting=stats.num_waiting,
+        )
+        await asyncio.sleep(EVERY_S)
 
 
 async def _stop_on_failure(engine: ProcessEngine, server: DrainingServer) -> None:

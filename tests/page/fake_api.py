@@ -14,19 +14,15 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from fastqwen.server.http.guard import CONTENT_SECURITY_POLICY
+from fastqwen.server.http.pages import add_pages, policy_of
 
-STATIC = Path(__file__).resolve().parents[2] / "fastqwen/server/static"
 HEADERS = {
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY.decode(),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -95,6 +91,10 @@ class Fake:
         self.key = ""
         self.bare = False  # has no route but OpenAI's
         self.busy = False  # pretends to have other users, for the operators' page
+        self.likely: dict[str, float] = {}  # words in an answered one's place; else three of its own
+        self.cuts = False  # ends answers at max_tokens, which scripts are longer than
+        self.answer = ""  # instead of a script's
+        self.notes: dict[str, Any] = {}  # what the last chunk of an answer says besides: cache, timing, warnings
         self.requests: list[dict[str, Any]] = []
         self.aborted = 0
         self.running = 0
@@ -118,8 +118,13 @@ def count(messages: list[dict[str, Any]]) -> int:
 
 
 def script(body: dict[str, Any]) -> tuple[str, str, float]:
-    """(thoughts, answer, seconds between tokens)"""
-    last = body["messages"][-1]
+    """(thoughts, answer, seconds between tokens). An answer that has begun goes on where it stands."""
+    messages = body["messages"]
+    if body.get("continue_final_message"):
+        begun = messages[-1]["content"]
+        _, whole, pause_s = script({**body, "messages": messages[:-1], "continue_final_message": False})
+        return "", whole[len(begun) :] if whole.startswith(begun) else " and so on, to another end.", pause_s
+    last = messages[-1]
     asked = str(last.get("content") or "")
     thoughts = "The user asks something.\nI look at it from two sides, then answer briefly.\n" * 3
     if last["role"] == "tool":
@@ -157,14 +162,28 @@ def make_app(fake: Fake) -> FastAPI:
     @app.middleware("http")
     async def guard(request: Request, call_next):  # type: ignore[no-untyped-def]
         path = request.url.path
-        if fake.bare and path in {"/tokenize", "/health/ready", "/admin/data", "/metrics"}:
+        if fake.bare and path in {
+            "/tokenize",
+            "/health/ready",
+            "/admin/data",
+            "/admin/history",
+            "/admin/plan",
+            "/metrics",
+        }:
             return problem(404, "Not Found")
-        closed = path.startswith("/v1") or path in {"/tokenize", "/admin/data", "/metrics"}
+        closed = path.startswith("/v1") or path in {
+            "/tokenize",
+            "/admin/data",
+            "/admin/history",
+            "/admin/plan",
+            "/metrics",
+        }
         if closed and fake.key and request.headers.get("authorization") != f"Bearer {fake.key}":
             return problem(401, "no valid API key was given", "invalid_api_key")
         response = await call_next(request)
-        for name, value in HEADERS.items():
-            response.headers[name] = value
+        response.headers.update(HEADERS)
+        if policy := policy_of(path):
+            response.headers["Content-Security-Policy"] = policy.decode()
         return response
 
     def unready() -> Response | None:
@@ -175,15 +194,7 @@ def make_app(fake: Fake) -> FastAPI:
             return JSONResponse({"status": "engine restarting", "message": "the engine ended"}, status_code=503)
         return None
 
-    @app.get("/")
-    async def index() -> FileResponse:
-        return FileResponse(STATIC / "index.html")
-
-    @app.get("/admin")
-    async def admin() -> FileResponse:
-        return FileResponse(STATIC / "admin.html")
-
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    add_pages(app)
 
     @app.get("/health/ready")
     async def ready() -> Response:
@@ -192,7 +203,10 @@ def make_app(fake: Fake) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         names = ["Qwen3-4B", "Qwen-7B-Chat"]
-        return {"object": "list", "data": [{"id": n, "object": "model", "max_model_len": MAX_LEN} for n in names]}
+        return {
+            "object": "list",
+            "data": [{"id": n, "object": "model", "root": f"Qwen/{n}", "max_model_len": MAX_LEN} for n in names],
+        }
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
@@ -209,6 +223,29 @@ def make_app(fake: Fake) -> FastAPI:
     async def tell() -> dict[str, Any]:
         return {"requests": fake.requests, "aborted": fake.aborted, "running": fake.running}
 
+    @app.get("/admin/plan")
+    async def plan() -> dict[str, Any]:
+        """As an RTX 3090's owner would see it."""
+        rows = [("Qwen3-14B", 24_576, 23.1), ("Qwen3-8B", 40_960, 21.4), ("Qwen3-4B-Instruct-2507", 98_304, 22.0)]
+        speed = {"batch": 1, "context_tokens": 4096, "low": 30.2, "high": 44.8}
+        models = [
+            {
+                "model": f"Qwen/{m}",
+                "command": f"fastqwen serve Qwen/{m}",
+                "context": n,
+                "gib": gib,
+                "tokens_per_second": speed,
+            }
+            for m, n, gib in rows
+        ]
+        return {"device": "NVIDIA GeForce RTX 3090", "serving": "Qwen/Qwen3-4B", "models": models}
+
+    @app.get("/admin/history")
+    async def history() -> dict[str, Any]:
+        wave = [900 + 300 * math.sin(i / 40) + 90 * math.sin(i / 7) for i in range(700)]
+        load = {"running": [round(v / 100) for v in wave], "waiting": [max(0, round(v / 100 - 10)) for v in wave]}
+        return {"every_s": 5, "generated": wave, "read": [v / 2 for v in wave], **load}
+
     @app.get("/admin/data")
     async def admin_data() -> dict[str, Any]:
         return admin_figures(fake)
@@ -218,6 +255,8 @@ def make_app(fake: Fake) -> FastAPI:
         body = await request.json()
         fake.requests.append(body)
         asked = str(body["messages"][-1].get("content") or "")
+        if body.get("logprobs") and not body.get("stream"):
+            return JSONResponse(likeliest(fake, body))
         if waiting := unready():
             return waiting
         if "overload" in asked:
@@ -235,6 +274,17 @@ def make_app(fake: Fake) -> FastAPI:
         return StreamingResponse(stream(fake, body, asked, prompt), media_type="text/event-stream")
 
     return app
+
+
+def likeliest(fake: Fake, body: dict[str, Any]) -> dict[str, Any]:
+    """One token, and what might have stood in its place."""
+    begun = body["messages"][-1]["content"] if body.get("continue_final_message") else ""
+    match = re.match(r"\s*\S+", fake.answer[len(begun) :] if fake.answer else script(body)[1])
+    said = match[0] if match else ""
+    words = fake.likely or {said: 0.5, " perhaps": 0.25, " rather": 0.125, " never": 0.0004}
+    top = [{"token": word, "logprob": math.log(share), "bytes": None} for word, share in words.items()]
+    choice = {"index": 0, "message": {"role": "assistant", "content": top[0]["token"]}, "finish_reason": "length"}
+    return {"choices": [{**choice, "logprobs": {"content": [{**top[0], "top_logprobs": top}]}}]}
 
 
 def admin_figures(fake: Fake) -> dict[str, Any]:
@@ -275,9 +325,10 @@ def admin_figures(fake: Fake) -> dict[str, Any]:
 async def stream(fake: Fake, body: dict[str, Any], asked: str, prompt: int) -> AsyncIterator[str]:
     def event(delta: dict[str, Any], finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+        notes = fake.notes if finish else {}
+        return f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'choices': [choice], **notes})}\n\n"
 
-    thoughts, answer, pause_s = script(body)
+    thoughts, answer, pause_s = ("", fake.answer, 0.002) if fake.answer else script(body)
     fake.running += 1
     tokens = 0
     try:
@@ -296,7 +347,9 @@ async def stream(fake: Fake, body: dict[str, Any], asked: str, prompt: int) -> A
                 await asyncio.sleep(0.01)
             yield event({}, "tool_calls")
         else:
-            for piece in pieces(answer, 5 if pause_s else 80):
+            limit = body.get("max_tokens")
+            written = answer[: 5 * limit] if limit and fake.cuts else answer
+            for piece in pieces(written, 5 if pause_s else 80):
                 tokens += 1
                 yield event({"content": piece})
                 await asyncio.sleep(pause_s)
@@ -305,8 +358,7 @@ async def stream(fake: Fake, body: dict[str, Any], asked: str, prompt: int) -> A
                     return
                 if tokens == 12 and "cut" in asked:
                     return
-            limit = body.get("max_tokens")
-            yield event({}, "length" if limit and tokens > limit else "stop")
+            yield event({}, "length" if (limit and tokens > limit) or len(written) < len(answer) else "stop")
         cached = prompt // 2 // 16 * 16
         usage = {
             "prompt_tokens": prompt,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -81,8 +82,8 @@ def test_cached_tokens_are_shown(page: Any, base_url: str) -> None:
     visit(page, base_url)
     ask(page, "Hello, this is a first message with a few words in it, so that there is something to be found again")
     ask(page, "Hello again")
-    assert "cached" in page.locator(".figures").last.inner_text()
-    assert "cached" in page.locator(".meter-text").inner_text()
+    assert "read from memory" in page.locator(".why").last.inner_text()
+    assert "read from memory" in page.locator(".meter-text").inner_text()
 
 
 def test_a_page_closed_while_writing_says_so_afterwards(page: Any, base_url: str) -> None:
@@ -298,3 +299,44 @@ def test_an_engine_that_dies_is_named_and_the_page_goes_on(context: Any, mortal:
     until(page, "!document.querySelector('.banner.bad') && !document.querySelector('.note.waiting')")
     finished(page)
     assert last_answer(page)
+
+
+def needs_continuation(url: str) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "max_tokens": 1}
+    try:
+        call(url + "/v1/chat/completions", {**body, "continue_final_message": True, "add_generation_prompt": False})
+    except urllib.error.HTTPError as error:
+        pytest.skip(f"this server continues no answers: {error.read()[:200]!r}")
+
+
+def test_an_answer_cut_at_the_limit_goes_on(page: Any, base_url: str) -> None:
+    needs_continuation(base_url)
+    visit(page, base_url)
+    begun = ask(page, "Write a short story about a cat.")
+    button(page, "Continue").click()
+    until(page, "document.querySelector('.send.stop')")
+    finished(page)
+    whole = last_answer(page)
+    assert whole.startswith(begun.rstrip()) and len(whole) > len(begun) + 10
+    assert page.locator(".branches").count() == 0
+
+
+def test_alternatives_of_a_word_and_a_branch_from_one(page: Any, base_url: str) -> None:
+    needs_continuation(base_url)
+    visit(page, base_url)
+    answer = ask(page, "What is gravity?")
+    button(page, "Alternatives of a word").click()
+    page.wait_for_selector(".words ol li")
+    for _ in range(3):
+        button(page, "Next word").click()
+    page.wait_for_selector(".words ol li")
+    shares = page.locator(".words li b").all_inner_texts()
+    assert len(shares) == 8 and all("%" in share for share in shares)
+    word = page.locator(".words strong").inner_text()
+    other = page.locator(".words li button:not([disabled])").first
+    chosen = other.locator("span").inner_text()
+    other.click()
+    finished(page)
+    eventually(page, lambda: page.locator(".message.assistant .branches").inner_text().strip(), "2 / 2")
+    begun = answer[: answer.index(word)].rstrip()
+    assert last_answer(page).startswith(begun) and chosen in last_answer(page)[len(begun) :][: len(chosen) + 2]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastqwen.server.http.guard import CONTENT_SECURITY_POLICY
-from tests.page.fake_api import STATIC
+from fastqwen.server.http.pages import CONTENT_SECURITY_POLICY, STATIC
 
 OWN = sorted(p for p in STATIC.rglob("*") if p.suffix in {".js", ".css", ".html"} and "vendor" not in p.parts)
 SCRIPTS = [p for p in OWN if p.suffix == ".js"]
@@ -18,12 +17,13 @@ def read(path: Path) -> str:
 
 def test_own_code_stays_small() -> None:
     lines = {p.name: read(p).count("\n") for p in OWN}
-    assert sum(lines.values()) < 2500
+    assert sum(lines.values()) < 4000
     assert max(lines.values()) <= 400
 
 
-def test_everything_shipped_stays_under_a_megabyte_and_a_half() -> None:
-    assert sum(p.stat().st_size for p in STATIC.rglob("*") if p.is_file()) < 1_500_000
+def test_everything_shipped_but_mermaid_stays_under_a_megabyte_and_a_half() -> None:
+    shipped = [p for p in STATIC.rglob("*") if p.is_file() and "mermaid" not in p.parts]
+    assert sum(p.stat().st_size for p in shipped) < 1_500_000
 
 
 def test_nothing_is_fetched_from_elsewhere() -> None:
@@ -74,3 +74,10 @@ def test_the_documented_policy_is_the_one_that_is_sent() -> None:
     page = read(Path(__file__).resolve().parents[2] / "docs/page.md")
     shown = re.search(r"default-src.*?frame-ancestors 'none'", page, re.S)
     assert shown and re.sub(r"\s+", " ", shown[0]) == CONTENT_SECURITY_POLICY.decode()
+
+
+def test_the_offline_shell_has_every_module_of_the_chat_page() -> None:
+    listed = re.search(r'MODULES = "([^"]+)"', read(STATIC / "js/worker.js"))
+    assert listed is not None
+    others = {"admin", "plot", "diagram", "worker"}  # of other pages
+    assert listed[1].split() == sorted({p.stem for p in SCRIPTS} - others)

@@ -42,7 +42,7 @@ def test_a_conversation_and_a_stop_that_reaches_the_server_behind(page: Any, bas
         visit(page, url)
         assert ask(page, "Hello there")
         assert " of 8,192 tokens" in page.locator(".meter-text").inner_text()
-        assert "first after" in page.locator(".figures").inner_text()
+        assert "First word after" in page.locator(".why").inner_text()
         button(page, "Settings").click()
         page.fill("#set-max_tokens", "")
         say(page, STORY)

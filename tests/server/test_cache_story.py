@@ -17,7 +17,8 @@ def causes(*bodies: dict, said: str = "Hello", **state_options) -> list[tuple[st
         async with client_of(state) as client:
             for body in bodies:
                 answer = await client.post("/v1/chat/completions?explain_cache=1", json={"max_tokens": 40, **body})
-                story = answer.json()["cache"]
+                story, timing = answer.json()["cache"], answer.json()["timing"]
+                assert set(timing) == {"waited_s", "read_s", "wrote_s"} and min(timing.values()) >= 0
                 assert story["cached_tokens"] == answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
                 found.append((story["cause"], story["message_index"]))
         return found

@@ -18,6 +18,7 @@ from fastqwen.server.config import ServerConfig
 from fastqwen.server.http import guard
 from fastqwen.server.http.exposure import check_exposure, read_keys
 from fastqwen.server.http.guard import OPEN_PATHS
+from fastqwen.server.http.pages import PAGES
 from tests.server.harness import ask, chat, client_of, get, make_state
 
 KEY = "a-long-secret-key"
@@ -41,11 +42,14 @@ def routes() -> list[tuple[str, str]]:
     ],
 )
 def test_every_route_but_the_open_ones_needs_the_key(headers: dict):
+    open_pages = {*PAGES, "/chat/0a1b"}
+
     async def walk() -> None:
         state = make_state(api_keys=(KEY,))
         async with client_of(state) as client:
             for method, path in routes():
                 path = path.replace("{name:path}", "mock").replace("{path:path}", "x")
+                path = path.replace("{conversation}", "0a1b")
                 for variant in (
                     path,
                     f"/{path}",
@@ -57,7 +61,9 @@ def test_every_route_but_the_open_ones_needs_the_key(headers: dict):
                     for verb in {method, "HEAD", "OPTIONS", "POST"}:
                         found = await client.request(verb, f"http://localhost{variant}", headers=headers)
                         exact = variant.split("?")[0]
-                        is_open = verb in ("GET", "HEAD") and (exact in OPEN_PATHS or exact.startswith("/static/"))
+                        is_open = verb in ("GET", "HEAD") and (
+                            exact in OPEN_PATHS or exact in open_pages or exact.startswith("/static/")
+                        )
                         assert (found.status_code != 401) == is_open, (verb, variant, found.status_code)
 
     asyncio.run(walk())

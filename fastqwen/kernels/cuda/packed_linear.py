@@ -143,6 +143,7 @@ class Launch:
     variant: Variant
     shared_bytes: int
     pairs: int  # of tiles that a block has; its other warps share their inputs
+    sums: int  # float32: what a block leaves of a tile that it shares with others
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def few_launch(dtype: torch.dtype, rows: int, weight: PackedWeight, tiling: Pack
     ring = variant.warps * variant.depth * 2 * _slot_bytes(variant)
     end = 4 * (variant.warps * SLICE_SUMS + variant.warps + 1)
     x_bytes = count * 16 * _spread(weight.units * unit_inputs(_bits(weight)) // 8)
-    return Launch(variant, _aligned(ring + end) + x_bytes, 1)
+    return Launch(variant, _aligned(ring + end) + x_bytes, 1, SLICE_SUMS)
 
 
 def some_launch(dtype: torch.dtype, rows: int, weight: PackedWeight, tiling: PackedTiling) -> Launch:
@@ -177,7 +178,7 @@ def some_launch(dtype: torch.dtype, rows: int, weight: PackedWeight, tiling: Pac
     pieces = variant.warps // tiling.wide * unit_inputs(_bits(weight)) // 8
     x_bytes = variant.stages * 8 * slices * 16 * _spread(pieces)
     end = 4 * (variant.warps * SLICE_SUMS + 1)
-    return Launch(variant, _aligned(ring + x_bytes + end), tiling.wide)
+    return Launch(variant, _aligned(ring + x_bytes + end), tiling.wide, tiling.wide * slices * SLICE_SUMS)
 
 
 Tilings = Sequence[PackedTiling]
@@ -194,7 +195,7 @@ NARROW: Tilings = (
 NARROW_LONG: Tilings = NARROW[1:]
 BROAD_ONE: Tilings = (PackedTiling(8, 4, blocks_each=3), PackedTiling(8, 2, blocks_each=3))
 BROAD: Tilings = (PackedTiling(16, 3, blocks_each=2), *NARROW[2:])
-SOME: Tilings = (PackedTiling(), PackedTiling(wide=8), PackedTiling(wide=8, stages=2))
+SOME: Tilings = (PackedTiling(blocks_each=2), PackedTiling(wide=8), PackedTiling(wide=8, stages=2))
 LONG_UNITS = 128
 
 
@@ -305,6 +306,7 @@ def packed_product(
     block_tiles, chunks = -(-weight.tiles // 2 // launch.pairs), -(-weight.units // sharing)
     grain = chunks if has_all_x and tiling.whole else 1
     blocks = min(at_once, tiling.blocks_each * space.card.multiprocessors, block_tiles * chunks // grain)
+    blocks = min(blocks, space.partial.numel() // (2 * launch.sums))  # a block may leave sums of two tiles
     args = args_of(x, weight, out, space.partial, space.counter, norm=norm, gated=gated, add=add, grain=grain)
     kernel.launch(blocks, args, overlap=space.overlap)
     return out
@@ -319,7 +321,7 @@ def unpacked(
     part = weight.part(first_tile, first_tile + count)
     plain = space.plain[: count * TILE_N * padded].view(dtype).view(count * TILE_N, padded)
     variant = variant_of("unpack", dtype, weight)
-    kernel, at_once = space.kernel(Launch(variant, variant.warps * _slot_bytes(variant), 1))
+    kernel, at_once = space.kernel(Launch(variant, variant.warps * _slot_bytes(variant), 1, 0))
     kernel.launch(min(at_once, -(-count * part.units // variant.warps)), plain_args(part, plain), overlap=False)
     return plain[: part.out_size, : weight.in_size], part
 

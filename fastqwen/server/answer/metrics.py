@@ -73,6 +73,16 @@ class RequestClock:
         self._last_s[index] = now_s
         self._metrics.generation_tokens += num_tokens
 
+    def timing(self, waited_s: float) -> dict[str, float]:
+        """Where the first answer's time went: before its first step, until its first token, from there to its last."""
+        first_s = self._first_s[0] or time.perf_counter()
+        waited_s = min(waited_s, first_s - self._start_s)
+        return {
+            "waited_s": round(waited_s, 4),
+            "read_s": round(first_s - self._start_s - waited_s, 4),
+            "wrote_s": round(max(0.0, self._last_s[0] - first_s), 4),
+        }
+
     def finished(self, index: int, reason: str, num_tokens: int) -> None:
         metrics, first_s, last_s = self._metrics, self._first_s[index], self._last_s[index]
         metrics.finished[reason] += 1

@@ -14,9 +14,11 @@ from fastqwen.client.prepare import ModelFacts
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, EngineGone, Overloaded, UnknownModelName
 from fastqwen.server.answer.cache_story import CacheStories
+from fastqwen.server.answer.history import History
 from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.request_limits import check_grammar_length
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.mcp import McpTools
 from fastqwen.text.formats import Formats
 from fastqwen.text.load import TextTools
 from fastqwen.text.worker import Compile, Encode, Job, Render
@@ -41,6 +43,8 @@ class ServerState:
     metrics: Metrics
     seeds: random.Random
     cache_stories: CacheStories
+    mcp: McpTools | None = None
+    history: History = field(default_factory=History)
     started_s: float = field(default_factory=time.time)
     draining: bool = False
     num_active: int = 0

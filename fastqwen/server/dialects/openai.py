@@ -44,6 +44,7 @@ class OpenAIWork:
             explanation = self.generation.end_story(self._story, explain=self._explain_cache)
             if explanation is not None:
                 notes["cache"] = explanation
+                notes["timing"] = self.generation.timing()
         return notes
 
     def head(self, kind: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What stands in front of every route: Host, Origin, API key, and the count of running requests. Pure ASGI.
 
-Everything needs a key, if there are keys, but the paths listed here. They give away nothing about anybody's requests.
+Everything needs a key, if there are keys, but the pages and the paths listed here. They give away nothing about anybody's requests.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastqwen.errors import FastqwenError
 from fastqwen.server.http.door import Door
 from fastqwen.server.http.errors import describe, error_body, error_response
+from fastqwen.server.http.pages import is_page, policy_of
 from fastqwen.server.http.sse import DIRECT_SEND
 
-OPEN_PATHS = frozenset({"/", "/admin", "/health", "/health/ready", "/favicon.ico"})
-OPEN_FOLDER = "/static/"
+OPEN_PATHS = frozenset({"/health", "/health/ready", "/favicon.ico"})
 COUNTED_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"}
 )
@@ -33,10 +33,6 @@ SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
-CONTENT_SECURITY_POLICY = (
-    b"default-src 'self'; script-src 'self'; style-src 'self'; style-src-attr 'unsafe-inline'; img-src 'self' data:; "
-    b"font-src 'self'; connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 class Guard:
@@ -118,7 +114,7 @@ def _is_open(scope: Scope, path: str) -> bool:
     """By the exact path as it will be routed; HEAD is not GET."""
     if scope["method"] not in ("GET", "HEAD") or scope.get("root_path"):
         return False
-    return path in OPEN_PATHS or (path.startswith(OPEN_FOLDER) and ".." not in path)
+    return path in OPEN_PATHS or is_page(path)
 
 
 def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str:
@@ -127,8 +123,9 @@ def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str:
 
 def _with_headers(send: Send, path: str, origin: str | None) -> Send:
     more = [*SECURITY_HEADERS]
-    if path in ("/", "/admin") or path.startswith(OPEN_FOLDER):
-        more.append((b"content-security-policy", CONTENT_SECURITY_POLICY))
+    policy = policy_of(path)
+    if policy is not None:
+        more.append((b"content-security-policy", policy))
     if origin is not None:
         more += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
 

@@ -1,23 +1,21 @@
-"""What operators and clients look at: models, stop tokens, health, metrics, figures for the admin page, and the pages."""
+"""What operators and clients look at: models, stop tokens, health, metrics, and figures for the admin page."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from fastqwen.client.engine import Ready
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.operator.planner import Planner
 from fastqwen.server.operator.prometheus import metrics_text
 from fastqwen.version import __version__
 
-STATIC = Path(__file__).parents[1] / "static"
 ENGINE_FIGURES = ("kv_usage", "num_blocks", "num_preemptions", "prefix_queries_tokens", "prefix_hits_tokens")
 READY_WITHIN_S = 30.0  # an engine that is silent for longer is not ready
 
@@ -26,7 +24,6 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
     _add_models(app, state)
     _add_health(app, state)
     _add_figures(app, state)
-    add_pages(app)
 
 
 def _add_models(app: FastAPI, state: ServerState) -> None:
@@ -57,6 +54,7 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
         "owned_by": "fastqwen",
         "root": state.engine_config.model,
         "max_model_len": None if ready is None else ready.plan.max_model_len,
+        "default_sampling": state.text.default_sampling,
     }
 
 
@@ -82,9 +80,22 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
 
 
 def _add_figures(app: FastAPI, state: ServerState) -> None:
+    planner = Planner()
+
+    @app.get("/admin/plan")
+    async def plan() -> dict[str, Any]:
+        """What else this machine could run, with the commands."""
+        held_bytes = _figures(state.engine.ready, "measured").get("peak_bytes", 0)
+        return {**await planner.found(held_bytes), "serving": state.engine_config.model}
+
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(metrics_text(state), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/admin/history")
+    async def history() -> dict[str, Any]:
+        """The last hour."""
+        return state.history.as_json()
 
     @app.get("/admin/data")
     async def figures() -> dict[str, Any]:
@@ -109,18 +120,6 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
             },
             "recent_errors": list(state.recent_errors),
         }
-
-
-def add_pages(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    async def index() -> FileResponse:
-        return FileResponse(STATIC / "index.html")
-
-    @app.get("/admin", include_in_schema=False)
-    async def admin() -> FileResponse:
-        return FileResponse(STATIC / "admin.html")
-
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
 
 
 FIGURES = {"weights": "weights_bytes", "peak": "peak_bytes", "KV blocks": "num_blocks"}

@@ -24,10 +24,10 @@ from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.exposure import check_exposure
 from fastqwen.server.http.guard import Guard
 from fastqwen.server.http.listen import DrainingServer, bind, run_loop
-from fastqwen.server.operator.status import add_pages
+from fastqwen.server.http.pages import add_pages
 from fastqwen.server.web.upstream import Relay, Upstream, Upstreams
 
-OPERATORS_PATHS = ("/admin/data", "/metrics")
+OPERATORS_PATHS = ("/admin/data", "/admin/history", "/admin/plan", "/metrics")
 JSON = "application/json"
 
 log = logging.getLogger("fastqwen.server")

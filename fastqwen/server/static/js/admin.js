@@ -6,11 +6,12 @@ import { language, t } from "./i18n.js";
 import { Plot } from "./plot.js";
 import { LanguageButton, ThemeButton } from "./sidebar.js";
 import { check, noteError, server } from "./status.js";
-import { emit, html, render, useTopic } from "./ui.js";
+import { at, emit, html, render, stored, useTopic } from "./ui.js";
 
 const SLOTS = 300;
 const EVERY_MS = 1000;
-const view = { data: null, samples: [], last: null };
+const HISTORY_MS = 5000;
+const view = { data: null, samples: [], last: null, hour: null, shows: stored.get("admin", "minutes") };
 
 /** vLLM's metric names, for servers that have no /admin/data. */
 function fromMetrics(text) {
@@ -43,6 +44,15 @@ function sample(data) {
   }
   view.last = { at: now, data };
   view.data = data;
+}
+
+/** The server's own memory of the last hour; servers without one show only what this page has seen. */
+async function pollHour() {
+  try {
+    if (!document.hidden) view.hour = await (await request("admin/history", { cache: "no-store" })).json();
+  } catch (error) { if (error.status === 404) return; }
+  emit("admin");
+  setTimeout(pollHour, HISTORY_MS);
 }
 
 async function poll() {
@@ -99,9 +109,11 @@ function Errors({ list }) {
 }
 
 function Figures({ data }) {
-  const column = (name) => view.samples.map((s) => s[name]);
+  const hour = view.shows === "hour" ? view.hour : null;
+  const column = (name) => hour?.[name] ?? view.samples.map((s) => s[name]);
   const hits = data.prefix_queries_tokens ? data.prefix_hits_tokens / data.prefix_queries_tokens : null;
-  const slots = view.samples.length > 60 ? SLOTS : 60;
+  const [slots, everyS] = hour ? [3600 / hour.every_s, hour.every_s] : [view.samples.length > 60 ? SLOTS : 60, 1];
+  const show = (what) => { view.shows = what; stored.set("admin", what); emit("admin"); };
   const main = "var(--accent)";
   const second = "var(--series-2)";
   return html`
@@ -113,8 +125,9 @@ function Figures({ data }) {
       <${Card} title=${t("read")} value=${number(data.prompt_tokens_total)} note=${t("tokens")} />
       <${Card} title=${t("uptime")} value=${duration(data.uptime_s)} note=${`${t("preemptions")}: ${number(data.num_preemptions)}`} />
     </div>
-    <${Plot} title=${t("throughput")} slots=${slots} series=${[{ name: t("generated"), color: main, values: column("generated") }, { name: t("read"), color: second, values: column("read") }]} />
-    <${Plot} title=${t("load")} slots=${slots} series=${[{ name: t("running"), color: main, values: column("running") }, { name: t("waiting"), color: second, values: column("waiting") }]} />
+    ${view.hour && html`<div class="row" role="group" aria-label=${t("range")}>${["minutes", "hour"].map((what) => html`<button type="button" class="button" key=${what} aria-pressed=${view.shows === what} onClick=${() => show(what)}>${t("range_" + what)}</button>`)}</div>`}
+    <${Plot} title=${t("throughput")} everyS=${everyS} slots=${slots} series=${[{ name: t("generated"), color: main, values: column("generated") }, { name: t("read"), color: second, values: column("read") }]} />
+    <${Plot} title=${t("load")} everyS=${everyS} slots=${slots} series=${[{ name: t("running"), color: main, values: column("running") }, { name: t("waiting"), color: second, values: column("waiting") }]} />
     <section class="panel"><h2>${t("plan")}</h2><${PlanTable} plan=${data.plan} measured=${data.measured} /></section>
     <section class="panel"><h2>${t("errors")}</h2><${Errors} list=${data.recent_errors} /></section>`;
 }
@@ -125,9 +138,9 @@ function Admin() {
   return html`
     <${Banner} />
     <div class="admin">
-      <header><img src="static/icon.svg" alt="" width="28" height="28" /><h1>${t("operators")}</h1><span>${view.data?.model}</span>
+      <header><img src=${at("static/icon.svg")} alt="" width="28" height="28" /><h1>${t("operators")}</h1><span>${view.data?.model}</span>
         ${view.last && html`<span class="state">${t("live")}</span>`}<span class="grow"></span>
-        <a href="./">${t("toChat")}</a><${ThemeButton} /><${LanguageButton} /></header>
+        <a href=${at("")}>${t("toChat")}</a><${ThemeButton} /><${LanguageButton} /></header>
       <main>${view.data ? html`<${Figures} data=${view.data} />` : view.absent && html`<p class="panel hint">${t("noFigures")}</p>`}</main>
     </div>
     <${Dialogs} />`;
@@ -135,3 +148,4 @@ function Admin() {
 
 render(html`<${Admin} />`, document.getElementById("app"));
 poll();
+pollHour();

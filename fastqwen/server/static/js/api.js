@@ -1,5 +1,5 @@
 // Talks to an OpenAI-compatible server. Every failure leaves here as an ApiError whose kind says the cause.
-import { stored } from "./ui.js";
+import { at, stored } from "./ui.js";
 
 /** kind: gone cut upstream loading restarting unready overloaded key forbidden model context refused broken */
 export class ApiError extends Error {
@@ -38,10 +38,10 @@ export function classify(status, body, aboutHealth = false) {
 }
 
 /** fetch with the key; a dead connection is `gone`, an answer that is no success is classified. */
-export async function request(path, { body, signal, ...options } = {}) {
-  const headers = { ...(getKey() && { Authorization: `Bearer ${getKey()}` }), ...(body && { "Content-Type": "application/json" }) };
+export async function request(path, { body, signal, headers: more, ...options } = {}) {
+  const headers = { ...more, ...(getKey() && { Authorization: `Bearer ${getKey()}` }), ...(body && { "Content-Type": "application/json" }) };
   const init = { ...options, headers, signal, ...(body && { method: "POST", body: JSON.stringify(body) }) };
-  const response = await fetch(path, init).catch((error) => { throw toApiError(error); });
+  const response = await fetch(at(path), init).catch((error) => { throw toApiError(error); });
   if (response.ok) return response;
   const text = await response.text().catch(() => "");
   let parsed;
@@ -75,7 +75,7 @@ export async function* streamChat(body, signal) {
   const full = { ...body, stream: true, ...(!usageRefused && { stream_options: { include_usage: true } }) };
   let response;
   try {
-    response = await request("v1/chat/completions", { body: full, signal });
+    response = await request("v1/chat/completions", { body: full, signal, headers: { "X-Explain-Cache": "1" } });
   } catch (error) {
     if (usageRefused || !(error.param === "stream_options" || /stream_options/.test(error.detail ?? ""))) throw error;
     usageRefused = true;
@@ -99,9 +99,12 @@ export async function* streamChat(body, signal) {
   if (!ended) throw new ApiError("cut");
 }
 
+/** The whole answer at once. */
+export const completeChat = async (body, signal) => (await request("v1/chat/completions", { body, signal })).json();
+
 export async function listModels() {
   const list = await (await request("v1/models")).json();
-  return (list.data ?? []).map((m) => ({ id: m.id, maxLen: m.max_model_len ?? m.context_length ?? m.meta?.n_ctx_train ?? null }));
+  return (list.data ?? []).map((m) => ({ id: m.id, root: m.root ?? "", sampling: m.default_sampling ?? {}, maxLen: m.max_model_len ?? m.context_length ?? m.meta?.n_ctx_train ?? null }));
 }
 
 let tokenizeMissing = false;

@@ -3,14 +3,17 @@ import { regenerate, stop, isRunning } from "./chat.js";
 import { Composer } from "./composer.js";
 import { Dialogs } from "./dialogs.js";
 import { Banner } from "./errors.js";
+import { StorageNote } from "./keeping.js";
 import { t } from "./i18n.js";
 import { ModelPicker, SettingsPanel } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { check } from "./status.js";
 import { open, startNew, state } from "./store.js";
+import { loadTools } from "./tools.js";
 import { leafOf } from "./tree.js";
-import { emit, html, IconButton, render, stored, toast, useEffect, useLayoutEffect, useState, useTopic } from "./ui.js";
+import { at, emit, html, IconButton, on, render, showToast, stored, toast, useEffect, useLayoutEffect, useState, useTopic } from "./ui.js";
 import { Messages } from "./view.js";
+import { Words } from "./words.js";
 
 const narrow = matchMedia("(max-width: 800px)");
 
@@ -58,6 +61,8 @@ function App() {
   const [settings, setSettings] = useState(false);
   const showSidebar = (shown) => { setSidebar(shown); if (!narrow.matches) stored.set("sidebar", shown); };
   useShortcuts({ sidebar: (shown) => showSidebar(shown ?? !sidebar), settings: () => setSettings(!settings) });
+  useLayoutEffect(() => on("open-settings", (side = 0) => { setSettings(true); setTimeout(() => emit("settings-side", side)); }), []);
+  useLayoutEffect(() => on("no-such-chat", () => showToast(t("noSuchChat"))), []);
   const [over, setOver] = useState(false);
   const conversation = state.current;
   const compare = conversation.sides.length > 1;
@@ -75,12 +80,14 @@ function App() {
           <${IconButton} name="gear" label=${t("settings")} aria-expanded=${settings} onClick=${() => setSettings(!settings)} />
         </header>
         <${Banner} />
+        <${StorageNote} conversation=${conversation} />
         <${Messages} conversation=${conversation} />
         <${Composer} conversation=${conversation} />
       </main>
       ${settings && html`<${SettingsPanel} conversation=${conversation} onClose=${() => setSettings(false)} />`}
       ${over && html`<div class="drop">${t("dropHere")}</div>`}
       <${Toast} />
+      <${Words} />
       <${Dialogs} />
     </div>`;
 }
@@ -89,4 +96,7 @@ await open();
 const place = document.getElementById("app");
 place.replaceChildren();
 render(html`<${App} />`, place);
+for (const link of document.querySelectorAll("link[rel=manifest], link[rel=icon]")) link.href = at(link.getAttribute("href").replace(/^(\.\.\/)*/, "")); // the address below changes
 check();
+loadTools();
+navigator.serviceWorker?.register(at("worker.js")).catch(() => {}); // forbidden in some private windows: then the page needs its server

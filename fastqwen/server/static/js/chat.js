@@ -1,12 +1,15 @@
 // Sends messages and keeps the answers that are being written. The page's only writer of message trees.
-import { classify, streamChat } from "./api.js";
+import { classify, completeChat, streamChat } from "./api.js";
 import { t } from "./i18n.js";
 import { isAway, modelInfo, noteError, server } from "./status.js";
 import { addVote, dropLive, keepLive, save, state } from "./store.js";
+import { asTools } from "./tools.js";
 import { add, ancestry, choose, leafOf, shownPath } from "./tree.js";
 import { announce, emit, newId, on } from "./ui.js";
 
 const running = new Map(); // id of an answer -> {controller, conversation, side}
+const FEWEST_FOR_SPEED = 20; // a speed of fewer tokens is chance
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "seed", "thinking_budget"];
 const THINK = /^\s*<think>([\s\S]*?)(?:<\/think>\s*|$)/;
 
 export const isRunning = (conversation) => [...running.values()].some((run) => run.conversation === conversation);
@@ -87,34 +90,77 @@ export function buildMessages(side, id) {
   return messages;
 }
 
-function requestBody(side, id) {
-  const { temperature, top_p, max_tokens, seed, thinking, tools } = side.settings;
+function parsed(settings, name) {
+  try { return JSON.parse(settings[name]); } catch { throw classify(400, { error: { message: t(name + "Broken"), param: name } }); }
+}
+
+/** The request for what comes after the message `id`. `begun`: the beginning of an answer, which the model is to go on with. */
+function requestBody(side, id, begun = null) {
+  const { thinking, tools, schema, stop } = side.settings;
   const body = { model: side.model ?? server.models[0]?.id ?? "default", messages: buildMessages(side, id) };
-  for (const [name, value] of Object.entries({ temperature, top_p, max_tokens, seed })) if (value !== null) body[name] = value;
+  for (const name of NUMBERS) if (side.settings[name] !== null) body[name] = side.settings[name];
   if (thinking !== "auto") body.chat_template_kwargs = { enable_thinking: thinking === "on" };
-  if (tools.trim()) {
-    try { body.tools = JSON.parse(tools); } catch { throw classify(400, { error: { message: t("toolsBroken"), param: "tools" } }); }
+  const listed = [...(tools.trim() ? parsed(side.settings, "tools") : []), ...(side.settings.mcp ? asTools() : [])];
+  if (listed.length) body.tools = listed;
+  if (schema.trim()) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: parsed(side.settings, "schema") } };
+  if (stop) body.stop = stop.split("\n").filter(Boolean);
+  if (begun?.content || begun?.reasoning) {
+    body.messages.push({ role: "assistant", content: begun.content, ...(begun.reasoning && { reasoning_content: begun.reasoning }) });
+    Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
   }
   return body;
 }
 
+const settingsUsed = (side) => ({ running: true, model: side.model ?? server.models[0]?.id ?? "", settings: { ...side.settings } });
+
 function startNode(conversation, side, parent) {
-  const settings = { ...side.settings };
-  const node = makeNode("assistant", parent, { running: true, model: side.model ?? server.models[0]?.id ?? "", settings, reasoning: "", toolCalls: [] });
-  add(side, node);
+  return begin(conversation, add(side, makeNode("assistant", parent, { ...settingsUsed(side), reasoning: "", toolCalls: [] })));
+}
+
+function begin(conversation, node) {
   keepLive(conversation);
   save(conversation);
   emit("app");
   return node;
 }
 
-async function answer(conversation, side, parent) {
-  const node = startNode(conversation, side, parent);
+const answer = (conversation, side, parent) => run(conversation, side, startNode(conversation, side, parent), (node) => requestBody(side, node.parent));
+
+/** Whether an answer that ended too early can go on where it broke off. A thought that broke off cannot: its end is unknown. */
+export const canContinue = (node) => Boolean(node.content) && !node.running && !node.toolCalls?.length && (BROKEN_OFF.has(node.finish) || Boolean(node.error?.started));
+const BROKEN_OFF = new Set(["length", "stopped", "reloaded", "abort", "error"]);
+
+export function continueAnswer(conversation, side, node) {
+  if (isRunning(conversation)) return;
+  const begun = { content: node.content.trimEnd(), reasoning: node.reasoning }; // the model writes its own space or line end
+  Object.assign(node, { ...settingsUsed(side), content: begun.content, finish: undefined, error: undefined, v: node.v + 1 });
+  run(conversation, side, begin(conversation, node), () => requestBody(side, node.parent, begun), true);
+}
+
+/** A version of the answer that is the same up to `content` and is written anew from there. */
+export function branchFrom(conversation, side, node, content) {
+  if (isRunning(conversation)) return;
+  const { reasoning, thinkMs } = node;
+  const branch = makeNode("assistant", node.parent, { ...settingsUsed(side), content, reasoning, thinkMs, toolCalls: [] });
+  run(conversation, side, begin(conversation, add(side, branch)), () => requestBody(side, node.parent, { content, reasoning }), true);
+}
+
+/** What the model might have said after `content`, likeliest first: [{text, share}], shares of 1. */
+export async function alternatives(side, node, content, signal) {
+  const begun = { content, reasoning: node.reasoning };
+  const like = { ...side, model: node.model || side.model, settings: { ...side.settings, ...node.settings, tools: "", mcp: "", schema: "", stop: "" } };
+  const body = { ...requestBody(like, node.parent, begun), max_tokens: 1, logprobs: true, top_logprobs: 20 };
+  const found = await completeChat(body, signal);
+  const listed = found.choices?.[0]?.logprobs?.content?.[0]?.top_logprobs ?? [];
+  return listed.map(({ token, logprob }) => ({ text: token, share: Math.exp(logprob) }));
+}
+
+async function run(conversation, side, node, makeBody, continues = false) {
   const controller = new AbortController();
   running.set(node.id, { controller, conversation, side });
-  const clock = { sent: performance.now(), first: null, last: null, deltas: 0, thought: null, usage: null };
+  const clock = { sent: performance.now(), first: null, last: null, deltas: 0, thought: null, usage: null, why: null, continues };
   try {
-    for await (const chunk of streamChat(requestBody(side, parent), controller.signal)) take(node, chunk, clock, conversation);
+    for await (const chunk of streamChat(makeBody(node), controller.signal)) take(node, chunk, clock, conversation);
   } catch (error) {
     if (error.name === "AbortError") node.finish = "stopped";
     else {
@@ -133,6 +179,8 @@ async function answer(conversation, side, parent) {
 
 function take(node, chunk, clock, conversation) {
   if (chunk.usage) clock.usage = chunk.usage;
+  if (chunk.cache || chunk.timing) clock.why = { ...chunk.timing, cause: chunk.cache?.cause };
+  if (chunk.warnings) node.warnings = chunk.warnings;
   const choice = chunk.choices?.[0];
   if (!choice) return;
   const delta = choice.delta ?? {};
@@ -143,7 +191,8 @@ function take(node, chunk, clock, conversation) {
     clock.deltas += 1;
   }
   if (thought) { node.reasoning += thought; clock.thought ??= clock.last; node.thinking = true; }
-  if (delta.content) { node.raw = (node.raw ?? "") + delta.content; splitThinking(node, clock); }
+  if (delta.content && clock.continues) node.content += delta.content;
+  else if (delta.content) { node.raw = (node.raw ?? "") + delta.content; splitThinking(node, clock); }
   if (node.thinking && ((node.content && !thought) || delta.tool_calls)) endThinking(node, clock);
   for (const part of delta.tool_calls ?? []) takeToolCall(node, part);
   if (choice.finish_reason) node.finish = choice.finish_reason;
@@ -183,8 +232,8 @@ function finish(node, clock) {
   const seconds = (clock.last - clock.first) / 1000;
   node.stats = clock.first === null ? null : {
     ttftMs: Math.round(clock.first - clock.sent), tokens, exact: Boolean(usage),
-    rate: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null,
-    prompt: usage?.prompt_tokens ?? null, cached: usage?.prompt_tokens_details?.cached_tokens ?? null,
+    rate: tokens >= FEWEST_FOR_SPEED && seconds > 0 ? (tokens - 1) / seconds : null,
+    why: clock.why, prompt: usage?.prompt_tokens ?? null, cached: usage?.prompt_tokens_details?.cached_tokens ?? null,
   };
   if (node.finish === "stopped") announce(t("finish_stopped"));
   else if (!node.error) announce(`${t("answerDone")} ${node.content.slice(0, 600)}`);

@@ -2,7 +2,8 @@
 import { isRunning, vote } from "./chat.js";
 import { t } from "./i18n.js";
 import { Message } from "./message.js";
-import { ModelPicker } from "./settings.js";
+import { ModelPicker, SystemCard } from "./settings.js";
+import { server } from "./status.js";
 import { emit, html } from "./ui.js";
 import { shownPath } from "./tree.js";
 
@@ -10,7 +11,7 @@ const CHOICES = ["a", "tie", "bad", "b"];
 
 function summary(side) {
   const set = ["temperature", "top_p", "max_tokens", "seed"].filter((name) => side.settings[name] !== null);
-  return set.map((name) => `${t(name)} ${side.settings[name]}`).concat(side.settings.system ? [t("system")] : []).join(" · ");
+  return set.map((name) => `${t(name)} ${side.settings[name]}`).join(" · ");
 }
 
 /** One turn: the question, and each side's answer to it. */
@@ -48,10 +49,14 @@ export function Compare({ conversation, empty }) {
         <div key=${i}>
           <span class="side-name">${"AB"[order.indexOf(i)]}</span>
           ${hidden ? html`<span class="hidden-model">${t("hiddenModel")}</span>` : html`<${ModelPicker} side=${conversation.sides[i]} label=${`${t("model")} ${"AB"[i]}`} /><small>${summary(conversation.sides[i])}</small>`}
+          <${SystemCard} text=${conversation.sides[i].settings.system} />
         </div>`)}
     </div>
     ${empty && html`
-      <div class="compare-intro"><h1>${t("compare")}</h1><p>${t("compareHint")}</p>
+      <div class="compare-intro"><h1>${t("compare")}</h1><p>${t(server.models.length > 1 ? "compareHint" : "compareOne")}</p>
+        ${server.models.length > 1
+          ? html`<div class="row wrap center">${conversation.sides.map((side, i) => html`<label key=${i}><span class="side-name">${"AB"[i]}</span> <${ModelPicker} side=${side} label=${t("chooseSide", { side: "AB"[i] })} /></label>`)}</div>`
+          : html`<button type="button" class="button" onClick=${() => emit("open-settings", 1)}>${t("settingsOfB")}</button>`}
         <label class="check"><input type="checkbox" checked=${conversation.blind} onChange=${(e) => { conversation.blind = e.target.checked; emit("app"); }} /> ${t("blind")}</label></div>`}
     ${turns.map(({ question, replies }, index) => {
       const last = index === turns.length - 1;

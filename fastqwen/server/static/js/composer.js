@@ -2,13 +2,17 @@
 import { countTokens, guessTokens } from "./api.js";
 import { buildMessages, contextUse, isRunning, send, stop, withFiles } from "./chat.js";
 import { t } from "./i18n.js";
+import { SlashMenu, take, wanted } from "./library.js";
 import { server } from "./status.js";
-import { state } from "./store.js";
+import { setSettings, state } from "./store.js";
+import { offered } from "./tools.js";
 import { leafOf, shownPath } from "./tree.js";
-import { emit, html, Icon, IconButton, on, showToast, stored, useEffect, useLayoutEffect, useRef, useState, useTopic } from "./ui.js";
+import { emit, html, Icon, IconButton, on, sendsOn, showToast, stored, touch, useEffect, useLayoutEffect, useRef, useState, useTopic } from "./ui.js";
 
 const MAX_FILE_BYTES = 2 * 2 ** 20;
-const touch = matchMedia("(pointer: coarse)");
+
+/** What would push the conversation out of sight becomes a file; a click on its name brings it back. */
+const isLong = (text) => text.length > 8000 || text.split("\n").length > 60;
 
 /** Reads a text file as UTF-8, UTF-16 with a mark, or GB18030. Throws the reason in words. */
 async function readTextFile(file) {
@@ -55,11 +59,32 @@ function ContextMeter({ side, draft }) {
     <span class="meter-text">${label}</span>`;
 }
 
+const BUDGETS = [512, 2048, 8192];
+
+/** Whether the model thinks before it answers, and for how many tokens at most. */
+function ThinkingSwitch({ side }) {
+  const { thinking, thinking_budget: budget } = side.settings;
+  const value = thinking !== "off" && budget ? `on ${budget}` : thinking;
+  const budgets = budget && !BUDGETS.includes(budget) ? [...BUDGETS, budget] : BUDGETS;
+  const change = (e) => {
+    const [mode, most] = e.target.value.split(" ");
+    setSettings(side, { thinking: mode, thinking_budget: most ? Number(most) : null });
+  };
+  return html`
+    <label class="pill"><${Icon} name="brain" /><span class="sr">${t("thinkingMode")}</span>
+      <select value=${value} onChange=${change}>
+        <option value="auto">${t("think_auto")}</option><option value="off">${t("think_off")}</option><option value="on">${t("think_on")}</option>
+        ${budgets.map((n) => html`<option key=${n} value=${`on ${n}`}>${t("think_budget", { n: n.toLocaleString() })}</option>`)}
+      </select></label>`;
+}
+
 export function Composer({ conversation }) {
   useTopic("server");
   const draftName = "draft." + (state.list.some((c) => c.id === conversation.id) ? conversation.id : "new");
   const [text, setText] = useState("");
   const [files, setFiles] = useState([]);
+  const [chosen, choose] = useState(0); // of the list that / opens
+  const [hidden, hide] = useState(null); // the draft for which it was closed
   const area = useRef();
   const picker = useRef();
   const busy = isRunning(conversation);
@@ -83,6 +108,42 @@ export function Composer({ conversation }) {
     }
   }
 
+  function paste(e) {
+    const pasted = e.clipboardData.getData("text/plain");
+    if (e.clipboardData.files.length) { e.preventDefault(); addFiles(e.clipboardData.files); }
+    else if (isLong(pasted)) {
+      e.preventDefault();
+      setFiles((old) => [...old, { name: t("pasted", { n: pasted.split("\n").length.toLocaleString() }), text: pasted, pasted: true }]);
+    }
+  }
+
+  function unfold(file) {
+    setFiles(files.filter((f) => f !== file));
+    change(text ? `${text}\n${file.text}` : file.text);
+    area.current.focus();
+  }
+
+  const entries = hidden === text ? null : wanted(text);
+  const at = entries ? Math.min(chosen, entries.length - 1) : 0;
+
+  function pick(entry) {
+    change(take(side, entry));
+    choose(0);
+    area.current.focus();
+  }
+
+  /** Keys of the list that / opens; true if the key was one of them. */
+  function slashKeys(e) {
+    const move = { ArrowDown: 1, ArrowUp: -1 }[e.key];
+    if (move) choose((at + move + entries.length) % entries.length);
+    else if (e.key === "Enter" || e.key === "Tab") pick(entries[at]);
+    else if (e.key === "Escape") hide(text);
+    else return false;
+    e.preventDefault();
+    e.stopPropagation();
+    return true;
+  }
+
   function submit() {
     if (busy || (!text.trim() && files.length === 0)) return;
     stored.set(draftName, null);
@@ -94,21 +155,25 @@ export function Composer({ conversation }) {
 
   function keys(e) {
     if (e.isComposing || e.keyCode === 229) return; // Enter that picks a candidate of an input method
-    if (e.key === "Enter" && !e.shiftKey && (e.ctrlKey || e.metaKey || !touch.matches)) { e.preventDefault(); submit(); }
+    if (entries && slashKeys(e)) return;
+    if (sendsOn(e)) { e.preventDefault(); submit(); }
     if (e.key === "ArrowUp" && !text && !busy) { e.preventDefault(); emit("edit:" + shownPath(side).findLast(({ node }) => node.role === "user")?.node.id); }
   }
 
   return html`
     <form class="composer" onSubmit=${(e) => { e.preventDefault(); submit(); }}>
       ${files.length > 0 && html`<div class="chips">${files.map((f, i) => html`
-        <span class="chip"><${Icon} name="clip" /> ${f.name}
+        <span class="chip"><${Icon} name="clip" /> ${f.pasted ? html`<button type="button" class="text-button" title=${t("unfold")} onClick=${() => unfold(f)}>${f.name}</button>` : f.name}
           <${IconButton} name="close" label=${t("removeFile", { name: f.name })} onClick=${() => setFiles(files.filter((_, k) => k !== i))} /></span>`)}</div>`}
-      <textarea ref=${area} id="composer" rows="1" value=${text} aria-label=${t("message")} placeholder=${t("placeholder")}
+      ${entries && html`<${SlashMenu} entries=${entries} index=${at} onPick=${pick} />`}
+      <textarea ref=${area} id="composer" rows="1" aria-controls=${entries ? "slash" : undefined} aria-activedescendant=${entries ? `slash-${at}` : undefined} value=${text} aria-label=${t("message")} placeholder=${t("placeholder")}
         onInput=${(e) => change(e.target.value)} onKeyDown=${keys}
-        onPaste=${(e) => { if (e.clipboardData.files.length) { e.preventDefault(); addFiles(e.clipboardData.files); } }}></textarea>
+        onPaste=${paste}></textarea>
       <div class="composer-row">
         <${IconButton} name="clip" label=${t("attach")} onClick=${() => picker.current.click()} />
         <input type="file" multiple hidden ref=${picker} onChange=${(e) => { addFiles([...e.target.files]); e.target.value = ""; }} />
+        <${ThinkingSwitch} side=${side} />
+        ${offered.size > 0 && html`<button type="button" class="pill" aria-pressed=${Boolean(side.settings.mcp)} title=${[...offered.keys()].join(", ")} onClick=${() => setSettings(side, { mcp: side.settings.mcp ? "" : "on" })}>${t("mcpTools", { n: offered.size })}</button>`}
         <${ContextMeter} side=${side} draft=${draft} />
         ${busy
           ? html`<button type="button" class="send stop" aria-label=${t("stop")} title=${t("stop")} onClick=${() => stop(conversation)}><${Icon} name="stop" /></button>`

@@ -1,10 +1,12 @@
 // The dialogs: key, help, import and export. <dialog> keeps the focus inside and gives it back.
-import { getKey, setKey } from "./api.js";
+import { getKey, request, setKey } from "./api.js";
 import { t } from "./i18n.js";
 import { check, server } from "./status.js";
+import { forget, keep, own } from "./library.js";
+import { share } from "./share.js";
 import { removeAll, state } from "./store.js";
-import { exportAll, exportJson, exportMarkdown, exportVotes, importFile } from "./transfer.js";
-import { html, IconButton, on, showToast, useLayoutEffect, useRef, useState } from "./ui.js";
+import { exportAll, exportJson, exportMarkdown, exportVotes, fileName, importFile } from "./transfer.js";
+import { copyText, html, IconButton, on, showToast, useEffect, useLayoutEffect, useRef, useState, useTopic } from "./ui.js";
 
 const apple = /Mac|iPhone|iPad/.test(navigator.platform);
 const MOD = apple ? "⌘" : "Ctrl";
@@ -52,6 +54,7 @@ function Data({ onClose }) {
       <h3>${t("thisChat")}</h3>
       <div class="row wrap">
         <button type="button" class="button" disabled=${!current} onClick=${() => exportMarkdown(current)}>Markdown</button>
+        <button type="button" class="button" disabled=${!current} onClick=${() => share(current, fileName(current.title))}>${t("sharePage")}</button>
         <button type="button" class="button" disabled=${!current} onClick=${() => exportJson([current], current.title)}>JSON</button>
       </div>
       <h3>${t("allChats")}</h3>
@@ -80,7 +83,65 @@ export function KeyDialog({ onClose }) {
     <//>`;
 }
 
-const KINDS = { help: Help, data: Data, key: KeyDialog };
+function Command({ text }) {
+  return html`<div class="command"><code>${text}</code><${IconButton} name="copy" label=${t("copyCommand", { command: text })} onClick=${() => copyText(text).then(() => showToast(t("copied")))} /></div>`;
+}
+
+const shortName = (model) => model.split("/").at(-1);
+
+function Runs({ models }) {
+  const speed = (s) => (s ? `${Math.round(s.low)}–${Math.round(s.high)}` : "–");
+  return html`
+    <div class="scroll" tabindex="0"><table class="runs"><thead><tr><th scope="col">${t("model")}</th><th scope="col">GiB</th><th scope="col">${t("context")}</th><th scope="col">${t("tokPerS")}</th><td></td></tr></thead>
+      <tbody>${models.map((m) => html`<tr key=${m.model}><th scope="row">${shortName(m.model)}</th><td>${m.gib}</td><td>${m.context.toLocaleString()}</td><td>${speed(m.tokens_per_second)}</td>
+        <td><${IconButton} name="copy" label=${t("copyCommand", { command: m.command })} onClick=${() => copyText(m.command).then(() => showToast(t("copied")))} /></td></tr>`)}</tbody></table></div>`;
+}
+
+/** What else the server's machine could run. */
+function Plan({ onClose }) {
+  const [found, setFound] = useState(null);
+  useEffect(() => { request("admin/plan").then((r) => r.json()).then(setFound, (error) => setFound({ error })); }, []);
+  const [first, ...others] = found?.models ?? [];
+  return html`
+    <${Dialog} title=${t("planTitle")} onClose=${onClose}>
+      ${!found && html`<p class="row"><span class="spinner"></span> ${t("planning")}</p>`}
+      ${found?.error && html`<p>${found.error.status === 404 ? t("planNone") : found.error.detail}</p>`}
+      ${found && !found.error && !first && html`<p>${t("planNothing", { device: found.device })}</p>`}
+      ${first && html`
+        <p>${t("planBest", { device: found.device, model: shortName(first.model), n: first.context.toLocaleString() })}</p>
+        <${Command} text=${first.command} />
+        <h3>${t("planOthers", { n: others.length })}</h3><${Runs} models=${others} />
+        <p class="hint">${t("planHint")}</p>`}
+    <//>`;
+}
+
+/** Presets and prompts of one's own. */
+function Library({ onClose }) {
+  useTopic("toast"); // keeping and forgetting both say so
+  const [name, setName] = useState("");
+  const [text, setText] = useState("");
+  const [withSettings, setWith] = useState(false);
+  const save = (e) => {
+    e.preventDefault();
+    keep(name.trim(), text, withSettings ? state.current.sides[0] : null);
+    showToast(t("kept", { name: name.trim() }));
+    setName(""); setText(""); setWith(false);
+  };
+  return html`
+    <${Dialog} title=${t("library")} onClose=${onClose}>
+      <p class="hint">${t("libraryHint")}</p>
+      <ul class="library">${own().map((e) => html`<li key=${e.id}><b>${e.name}</b> <span class="grow">${e.settings ? t("preset") : ""} ${e.text.split("\n")[0]}</span>
+        <${IconButton} name="trash" label=${`${t("delete")} ${e.name}`} onClick=${() => { forget(e.id); showToast(t("gone", { name: e.name })); }} /></li>`)}</ul>
+      <form onSubmit=${save}>
+        <div class="field"><label for="entry-name">${t("name")}</label><input id="entry-name" maxlength="60" value=${name} onInput=${(e) => setName(e.target.value)} /></div>
+        <div class="field"><label for="entry-text">${t("promptText")}</label><textarea id="entry-text" rows="3" value=${text} onInput=${(e) => setText(e.target.value)}></textarea></div>
+        <label class="check"><input type="checkbox" checked=${withSettings} onChange=${(e) => setWith(e.target.checked)} /> ${t("withSettings")}</label>
+        <div class="row end"><button type="submit" class="button primary" disabled=${!name.trim() || (!text.trim() && !withSettings)}>${t("save")}</button></div>
+      </form>
+    <//>`;
+}
+
+const KINDS = { library: Library, help: Help, data: Data, key: KeyDialog, plan: Plan };
 
 export function Dialogs() {
   const [kind, setKind] = useState(null);

@@ -3,10 +3,13 @@ import MarkdownIt from "../vendor/markdown-it/markdown-it.js";
 import "../vendor/dompurify/purify.js";
 import { t } from "./i18n.js";
 import { emit } from "./ui.js";
+import { frameFor } from "./frames.js";
+import { addMarkup } from "./markup.js";
 import { addMath } from "./math.js";
 
 const md = new MarkdownIt({ html: false, linkify: true, breaks: false, typographer: false });
 md.use(addMath);
+md.use(addMarkup);
 md.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 
 const escape = md.utils.escapeHtml;
@@ -23,13 +26,19 @@ function colour(code, language) {
 }
 
 function codeBlock(code, language) {
-  return `<div class="code"><div class="code-head"><span>${escape(language || t("plainText"))}</span>` +
+  const kind = frameFor(language, code);
+  return `<div class="code"${kind ? ` data-frame="${kind}"` : ""}><div class="code-head"><span class="label">${escape(language || t("plainText"))}</span>` +
+    (kind ? `<button type="button" class="show" aria-pressed="false">${escape(t(kind))}</button>` : "") +
     `<button type="button" class="copy">${escape(t("copy"))}</button></div><pre tabindex="0"><code>${colour(code, language)}</code></pre></div>`;
 }
 
 md.renderer.rules.fence = (tokens, i) => codeBlock(tokens[i].content, tokens[i].info.trim().split(/\s+/)[0].toLowerCase());
 md.renderer.rules.code_block = (tokens, i) => codeBlock(tokens[i].content, "");
 md.renderer.rules.table_open = () => '<div class="table" tabindex="0"><table>';
+md.renderer.rules.th_open = md.renderer.rules.td_open = (tokens, i) => {
+  const side = /text-align:(right|center)/.exec(tokens[i].attrGet("style") ?? "")?.[1]; // answers carry no styles
+  return `<${tokens[i].tag}${side ? ` class="${side}"` : ""}>`;
+};
 md.renderer.rules.table_close = () => "</table></div>";
 // A picture would make the browser call a host that the model chose; a link waits for the reader.
 md.renderer.rules.image = (tokens, i) => {
@@ -38,11 +47,12 @@ md.renderer.rules.image = (tokens, i) => {
 };
 
 const ALLOWED = {
-  ALLOWED_TAGS: "a p br hr h1 h2 h3 h4 h5 h6 strong em s del code pre blockquote ul ol li table thead tbody tr th td div span button".split(" "),
-  ALLOWED_ATTR: ["href", "title", "class", "start", "type", "tabindex", "data-display", "rel", "target"],
+  ALLOWED_TAGS: "a p br hr h1 h2 h3 h4 h5 h6 strong em s del code pre blockquote ul ol li table thead tbody tr th td div span button details summary sup sub kbd mark input".split(" "),
+  ALLOWED_ATTR: ["href", "title", "class", "start", "type", "tabindex", "data-display", "data-note", "data-frame", "rel", "target", "open", "checked", "disabled", "aria-pressed", "aria-label"],
   ALLOW_DATA_ATTR: false,
 };
 DOMPurify.addHook("afterSanitizeAttributes", (node) => {
+  if (node.tagName === "INPUT") { node.setAttribute("type", "checkbox"); node.setAttribute("disabled", ""); } // a task's box, and no other field
   if (node.tagName !== "A") return;
   node.setAttribute("target", "_blank");
   node.setAttribute("rel", "noopener noreferrer nofollow");

@@ -14,9 +14,9 @@ function niceTop(value) {
 const shown = (value) => (value ?? 0).toLocaleString(undefined, { maximumFractionDigits: value < 100 ? 1 : 0 });
 const ago = (seconds) => (seconds < 1 ? t("now") : seconds < 100 ? t("secondsAgo", { n: seconds }) : t("minutesAgo", { n: Math.round(seconds / 60) }));
 
-/** series: [{name, color, values}], one value a second, all of one length; the newest is at the right edge of `slots` places. */
-export function Plot({ title, series, slots }) {
-  const [pointed, point] = useState(null); // seconds before now
+/** series: [{name, color, values}], a value each `everyS` seconds, all of one length; the newest is at the right edge of `slots` places. */
+export function Plot({ title, series, slots, everyS = 1 }) {
+  const [pointed, point] = useState(null); // places before the newest
   const length = series[0].values.length;
   const top = niceTop(Math.max(...series.flatMap((s) => s.values), 1));
   const x = (i) => ((slots - length + i) / (slots - 1)) * WIDTH;
@@ -28,7 +28,7 @@ export function Plot({ title, series, slots }) {
   const follow = (e) => { const box = e.currentTarget.getBoundingClientRect(); point(Math.round((1 - (e.clientX - box.left) / box.width) * (slots - 1))); };
   return html`
     <section class="panel">
-      <div class="row"><h2>${title}</h2><span class="legend">${back > 0 && html`<span class="hint">${ago(back)}</span>`}
+      <div class="row"><h2>${title}</h2><span class="legend">${back > 0 && html`<span class="hint">${ago(back * everyS)}</span>`}
         ${series.map((s) => html`<span><i style=${{ background: s.color }}></i>${s.name} <b>${at(s)}</b></span>`)}</span></div>
       <div class="plot-row">
         <svg class="plot" viewBox=${`0 0 ${WIDTH} ${HEIGHT}`} preserveAspectRatio="none" role="img" aria-label=${`${title}. ${series.map((s) => `${s.name}: ${at(s)}`).join(", ")}`}
@@ -39,6 +39,6 @@ export function Plot({ title, series, slots }) {
         </svg>
         <div class="scale">${[1, 0.5, 0].map((part) => html`<span>${shown(top * part)}</span>`)}</div>
       </div>
-      <div class="axis">${[1, 0.5, 0].map((part) => html`<span>${ago(Math.round(slots * part))}</span>`)}</div>
+      <div class="axis">${[1, 0.5, 0].map((part) => html`<span>${ago(Math.round(slots * everyS * part))}</span>`)}</div>
     </section>`;
 }

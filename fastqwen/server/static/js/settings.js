@@ -1,8 +1,8 @@
 // The model picker, and the panel that says how a side answers. An empty field leaves the choice to the server.
 import { t } from "./i18n.js";
-import { server } from "./status.js";
-import { setModel, setSettings } from "./store.js";
-import { html, IconButton, useState, useTopic } from "./ui.js";
+import { modelInfo, server } from "./status.js";
+import { SERVER_DEFAULTS, setModel, setSettings } from "./store.js";
+import { emit, html, IconButton, on, useLayoutEffect, useState, useTopic } from "./ui.js";
 
 export function ModelPicker({ side, label }) {
   useTopic("server");
@@ -15,11 +15,24 @@ export function ModelPicker({ side, label }) {
     </select>`;
 }
 
+/** What changes every answer of a conversation is seen in it. */
+export const SystemCard = ({ text }) => text && html`
+  <details class="system"><summary><span class="label">${t("system")}</span> <span>${text.split("\n")[0]}</span></summary>
+    <pre>${text}</pre><button type="button" class="button" onClick=${() => emit("open-settings")}>${t("change")}</button></details>`;
+
 const NUMBERS = [ // name, least, most, step, whether a slider helps
   ["temperature", 0, 2, 0.05, true],
   ["top_p", 0.05, 1, 0.05, true],
   ["max_tokens", 1, 1000000, 1, false],
   ["seed", 0, 2 ** 53 - 1, 1, false],
+];
+const MORE_NUMBERS = [
+  ["top_k", -1, 1000000, 1, false],
+  ["min_p", 0, 1, 0.01, false],
+  ["repetition_penalty", 0.1, 2, 0.05, false],
+  ["presence_penalty", -2, 2, 0.1, false],
+  ["frequency_penalty", -2, 2, 0.1, false],
+  ["thinking_budget", 0, 1000000, 1, false],
 ];
 
 function NumberField({ side, name, min, max, step, slider }) {
@@ -31,33 +44,47 @@ function NumberField({ side, name, min, max, step, slider }) {
     if (number === null || (number >= min && number <= max)) setSettings(side, { [name]: number });
   };
   const id = `set-${name}`;
+  const models = modelInfo(side.model ?? server.models[0]?.id)?.sampling?.[name]; // what its publisher recommends
   return html`
     <div class="field">
       <label for=${id}>${t(name)}</label>
       <div class="row">
-        ${slider && html`<input type="range" aria-label=${t(name)} min=${min} max=${max} step=${step} value=${value ?? 1} class=${value === null ? "unset" : ""} onInput=${read} />`}
-        <input id=${id} type="number" min=${min} max=${max} step=${slider ? "any" : 1} placeholder=${t("serverDefault")} value=${typed ?? value ?? ""} onInput=${read} onBlur=${() => setTyped(null)} aria-describedby=${id + "-hint"} />
+        ${slider && html`<input type="range" aria-label=${t(name)} min=${min} max=${max} step=${step} value=${value ?? models ?? 1} class=${value === null ? "unset" : ""} onInput=${read} />`}
+        <input id=${id} type="number" min=${min} max=${max} step=${Number.isInteger(step) ? 1 : "any"} placeholder=${models ?? t("serverDefault")} value=${typed ?? value ?? ""} onInput=${read} onBlur=${() => setTyped(null)} aria-describedby=${id + "-hint"} />
       </div>
       <small id=${id + "-hint"}>${t(name + "Hint")}</small>
     </div>`;
 }
 
-function ToolsField({ side }) {
-  const text = side.settings.tools;
+const isObject = (value) => value !== null && typeof value === "object";
+
+function JsonField({ side, name, isRight }) {
+  const text = side.settings[name];
   let fault = "";
-  try { if (text.trim() && !Array.isArray(JSON.parse(text))) fault = t("toolsBroken"); } catch { fault = t("toolsBroken"); }
+  try { if (text.trim() && !isRight(JSON.parse(text))) fault = t(name + "Broken"); } catch { fault = t(name + "Broken"); }
   return html`
     <details class="field" open=${Boolean(text)}>
-      <summary>${t("tools")}</summary>
-      <textarea rows="6" class="mono" aria-label=${t("tools")} aria-invalid=${Boolean(fault)} value=${text} onInput=${(e) => setSettings(side, { tools: e.target.value })}></textarea>
-      <small class=${fault ? "fault" : ""}>${fault || t("toolsHint")}</small>
+      <summary>${t(name)}</summary>
+      <textarea rows="6" class="mono" aria-label=${t(name)} aria-invalid=${Boolean(fault)} value=${text} onInput=${(e) => setSettings(side, { [name]: e.target.value })}></textarea>
+      <small class=${fault ? "fault" : ""}>${fault || t(name + "Hint")}</small>
+    </details>`;
+}
+
+function MoreFields({ side }) {
+  return html`
+    <details class="field" open=${Boolean(side.settings.stop) || MORE_NUMBERS.some(([name]) => side.settings[name] !== null)}>
+      <summary>${t("moreSettings")}</summary>
+      ${MORE_NUMBERS.map(([name, min, max, step, slider]) => html`<${NumberField} key=${name} side=${side} name=${name} min=${min} max=${max} step=${step} slider=${slider} />`)}
+      <div class="field"><label for="set-stop">${t("stopTexts")}</label>
+        <textarea id="set-stop" rows="2" class="mono" value=${side.settings.stop} onInput=${(e) => setSettings(side, { stop: e.target.value })}></textarea><small>${t("stopTextsHint")}</small></div>
     </details>`;
 }
 
 export function SettingsPanel({ conversation, onClose }) {
   const [index, setIndex] = useState(0);
+  useLayoutEffect(() => on("settings-side", setIndex), []);
   const side = conversation.sides[Math.min(index, conversation.sides.length - 1)];
-  const reset = { temperature: null, top_p: null, max_tokens: null, seed: null, thinking: "auto" };
+  const { system, tools, ...reset } = SERVER_DEFAULTS;
   return html`
     <aside class="settings" aria-label=${t("settings")}>
       <div class="settings-head"><h2>${t("settings")}</h2><${IconButton} name="close" label=${t("close")} onClick=${onClose} /></div>
@@ -70,7 +97,10 @@ export function SettingsPanel({ conversation, onClose }) {
         <select id="set-thinking" value=${side.settings.thinking} onChange=${(e) => setSettings(side, { thinking: e.target.value })}>
           ${["auto", "on", "off"].map((mode) => html`<option value=${mode}>${t("thinking_" + mode)}</option>`)}
         </select></div>
-      <${ToolsField} side=${side} />
+      <${MoreFields} side=${side} />
+      <${JsonField} side=${side} name="schema" isRight=${(value) => isObject(value) && !Array.isArray(value)} />
+      <${JsonField} side=${side} name="tools" isRight=${Array.isArray} />
+      <button type="button" class="button" onClick=${() => emit("open-dialog", "library")}>${t("library")}</button>
       <button type="button" class="button" onClick=${() => setSettings(side, reset)}>${t("resetSettings")}</button>
     </aside>`;
 }

@@ -1,12 +1,13 @@
 // Conversations out of and into the browser: JSON holds everything, Markdown is for reading.
 import { language, t } from "./i18n.js";
+import { fromForeign } from "./foreign.js";
 import { addImported, getAll, SERVER_DEFAULTS } from "./store.js";
 import { newSide, shownPath } from "./tree.js";
 import { download, newId } from "./ui.js";
 
 const FORMAT = "fastqwen-conversations";
 const day = () => new Date().toISOString().slice(0, 10);
-const fileName = (title) => (title.replace(/[\\/:*?"<>|\s]+/g, "-").slice(0, 50) || "chat");
+export const fileName = (title) => (title.replace(/[\\/:*?"<>|\s]+/g, "-").slice(0, 50) || "chat");
 
 export function exportJson(conversations, name) {
   const data = { format: FORMAT, version: 1, exported: new Date().toISOString(), conversations };
@@ -93,13 +94,15 @@ export async function importFile(file) {
   else {
     let data;
     try { data = JSON.parse(source); } catch { throw new Error(t("importBroken")); }
-    if (data?.format !== FORMAT || !Array.isArray(data.conversations)) throw new Error(t("importBroken"));
-    found = data.conversations.map((c) => ({ ...c, sides: (c.sides ?? []).slice(0, 2).map(readSide) }));
+    const ours = data?.format === FORMAT && Array.isArray(data.conversations);
+    found = ours ? data.conversations.map((c) => ({ ...c, sides: (c.sides ?? []).slice(0, 2).map(readSide) })) : fromForeign(data, SERVER_DEFAULTS);
+    if (!found) throw new Error(t("importBroken"));
   }
   if (found.some((c) => c.sides.length === 0)) throw new Error(t("importBroken"));
   await addImported(found.map((c) => ({
     id: newId(), title: text(c.title).slice(0, 200), created: Number(c.created) || Date.now(), updated: Number(c.updated) || Date.now(),
     blind: c.blind === true, swapped: c.swapped === true, votes: { ...c.votes }, sides: c.sides,
+    pinned: c.pinned === true, folder: text(c.folder).slice(0, 60),
   })));
   return found.length;
 }

@@ -6,6 +6,9 @@ import htm from "../vendor/htm/htm.js";
 export const html = htm.bind(h);
 export { render, useEffect, useLayoutEffect, useMemo, useRef, useState };
 
+/** An address of this server. The page may lie below a path of somebody's proxy, and is itself shown at / and at /chat/... */
+export const at = (path) => new URL(`../../${path}`, import.meta.url).href;
+
 const listeners = new Map(); // topic -> set of functions
 
 export function on(topic, listener) {
@@ -55,7 +58,7 @@ export const stored = {
     try {
       if (value === null) localStorage.removeItem("fastqwen." + name);
       else localStorage.setItem("fastqwen." + name, JSON.stringify(value));
-    } catch { /* full or forbidden: lasts until reload */ }
+    } catch { if (value !== null) emit("not-stored"); }
   },
 };
 
@@ -75,11 +78,16 @@ export async function copyText(text) {
 
 export function download(name, text, type) {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.href = URL.createObjectURL(new Blob([text], { type })); // a File is a piece of text, too
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
+
+export const touch = matchMedia("(pointer: coarse)");
+
+/** Enter sends, Shift + Enter is a new line; on a phone Enter is a new line, and Enter that ends an input method's word is neither. */
+export const sendsOn = (e) => !e.isComposing && e.keyCode !== 229 && e.key === "Enter" && !e.shiftKey && (e.ctrlKey || e.metaKey || !touch.matches);
 
 let toastTimer;
 export const toast = { text: "" };
@@ -94,6 +102,8 @@ export function showToast(text) {
 export const announce = (text) => document.getElementById("announcer")?.replaceChildren(text);
 
 const PATHS = {
+  fork: "M6 4v6a6 6 0 0 0 6 6h6M18 20l3-4-3-4M6 10V20", code: "M8 7l-5 5 5 5M16 7l5 5-5 5", pin: "M9 4h6l-1 7 3 3H7l3-3zM12 14v6", book: "M5 5a2 2 0 0 1 2-2h12v16H7a2 2 0 0 0-2 2zM5 21V5M9 8h6",
+  brain: "M9 18h6M10 21h4M8 14a6 6 0 1 1 8 0c-1 .8-1 1.600-1 2H9c0-.4 0-1.200-1-2z", folder: "M3 6h6l2 2h10v11H3z", eye: "M2 12s4-7 10-7 10 7 10 7-4 7-10 7-10-7-10-7zM12 9a3 3 0 1 0 0 6 3 3 0 0 0 0-6z",
   plus: "M12 5v14M5 12h14", menu: "M4 7h16M4 12h16M4 17h16", send: "M12 19V5M6 11l6-6 6 6", stop: "M7 7h10v10H7z",
   copy: "M9 9h10v11H9zM5 15V4h10", redo: "M20 11a8 8 0 1 0-2 6M20 5v6h-6", edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
   left: "M14 6l-6 6 6 6", right: "M10 6l6 6-6 6", gear: "M4 8h9M17 8h3M4 16h3M11 16h9M15 6v4M9 14v4", close: "M6 6l12 12M18 6L6 18",
