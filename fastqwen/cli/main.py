@@ -16,6 +16,10 @@ from fastqwen.cli.options import help_text
 from fastqwen.errors import FastqwenError, ModelNotFound
 from fastqwen.version import __version__
 
+NOT_ON_WINDOWS = (
+    "fastqwen: not for Windows itself: use WSL (in PowerShell: wsl --install), install and start fastqwen there"
+)
+
 app = typer.Typer(
     name="fastqwen",
     cls=Commands,
@@ -68,6 +72,9 @@ def under_make(error: FastqwenError) -> str:
 
 def main() -> None:
     """A user's mistake is one line on standard error and exit status 1; a bug keeps its traceback."""
+    if sys.platform == "win32":
+        print(NOT_ON_WINDOWS, file=sys.stderr)
+        sys.exit(1)
     # Compute threads sleep while they wait for each other. Spinning is faster on an idle machine, and ten times slower
     # once anything else wants the cores (docs/ideas_tried.md). Read when torch is imported, inherited by the engine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -12,9 +13,9 @@ import typer
 from fastqwen.cli.find_model import find_model
 from fastqwen.cli.options import with_options
 from fastqwen.config import Dtype, check_positive, check_utilization
-from fastqwen.errors import BadConfig
+from fastqwen.errors import BadConfig, Unsupported
 from fastqwen.plan import render
-from fastqwen.plan.advice import Answer, answer, list_models
+from fastqwen.plan.advice import Answer, answer, best_model, list_models
 from fastqwen.plan.catalog import catalog, quantized_version
 from fastqwen.plan.changes import LIST_TOKENS
 from fastqwen.plan.facts import GIB, MIB, PROFILES, EngineProfile
@@ -37,7 +38,15 @@ def plan(
         str | None,
         typer.Argument(help="Published name, folder, .gguf file or hub name. Without it: which Qwen models run there."),
     ] = None,
-    gpu: Annotated[str, typer.Option(help='A GPU ("RTX 3090"), its memory (24GB), or auto: what is here.')] = "auto",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help='A GPU ("RTX 3090"), its memory (24 or 24GB), auto: what is here, or cpu: this machine without.'
+        ),
+    ] = "auto",
+    best: Annotated[
+        bool, typer.Option("--best", help="Without MODEL: recommend one, and print its command last.")
+    ] = False,
     quantization: Annotated[
         str | None, typer.Option(help="Plan this version of the model: int4 (gptq), int8, awq, fp8 or none.")
     ] = None,
@@ -47,8 +56,11 @@ def plan(
 ) -> None:
     """Say before the download whether a model fits, how far, how fast, and what to type.
 
+    Ends with status 1 if fastqwen does not compute on such a GPU.
+
     fastqwen plan Qwen-7B --gpu "RTX 3090"
     fastqwen plan --gpu 24GB
+    fastqwen plan --best
     """
     target = find_target(gpu)
     settings = PlanOptions(**options, profile=_profile(engine))
@@ -58,18 +70,25 @@ def plan(
     if model is None:
         if plot is not None or quantization is not None:
             raise BadConfig("--plot and --quantization need a model: fastqwen plan MODEL")
-        _print_list(list_models(target, settings), target, settings, as_json=as_json)
-        return
-    named = find_model(model)
-    if quantization is not None:
-        named = quantized_version(named, quantization)
-    question = Question.of(settings, named, target.facts)
-    answered = answer(question, target)
-    machine = _about_this_machine(target, settings.num_gpus) if gpu == "auto" else []
-    answered = msgspec.structs.replace(answered, notices=(*named.notices, *answered.notices, *machine))
-    if plot is not None:
-        render.plot(question, plot)
-    _print_answer(answered, as_json=as_json)
+        if best:
+            _print_best(target, settings, as_json=as_json)
+        else:
+            _print_list(list_models(target, settings), target, settings, as_json=as_json)
+    else:
+        if best:
+            raise BadConfig(f"--best recommends a model, but {model} is named: leave out one of them")
+        named = find_model(model)
+        if quantization is not None:
+            named = quantized_version(named, quantization)
+        question = Question.of(settings, named, target.facts)
+        answered = answer(question, target)
+        machine = _about_this_machine(target, settings.num_gpus) if gpu == "auto" else []
+        notices = (*target.notices, *named.notices, *answered.notices, *machine)
+        if plot is not None:
+            render.plot(question, plot)
+        _print_answer(msgspec.structs.replace(answered, notices=notices), as_json=as_json)
+    if target.hindrance is not None and settings.profile is None:
+        raise typer.Exit(1)
 
 
 def _about_this_machine(target: Target, num_gpus: int) -> list[str]:
@@ -113,33 +132,57 @@ def _print_answer(answered: Answer, *, as_json: bool) -> None:
     console = _console()
     first, *rest = render.as_lines(answered)
     console.print(first, style="bold", markup=False)
-    console.print(render.memory_table(answered))
+    console.print(render.memory_table(render.shown_answer(answered)))
     for line in rest:
         console.print(line, markup=False)
+
+
+def _print_best(target: Target, options: PlanOptions, *, as_json: bool) -> None:
+    found = None if target.hindrance is not None else best_model(target, options)
+    if found is None:
+        raise Unsupported(target.hindrance or f"no published Qwen model that is served today fits on {target.label}")
+    if as_json:
+        print(json.dumps(render.as_json(found), indent=2))
+        return
+    found = msgspec.structs.replace(found, notices=(*target.notices, *found.notices))
+    for line in (f"recommended for {target.label}: {found.model}", *render.as_lines(found)[1:]):
+        print(line)
 
 
 def _print_list(answers: list[Answer], target: Target, options: PlanOptions, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([render.as_json(found) for found in answers], indent=2))
         return
-    console = _console()
+    for line in _list_lines(answers, target, options):
+        print(line)
+
+
+def _list_lines(answers: list[Answer], target: Target, options: PlanOptions) -> Iterator[str]:
     running = sum(found.fits and not found.not_served_yet for found in answers)
     on_paper = [found for found in answers if found.fits and found.not_served_yet]
     where = target.label if options.num_gpus == 1 else f"{options.num_gpus} x {target.label}"
-    length = f"at their own length or {LIST_TOKENS} tokens, whichever is less"
+    length = f"at their own length or {LIST_TOKENS:,} tokens, whichever is less"
     if options.max_model_len is not None:
-        length = f"with {options.max_model_len} tokens"
-    console.print(
-        f"{running} of {len(answers)} published Qwen models run on {where}, {length}",
-        style="bold",
-        markup=False,
+        length = f"with {options.max_model_len:,} tokens"
+    yield from (f"note: {notice}" for notice in target.notices)
+    if target.hindrance is not None:
+        yield target.hindrance
+        yield f"There {running} of {len(answers)} published Qwen models would fit, {length}."
+        return
+    yield f"{running} of {len(answers)} published Qwen models run on {where}, {length}; the newest first."
+    yield "Memory is what one answer of that length takes, the longest context what the command below each asks for."
+    basis = next((found.speed_single.basis for found in answers if found.speed_single is not None), None)
+    yield (
+        f"Speeds are what is expected ({basis})."
+        if basis is not None
+        else "No speed is named: no such card was measured."
     )
-    console.print(render.models_table(answers))
+    yield ""
+    yield from render.list_lines(answers)
+    yield ""
     if on_paper:
         missing = sorted({word for found in on_paper for word in found.not_served_yet})
-        console.print(
-            f"{len(on_paper)} more would fit, but fastqwen does not serve yet: {', '.join(missing)}", markup=False
-        )
+        yield f"{len(on_paper)} more would fit, but fastqwen does not serve yet: {', '.join(missing)}"
     names = ", ".join(later.name.removeprefix("Qwen/") for later in catalog().not_served)
-    console.print(f"not served yet: {names}", markup=False)
-    console.print("fastqwen plan MODEL says more; --json lists every model with its figures and its command line")
+    yield f"not served yet: {names}"
+    yield "fastqwen plan MODEL says more; --best recommends one; --json lists every model with its figures and its command"

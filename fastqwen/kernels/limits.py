@@ -3,6 +3,8 @@ counts the memory that follows from them, runner and kernels allocate and choose
 
 from __future__ import annotations
 
+import os
+
 KIB, MIB = 2**10, 2**20
 
 FUSED_ROWS = 64  # products of up to so many rows use our own kernels, others cuBLAS
@@ -34,6 +36,14 @@ def shared_bytes(capability: tuple[int, int]) -> int:
     """Of shared memory for one program at most (CUDA C++ programming guide, technical specifications by capability); of a
     capability that is not known the least of today's."""
     return SHARED_KIB.get(capability, 99) * KIB
+
+
+EMULATED = "FASTQWEN_EMULATED_CAPABILITY"  # for tests: compute as on a card of this capability, "8.6", on a newer one
+
+
+def emulated_capability() -> tuple[int, int] | None:
+    major, _, minor = os.environ.get(EMULATED, "").partition(".")
+    return (int(major), int(minor)) if major and minor else None
 
 
 def decode_stages(block_size: int, head_dim: int, number_bytes: int, shared_bytes: int) -> int:

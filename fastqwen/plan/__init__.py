@@ -7,7 +7,9 @@ The same code answers on paper and at start. Nothing here imports torch.
     memory.py   everything that a GPU must hold, term by term
     buffers.py  what a step makes and drops             allocator.py  what torch keeps of it
     speed.py    tokens per second from bytes and bandwidth
+    steps.py    how many tokens a step may have    generations.py  how fastqwen computes on which GPUs
     gpus.py     the GPU that the user means        catalog.py  the model that the user means
+    host.py     this machine's own memory
     device.py   what a device lets an engine have  engine.py   the plan that the engine starts with
     question.py what is asked, what it needs and the line that asks it
     advice.py   fits or not, how far, how fast          changes.py  the cheapest change that makes it fit

@@ -15,6 +15,7 @@ from fastqwen.plan.gpus import DATA
 
 _QUANTIZED = re.compile(r"-(GPTQ-Int4|GPTQ-Int8|Int4|Int8|AWQ|FP8)$")
 _SIZE = re.compile(r"(?<=-)(\d+(?:[._]\d+)?)B(?:-A\d+(?:\.\d+)?B)?")
+QWQ_VERSION = 2.5  # QwQ-32B was made of Qwen2.5
 QUANTIZATION_WORDS = {
     "none": None,
     "int4": "gptq-int4",
@@ -150,6 +151,35 @@ def smaller_than(entry: Entry) -> list[Entry]:
         if name == line and count < size and other.quantization in liked:
             found.append((-count, liked.index(other.quantization), other))
     return [other for *_, other in sorted(found, key=lambda one: one[:2])]
+
+
+class Rank(msgspec.Struct, frozen=True, order=True):
+    """Sorts published models as somebody looks for one: the newest version first, models that answer before base models,
+    the largest first, the newest of that size, and plain weights before packed ones."""
+
+    version: float
+    is_base: bool
+    is_special: bool  # for code or mathematics, very long prompts, or a preview
+    size: float
+    revision: int
+    is_packed: bool
+    name: str
+
+
+def rank(entry: Entry) -> Rank:
+    family = _family(entry.name).removeprefix("Qwen/")
+    match = re.match(r"(?:Code)?Qwen(\d(?:\.\d+)?)?", family)
+    version = float(match[1] or 1) if match else QWQ_VERSION
+    answers = bool(re.search(r"Instruct|Chat|Thinking|QwQ", family)) or (version >= 3 and not family.endswith("-Base"))
+    return Rank(
+        version=-version,
+        is_base=not answers,
+        is_special=bool(re.search(r"Code|Math|-1M|Preview|QwQ|Thinking|Embedding|Reranker|Guard", family)),
+        size=-_line_and_size(entry.name)[1],
+        revision=-int(found[1]) if (found := re.search(r"-(\d{4})$", family)) else 0,
+        is_packed=entry.quantization is not None,
+        name=entry.name,
+    )
 
 
 @functools.cache

@@ -145,6 +145,11 @@ def _smaller_model(question: Question) -> Iterator[tuple[str, Question, bool]]:
         return
 
 
+def with_less_context(question: Question) -> Question | None:
+    """The same with as much context as fits, where nobody asked for a length and the model's own does not fit."""
+    return None if question.max_model_len is not None else _shorter(question)
+
+
 def _shorter(question: Question) -> Question | None:
     """The same with as much context as fits, if that is useful."""
     longest = rounded(largest_context(question), question.model.default_max_len)

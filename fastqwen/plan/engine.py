@@ -6,20 +6,17 @@ import msgspec
 
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit, Unsupported
-from fastqwen.kernels.limits import GPU_BLOCK_SIZES, GPU_HEAD_DIMS, MAX_RECORDED_TOKENS, decode_stages, shared_bytes
+from fastqwen.kernels.limits import GPU_BLOCK_SIZES, GPU_HEAD_DIMS, decode_stages, shared_bytes
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import NamedModel, published
 from fastqwen.plan.changes import advise
 from fastqwen.plan.device import budget_bytes, choose_dtype
-from fastqwen.plan.facts import DTYPE_BYTES, FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
+from fastqwen.plan.facts import CPU_STEP_TOKENS, DTYPE_BYTES, FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
+from fastqwen.plan.generations import TORCH_ONLY, generation_of
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 from fastqwen.plan.question import PlanOptions, Question, is_fitting
+from fastqwen.plan.steps import mixed_tokens, step_tokens
 from fastqwen.plan.weights import num_parameters
-
-STREAM_PAUSE_S = 0.05  # how long running streams may pause for prompts that came later
-USUAL_TFLOPS = 200.0  # of a GPU whose data sheet is not known
-PROMPT_COMPUTE = 0.65  # of the data sheet's rate: what a step of prompts reaches on an H200
-MIN_MIXED_TOKENS, MIXED_STEP = 512, 256
 
 
 class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +34,7 @@ class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
     max_num_mixed_tokens: int | None = None  # of a step with prompts beside running streams; None: as of any other
     notices: tuple[str, ...] = ()
     peak_bytes: int = 0  # predicted: weights, cache, and all that a step and a process need beside them
+    device: str = ""  # its name, as its driver says it
 
     @property
     def kv_bytes(self) -> int:
@@ -56,12 +54,15 @@ def make_plan(
     if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
     on_cpu = facts.kind == "cpu"
-    if not on_cpu:
+    if not on_cpu and generation_of(facts.compute_capability).is_torch_only:
+        notices.append(f"{facts.name} computes by {TORCH_ONLY}")
+    elif not on_cpu:
         check_sizes(model.head_dim, config.block_size or FASTQWEN_GPU.block_size, dtype, facts)
     profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
     block_size = config.block_size or profile.block_size
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
-    max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 8192)
+    active = num_parameters(model, active=True)
+    usual_tokens = CPU_STEP_TOKENS if on_cpu else step_tokens(active, facts)
     per_token = kv_bytes_per_token(model, dtype)
     wished_len = config.max_model_len or model.default_max_len
     if wished_len > model.default_max_len:
@@ -88,12 +89,13 @@ def make_plan(
         num_blocks=num_blocks,
         max_model_len=min(wished_len, room),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_mixed_tokens=config.max_num_mixed_tokens or (None if on_cpu else mixed_tokens(model, facts)),
+        max_num_batched_tokens=config.max_num_batched_tokens or usual_tokens,
+        max_num_mixed_tokens=config.max_num_mixed_tokens or (None if on_cpu else mixed_tokens(active, facts)),
         weights_bytes=need.weights,
         kv_bytes_per_token=per_token,
         notices=tuple(notices),
         peak_bytes=need.fixed + num_blocks * block_size * per_token,
+        device=facts.name,
     )
 
 
@@ -110,13 +112,6 @@ def check_sizes(head_dim: int, block_size: int, dtype: str, facts: DeviceFacts) 
             f"--block-size is {block_size}, with heads of {head_dim} numbers in {dtype} it can be {str(blocks)[1:-1]} "
             f"on {facts.name or 'this GPU'}"
         )
-
-
-def mixed_tokens(model: ModelConfig, facts: DeviceFacts) -> int:
-    """Tokens of a step in which prompts are computed beside running streams: what takes STREAM_PAUSE_S, and is recorded."""
-    rate = (facts.matmul_tflops or USUAL_TFLOPS) * 1e12 * PROMPT_COMPUTE
-    tokens = int(STREAM_PAUSE_S * rate / (2 * num_parameters(model, active=True)))
-    return min(MAX_RECORDED_TOKENS, max(MIN_MIXED_TOKENS, tokens // MIXED_STEP * MIXED_STEP))
 
 
 def need_of_engine(

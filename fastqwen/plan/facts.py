@@ -52,7 +52,7 @@ CUBLAS_BYTES, OLD_CUBLAS_BYTES = 32 * MIB, 8 * MIB + 128 * KIB
 
 FASTQWEN_GPU = EngineProfile(
     name="fastqwen",
-    step_tokens=8192,
+    step_tokens=8192,  # at most: steps.py says how many on a slower card
     max_num_seqs=256,
     block_size=64,
     library_bytes=LIBRARY_BYTES,
@@ -63,9 +63,10 @@ FASTQWEN_GPU = EngineProfile(
     is_fastqwen_gpu=True,
 )
 
+CPU_STEP_TOKENS = 512
 FASTQWEN_CPU = EngineProfile(
     name="fastqwen on a CPU",
-    step_tokens=512,
+    step_tokens=CPU_STEP_TOKENS,
     max_num_seqs=64,
     block_size=16,
     sampler_bytes=2 + 4 + 4,

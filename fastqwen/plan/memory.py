@@ -34,9 +34,11 @@ from fastqwen.plan.facts import (
     DeviceFacts,
     EngineProfile,
 )
+from fastqwen.plan.steps import step_tokens as usual_step_tokens
 from fastqwen.plan.weights import (
     largest_unpacked_bytes,
     num_dense_layers,
+    num_parameters,
     num_tensors,
     rounding_of_weights,
     weights_bytes,
@@ -124,7 +126,7 @@ def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: Devic
         # Each sequence has a slot, and there is one for padding, whose block is padding as well.
         slot = 4 * (load.max_model_len + 2) + 4 * (blocks_each + 1) + 2 * model.rotary_dim + 32
         state = (max_num_seqs + 1) * slot + block_size * per_token
-        tokens = load.max_num_batched_tokens or profile.step_tokens or load.max_model_len
+        tokens = load.max_num_batched_tokens or usual_step_tokens(_active_parameters(same), facts)
         capability = facts.compute_capability or LIBRARY_ATTENTION_CAPABILITY
         terms = _fastqwen_terms(same, load.dtype, gpus, tokens, max_num_seqs, capability, load.enforce_eager)
         return Need(**common, state=state, **terms)
@@ -159,6 +161,11 @@ class _Same:
 @functools.lru_cache(maxsize=1024)
 def _weights(same: _Same, dtype: str, num_gpus: int, as_in_file: bool) -> int:
     return weights_bytes(same.model, dtype, num_gpus, as_in_file=as_in_file)
+
+
+@functools.lru_cache(maxsize=1024)
+def _active_parameters(same: _Same) -> int:
+    return num_parameters(same.model, active=True)
 
 
 @functools.lru_cache(maxsize=1024)

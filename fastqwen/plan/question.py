@@ -9,18 +9,19 @@ from typing import Annotated
 
 import msgspec
 
+from fastqwen import quant
 from fastqwen.config import option
 from fastqwen.errors import BadConfig
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import Entry, NamedModel
 from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, DeviceFacts, EngineProfile
+from fastqwen.plan.generations import has_fast_packed
 from fastqwen.plan.memory import Load, Need, predict
-from fastqwen.plan.served import not_served_yet
+from fastqwen.plan.served import is_quantization_served, not_served_yet
 
 LENGTH_STEP = 256  # lengths that are advised are multiples of this
 UTILIZATION = 0.9
-MIN_TRITON_CAPABILITY = (8, 0)  # its README: "NVIDIA GPUs (Compute Capability 8.0+)"
 MOST_TOKENS = 2**24
 UNPUBLISHED = "a version that nobody has published"
 
@@ -40,7 +41,10 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
         int | None, option("Most sequences that run at once, as serve has it. Default: 256, on a CPU 64.")
     ] = None
     max_num_batched_tokens: Annotated[
-        int | None, option("Most tokens in one step, as serve has it. Default: 8192, on a CPU 512.")
+        int | None,
+        option(
+            "Most tokens in one step, as serve has it. Default: what a GPU computes in about 1 s, at most 8192; on a CPU 512."
+        ),
     ] = None
     enforce_eager: Annotated[bool, option("Plan without CUDA graphs.", one_way=True)] = False
     profile: EngineProfile | None = None
@@ -101,16 +105,16 @@ def _dtype(question: Question) -> tuple[str, list[str]]:
 
 
 def _notices(question: Question) -> list[str]:
-    """What a user should know of this model or this device."""
-    found = []
-    model, capability = question.model, question.facts.compute_capability
-    if question.profile is None and model.moe is not None and (model.quantization or {}).get("quant_method") == "gptq":
+    """What a user should know of this model on this device."""
+    found: list[str] = []
+    method = quant.method_word(question.model.quantization)
+    if question.profile is not None:
+        return found
+    if question.model.moe is not None and method == "gptq":
         found.append("experts of GPTQ checkpoints are unpacked while they are loaded, and count so")
-    if question.profile is None and capability is not None and capability < MIN_TRITON_CAPABILITY:
-        major, minor = capability
+    if not has_fast_packed(method, question.facts) and is_quantization_served(question.model):
         found.append(
-            f"{question.facts.name} has compute capability {major}.{minor}; Triton, which compiles fastqwen's kernels, "
-            "names 8.0 as the least that it supports"
+            f"{method.upper()} weights are small, but not fast here: each product unpacks them first, so no speed is named"
         )
     return found
 

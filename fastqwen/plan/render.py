@@ -53,36 +53,55 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "changes": [msgspec.structs.asdict(change) for change in answer.changes],
         "tokens_per_second": _speed_json(answer.speed_single),
         "tokens_per_second_at_concurrency": _speed_json(answer.speed_concurrent),
+        "fits_with_context": _context_that_fits(answer),
+        "hindrance": answer.hindrance,
     }
+
+
+def _context_that_fits(answer: Answer) -> int | None:
+    """The question's own length if it fits, else as much as does if nobody asked for a length; None: none is known to."""
+    if answer.fits:
+        return answer.max_model_len
+    return answer.with_context.max_model_len if answer.with_context is not None else None
 
 
 def as_lines(answer: Answer) -> list[str]:
     """The answer around the table: first whether it fits, then how far and how fast, last what to type."""
+    shown = shown_answer(answer)
     where = f"{answer.num_gpus} x {answer.device}" if answer.num_gpus > 1 else answer.device
     each = "each GPU" if answer.num_gpus > 1 else "it"
     lines = [
         f"{answer.model} on {where}: {_verdict(answer)}",
-        f"{each} needs {gib(answer.need.total):.2f} GiB of the {gib(answer.budget_bytes):.2f} GiB that "
-        f"{_allowed(answer)}, for {_sequences(answer)} in {answer.dtype}",
-        f"KV cache: {_size(answer.need.kv_bytes_per_token)} a token{' on each GPU' if answer.num_gpus > 1 else ''}",
+        f"{each} needs {gib(shown.need.total):.2f} GiB of the {gib(shown.budget_bytes):.2f} GiB that "
+        f"{_allowed(shown)}, for {_sequences(shown)} in {shown.dtype}",
+        f"KV cache: {_size(shown.need.kv_bytes_per_token)} a token{' on each GPU' if shown.num_gpus > 1 else ''}",
     ]
-    if answer.largest_context:
-        lines.append(f"largest context with {answer.concurrency} at once: {answer.largest_context} tokens")
-    if answer.most_sequences:
-        lines.append(f"most sequences of {answer.max_model_len} tokens at once: {answer.most_sequences}")
-    if answer.speed_single is not None:
-        lines.append(f"expected: {_speed_text(answer.speed_single)}")
-    if answer.speed_concurrent is not None and answer.concurrency > 1:
-        lines.append(f"expected: {_speed_text(answer.speed_concurrent)}")
-    lines += [f"note: {notice}" for notice in answer.notices]
-    return lines + _advice(answer)
+    if shown.largest_context:
+        lines.append(f"largest context with {shown.concurrency} at once: {shown.largest_context:,} tokens")
+    if shown.most_sequences:
+        lines.append(f"most sequences of {shown.max_model_len:,} tokens at once: {shown.most_sequences}")
+    if shown.speed_single is not None:
+        lines.append(f"expected: {_speed_text(shown.speed_single)}")
+    if shown.speed_concurrent is not None and shown.concurrency > 1:
+        lines.append(f"expected: {_speed_text(shown.speed_concurrent)}")
+    lines += [f"note: {notice}" for notice in dict.fromkeys((*shown.notices, *answer.notices))]
+    return lines + ([answer.hindrance] if answer.hindrance is not None else _advice(answer))
+
+
+def shown_answer(answer: Answer) -> Answer:
+    """What people are shown figures of: with as much context as fits, where nobody asked for more."""
+    return answer.with_context or answer
 
 
 def _advice(answer: Answer) -> list[str]:
     """What to type comes last."""
     lines = []
     served = [change for change in answer.changes if change.command is not None]
-    if served:
+    if answer.with_context is not None:
+        own = f"its own {answer.max_model_len:,} tokens"
+        whole = [change for change in served if change.max_model_len >= answer.max_model_len]
+        lines += [f"for {own}, {change.what}: {change.command}" for change in whole]
+    elif served:
         why = "only with" if answer.tight else "what runs today" if answer.not_served_yet else "cheapest change"
         lines.append(f"{why}: {served[0].what}")
         lines += [f"or {change.what}: {change.command}" for change in served[1:]]
@@ -102,7 +121,7 @@ def _is(words: tuple[str, ...]) -> str:
 def memory_table(answer: Answer) -> Table:
     from rich.table import Table
 
-    table = Table("term", "GiB")
+    table = Table("what one GPU holds" if not answer.on_cpu else "what the process holds", "GiB")
     table.columns[1].justify = "right"
     for name, title in TERMS:
         count = getattr(answer.need, name)
@@ -112,29 +131,36 @@ def memory_table(answer: Answer) -> Table:
     return table
 
 
-def models_table(answers: Iterable[Answer]) -> Table:
-    """Those that run today; models of one size, type and length share a line, under the name of the last."""
-    from rich.table import Table
+LIST_HEADER = ("model", "memory used", "longest context", "tokens/s, one answer")
 
-    table = Table("model", "GiB", "context", "tokens/s", "")
-    table.columns[0].overflow = "fold"  # names give way, figures do not
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    table.columns[3].min_width = len("100-1000")
+
+def list_lines(answers: Iterable[Answer]) -> list[str]:
+    """Those that run today, each with the line that starts it; models of one size, type and length share a line, under the
+    name of the first."""
     alike: dict[tuple[object, ...], list[Answer]] = {}
     for answer in answers:
         if answer.fits and not answer.not_served_yet:
             alike.setdefault((answer.need, answer.dtype, answer.largest_context), []).append(answer)
-    for group in alike.values():
-        answer, speed = group[-1], group[-1].speed_single
-        table.add_row(
-            answer.model.removeprefix("Qwen/") + (f" (+{len(group) - 1})" if len(group) > 1 else ""),
-            f"{answer.need.total / GIB:.1f}",
-            str(answer.max_model_len if answer.tight else answer.largest_context),
-            "" if speed is None else f"{speed.low:.0f}-{speed.high:.0f}",
-            "tight" if answer.tight else "",
-        )
-    return table
+    rows = [LIST_HEADER, *(_list_row(group) for group in alike.values())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(LIST_HEADER))]
+    commands = [None, *(group[0].command for group in alike.values())]
+    lines = []
+    for row, command in zip(rows, commands, strict=True):
+        name, *figures = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        lines.append("  ".join((name, *figures)).rstrip())
+        lines += [f"    {command}"] if command is not None else []
+    return lines
+
+
+def _list_row(group: list[Answer]) -> tuple[str, str, str, str]:
+    answer, speed = group[0], group[0].speed_single
+    longest = answer.max_model_len if answer.tight else answer.largest_context
+    return (
+        answer.model.removeprefix("Qwen/") + (f" (+{len(group) - 1} alike)" if len(group) > 1 else ""),
+        f"{answer.need.total / GIB:.1f} GiB",
+        f"{longest:,} tokens" + (", tight" if answer.tight else ""),
+        "not known" if speed is None else f"{_figure(speed.low)} to {_figure(speed.high)}",
+    )
 
 
 def plot(question: Question, path: Path) -> None:
@@ -169,6 +195,11 @@ def plot(question: Question, path: Path) -> None:
 
 
 def _verdict(answer: Answer) -> str:
+    if answer.hindrance is not None:
+        return "does not run there" + (", though it would fit" if answer.fits else ", and would not fit")
+    if answer.with_context is not None:
+        length = answer.with_context.max_model_len
+        return f"fits with a context of {length:,} tokens, not with its own {answer.max_model_len:,}"
     verdict = ("fits, but tight" if answer.tight else "fits") if answer.fits else "does not fit"
     if answer.not_served_yet:
         missing = answer.not_served_yet
@@ -184,7 +215,7 @@ def _allowed(answer: Answer) -> str:
 
 def _sequences(answer: Answer) -> str:
     many = "sequence" if answer.concurrency == 1 else "sequences"
-    return f"{answer.concurrency} {many} of {answer.max_model_len} tokens"
+    return f"{answer.concurrency} {many} of {answer.max_model_len:,} tokens"
 
 
 def _size(count: int) -> str:
@@ -194,8 +225,13 @@ def _size(count: int) -> str:
 def _speed_text(speed: Speed) -> str:
     many = "one sequence" if speed.batch == 1 else f"{speed.batch} sequences"
     return (
-        f"{speed.low:.0f} to {speed.high:.0f} tokens per second with {many} at {speed.context_tokens} tokens of context"
+        f"{_figure(speed.low)} to {_figure(speed.high)} tokens per second with {many} at {speed.context_tokens:,} tokens "
+        f"of context ({speed.basis})"
     )
+
+
+def _figure(tokens_s: float) -> str:
+    return f"{tokens_s:.0f}" if tokens_s >= 10 else f"{tokens_s:.1f}"
 
 
 def _speed_json(speed: Speed | None) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary_key import rope_key
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan, Line, Measured, compare, make_plan
-from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts
+from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts, has_own_kernels
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
 from fastqwen.weights.checkpoint import Checkpoint, open_checkpoint
@@ -70,7 +70,7 @@ def start_engine(
     decoder, weights_bytes = _load(config, checkpoint, plan, device, choose_ops(device), progress)
     compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
     structured = None if compiler is None else StructuredOutput(compiler)
-    if device.type == "cuda":
+    if has_own_kernels(device):
         plan, executor, step_bytes = _on_gpu(config, checkpoint.model, decoder, plan, device, structured, on_capture)
     else:
         executor, step_bytes = ModelRunner(checkpoint.model, decoder, plan, device, structured), 0
@@ -79,7 +79,7 @@ def start_engine(
         StepPolicy(
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_num_mixed_tokens=plan.max_num_mixed_tokens,
-            tile_tokens=TILE_TOKENS if device.type == "cuda" else 1,
+            tile_tokens=TILE_TOKENS if has_own_kernels(device) else 1,
             prompts_first=bool(config.prompts_first),
         ),
         max_num_seqs=plan.max_num_seqs,

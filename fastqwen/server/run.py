@@ -130,10 +130,11 @@ def _on_ready(ready: Ready, state: ServerState, bar: LoadingBar, bound: socket.s
     gc.freeze()  # what was imported and loaded stays: looking through it again would pause every stream
     address = address_of(state.config, bound)
     log.info(
-        "Open %s to chat. %s is ready: %s, context %d tokens, KV cache %d tokens. API %s/v1, documentation %s/docs",
+        "Open %s to chat. %s is ready: %s on %s, context %d tokens, KV cache %d tokens. API %s/v1, documentation %s/docs",
         address,
         state.names[0],
         ready.plan.dtype,
+        ready.plan.device,
         ready.plan.max_model_len,
         ready.plan.num_blocks * ready.plan.block_size,
         address,

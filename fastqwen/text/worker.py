@@ -117,8 +117,12 @@ class _Worker:
 
 
 def _limit_memory() -> None:
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
+    """Where the system says how much is used; elsewhere (macOS) the pool's limit on time has to do."""
+    try:
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
     resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_MEMORY_BYTES, used + EXTRA_MEMORY_BYTES))
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from fastqwen.cli.plan import plan
 from fastqwen.errors import BadConfig, FastqwenError, ModelNotFound, Unsupported
+from fastqwen.plan import generations
 from tests.plan import published
 
 app = typer.Typer(rich_markup_mode=None)
@@ -66,7 +67,7 @@ def test_what_is_not_served_yet_says_so_and_what_works_today():
     assert found["fits"]
     assert not found["served"]
     assert found["not_served_yet"] == ["one model on several GPUs", "an 8-bit KV cache"]
-    assert found["changes"][0]["what"] == "a KV cache in the model's own type, one GPU, a context of 33792 tokens"
+    assert found["changes"][0]["what"] == "a KV cache in the model's own type, one GPU, a context of 34816 tokens"
     assert found["command"] == found["changes"][0]["command"]
     text = run("Qwen3-8B", "--gpu", "RTX 3090", "--num-gpus", "2").stdout
     assert "fits on paper; one model on several GPUs is not served yet" in text
@@ -116,11 +117,95 @@ def test_the_list_of_a_card(card: str):
 
 
 def test_the_list_for_people():
+    """What fits first, the newest first, models that answer before base models; a command below each."""
     result = run("--gpu", "12GB")
     assert result.exit_code == 0
+    lines = result.stdout.splitlines()
     assert "Qwen-14B-Chat-Int4" in result.stdout
-    assert "tight" in result.stdout
     assert "not served yet: Qwen3-Next" in result.stdout
+    header = next(index for index, line in enumerate(lines) if line.startswith("model  "))
+    assert "longest context" in lines[header] and "tokens/s, one answer" in lines[header]
+    rows = lines[header + 1 : lines.index("", header)]
+    names, commands = [row.split()[0] for row in rows[::2]], rows[1::2]
+    assert all(command.startswith("    fastqwen serve Qwen/") for command in commands)
+    assert all(f"Qwen/{name}" in command.split() for name, command in zip(names, commands, strict=True))
+    assert names[0].startswith("Qwen3-4B") and names.index("Qwen3-1.7B") < names.index("Qwen3-1.7B-Base")
+    assert names.index("Qwen3-0.6B") < names.index("Qwen2.5-3B-Instruct") < names.index("Qwen-1_8B-Chat")
+    tight = ["tight" in row for row in rows[::2]]
+    assert tight == sorted(tight), "what is tight comes after what fits"
+
+
+@pytest.mark.parametrize(
+    ("card", "model"),
+    [
+        ("24", "Qwen/Qwen3-8B"),
+        ("T4", "Qwen/Qwen3-4B-Instruct-2507"),
+        ("H200", "Qwen/Qwen3-32B"),
+        ("6", "Qwen/Qwen3-1.7B"),
+    ],
+)
+def test_one_recommendation(card: str, model: str):
+    result = run("--best", "--gpu", card)
+    assert result.exit_code == 0
+    first, *_, last = result.stdout.splitlines()
+    assert first.startswith("recommended for") and first.endswith(model)
+    assert last.startswith(f"fastqwen serve {model}")
+    assert run_json("--best", "--gpu", card)["command"] == last
+
+
+def test_a_recommendation_of_this_machine_without_a_gpu_has_a_speed(monkeypatch: pytest.MonkeyPatch):
+    found = run_json("--best", "--gpu", "cpu")
+    assert found["command"].startswith("fastqwen serve Qwen/Qwen3-")
+    speed = found["tokens_per_second"]
+    assert 0 < speed["low"] < speed["high"] and "copies memory" in speed["basis"]
+
+
+def test_a_model_whose_own_length_does_not_fit_fits_with_less():
+    result = run("Qwen3-8B", "--gpu", "RTX 3090")
+    first, *_, last = result.stdout.splitlines()
+    assert first == "Qwen/Qwen3-8B on RTX 3090: fits with a context of 34,816 tokens, not with its own 40,960"
+    assert last == "fastqwen serve Qwen/Qwen3-8B --max-model-len 34816"
+    found = run_json("Qwen3-8B", "--gpu", "RTX 3090")
+    assert (found["fits"], found["fits_with_context"], found["command"]) == (False, 34816, last)
+
+
+@pytest.mark.parametrize("card", ["V100", "P40", "GTX 1080 Ti", "TITAN Xp", "M40"])
+def test_a_card_that_todays_torch_leaves_out(card: str, monkeypatch: pytest.MonkeyPatch):
+    """Neither speed nor command; what would make it run, and an exit status that a script sees."""
+    monkeypatch.setattr("fastqwen.plan.gpus.torch_build", lambda: "cu130")
+    for arguments in (["Qwen-1_8B-Chat", "--gpu", card], ["--gpu", card]):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert "has compute capability" in result.stdout
+        assert ("whl/cu126" in result.stdout) == (card != "M40")
+        assert "fastqwen serve" not in result.stdout and "tokens per second" not in result.stdout
+    result = run("Qwen-1_8B-Chat", "--gpu", card, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1 and found["hindrance"]
+    assert found["command"] is None and found["tokens_per_second"] is None
+    assert isinstance(run("--best", "--gpu", card).exception, Unsupported)
+
+
+def test_with_torchs_old_build_older_cards_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastqwen.plan.gpus.torch_build", lambda: "cu126")
+    for card, way in (("V100", "float16"), ("GTX 1080 Ti", "exact, and slow")):
+        found = run_json("Qwen-1_8B-Chat", "--gpu", card)
+        assert found["command"] == "fastqwen serve Qwen/Qwen-1_8B-Chat"
+        assert found["dtype"] == "float16" and found["tokens_per_second"] is None
+        assert any(way in notice and "was at hand" in notice for notice in found["notices"])
+    assert run("--gpu", "M40").exit_code == 1
+
+
+def test_a_speed_of_packed_weights_is_named_only_where_a_kernel_computes_on_them(monkeypatch: pytest.MonkeyPatch):
+    def speed(name: str, card: str):
+        return run_json(name, "--gpu", card, "--max-model-len", "2K")["tokens_per_second"]
+
+    monkeypatch.setattr(generations, "FAST_PACKED", {})
+    assert speed("Qwen-7B-Int4", "RTX 4090") is None
+    assert speed("Qwen-7B", "RTX 4090") is not None
+    monkeypatch.setattr(generations, "FAST_PACKED", {"gptq": (8, 0)})
+    assert speed("Qwen-7B-Int4", "RTX 4090")["low"] > speed("Qwen-7B", "RTX 4090")["high"]
+    assert speed("Qwen-7B-Int4", "T4") is None
 
 
 def test_the_table_for_people():
@@ -222,6 +307,8 @@ def test_the_plot(tmp_path: Path):
         (["Qwen-7B", "--gpu", "24GB", "--plot", "memory.txt"], BadConfig, "--plot"),
         (["Qwen-7B", "--gpu", "24GB", "--plot", "no/such/folder/memory.png"], BadConfig, "--plot cannot write"),
         (["--gpu", "24GB", "--quantization", "int4"], BadConfig, "need a model"),
+        (["Qwen-7B", "--best"], BadConfig, "--best"),
+        (["Qwen-7B", "--gpu", "RX 7900 XTX"], BadConfig, "NVIDIA's GPUs only"),
         (["Qwen-9000B", "--gpu", "24GB"], ModelNotFound, "Qwen-9000B"),
         (["Qwen3-Next-80B-A3B-Instruct", "--gpu", "24GB"], Unsupported, "not served yet"),
     ],

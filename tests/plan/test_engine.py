@@ -140,12 +140,34 @@ def test_prompts_beside_streams_take_as_many_tokens_as_last_a_twentieth_of_a_sec
 
     assert mixed("Qwen3-8B", "H200") == 2048
     assert mixed("Qwen3-0.6B", "H200") == 2048, "more would not be recorded"
-    assert mixed("Qwen3-8B", "RTX 4090") == 512, "a slower card, so fewer"
+    assert mixed("Qwen3-8B", "RTX 4090") == 256, "a slower card, so fewer"
+    assert mixed("Qwen3-8B", "RTX 3090") == 128, "512 took 182 ms"
+    assert mixed("Qwen3-0.6B", "GTX 1650") == 64, "less than a tile is not worth a step"
     assert mixed("Qwen3-8B", "H200", max_num_mixed_tokens=700) == 700
     assert (
         make_plan(model_of("Qwen3-0.6B"), EngineConfig(model="x", max_model_len=4096), cpu(16)).max_num_mixed_tokens
         is None
     )
+
+
+def test_the_longest_step_lasts_about_a_second():
+    def longest(name: str, gpu: str, **wishes: int) -> int:
+        config = EngineConfig(model=name, max_model_len=2048, **wishes)
+        return make_plan(model_of(name), config, find_target(gpu).facts).max_num_batched_tokens
+
+    assert longest("Qwen3-8B", "H200") == 8192
+    assert 2048 <= longest("Qwen3-8B", "RTX 3090") <= 3072
+    assert longest("Qwen3-1.7B", "RTX 3090") == 8192
+    assert 512 <= longest("Qwen3-4B", "T4") <= 4096
+    assert longest("Qwen3-8B", "RTX 3090", max_num_batched_tokens=8192) == 8192
+
+
+def test_memory_is_planned_for_the_steps_that_will_be_made():
+    """Planned with the default, and with the number that the default comes to."""
+    model, facts = model_of("Qwen3-8B"), find_target("RTX 3090").facts
+    usual = make_plan(model, EngineConfig(model="x", max_model_len=4096), facts)
+    config = EngineConfig(model="x", max_model_len=4096, max_num_batched_tokens=usual.max_num_batched_tokens)
+    assert make_plan(model, config, facts) == usual
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(80, "bfloat16"), (16, "float16"), (512, "bfloat16"), (24, "float32")])
@@ -173,3 +195,11 @@ def test_blocks_that_do_not_fit_into_shared_memory_are_refused(gpu: str, dtype: 
     for size in (8, 2 * most):
         with pytest.raises(BadConfig, match=rf"--block-size is {size}, .*it can be 16, .*{most} on {gpu}"):
             plan(size)
+
+
+def test_the_oldest_cards_say_that_they_are_slow_and_take_short_steps():
+    model, config = model_of("Qwen-1_8B-Chat"), EngineConfig(model="x", max_model_len=2048)
+    plan = make_plan(model, config, find_target("GTX 1080 Ti").facts)
+    assert (plan.dtype, plan.max_num_batched_tokens, plan.device) == ("float16", 512, "GTX 1080 Ti")
+    assert any("torch's operations only" in notice and "slow" in notice for notice in plan.notices)
+    assert not make_plan(model, config, find_target("H200").facts).notices

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastqwen.paths import cache_dir
@@ -17,13 +20,18 @@ from fastqwen.paths import cache_dir
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-unknown-pragmas")
+# clang takes only the second of these on some processors; where neither is taken, it is compiled for any of its kind.
+PROCESSOR_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+ERROR_LINES = 10
 
 
 def load() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no working C++ compiler."""
-    target = cache_dir() / f"cpu-kernels-{_fingerprint()}.so"
-    if not target.exists() and not _compile(target):
+    compilers = find_compilers()
+    target = cache_dir() / f"cpu-kernels-{_fingerprint(compilers)}.so"
+    if not target.exists() and not compile_kernels(compilers, target):
         return None
     try:
         return ctypes.CDLL(str(target))
@@ -32,28 +40,55 @@ def load() -> ctypes.CDLL | None:
         return None
 
 
-def _compile(target: Path) -> bool:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        log.warning("no C++ compiler (g++) found; using plain torch on the CPU, which is slower")
-        return False
+def find_compilers() -> list[str]:
+    """The one that CXX names, else those that are usual."""
+    wanted = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
+    return [found for found in map(shutil.which, wanted) if found is not None]
+
+
+def compile_kernels(compilers: list[str], target: Path) -> bool:
+    """By the first compiler and the first flags that work."""
+    first_error = ""
+    for compiler in compilers:
+        for threads in _openmp_flags():
+            for processor in PROCESSOR_FLAGS:
+                error = _compile([compiler, *FLAGS, *processor, *threads], target)
+                if error is None:
+                    if not threads:
+                        log.warning("%s has no OpenMP: the CPU kernels compute on one core", compiler)
+                    return True
+                first_error = first_error or f"{compiler} could not compile the CPU kernels:\n{error}"
+    log.warning(
+        "%s; using plain torch on the CPU, which is slower", first_error or "no C++ compiler (g++, clang++) found"
+    )
+    return False
+
+
+def _openmp_flags() -> Iterator[tuple[str, ...]]:
+    """Flags for several threads, best first, then none. Apple's clang has OpenMP, but not its library: torch's is taken."""
+    yield ("-fopenmp",)
+    spec = importlib.util.find_spec("torch") if sys.platform == "darwin" else None
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        library = Path(folder) / "lib" / "libomp.dylib"
+        yield ("-Xpreprocessor", "-fopenmp", str(library), f"-Wl,-rpath,{library.parent}")
+    yield ()
+
+
+def _compile(command: list[str], target: Path) -> str | None:
+    """Why it failed, in a few lines; None if ``target`` is there."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        run = subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
-        )
+        run = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False)
         if run.returncode != 0:
-            log.warning(
-                "%s could not compile the CPU kernels; using plain torch, which is slower:\n%s", compiler, run.stderr
-            )
-            return False
+            return "\n".join(run.stderr.splitlines()[:ERROR_LINES])
         os.replace(made, target)  # whole or not at all, also when two processes compile at once
-    return True
+    return None
 
 
-def _fingerprint() -> str:
-    """Source, flags and processor: a cache folder may be shared by machines of different kinds."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + platform.machine().encode())
+def _fingerprint(compilers: list[str]) -> str:
+    """Source, flags, compilers and processor: a cache folder may be shared by machines of different kinds."""
+    words = " ".join((*FLAGS, *compilers, platform.machine(), platform.processor()))
+    digest = hashlib.sha256(SOURCE.read_bytes() + words.encode())
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text(errors="replace").splitlines()

@@ -3,7 +3,6 @@ compute capability 9.0)."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastqwen.kernels.limits import shared_bytes
+from fastqwen.kernels.limits import emulated_capability, shared_bytes
 
 
 @triton.jit
@@ -42,20 +41,16 @@ INTERPRETED = Card((8, 0), 227 * 1024, 132)  # where there is no GPU: an H200's 
 UNSTAGED_BYTES = 5 * 1024  # of a program's shared memory: sums between warps, what Triton aligns
 
 
-EMULATED = "FASTQWEN_EMULATED_CAPABILITY"  # for tests: compute as on a card of this capability, "8.6", on a newer one
-
-
 @cache
 def card_of(device: torch.device) -> Card:
     if device.type != "cuda":
         return INTERPRETED
     found = torch.cuda.get_device_properties(device)
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    emulated = os.environ.get(EMULATED)
+    emulated = emulated_capability()
     if emulated is None:
         return Card((found.major, found.minor), shared, found.multi_processor_count)
-    major, minor = map(int, emulated.split("."))
-    return Card((major, minor), min(shared, shared_bytes((major, minor))), found.multi_processor_count)
+    return Card(emulated, min(shared, shared_bytes(emulated)), found.multi_processor_count)
 
 
 def stages_that_fit(wanted: int, stage_bytes: int, card: Card) -> int:
