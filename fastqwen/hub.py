@@ -60,7 +60,7 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
 def find_checkpoint(config: EngineConfig) -> tuple[Path, ModelConfig]:
     """Where the configured model lies, fetched if need be, and what it says of itself. Raises as ``resolve`` does."""
     path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
-    return path, open_checkpoint(path, with_tensors=False).model
+    return path, open_checkpoint(path, with_tensors=False, overrides=config.overrides).model
 
 
 def use_modelscope() -> bool:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastqwen"
 # From the ground up. A room may import itself and those before it.
 ORDER = [
-    "version", "errors", "logs", "paths", "plot", "records", "outputs", "config", "model_config", "sharding",
+    "version", "errors", "logs", "paths", "plot", "records", "outputs", "config", "model_config", "config_keys", "sharding",
     "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
     "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
 ]  # fmt: skip
@@ -21,6 +21,7 @@ WITHOUT_TORCH = [
     "records.py",
     "config.py",
     "model_config.py",
+    "config_keys.py",
     "models",
     "plan",
     "errors.py",

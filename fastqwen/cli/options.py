@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import typing
 from collections.abc import Callable, Container
@@ -30,6 +31,17 @@ def whole_number(text: str) -> int:
     if number != int(number):
         raise typer.BadParameter(f"{text!r} is not a whole number (32768, 32K and 1M are fine)")
     return int(number)
+
+
+def json_object(text: Any) -> dict[str, Any]:
+    """{"rope_type": "yarn", "factor": 4.0}"""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f'{text!r} is not a JSON object, such as {{"rope_type": "yarn", "factor": 4.0}}')
+    return found
 
 
 def help_text(command: Callable[..., None]) -> str:
@@ -84,6 +96,8 @@ def _parameter(config: type[msgspec.Struct], name: str) -> inspect.Parameter:
         kind = next(one for one in typing.get_args(kind) if one is not type(None))
     extra: dict[str, Any] = {"min": meta.ge, "max": meta.le}
     text = flag(name)
+    if typing.get_origin(kind) is dict:
+        kind, extra = dict, {"parser": json_object, "metavar": "JSON"}
     if kind is bool and not meta.extra:
         text = f"{text}/--no-{text.removeprefix('--')}"
     elif kind is int and meta.ge is None:

@@ -66,7 +66,9 @@ def plan(
     question = Question.of(settings, named, target.facts)
     answered = answer(question, target)
     machine = _about_this_machine(target, settings.num_gpus) if gpu == "auto" else []
-    answered = msgspec.structs.replace(answered, notices=(*named.notices, *answered.notices, *machine))
+    answered = msgspec.structs.replace(
+        answered, notices=(*named.notices, *named.model.notices, *answered.notices, *machine)
+    )
     if plot is not None:
         render.plot(question, plot)
     _print_answer(answered, as_json=as_json)

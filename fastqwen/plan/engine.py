@@ -13,7 +13,7 @@ from fastqwen.plan.changes import advise
 from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import DTYPE_BYTES, FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
-from fastqwen.plan.question import PlanOptions, Question, is_fitting
+from fastqwen.plan.question import PlanOptions, Question, beyond_training, is_fitting, too_long
 from fastqwen.plan.weights import num_parameters
 
 STREAM_PAUSE_S = 0.05  # how long running streams may pause for prompts that came later
@@ -55,6 +55,7 @@ def make_plan(
     dtype, notices = choose_dtype(config.dtype, model, facts)
     if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
+    notices = [*model.notices, *notices]
     on_cpu = facts.kind == "cpu"
     if not on_cpu:
         check_sizes(model.head_dim, config.block_size or FASTQWEN_GPU.block_size, dtype, facts)
@@ -65,9 +66,7 @@ def make_plan(
     per_token = kv_bytes_per_token(model, dtype)
     wished_len = config.max_model_len or model.default_max_len
     if wished_len > model.default_max_len:
-        raise BadConfig(
-            f"--max-model-len is {wished_len}, but {config.model} was made for at most {model.default_max_len} tokens"
-        )
+        raise too_long(wished_len, config.model, model)
     need = need_of_engine(model, config, facts, dtype=dtype, max_model_len=wished_len)
     kv_bytes = config.kv_cache_memory_bytes or available_kv_bytes
     if kv_bytes is None:
@@ -81,6 +80,8 @@ def make_plan(
                 f"{kv_bytes / GIB:.2f} GiB are free: {_remedy(model, config, facts, room)}"
             )
         notices.append(f"the KV cache holds {room} tokens, so the longest sequence is {room}, not {wished_len}")
+    if not config.rope_per_request:
+        notices += beyond_training(model, min(wished_len, room))
     return EnginePlan(
         dtype=dtype,
         kv_cache_dtype=dtype,

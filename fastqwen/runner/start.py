@@ -60,7 +60,7 @@ def start_engine(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     dummy = config.load_format == "dummy"
-    checkpoint = open_checkpoint(path, with_tensors=not dummy)
+    checkpoint = open_checkpoint(path, with_tensors=not dummy, overrides=config.overrides)
     quant.find(checkpoint.model.quantization, checkpoint.source)  # refused by its file's name, before it is planned for
     device = choose_device(config)
     plan = make_plan(checkpoint.model, config, device_facts(device))

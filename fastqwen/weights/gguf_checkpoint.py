@@ -6,8 +6,9 @@ knows what an architecture is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import pi
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -51,6 +52,8 @@ NAMES = Names(
     shared_down="ffn_down_shexp",
     shared_gate="ffn_gate_inp_shexp",
 )
+# Where config.json would say whether queries, keys and values have biases; Qwen2's always have.
+BIAS_KEYS = {"llama": "attention_bias", "qwen3": "attention_bias", "qwen3moe": "attention_bias", "qwen2moe": "qkv_bias"}
 ROPE_FACTORS = "rope_freqs.weight"
 
 # config.json's key: the metadata key after "{architecture}."
@@ -105,7 +108,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 MAX_TENSOR_NAMES = 2**20  # one per expert and matrix; the largest Qwen3-MoE has some 36 thousand
 
 
-def config_from_gguf(file: GgufFile) -> ModelConfig:
+def config_from_gguf(file: GgufFile, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
     """Raises Unsupported for an unknown architecture or a variant that is not computed here, BadCheckpoint for damage."""
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
@@ -115,11 +118,15 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     if _metadata(file, "split.count") not in (None, 0, 1):
         raise Unsupported(f"{file.path} is one of several parts; merge them into one file first")
     _refuse_variants(file, architecture)
-    values = {"model_type": MODEL_TYPES[architecture], **_sizes(file, architecture), **_from_tensors(file)}
+    values = {
+        "model_type": MODEL_TYPES[architecture],
+        **_sizes(file, architecture),
+        **_from_tensors(file, architecture),
+    }
     if values.get("num_experts"):
         values.update(_expert_facts(file, architecture, values))
     values["rope_scaling"] = _rope_scaling(file, architecture)
-    config = models.parse_config(values, str(file.path))
+    config = models.parse_config(values, str(file.path), overrides)
     _check_heads(file, architecture, config)
     if ROPE_FACTORS in file.tensors:
         config = msgspec.structs.replace(config, rope=_with_factors(file, config))
@@ -171,7 +178,7 @@ def _token_id(file: GgufFile, name: str) -> int | None:
     raise BadCheckpoint(f"{file.path}: tokenizer.ggml.{name} is {short(value)}, expected a token's number")
 
 
-def _from_tensors(file: GgufFile) -> dict[str, Any]:
+def _from_tensors(file: GgufFile, architecture: str) -> dict[str, Any]:
     """What only the tensors say."""
     embed = _shape(file, f"{NAMES.embed}.weight")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
@@ -183,12 +190,13 @@ def _from_tensors(file: GgufFile) -> dict[str, Any]:
     kind = file.tensors[f"{NAMES.embed}.weight"].type.name
     query = file.tensors.get(f"{first}{NAMES.qkv[0]}.weight")
     qkv_bias = f"{first}{NAMES.qkv[0]}.bias" in file.tensors
+    biases = {BIAS_KEYS[architecture]: qkv_bias} if architecture in BIAS_KEYS else {}
+    if architecture == "llama":
+        biases["mlp_bias"] = f"{first}{NAMES.down}.bias" in file.tensors
     return {
+        **biases,
         "vocab_size": embed[0],
         "tie_word_embeddings": f"{NAMES.head}.weight" not in file.tensors,
-        "attention_bias": qkv_bias,  # Llama and Qwen3
-        "qkv_bias": qkv_bias,  # Qwen2-MoE
-        "mlp_bias": f"{first}{NAMES.down}.bias" in file.tensors,
         "dtype": {"F32": "float32", "F16": "float16"}.get(query.type.name if query else kind, "bfloat16"),
     }
 
@@ -230,9 +238,11 @@ def _rope_scaling(file: GgufFile, architecture: str) -> dict[str, Any] | None:
         raise Unsupported(
             f"{file.path}: {architecture}.rope.scaling.type is {short(kind)}; supported: none, linear, yarn"
         )
+    keys = {ours: f"{architecture}.{theirs}" for ours, theirs in SCALING_KEYS.items()}.items()
     return {
         "rope_type": kind,
-        **{ours: _metadata(file, f"{architecture}.{theirs}") for ours, theirs in SCALING_KEYS.items()},
+        "factor": 1.0,
+        **{ours: value for ours, theirs in keys if (value := _metadata(file, theirs)) is not None},
     }
 
 
