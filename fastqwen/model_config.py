@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from fastqwen.errors import BadCheckpoint, BadConfig, ModelNotFound, Unsupported
+from fastqwen.text_files import decoded, what_instead
 
 RopeKind = Literal["default", "linear", "yarn", "llama3", "qwen1_ntk"]
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -270,6 +271,11 @@ def checkpoint_facts(fields: Fields) -> dict[str, Any]:
         raise BadCheckpoint(f"{fields.source}: eos_token_id is {short(eos)}, expected a token id or a list of them")
     bos = fields.int("bos_token_id", low=0) if fields.has("bos_token_id") else None
     quantization = fields.get("quantization_config")
+    if isinstance(fields.get("quantization"), dict) and "quant_method" not in (quantization or {}):
+        raise Unsupported(
+            f"{fields.source}: these weights are packed by MLX, for Apple's machines, which is not supported; take the "
+            "version that this one was made from, or its GPTQ or GGUF version"
+        )
     if quantization is not None and not isinstance(quantization, dict):
         raise BadCheckpoint(f"{fields.source}: quantization_config is {short(quantization)}, expected an object")
     dtype = str(fields.get("dtype", "torch_dtype") or "bfloat16").removeprefix("torch.")
@@ -417,11 +423,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise BadCheckpoint(f"{path} is larger than {MAX_CONFIG_BYTES} bytes, which no configuration is")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise ModelNotFound(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path} is not valid JSON: {error}") from None
+        raise BadCheckpoint(f"{path} {what_instead(path) or f'is not valid JSON: {error}'}") from None
     if not isinstance(values, dict):
         raise BadCheckpoint(f"{path} holds {type(values).__name__}, expected a JSON object")
     return values

@@ -29,6 +29,7 @@ from fastqwen.plan import EnginePlan, Line, Measured, compare, make_plan
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.weights.accounting import account
 from fastqwen.weights.checkpoint import Checkpoint, open_checkpoint
 from fastqwen.weights.source import DummyWeights, Weights
 
@@ -137,4 +138,5 @@ def _load(
     else:
         weights = Weights(checkpoint.tensors, dtype, device)
     decoder = build_decoder(checkpoint.model, weights, ops, source=checkpoint.source, progress=progress)
+    account(weights, checkpoint.model, checkpoint.source)
     return decoder, weights.num_bytes

@@ -1,0 +1,43 @@
+"""Small text files of a checkpoint, as any editor or tool writes them, and what stands in a file's place when a download
+went wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LFS = b"version https://git-lfs.github.com/spec/"
+XET = b"# xet version"
+PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head")
+HEAD_BYTES = 512
+
+
+def what_instead(path: Path) -> str | None:
+    """What a file is that a download left instead of what its name says, and what to do; None: nothing of that kind."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return None
+    return what_head_is(head)
+
+
+def what_head_is(head: bytes) -> str | None:
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(LFS):
+        return (
+            "is a Git LFS pointer, not the file itself: run `git lfs pull` in this folder, or download the file again"
+        )
+    if text.startswith(XET):
+        return "is a Xet pointer, not the file itself: download the file again"
+    if text.lower().startswith(PAGES):
+        return "is a web page (HTML), not the file itself: the download got an error or a login page; download it again"
+    if not head:
+        return "is empty: the download did not come through; download it again"
+    return None
+
+
+def decoded(data: bytes) -> str:
+    """UTF-8, with or without a byte order mark, or UTF-16 with one, as Windows editors save. Raises ValueError."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
