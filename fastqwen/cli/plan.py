@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import msgspec
 import typer
 
+from fastqwen import quant
 from fastqwen.cli.find_model import find_model
 from fastqwen.cli.options import with_options
 from fastqwen.config import Dtype, check_positive, check_utilization
@@ -67,7 +68,14 @@ def plan(
     answered = answer(question, target)
     machine = _about_this_machine(target, settings.num_gpus) if gpu == "auto" else []
     answered = msgspec.structs.replace(
-        answered, notices=(*named.notices, *named.model.notices, *answered.notices, *machine)
+        answered,
+        notices=(
+            *named.notices,
+            *named.model.notices,
+            *quant.notices(named.model.quantization),
+            *answered.notices,
+            *machine,
+        ),
     )
     if plot is not None:
         render.plot(question, plot)

@@ -105,7 +105,18 @@ def read_config(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({}
     beside = quantization_source(folder)
     if beside != path:
         values["quantization_config"] = {"quant_method": "gptq", **read_json(beside)}
-    return parse_config(values, str(path), overrides)
+    config = parse_config(values, str(path), overrides)
+    return msgspec.structs.replace(config, notices=(*config.notices, *_contradictions(folder, config)))
+
+
+def _contradictions(folder: Path, config: ModelConfig) -> list[str]:
+    """Where quantize_config.json says something else than config.json, which counts."""
+    beside, counts = folder / QUANTIZE_CONFIG, config.quantization or {}
+    other = read_json(beside) if beside.is_file() else {}
+    keys = [
+        key for key in ("bits", "group_size", "desc_act") if key in other and other[key] != counts.get(key, other[key])
+    ]
+    return [f"{beside}: {', '.join(keys)} differ from config.json, which counts"] if keys else []
 
 
 def quantization_source(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from fastqwen import quant
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit, Unsupported
 from fastqwen.kernels.limits import GPU_BLOCK_SIZES, GPU_HEAD_DIMS, MAX_RECORDED_TOKENS, decode_stages, shared_bytes
@@ -55,7 +56,7 @@ def make_plan(
     dtype, notices = choose_dtype(config.dtype, model, facts)
     if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
-    notices = [*model.notices, *notices]
+    notices = [*model.notices, *quant.notices(model.quantization), *notices]
     on_cpu = facts.kind == "cpu"
     if not on_cpu:
         check_sizes(model.head_dim, config.block_size or FASTQWEN_GPU.block_size, dtype, facts)

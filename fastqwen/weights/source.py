@@ -89,6 +89,11 @@ class Weights:
 
     def _missing(self, name: str) -> BadCheckpoint:
         file = self._file.location(name)
+        base = name.removesuffix(".weight")
+        if f"{base}.qweight" in self._names:
+            return BadCheckpoint(
+                f"{file}: {base} is packed ({base}.qweight), which config.json does not say, or not supported there"
+            )
         longer = next((other for other in self._names if other.endswith(f".{name}")), None)
         if longer is None:
             return BadCheckpoint(f"{file}: tensor {name} is missing")
