@@ -1,10 +1,13 @@
-"""Small text files of a checkpoint, as any editor or tool writes them, and what stands in a file's place when a download
-went wrong."""
+"""What a checkpoint's files are by their first bytes, small ones as any editor writes them, and what a failed download left
+in a file's place."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from fastqwen.errors import BadCheckpoint
+
+GGUF = b"GGUF"
 LFS = b"version https://git-lfs.github.com/spec/"
 XET = b"# xet version"
 PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head")
@@ -19,6 +22,15 @@ def what_instead(path: Path) -> str | None:
     except OSError:
         return None
     return what_head_is(head)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file says of itself that it is GGUF, whatever it is called: Ollama's are named by their digest."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF)) == GGUF
+    except OSError:
+        return False
 
 
 def what_head_is(head: bytes) -> str | None:
@@ -41,3 +53,15 @@ def decoded(data: bytes) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16")
     return data.decode("utf-8-sig")
+
+
+def read_text(path: Path) -> str:
+    """Lines end with \\n. Raises BadCheckpoint, naming the file."""
+    data = path.read_bytes()
+    what = what_head_is(data[:HEAD_BYTES]) if data else None
+    if what is not None:
+        raise BadCheckpoint(f"{path} {what}")
+    try:
+        return decoded(data).replace("\r\n", "\n").replace("\r", "\n")
+    except ValueError:
+        raise BadCheckpoint(f"{path} is not a text in UTF-8") from None

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastqwen.errors import ModelNotFound
-from fastqwen.hub import DEMO, config_from_hub, demo_path, is_hub_name
+from fastqwen.hub import DEMO, config_from_hub, demo_path, is_hub_name, resolve, split_hub_name
 from fastqwen.models import parse_config, read_config
 from fastqwen.plan.catalog import NamedModel, find_published
+from fastqwen.weights.refusals import check_folder
 
 
 def find_model(text: str) -> NamedModel:
     """Raises ModelNotFound, BadCheckpoint or Unsupported."""
     path = demo_path() if text == DEMO else Path(text).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, text)
+    if path.is_file():
+        return _from_gguf(resolve(text), text)
     if path.is_dir():
+        check_folder(path)
         return NamedModel(model=read_config(path), name=text)
     found = find_published(text)
     if found is not None:
@@ -24,6 +26,8 @@ def find_model(text: str) -> NamedModel:
         raise ModelNotFound(
             f"there is no folder, .gguf file or published Qwen model {text!r}, and it is not a hub name like Qwen/Qwen3-8B"
         )
+    if split_hub_name(text)[1] is not None:
+        raise ModelNotFound(f"{text} is a GGUF file on the hub, of which the planner reads the header: fetch it first")
     return NamedModel(model=parse_config(config_from_hub(text), f"{text}: config.json"), name=text)
 
 

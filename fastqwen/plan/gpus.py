@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import msgspec
 
 from fastqwen.errors import BadConfig
+from fastqwen.plan import host_memory
 from fastqwen.plan.facts import GIB, MIB, DeviceFacts
 
 DATA = Path(__file__).parent.parent / "data"
@@ -167,19 +167,9 @@ def _nvidia_smi() -> list[tuple[str, int, str, int]]:
 
 
 def host_facts() -> DeviceFacts:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return DeviceFacts(kind="cpu", name="CPU", total_bytes=total, free_bytes=_free_host_bytes(total))
-
-
-def _free_host_bytes(total: int) -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return total // 2
+    return DeviceFacts(
+        kind="cpu", name="CPU", total_bytes=host_memory.total_bytes(), free_bytes=host_memory.free_bytes()
+    )
 
 
 def one_device(facts: DeviceFacts, label: str) -> Target:

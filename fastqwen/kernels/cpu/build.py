@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from fastqwen.errors import BadConfig
 from fastqwen.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -21,18 +23,35 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
 def load() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no working C++ compiler."""
-    target = cache_dir() / f"cpu-kernels-{_fingerprint()}.so"
-    if not target.exists() and not _compile(target):
-        return None
+    """The compiled kernels, or None where there is no working C++ compiler, or no folder that code can be loaded from."""
+    name = f"cpu-kernels-{_fingerprint()}.so"
     try:
-        return ctypes.CDLL(str(target))
+        target = cache_dir() / name
+        if target.exists() or _compile(target):
+            return ctypes.CDLL(str(target))
+    except (OSError, BadConfig) as error:
+        log.warning(
+            "the cache cannot hold the compiled CPU kernels (%s); compiling them into a temporary folder, which makes every "
+            "start slower (FASTQWEN_CACHE names another cache)",
+            error,
+        )
+        return _load_once(name)
+    return None
+
+
+def _load_once(name: str) -> ctypes.CDLL | None:
+    """A library stays loaded when its file is gone."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="fastqwen-") as folder:
+            target = Path(folder) / name
+            return ctypes.CDLL(str(target)) if _compile(target) else None
     except OSError as error:
         log.warning("the compiled CPU kernels do not load (%s); using plain torch, which is slower", error)
         return None
 
 
 def _compile(target: Path) -> bool:
+    """Raises OSError where the target's folder cannot be written, or is full."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         log.warning("no C++ compiler (g++) found; using plain torch on the CPU, which is slower")
@@ -43,6 +62,8 @@ def _compile(target: Path) -> bool:
             [compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
         )
         if run.returncode != 0:
+            if os.strerror(errno.ENOSPC) in run.stderr:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
             log.warning(
                 "%s could not compile the CPU kernels; using plain torch, which is slower:\n%s", compiler, run.stderr
             )
