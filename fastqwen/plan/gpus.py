@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 
 from fastqwen.errors import BadConfig
-from fastqwen.plan import host_memory
 from fastqwen.plan.facts import GIB, MIB, DeviceFacts
+from fastqwen.plan.host_memory import free_bytes, total_bytes
 
 DATA = Path(__file__).parent.parent / "data"
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap,memory.used", "--format=csv,noheader,nounits")
@@ -167,9 +167,7 @@ def _nvidia_smi() -> list[tuple[str, int, str, int]]:
 
 
 def host_facts() -> DeviceFacts:
-    return DeviceFacts(
-        kind="cpu", name="CPU", total_bytes=host_memory.total_bytes(), free_bytes=host_memory.free_bytes()
-    )
+    return DeviceFacts(kind="cpu", name="CPU", total_bytes=total_bytes(), free_bytes=free_bytes())
 
 
 def one_device(facts: DeviceFacts, label: str) -> Target:
