@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -12,7 +13,19 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastqwen.kernels import AttentionParts, DenseWeight, ExpertsWeight, HeadShape, LayerCache, Norm, StepTokens
+from fastqwen.kernels import (
+    AttentionParts,
+    DenseWeight,
+    ExpertsWeight,
+    GroupedWeight,
+    HeadShape,
+    LayerCache,
+    Norm,
+    Product,
+    StepTokens,
+)
+from fastqwen.kernels.cuda.nvrtc import CannotCompile
+from fastqwen.kernels.cuda.packed_linear import PackedSpace, make_product
 from fastqwen.kernels.limits import FUSED_ROWS, LIBRARY_ATTENTION_CAPABILITY, feed_forward_rows
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.kernels.triton import attention, linear, pointwise, prefill
@@ -85,6 +98,9 @@ class TritonOps(ReferenceOps):
         product = early.streamed_linear if early is not None and is_early else linear.skinny_linear
         return product(x, weight, self._linear_space, gated=gated, add_to=add_to)
 
+    def packed(self, weight: GroupedWeight, dtype: torch.dtype) -> Product | None:
+        return None if self._packed_space is None else make_product(weight, dtype, self._packed_space)
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return pointwise.silu_mul(gate_up)
 
@@ -120,6 +136,14 @@ class TritonOps(ReferenceOps):
 
     def feed_forward_rows(self, tokens: int, width: int) -> int:
         return feed_forward_rows(tokens, width)
+
+    @cached_property
+    def _packed_space(self) -> PackedSpace | None:
+        try:
+            return PackedSpace(self._device)
+        except CannotCompile as error:
+            log.warning("packed weights use plain torch, which is far slower: %s", error)
+            return None
 
     def _expert_counts(self, num_experts: int) -> Tensor:
         if num_experts not in self._counts:
