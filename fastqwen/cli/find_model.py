@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastqwen.errors import ModelNotFound
+from fastqwen.errors import BadCheckpoint, ModelNotFound
 from fastqwen.hub import DEMO, config_from_hub, demo_path, is_hub_name, resolve, split_hub_name
 from fastqwen.models import parse_config, read_config
 from fastqwen.plan.catalog import NamedModel, find_published
@@ -33,8 +33,16 @@ def find_model(text: str) -> NamedModel:
 
 def _from_gguf(path: Path, text: str) -> NamedModel:
     """Only the file's header is read. Loading unpacks the weights, so the file's own size does not matter."""
-    from fastqwen.weights.gguf_checkpoint import config_from_gguf
+    from fastqwen.text.gguf_tokenizer import kind_of_words
+    from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
     from fastqwen.weights.gguf_file import GgufFile
 
-    notices = ("the file's weights are unpacked when they are loaded",)
-    return NamedModel(model=config_from_gguf(GgufFile(path)), name=text, notices=notices)
+    file = GgufFile(path)
+    model = config_from_gguf(file)
+    GgufCheckpoint(file, model)  # refuses, as serve does, tensors that have no place
+    notices: tuple[str, ...] = ("the file's weights are unpacked when they are loaded",)
+    try:
+        kind_of_words(file.metadata, str(path))
+    except BadCheckpoint as error:
+        notices += (f"serve needs --tokenizer: {error}",)
+    return NamedModel(model=model, name=text, notices=notices)

@@ -36,9 +36,19 @@ class Gptq:
     preferred_dtype = "float16"  # that of the scales
 
     def __init__(
-        self, *, bits: int, group_size: int, desc_act: bool, zero_offset: int | None, notices: tuple[str, ...] = ()
+        self,
+        *,
+        bits: int,
+        group_size: int,
+        desc_act: bool,
+        zero_offset: int | None,
+        symmetric: bool = False,
+        notices: tuple[str, ...] = (),
     ) -> None:
-        """``zero_offset`` is what the file's zeros lack; None: they say nothing, for all are in the middle."""
+        """``zero_offset`` is what the file's zeros lack; None: they say nothing, for all are in the middle. ``symmetric``:
+        so says the configuration, too."""
+        self.symmetric = symmetric
+        self._told_of_zeros = False
         self.notices = notices
         self.file_bits = bits
         self.bits = max(4, bits)
@@ -141,7 +151,18 @@ class Gptq:
         from fastqwen.weights.words import unpack
 
         zeros = unpack(packed.T, self.file_bits).T.to(torch.int16).contiguous()
-        return zeros.fill_(2 ** (self.file_bits - 1)) if self.zero_offset is None else zeros + self.zero_offset
+        middle = 2 ** (self.file_bits - 1)
+        if self.zero_offset is None:
+            return zeros.fill_(middle)
+        zeros += self.zero_offset
+        if self.symmetric and not self._told_of_zeros and bool((zeros != middle).any()):
+            self._told_of_zeros = True
+            log.warning(
+                "sym is true, but the zeros, read as checkpoint_format says, are not all %d: if answers are nonsense, the "
+                "checkpoint_format (gptq or gptq_v2) is wrong",
+                middle,
+            )
+        return zeros
 
     def _codes(self, words: Tensor) -> Tensor:
         from fastqwen.weights.words import pack, unpack
@@ -214,7 +235,12 @@ def from_fields(fields: Fields, zero_offset: int | None, *, desc_act: bool) -> G
     if unknown:
         fields.tell(f"not read: {', '.join(short(key) for key in unknown[:8])}")
     return Gptq(
-        bits=bits, group_size=group_size, desc_act=desc_act, zero_offset=zero_offset, notices=tuple(fields.notices)
+        bits=bits,
+        group_size=group_size,
+        desc_act=desc_act,
+        zero_offset=zero_offset,
+        symmetric=fields.flag("sym"),
+        notices=tuple(fields.notices),
     )
 
 

@@ -113,7 +113,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
     import tokenizers
     from tokenizers import decoders, models
 
-    kind = _kind(metadata, source)
+    kind = kind_of_words(metadata, source)
     tokens = _strings(metadata, "tokens", source)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if not tokens or len(vocabulary) != len(tokens):
@@ -132,7 +132,8 @@ def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
     return tokenizer
 
 
-def _kind(metadata: dict[str, Any], source: str) -> _Kind:
+def kind_of_words(metadata: dict[str, Any], source: str) -> _Kind:
+    """Raises Unsupported for a tokenizer of another kind, BadCheckpoint where there is none."""
     model = metadata.get("tokenizer.ggml.model")
     if model is None:
         raise BadCheckpoint(f"{source} holds no tokenizer: tokenizer.ggml.model is missing")

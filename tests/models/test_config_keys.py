@@ -241,6 +241,12 @@ def test_sliding_windows_of_each_generation(config_class: str, changes: dict[str
     torch.testing.assert_close(logits(tmp_path, ids), expected, rtol=0, atol=1e-3)
 
 
+def test_heads_have_the_size_of_transformers():
+    without = {key: value for key, value in ALL["qwen3_moe"].items() if key != "head_dim"}
+    assert parse({"model_type": "qwen3_moe", **without}).head_dim == 16
+    assert parse({"model_type": "qwen3", **without}).head_dim == transformers.Qwen3Config(**without).head_dim == 128
+
+
 def test_a_llama_has_no_windows_and_says_so(tmp_path: Path):
     found = parse({**SIZES, "model_type": "llama"}, sliding_window=8, use_sliding_window=True)
     assert found.windows == () and any("sliding" in notice for notice in found.notices)

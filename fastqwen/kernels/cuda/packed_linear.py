@@ -168,7 +168,13 @@ Tilings = Sequence[PackedTiling]
 
 # Fastest first (bench/results/h100-packed.json); on a card with less shared memory the first that fits. Matrices with about one
 # pair of tiles for each multiprocessor want more warps for each.
-NARROW: Tilings = (PackedTiling(16, 6), PackedTiling(16, 4), PackedTiling(16, 2), PackedTiling(8, 4), PackedTiling(8, 2))
+NARROW: Tilings = (
+    PackedTiling(16, 6),
+    PackedTiling(16, 4),
+    PackedTiling(16, 2),
+    PackedTiling(8, 4),
+    PackedTiling(8, 2),
+)
 NARROW_LONG: Tilings = NARROW[1:]
 BROAD_ONE: Tilings = (PackedTiling(8, 4, blocks_each=3), PackedTiling(8, 2, blocks_each=3))
 BROAD: Tilings = (PackedTiling(16, 3, blocks_each=2), *NARROW[2:])
