@@ -51,9 +51,12 @@ def check_lacking(lacking: Mapping[str, Path], model: ModelConfig) -> None:
     ``lacking``: names that an index lists, with the file that should hold them.
     """
     names = models.find(model.model_type).NAMES
-    needed = {name: file for name, file in lacking.items() if names.holds(name, model.num_layers)}
-    if model.tie_word_embeddings:
-        needed.pop(f"{names.head}.weight", None)
+    spared = (".bias", *((".q_norm.weight", ".k_norm.weight") if not model.qk_norm else ()))
+    spared += (f"{names.head}.weight",) if model.tie_word_embeddings else ()
+    held = (name for name in lacking if names.holds(name, model.num_layers))
+    needed = {
+        name: lacking[name] for name in held if not name.endswith(spared)
+    }  # a bias will be missed where it is read
     if needed:
         name, file = next(iter(needed.items()))
         if not file.is_file():

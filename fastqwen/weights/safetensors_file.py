@@ -47,7 +47,8 @@ class SafetensorsCheckpoint:
             self._files[path] = _open(path)
             for name in self._files[path].keys():
                 self._places.update(_places(self._files[path], path, name))
-        self.lacking = {name: folder / shard for name, shard in listed.items() if not self._has(name)}
+        gone = {shard for shard in set(listed.values()) if not (folder / shard).exists()}
+        self.lacking = {name: folder / shard for name, shard in listed.items() if shard in gone or not self._has(name)}
         self.unused_files = sorted(
             {path.name for path in folder.glob("*.safetensors")} - {path.name for path in chosen}
         )

@@ -68,10 +68,11 @@ def index(text: str) -> Damage:
 
 def lying_index(folder: Path) -> None:
     shards(folder)
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.layers.0.self_attn.q_norm.weight"] = "model-00001-of-00002.safetensors"
-    path.write_text(json.dumps(index))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"][DOWN]
+    found = load_file(shard)
+    del found[DOWN]
+    save_file(found, shard)
 
 
 def header(text: str, size: int | None = None) -> Damage:
@@ -198,7 +199,7 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), "no .safetensors files", ModelNotFound),
     "missing-shard": (lambda folder: shards(folder, missing=True), "model-00002-of-00002", BadCheckpoint),
     "shard-elsewhere": (lambda folder: shards(folder, name="../x.safetensors"), "'../x.safetensors'", BadCheckpoint),
-    "lying-index": (lying_index, "self_attn.q_norm.weight is missing", BadCheckpoint),
+    "lying-index": (lying_index, f"{DOWN} is missing", BadCheckpoint),
     "index-no-json": (index("{"), "index.json is not valid JSON", BadCheckpoint),
     "index-no-map": (index('{"weight_map": 5}'), "weight_map", BadCheckpoint),
     "index-bad-names": (index('{"weight_map": {"a": [1]}}'), "index.json", BadCheckpoint),
@@ -210,7 +211,7 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
     "tokenizer-binary": (write("tokenizer.json", b"\xff\xfe"), "tokenizer.json is damaged", BadCheckpoint),
     "tokenizer-too-large": (lambda folder: config(folder, vocab_size=200), "200 rows", BadCheckpoint),
     "template-syntax": (write("chat_template.jinja", "{% for x %}"), "chat_template.jinja", BadCheckpoint),
-    "template-binary": (write("chat_template.jinja", b"\xff\xfe"), "chat_template.jinja", BadCheckpoint),
+    "template-binary": (write("chat_template.jinja", b"\xff\x80"), "chat_template.jinja", BadCheckpoint),
     "tokenizer-config": (write("tokenizer_config.json", "[]"), "tokenizer_config.json", BadCheckpoint),
     "generation-config": (write("generation_config.json", "{"), "generation_config.json", BadCheckpoint),
     "generation-temperature": (

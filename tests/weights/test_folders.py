@@ -222,6 +222,7 @@ def test_an_index_that_lists_what_nobody_needs(
         "lm_head.weight",
         "ghost.weight",
         "model.layers.9.mlp.up_proj.weight",
+        "model.layers.0.mlp.up_proj.bias",
     ]
     shard(folder, dict.fromkeys(unneeded, "model-00003-of-00003.safetensors"))
     values, told = found(folder, caplog)
