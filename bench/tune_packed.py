@@ -126,8 +126,9 @@ def tilings(rows: int, *, quick: bool) -> Iterator[PackedTiling]:
             if 24 <= warps * depth * each <= 128 and not (quick and not whole):
                 yield PackedTiling(warps=warps, depth=depth, blocks_each=each, whole=whole)
     else:
-        for stages, each, wide in itertools.product((3, 4, 6), (1, 2), (1, 2, 4, 8)):
-            yield PackedTiling(stages=stages, blocks_each=each, wide=wide)
+        for warps, stages, wide, sharing in itertools.product((8, 16), (2, 3, 4), (2, 4, 8), (1, 2, 4)):
+            if warps // sharing >= wide and (warps == 8) == (sharing == 1):
+                yield PackedTiling(warps=warps, stages=stages, wide=wide, sharing=sharing)
 
 
 def compile_all(weight: PackedWeight, rows: list[int], quick: bool, space: PackedSpace) -> None:

@@ -90,12 +90,9 @@ def unit_inputs(bits: int) -> int:
     return 256 // bits
 
 
-def pack_grouped(weight: GroupedWeight) -> PackedWeight | None:
-    """The same numbers; None for groups that no step of 32 inputs holds, as groups of 16."""
-    spread = _in_steps(weight)
-    if spread is None:
-        return None
-    weight, order = spread
+def pack_grouped(weight: GroupedWeight) -> PackedWeight:
+    """The same numbers."""
+    weight, order = _in_steps(weight)
     form: Format = "Int4" if weight.bits == 4 else "Int8"
     out_size = weight.out_size
     tiles = -(-out_size // (2 * TILE_N)) * 2  # a pair is computed together
@@ -151,18 +148,18 @@ def by_tiles(numbers: Tensor, tiles: int) -> Tensor:
     return padded.view(groups, tiles, 2, 8).permute(1, 0, 3, 2).contiguous()
 
 
-def _in_steps(weight: GroupedWeight) -> tuple[GroupedWeight, Tensor | None] | None:
+def _in_steps(weight: GroupedWeight) -> tuple[GroupedWeight, Tensor | None]:
     """The weight with groups of 2^n steps, whose inputs stand side by side, and where each input went."""
-    size, in_size = weight.group_size, weight.in_size
-    if weight.group_of is not None:
-        order = weight.group_of.argsort(stable=True)
-        in_order = torch.arange(in_size, device=order.device) // size
-        if size % STEP_K == 0 and weight.group_of[order].equal(in_order):
-            return _with_whole_steps(weight), order
-        return _uneven(weight, order)
-    if size >= in_size or size % STEP_K == 0:
-        return _with_whole_steps(weight), None
-    return None
+    size, group_of = weight.group_size, weight.group_of
+    inputs = torch.arange(weight.in_size, device=weight.codes.device)
+    if group_of is None:
+        if size >= weight.in_size or size % STEP_K == 0:
+            return _with_whole_steps(weight), None
+        return _uneven(weight, inputs // size, inputs)
+    order = group_of.argsort(stable=True)
+    if size % STEP_K == 0 and group_of[order].equal(inputs // size):
+        return _with_whole_steps(weight), order
+    return _uneven(weight, group_of, order)
 
 
 def _with_whole_steps(weight: GroupedWeight) -> GroupedWeight:
@@ -176,12 +173,11 @@ def _with_whole_steps(weight: GroupedWeight) -> GroupedWeight:
     return replace(weight, scales=scales, zeros=zeros, group_size=STEP_K)
 
 
-def _uneven(weight: GroupedWeight, order: Tensor) -> tuple[GroupedWeight, Tensor]:
+def _uneven(weight: GroupedWeight, group_of: Tensor, order: Tensor) -> tuple[GroupedWeight, Tensor]:
     """Groups of any size: each is filled up to whole steps with inputs that do not exist (-1 in the order)."""
-    assert weight.group_of is not None
-    counts = torch.bincount(weight.group_of, minlength=weight.scales.shape[0])
+    counts = torch.bincount(group_of, minlength=weight.scales.shape[0])
     steps = (counts + STEP_K - 1) // STEP_K
-    group = weight.group_of[order]
+    group = group_of[order]
     begins = (steps.cumsum(0) - steps) * STEP_K - (counts.cumsum(0) - counts)
     places = torch.arange(weight.in_size, device=order.device) + begins[group]
     spread = order.new_full((int(steps.sum()) * STEP_K,), -1)

@@ -433,8 +433,8 @@ __device__ inline void write_output(const Args& args, const Sums<SLICES>& sums, 
 }
 
 template <int SLICES>
-__device__ inline void write_sums(const Args& args, const Sums<SLICES>& sums, int pair) {
-  const int lane = threadIdx.x % 32, n = pair * TILE_N + lane / 4, row = lane % 4 * 2;
+__device__ inline void write_sums(const Args& args, const Sums<SLICES>& sums, int pair, int first_row) {
+  const int lane = threadIdx.x % 32, n = pair * TILE_N + lane / 4, row = first_row + lane % 4 * 2;
   if (pair >= args.tiles / 2) return;
   if (args.gated) {
     write_gated<SLICES>(args, sums, n, row);
@@ -477,9 +477,9 @@ __device__ inline void fold(Sums<SLICES>& sums, float4 (*shared)[2][32]) {
 }
 
 // Whether this block is the last of a tile's owners to leave its sums; then it has all of them, added up in their order.
-template <int WN, int WK, int SLICES>
+template <int OWNERS, int WK, int SLICES>
 __device__ inline bool gather(const Args& args, Sums<SLICES>& sums, int* arrived, const Owners& owners, int block_tile) {
-  constexpr int SIZE = WN * 2 * SLICES * 32;
+  constexpr int SIZE = OWNERS * 2 * SLICES * 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool has_sums = warp % WK == 0;
   float4* mine = args.partial + owners.place(blockIdx.x) * SIZE + warp / WK * 2 * SLICES * 32 + lane;
@@ -517,17 +517,17 @@ __device__ inline bool gather(const Args& args, Sums<SLICES>& sums, int* arrived
   return true;
 }
 
-// A block's WN pairs are computed as far as its part goes: places `begin` to `end` of all are theirs.
-template <int WN, int WK, int SLICES>
+// A block's WN pairs, for WM times SLICES slices, are computed as far as its part goes: places `begin` to `end` are theirs.
+template <int WM, int WN, int WK, int SLICES>
 __device__ inline void finish(const Args& args, Sums<SLICES>& sums, float4 (*shared)[2][32], int* arrived,
                               const Part& part, int all, int block_tile, int begin, int end) {
   fold<WK, SLICES>(sums, shared);
   if (part.begin > begin || part.end < end) {
     const Owners owners(all, begin, end);
-    if (!gather<WN, WK, SLICES>(args, sums, arrived, owners, block_tile)) return;
+    if (!gather<WM * WN, WK, SLICES>(args, sums, arrived, owners, block_tile)) return;
   }
-  const int warp = threadIdx.x / 32;
-  if (warp % WK == 0) write_sums<SLICES>(args, sums, block_tile * WN + warp / WK);
+  const int warp = threadIdx.x / 32, owner = warp / WK;
+  if (warp % WK == 0) write_sums<SLICES>(args, sums, block_tile * WN + owner % WN, owner / WN * SLICES * 8);
 }
 
 // ---- up to 8 rows: x is in shared memory as a whole, and the block's warps take turns with a pair's units ----
@@ -585,56 +585,58 @@ __device__ inline void few_rows(const Args& args) {
       ask(slot);
       slot = slot + 1 == DEPTH ? 0 : slot + 1;
     }
-    finish<1, WARPS, 1>(args, total, shared.sums, &shared.arrived, part, all, pair, first, first + args.units);
+    finish<1, 1, WARPS, 1>(args, total, shared.sums, &shared.arrived, part, all, pair, first, first + args.units);
     __syncthreads();
   }
 }
 
-// ---- up to 64 rows: x comes in chunks, shared by the warps of a block, which have WN pairs of tiles ----
+// ---- up to 64 rows: x comes in chunks, shared by a block's warps ----
 
-template <int WN, int SLICES>
+// A block has WN pairs of tiles. WM warps share a pair's weights, for SLICES slices of x each; WK share its inputs.
+template <int WM, int WN, int SLICES>
 struct SomeShared {
-  static constexpr int WK = WARPS / WN;
+  static constexpr int WK = WARPS / (WM * WN), ROWS = 8 * WM * SLICES;
   static constexpr int PIECES = WK * UNIT_K / 8;  // of a row of x, in a chunk
   static constexpr int STRIDE = PIECES % 8 == 0 ? PIECES + 4 : PIECES;
-  Slot ring[STAGES][WARPS][2];
-  uint4 x[STAGES][8 * SLICES][STRIDE];
+  Slot ring[STAGES][WN * WK][2];
+  uint4 x[STAGES][ROWS][STRIDE];
   float4 sums[WARPS][2][32];
   int arrived;
 };
 
 // A thread's copies of a chunk of x: the same piece of every 32 * WARPS / PIECES-th row.
-template <int WN, int SLICES>
-__device__ inline void ask_x(SomeShared<WN, SLICES>& shared, const Args& args, int stage, int chunk) {
-  constexpr int PIECES = SomeShared<WN, SLICES>::PIECES, APART = 32 * WARPS / PIECES, ROUNDS = 8 * SLICES / APART;
-  static_assert(32 * WARPS % PIECES == 0 && (ROUNDS > 0 || 8 * SLICES * PIECES <= 32 * WARPS), "pieces of x");
+template <typename Shared>
+__device__ inline void ask_x(Shared& shared, const Args& args, int stage, int chunk) {
+  constexpr int PIECES = Shared::PIECES, APART = 32 * WARPS / PIECES, ROUNDS = (Shared::ROWS + APART - 1) / APART;
+  static_assert(32 * WARPS % PIECES == 0, "pieces of x");
   const int first = threadIdx.x / PIECES, piece = threadIdx.x % PIECES, k = (chunk * PIECES + piece) * 8;
   const bool inside = k < args.k_size;
 #pragma unroll
-  for (int i = 0; i < (ROUNDS > 0 ? ROUNDS : 1); ++i) {
+  for (int i = 0; i < ROUNDS; ++i) {
     const int row = first + i * APART;
-    if (ROUNDS == 0 && row >= 8 * SLICES) continue;
+    if (Shared::ROWS % APART != 0 && row >= Shared::ROWS) continue;
     const bool given = inside && row < args.rows;
     ask_16_bytes_or_zeros(&shared.x[stage][row][piece], (const uint4*)(args.x + (given ? row * args.k_size + k : 0)), given);
   }
 }
 
-template <int WN, int SLICES>
+template <int WM, int WN, int SLICES>
 __device__ inline void some_rows(const Args& args) {
   extern __shared__ uint4 shared_memory[];
-  using Shared = SomeShared<WN, SLICES>;
+  using Shared = SomeShared<WM, WN, SLICES>;
   constexpr int WK = Shared::WK;
   Shared& shared = *(Shared*)shared_memory;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int wm = warp / (WN * WK), slot = warp % (WN * WK);
   const int pairs = args.tiles / 2, block_tiles = (pairs + WN - 1) / WN, chunks = (args.units + WK - 1) / WK;
   const int all = block_tiles * chunks;
   const Part part(all, args.grain, blockIdx.x, gridDim.x);
 
   const auto ask_weights = [&](const Cursor& cursor, int stage) {
-    const int pair = cursor.tile * WN + warp / WK, unit = cursor.at * WK + warp % WK;
+    const int pair = cursor.tile * WN + slot / WK, unit = cursor.at * WK + slot % WK;
     if (pair >= pairs || unit >= args.units) return;
-    ask_unit(shared.ring[stage][warp][0], args, pair, unit, lane);
-    ask_unit(shared.ring[stage][warp][1], args, pair + pairs, unit, lane);
+    if (wm == 0) ask_unit(shared.ring[stage][slot][0], args, pair, unit, lane);
+    if (wm == WM - 1) ask_unit(shared.ring[stage][slot][1], args, pair + pairs, unit, lane);
   };
   let_kernel_behind_start();
   Cursor cursor(part.begin, chunks), x_cursor(part.begin, chunks);
@@ -644,14 +646,14 @@ __device__ inline void some_rows(const Args& args) {
   end_of_asking();
   wait_for_kernel_in_front();
   for (int i = 0; i < STAGES - 1; ++i, x_cursor.advance(1)) {
-    if (part.begin + i < part.end) ask_x<WN, SLICES>(shared, args, i, x_cursor.at);
+    if (part.begin + i < part.end) ask_x(shared, args, i, x_cursor.at);
     end_of_asking();
   }
 
   int place = part.begin, stage = 0;
   for (int block_tile = part.begin / chunks; block_tile * chunks < part.end; ++block_tile) {
     const int first = block_tile * chunks, stop = min(part.end, first + chunks);
-    const int pair = block_tile * WN + warp / WK;
+    const int pair = block_tile * WN + slot / WK;
     Sums<SLICES> total = {};
     for (; place < stop; ++place) {
       wait_for_asked<STAGES - 2>();
@@ -659,28 +661,28 @@ __device__ inline void some_rows(const Args& args) {
       if (place + STAGES - 1 < part.end) {
         const int free = stage == 0 ? STAGES - 1 : stage - 1;
         ask_weights(cursor, free);
-        ask_x<WN, SLICES>(shared, args, free, cursor.at);
+        ask_x(shared, args, free, cursor.at);
         cursor.advance(1);
       }
       end_of_asking();
-      const int unit = (place - first) * WK + warp % WK;
+      const int unit = (place - first) * WK + slot % WK;
       if (pair < pairs && unit < args.units) {
-        const Operands low(shared.ring[stage][warp][0], lane), high(shared.ring[stage][warp][1], lane);
-        constexpr int AT_ONCE = SLICES < 4 ? SLICES : 4;  // as many as registers hold
+        const Operands low(shared.ring[stage][slot][0], lane), high(shared.ring[stage][slot][1], lane);
+        constexpr int MOST = WARPS > 8 ? 2 : 4, AT_ONCE = SLICES < MOST ? SLICES : MOST;  // as many as registers hold
 #pragma unroll
         for (int slice = 0; slice < SLICES; slice += AT_ONCE) {
           uint4 x[AT_ONCE][FORMAT::STEPS];
 #pragma unroll
           for (int i = 0; i < AT_ONCE * FORMAT::STEPS; ++i) {
-            const int step = i % FORMAT::STEPS, row = (slice + i / FORMAT::STEPS) * 8 + g;
-            x[i / FORMAT::STEPS][step] = shared.x[stage][row][warp % WK * (UNIT_K / 8) + step * 4 + t];
+            const int step = i % FORMAT::STEPS, row = (wm * SLICES + slice + i / FORMAT::STEPS) * 8 + g;
+            x[i / FORMAT::STEPS][step] = shared.x[stage][row][slot % WK * (UNIT_K / 8) + step * 4 + t];
           }
           add_unit<1, AT_ONCE, SLICES>(total, low, high, x, slice);
         }
       }
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
-    finish<WN, WK, SLICES>(args, total, shared.sums, &shared.arrived, part, all, block_tile, first, first + chunks);
+    finish<WM, WN, WK, SLICES>(args, total, shared.sums, &shared.arrived, part, all, block_tile, first, first + chunks);
   }
 }
 

@@ -113,6 +113,22 @@ def args_of(
     )
 
 
+def plain_args(weight: PackedWeight, out: Tensor) -> Args:
+    """Of ``unpack``: out [16 * tiles, inputs of whole units]"""
+    return Args(
+        words=weight.words.data_ptr(),
+        scales=_pointer(weight.group_scales),
+        zeros=_pointer(weight.zeros),
+        row_scales=_pointer(weight.row_scales),
+        out=out.data_ptr(),
+        n_size=weight.out_size,
+        tiles=weight.tiles,
+        units=weight.units,
+        groups=weight.groups,
+        group_shift=weight.group_shift,
+    )
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -126,7 +142,8 @@ class Launch:
 
     variant: Variant
     shared_bytes: int
-    pairs: int  # of tiles that a block has; its other warps share their inputs
+    pairs: int  # of tiles that a block has
+    units: int  # of each that it computes at once, where a tile's work may be cut
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,7 @@ class PackedTiling:
     blocks_each: int = 1  # on a multiprocessor
     whole: bool = True  # a block has whole tiles, with few rows
     wide: int = 4  # pairs of tiles of a block, with more rows
+    sharing: int = 1  # warps that share a pair's weights, for some of the rows each
 
     @property
     def tuned(self) -> dict[str, int]:
@@ -150,18 +168,20 @@ def few_launch(dtype: torch.dtype, rows: int, weight: PackedWeight, tiling: Pack
     ring = variant.warps * variant.depth * 2 * _slot_bytes(variant)
     end = 4 * (variant.warps * SLICE_SUMS + variant.warps + 1)
     x_bytes = count * 16 * _spread(weight.units * unit_inputs(_bits(weight)) // 8)
-    return Launch(variant, _aligned(ring + end) + x_bytes, 1)
+    return Launch(variant, _aligned(ring + end) + x_bytes, 1, 1)
 
 
 def some_launch(dtype: torch.dtype, rows: int, weight: PackedWeight, tiling: PackedTiling) -> Launch:
     """Of up to 64 rows."""
     slices = next((slices for slices in (2, 4) if 8 * slices >= rows), 8)
-    variant = variant_of(f"some_rows<{tiling.wide}, {slices}>", dtype, weight, **tiling.tuned)
-    ring = variant.stages * variant.warps * 2 * _slot_bytes(variant)
-    pieces = variant.warps // tiling.wide * unit_inputs(_bits(weight)) // 8
+    sharing = min(tiling.sharing, slices)
+    variant = variant_of(f"some_rows<{sharing}, {tiling.wide}, {slices // sharing}>", dtype, weight, **tiling.tuned)
+    units = variant.warps // sharing  # on their way in a stage
+    ring = variant.stages * units * 2 * _slot_bytes(variant)
+    pieces = units // tiling.wide * unit_inputs(_bits(weight)) // 8
     x_bytes = variant.stages * 8 * slices * 16 * _spread(pieces)
     end = 4 * (variant.warps * SLICE_SUMS + 1)
-    return Launch(variant, _aligned(ring + x_bytes + end), tiling.wide)
+    return Launch(variant, _aligned(ring + x_bytes + end), tiling.wide, units // tiling.wide)
 
 
 Tilings = Sequence[PackedTiling]
@@ -229,6 +249,7 @@ class PackedSpace:
 
     def __init__(self, device: torch.device) -> None:
         self.card = card_of(device)
+        self._capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else self.card.capability
         self.overlap = self.card.capability >= (9, 0)
         self.partial = torch.empty(2 * self.card.multiprocessors * PACKED_SUMS, dtype=torch.float32, device=device)
         self.counter = torch.zeros(PACKED_TILES, dtype=torch.int32, device=device)
@@ -236,7 +257,7 @@ class PackedSpace:
         self._compiler = ThreadPoolExecutor()  # each program takes seconds; most are ready before a weight is
         self._programs: dict[Variant, Future[bytes]] = {}
         self._kernels: dict[Launch, tuple[driver.Kernel, int]] = {}
-        nvrtc.machine_code("", {}, self.card.capability)
+        nvrtc.machine_code("", {}, self._capability)
 
     def compile_for(self, weight: PackedWeight, dtype: torch.dtype) -> None:
         """Begin to compile what steps of any size need for this matrix."""
@@ -246,7 +267,7 @@ class PackedSpace:
 
     def _program(self, variant: Variant) -> Future[bytes]:
         if variant not in self._programs:
-            args = source(variant), variant.defines(), self.card.capability
+            args = source(variant), variant.defines(), self._capability
             self._programs[variant] = self._compiler.submit(nvrtc.machine_code, *args)
         return self._programs[variant]
 
@@ -284,8 +305,7 @@ def packed_product(
     if out is None:
         out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     kernel, at_once = space.kernel(launch)
-    sharing = 1 if has_all_x else launch.variant.warps // launch.pairs
-    block_tiles, chunks = -(-weight.tiles // 2 // launch.pairs), -(-weight.units // sharing)
+    block_tiles, chunks = -(-weight.tiles // 2 // launch.pairs), -(-weight.units // launch.units)
     grain = chunks if has_all_x and tiling.whole else 1
     blocks = min(at_once, tiling.blocks_each * space.card.multiprocessors, block_tiles * chunks // grain)
     args = args_of(x, weight, out, space.partial, space.counter, norm=norm, gated=gated, add=add, grain=grain)
@@ -302,13 +322,8 @@ def unpacked(
     part = weight.part(first_tile, first_tile + count)
     plain = space.plain[: count * TILE_N * padded].view(dtype).view(count * TILE_N, padded)
     variant = variant_of("unpack", dtype, weight)
-    kernel, at_once = space.kernel(Launch(variant, variant.warps * _slot_bytes(variant), 1))
-    args = Args(
-        words=part.words.data_ptr(), scales=_pointer(part.group_scales), row_scales=_pointer(part.row_scales),
-        zeros=_pointer(part.zeros), out=plain.data_ptr(), tiles=count, units=part.units, groups=part.groups,
-        group_shift=part.group_shift, n_size=part.out_size,
-    )  # fmt: skip
-    kernel.launch(min(at_once, -(-count * part.units // variant.warps)), args, overlap=False)
+    kernel, at_once = space.kernel(Launch(variant, variant.warps * _slot_bytes(variant), 1, 1))
+    kernel.launch(min(at_once, -(-count * part.units // variant.warps)), plain_args(part, plain), overlap=False)
     return plain[: part.out_size, : weight.in_size], part
 
 
@@ -351,7 +366,9 @@ class PackedProduct:
         order = self.weight.order
         if order is not None:
             x = functional.pad(x, (0, 1))[:, order] if self._has_padding else x.index_select(1, order)
-        return functional.pad(x, (0, -x.shape[1] % 8)).contiguous()
+        if x.shape[1] % 8:
+            x = functional.pad(x, (0, -x.shape[1] % 8))
+        return x.contiguous()
 
     def _product(self, x: Tensor, add_to: Tensor | None) -> Tensor:
         out = add_to
@@ -384,10 +401,9 @@ class PackedProduct:
 
 
 def make_product(weight: GroupedWeight, dtype: torch.dtype, space: PackedSpace) -> PackedProduct | None:
-    """None for what these kernels do not take: float32, groups of less than 32 inputs."""
-    taken = TYPES.get(dtype) if space.card.capability >= (8, 0) else {torch.float16: "Fp16"}.get(dtype)
-    packed = None if taken is None else pack_grouped(weight)
-    if packed is None:
+    """None for activations that these kernels do not take: float32, and bfloat16 before 8.0."""
+    if dtype not in TYPES or (dtype == torch.bfloat16 and not space.card.has_dots):
         return None
+    packed = pack_grouped(weight)
     space.compile_for(packed, dtype)
     return PackedProduct(packed, space)

@@ -4,7 +4,11 @@
 typedef unsigned short u16;
 typedef unsigned int u32;
 
+#if WARPS > 8  // more than 256 threads have less than 255 registers each; told of fewer, the compiler saves some needlessly
+#define KERNEL(name) extern "C" __global__ void __launch_bounds__(32 * WARPS) name
+#else
 #define KERNEL(name) extern "C" __global__ void name
+#endif
 
 // The kernel in front has ended, and what it wrote can be read (programmatic dependent launch, capability 9.0).
 __device__ inline void wait_for_kernel_in_front() {
