@@ -3,6 +3,7 @@ matrix the part that this shard holds."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from fastqwen.models.names import Names
 from fastqwen.quant import ExpertsSpec, LinearSpec
 from fastqwen.sharding import Alone, Part, Ranges, World, even_range, kv_head_range
 from fastqwen.weights.source import Weights
+
+log = logging.getLogger(__name__)
 
 
 def build_decoder(
@@ -56,9 +59,12 @@ class _Builder:
         shape = (config.vocab_size, config.hidden_size)
         lines = even_range(config.vocab_size, world)
         part = None if world.count == 1 else Part(0, (lines,))
-        table = self.weights.tensor(f"{names.embed}.weight", shape, part=part)
-        tied = config.tie_word_embeddings or not self.has_head
-        head = table if tied else self.weights.tensor(f"{names.head}.weight", shape, part=part)
+        embed, own_head = f"{names.embed}.weight", f"{names.head}.weight"
+        if config.tie_word_embeddings and not self.weights.has(embed) and self.weights.has(own_head):
+            embed = own_head  # either of two tensors that are one
+        table = self.weights.tensor(embed, shape, part=part)
+        tied = (config.tie_word_embeddings and not self.is_untied(embed, own_head, shape)) or not self.has_head
+        head = table if tied else self.weights.tensor(own_head, shape, part=part)
         linear: Linear = DenseLinear(self.ops, DenseWeight(head))
         return Decoder(
             ops=self.ops,
@@ -68,6 +74,15 @@ class _Builder:
             head=linear if world.count == 1 else GatheredLinear(linear, world, config.vocab_size),
             has_head=self.has_head,
         )
+
+    def is_untied(self, embed: str, head: str, shape: tuple[int, int]) -> bool:
+        """Whether a checkpoint that says that both are one holds two: then both count, as in transformers."""
+        if embed == head or not self.weights.has(head) or self.weights.is_same(embed, head, shape):
+            return False
+        log.warning(
+            "tie_word_embeddings is true, but %s differs from %s: the checkpoint's own head is used", head, embed
+        )
+        return True
 
     def layer(self, index: int) -> Layer:
         prefix = self.names.layer.format(layer=index)

@@ -85,6 +85,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             "factor that covers prompt and answer."
         ),
     ] = False
+    rope_scaling: Annotated[
+        dict[str, Any] | None,
+        option('rope_scaling for config.json, for example {"rope_type": "yarn", "factor": 4.0}: longer sequences.'),
+    ] = None
+    rope_theta: Annotated[float | None, option("rope_theta for config.json.")] = None
+    hf_overrides: Annotated[
+        dict[str, Any] | None, option("Keys for config.json that replace its own; they are checked as those are.")
+    ] = None
     served_model_name: Annotated[list[str], option("Name(s) of the model in the API. Default: MODEL.")] = []
     trust_remote_code: Annotated[
         bool, option("Accepted for compatibility. Nothing needs it: a checkpoint's code is never run.")
@@ -104,6 +112,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def for_batches(self) -> EngineConfig:
         """The same, with prompts first unless something else was asked for: nobody watches a batch's streams pause."""
         return self if self.prompts_first is not None else msgspec.structs.replace(self, prompts_first=True)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What replaces keys of config.json: the flags for positions, and --hf-overrides, which count less."""
+        rope = {"rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
+        return {**(self.hf_overrides or {}), **{key: value for key, value in rope.items() if value is not None}}
 
     @property
     def served_names(self) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from fastqwen.demo import demo_path
 from fastqwen.errors import BadConfig, ModelNotFound
 from fastqwen.model_config import ModelConfig, read_json
 from fastqwen.models import parse_config
-from fastqwen.names import DEMO, advice, is_hub_name, known_name
+from fastqwen.names import DEMO, advice, is_hub_name, known_name, split_hub_name
 from fastqwen.plan.catalog import published
+from fastqwen.text_files import is_gguf, what_instead
 from fastqwen.weights.checkpoint import open_checkpoint
 
 # Pickled weights and a checkpoint's code are never fetched: nothing here would run them.
 WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.tiktoken", "merges.txt", "vocab.txt"]
+TEMPLATES_FOLDER = "additional_chat_templates/"
+_SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.)")
 
 
 def resolve(model: str, *, revision: str | None = None, weights: bool = True) -> Path:
@@ -28,23 +33,25 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
     """
     model = known_name(model)
     path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir() or (path.is_file() and (path.suffix.lower() == ".gguf" or is_gguf(path))):
         return path
     if path.is_file():
-        raise ModelNotFound(f"{model} is a file, but not a .gguf file: give the folder that holds config.json")
+        what = what_instead(path) or "is a file, but not a GGUF file: give the folder that holds config.json"
+        raise ModelNotFound(f"{model} {what}")
     if model == DEMO:
         return demo_path()
     if not is_hub_name(model):
         raise ModelNotFound(f"{model!r} is not a hub name like Qwen/Qwen3-0.6B")
+    repository, choice = split_hub_name(model)
     if use_modelscope():
-        return _from_modelscope(model, revision, weights)
-    return _from_hugging_face(model, revision, weights)
+        return _from_modelscope(repository, choice, revision, weights)
+    return _from_hugging_face(repository, choice, revision, weights)
 
 
 def find_checkpoint(config: EngineConfig) -> tuple[Path, ModelConfig]:
     """Where the configured model lies, fetched if need be, and what it says of itself. Raises as ``resolve`` does."""
     path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
-    return path, open_checkpoint(path, with_tensors=False).model
+    return path, open_checkpoint(path, with_tensors=False, overrides=config.overrides).model
 
 
 def use_modelscope() -> bool:
@@ -55,13 +62,89 @@ def use_modelscope() -> bool:
     )
 
 
-def _from_hugging_face(model: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
+def _from_hugging_face(repository: str, choice: str | None, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
 
-    if weights and published(model) is None:
-        _check_served(model, revision)
-    with _hub_errors(model, revision):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_wanted_files(weights)))
+    if choice is None and weights and published(repository) is None:
+        _check_served(repository, revision)
+    with _hub_errors(repository, revision, choice):
+        names = _listed(repository, revision)
+        if choice is None and (names is None or _has_weights(names)):
+            patterns = _wanted_files(weights) if names is None else _needed(names, weights)
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        if names is None:
+            folder = Path(
+                snapshot_download(repository, revision=revision, allow_patterns=["*.gguf"], local_files_only=True)
+            )
+            here = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
+            return folder / choose_gguf(here, repository, choice)[0]
+        wanted = choose_gguf(names, repository, choice)
+        fetched = [Path(hf_hub_download(repository, name, revision=revision)) for name in wanted]
+        return fetched[0]
+
+
+def _listed(repository: str, revision: str | None) -> list[str] | None:
+    """The names of a repository's files; None where only the cache can say."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return HfApi().list_repo_files(repository, revision=revision)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except Exception:  # no network, or a mirror that does not list
+        return None
+
+
+def _has_weights(names: list[str]) -> bool:
+    """Whether a repository is a folder that can be served, or at least no collection of GGUF files."""
+    return any(name.endswith(".safetensors") for name in names) or not any(
+        name.lower().endswith(".gguf") for name in names
+    )
+
+
+def _needed(names: list[str], weights: bool) -> list[str]:
+    """Of a repository's files those that a model is loaded from: not what lies in folders, nor the weights a second time."""
+    own = [name for name in names if "/" not in name or name.startswith(TEMPLATES_FOLDER)]
+    small = [name for name in own if any(fnmatch(name, pattern) for pattern in _wanted_files(weights=False))]
+    files = [name for name in own if name.endswith(".safetensors")] if weights else []
+    shards = [name for name in files if _SHARD.search(name)]
+    if "model.safetensors" in files:
+        files = ["model.safetensors"]
+    elif "model.safetensors.index.json" in names and shards:
+        files = shards
+    return [*small, *files]
+
+
+def choose_gguf(names: list[str], repository: str, choice: str | None) -> list[str]:
+    """The file, or the parts of the file, that ``choice`` (Q4_K_M, or a file's name) means. Raises ModelNotFound, with
+    those that there are, where that is not one."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if name.lower().endswith(".gguf") and not Path(name).name.lower().startswith("mmproj"):
+            found.setdefault(_SHARD.sub("", name), []).append(name)
+    wanted = list(found)
+    if choice is not None:
+        word = choice.lower()
+        wanted = [one for one in found if word in (Path(one).name.lower(), Path(one).stem.lower())]
+        wanted = wanted or [one for one in found if _quantization(one) == word]
+        wanted = wanted or [one for one in found if re.search(rf"(^|[-._/]){re.escape(word)}($|[-._/])", one.lower())]
+    if len(wanted) == 1:
+        return found[wanted[0]]
+    what = f"no GGUF file {choice!r}" if choice and not wanted else "several GGUF files"
+    if not found:
+        raise ModelNotFound(f"{repository} holds no GGUF files; without {choice!r} behind the colon it is a folder")
+    words = sorted(_quantization(one).upper() for one in wanted or found)
+    raise ModelNotFound(
+        f"{repository} holds {what}; choose one: " + ", ".join(f"{repository}:{word}" for word in words[:40])
+    )
+
+
+def _quantization(name: str) -> str:
+    """q4_k_m of Qwen3-0.6B-Q4_K_M.gguf, ud-q4_k_xl of X-UD-Q4_K_XL.gguf; else the file's name."""
+    stem = Path(name).stem.lower()
+    found = re.search(r"(?:^|[-.])((?:ud-)?(?:i?q\d\w*|tq\d\w*|bf16|f16|fp16|f32|mxfp4\w*))$", stem)
+    return found[1] if found else stem
 
 
 def _check_served(model: str, revision: str | None) -> None:
@@ -94,12 +177,15 @@ def _config_file(model: str, revision: str | None) -> Path | None:
 
 
 @contextmanager
-def _hub_errors(model: str, revision: str | None = None) -> Iterator[None]:
+def _hub_errors(model: str, revision: str | None = None, choice: str | None = None) -> Iterator[None]:
     """What the hub's client raises as ModelNotFound that says what to do."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    what = model if choice is None else f"the GGUF file {choice} from {model}"
     try:
         yield
+    except ModelNotFound:
+        raise
     except GatedRepoError:
         raise ModelNotFound(f"{model} asks for an account: accept its terms on the hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
@@ -110,7 +196,7 @@ def _hub_errors(model: str, revision: str | None = None) -> Iterator[None]:
         raise ModelNotFound(f"{model} has no revision {revision!r}") from None
     except Exception as error:  # the client raises its own errors and those of whichever HTTP library it uses
         raise ModelNotFound(
-            f"{model} is not in the cache and the hub cannot be reached ({_first_line(error)}): check the network, "
+            f"{what} is not in the cache and cannot be fetched from the hub ({_first_line(error)}): check the network, "
             f"HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder; `demo` is a model that needs no hub{advice(model)}"
         ) from None
 
@@ -119,15 +205,21 @@ def _wanted_files(weights: bool) -> list[str]:
     return [pattern for pattern in WANTED_FILES if weights or pattern != "*.safetensors"]
 
 
-def _from_modelscope(model: str, revision: str | None, weights: bool) -> Path:
+def _from_modelscope(repository: str, choice: str | None, revision: str | None, weights: bool) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError:
         raise BadConfig("ModelScope is asked for, but not installed: pip install 'fastqwen[modelscope]'") from None
+    patterns = _wanted_files(weights) if choice is None else [f"*{choice}*"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_wanted_files(weights)))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # modelscope raises many types; each means that the model is not there
-        raise ModelNotFound(f"ModelScope could not give {model}: {_first_line(error)}") from None
+        raise ModelNotFound(f"ModelScope could not give {repository}: {_first_line(error)}") from None
+    if choice is None:
+        return folder
+    return (
+        folder / choose_gguf([str(path.relative_to(folder)) for path in folder.rglob("*.gguf")], repository, choice)[0]
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from fastqwen.errors import BadCheckpoint, BadConfig, ModelNotFound, Unsupported
+from fastqwen.text_files import decoded, what_instead
 
 RopeKind = Literal["default", "linear", "yarn", "llama3", "qwen1_ntk"]
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -68,6 +70,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     has_head: bool = True  # False: the checkpoint holds no output head, so it makes embeddings but no text
+    notices: tuple[str, ...] = ()  # what its files say and is not computed so, a line each
 
     @property
     def default_max_len(self) -> int:
@@ -120,11 +123,16 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fields:
-    """A config.json, read with checks: each error names the file and the key."""
+    """A config.json, read with checks: each error names the file and the key.
+
+    ``seen`` are the keys that somebody asked for, ``notices`` the lines to be told about them.
+    """
 
     def __init__(self, values: dict[str, Any], source: str) -> None:
         self.values = values
         self.source = source
+        self.seen: set[str] = set()
+        self.notices: list[str] = []
 
     def int(self, *keys: str, default: int | None = None, low: int = 1, high: int = 2**31) -> int:
         value = self._first(keys, default)
@@ -137,6 +145,8 @@ class Fields:
             raise BadCheckpoint(
                 f"{self.source}: {keys[0]} is {short(value)}, expected a whole number from {low} to {high}"
             )
+        if isinstance(value, float):
+            self.tell(f"{keys[0]} is {value!r} and is read as {int(value)}")
         return int(value)
 
     def float(self, *keys: str, default: float | None = None, positive: bool = False) -> float:
@@ -148,18 +158,37 @@ class Fields:
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key)
-        return default if value is None else bool(value)
+        value = self.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise BadCheckpoint(f"{self.source}: {key} is {short(value)}, expected true or false")
+        return value
 
     def get(self, *keys: str) -> Any:
-        return next((self.values[key] for key in keys if self.values.get(key) is not None), None)
+        """The first of several names of one thing that has a value; another one that contradicts it is told."""
+        self.seen.update(keys)
+        there = [key for key in keys if self.values.get(key) is not None]
+        for other in there[1:]:
+            if self.values[other] != self.values[there[0]]:
+                self.prefer(there[0], other)
+        return self.values[there[0]] if there else None
 
     def has(self, key: str) -> bool:
+        self.seen.add(key)
         return self.values.get(key) is not None
+
+    def tell(self, what: str) -> None:
+        line = f"{self.source}: {what}"
+        if line not in self.notices:
+            self.notices.append(line)
+
+    def prefer(self, key: str, other: str) -> None:
+        self.tell(f"{key} ({short(self.values[key])}) and {other} ({short(self.values[other])}) differ; {key} counts")
 
     def require(self, key: str, allowed: tuple[Any, ...]) -> None:
         """Refuse a checkpoint whose ``key`` has a value that this architecture's code does not compute."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is not None and value not in allowed:
             raise Unsupported(f"{self.source}: {key} is {short(value)}; supported: {', '.join(map(str, allowed))}")
 
@@ -177,8 +206,13 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def common(fields: Fields, *, default_head_dim: int | None = None) -> dict[str, Any]:
-    """The keys that Llama, Qwen2, Qwen3 and their MoE variants share, as ModelConfig arguments."""
+def common(
+    fields: Fields, *, default_head_dim: int | None = None, default_max_len: int = 32768, windows: Windows | None = None
+) -> dict[str, Any]:
+    """The keys that Llama, Qwen2, Qwen3 and their MoE variants share, as ModelConfig arguments.
+
+    ``windows`` says which layers have a sliding window; None: this architecture knows none.
+    """
     fields.require("hidden_act", ("silu", "swish"))
     num_heads = fields.int("num_attention_heads", high=4096)
     hidden_size = fields.int("hidden_size", high=2**20)
@@ -191,7 +225,7 @@ def common(fields: Fields, *, default_head_dim: int | None = None) -> dict[str, 
             f"{fields.source}: num_attention_heads ({num_heads}) is no multiple of num_key_value_heads ({num_kv_heads})"
         )
     num_layers = fields.int("num_hidden_layers", high=4096)
-    max_position_embeddings = fields.int("max_position_embeddings", default=2048)
+    max_position_embeddings = fields.int("max_position_embeddings", default=default_max_len)
     return {
         "model_type": str(fields.get("model_type") or ""),
         "vocab_size": fields.int("vocab_size", high=2**24),
@@ -205,7 +239,7 @@ def common(fields: Fields, *, default_head_dim: int | None = None) -> dict[str, 
         "tie_word_embeddings": fields.flag("tie_word_embeddings"),
         "max_position_embeddings": max_position_embeddings,
         "rope": rope_config(fields, max_position_embeddings),
-        "windows": _windows(fields, num_layers),
+        "windows": _windows(fields, num_layers, windows),
         **checkpoint_facts(fields),
     }
 
@@ -237,6 +271,11 @@ def checkpoint_facts(fields: Fields) -> dict[str, Any]:
         raise BadCheckpoint(f"{fields.source}: eos_token_id is {short(eos)}, expected a token id or a list of them")
     bos = fields.int("bos_token_id", low=0) if fields.has("bos_token_id") else None
     quantization = fields.get("quantization_config")
+    if isinstance(fields.get("quantization"), dict) and "quant_method" not in (quantization or {}):
+        raise Unsupported(
+            f"{fields.source}: these weights are packed by MLX, for Apple's machines, which is not supported; take the "
+            "version that this one was made from, or its GPTQ or GGUF version"
+        )
     if quantization is not None and not isinstance(quantization, dict):
         raise BadCheckpoint(f"{fields.source}: quantization_config is {short(quantization)}, expected an object")
     dtype = str(fields.get("dtype", "torch_dtype") or "bfloat16").removeprefix("torch.")
@@ -250,21 +289,60 @@ def checkpoint_facts(fields: Fields) -> dict[str, Any]:
 
 def rope_config(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     """Both spellings: rope_theta + rope_scaling (transformers 4) and rope_parameters (transformers 5)."""
-    scaling = fields.get("rope_parameters", "rope_scaling") or {}
+    key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    scaling: Any = (fields.get("rope_scaling", "rope_parameters") if key == "rope_scaling" else fields.get(key)) or {}
     if not isinstance(scaling, dict):
-        raise BadCheckpoint(f"{fields.source}: rope_scaling is {short(scaling)}, expected an object")
-    inner = Fields(scaling, f"{fields.source}: rope_scaling")
-    theta = (inner if inner.has("rope_theta") else fields).float("rope_theta", default=10000.0, positive=True)
+        raise BadCheckpoint(f"{fields.source}: {key} is {short(scaling)}, expected an object")
+    inner = Fields(scaling, f"{fields.source}: {key}")
+    theta = _theta(fields, inner, key)
     kind = str(inner.get("rope_type", "type") or "default")
-    if kind not in ("default", "linear", "yarn", "llama3"):
-        raise Unsupported(f"{fields.source}: rope_scaling type {short(kind)}; supported: default, linear, yarn, llama3")
-    trained_len = inner.int("original_max_position_embeddings", default=max_position_embeddings)
+    if kind not in ROPE_KEYS:
+        raise Unsupported(f"{fields.source}: rope_scaling type {short(kind)}; supported: {', '.join(ROPE_KEYS)}")
+    rope = _scaled(fields, inner, kind, theta, max_position_embeddings)
+    _account_for_rope(fields, inner, kind)
+    fields.notices += inner.notices
+    return rope
+
+
+# What each kind of scaling must say, and what else it reads.
+ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+COMMON_ROPE_KEYS = (
+    "rope_theta", "rope_type", "type", "finetuned", "original_max_position_embeddings", "partial_rotary_factor",
+)  # fmt: skip
+OPTIONAL_ROPE_KEYS = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
+
+
+def _theta(fields: Fields, inner: Fields, key: str) -> float:
+    if inner.has("rope_theta"):
+        outer = fields.get("rope_theta")
+        if outer is not None and outer != inner.values["rope_theta"]:
+            fields.tell(
+                f"rope_theta is {short(outer)}, in {key} {short(inner.values['rope_theta'])}; the latter counts"
+            )
+        return inner.float("rope_theta", positive=True)
+    return fields.float("rope_theta", default=10000.0, positive=True)
+
+
+def _scaled(fields: Fields, inner: Fields, kind: str, theta: float, max_position_embeddings: int) -> RopeConfig:
+    for required in ROPE_KEYS[kind]:
+        if not inner.has(required) and not (kind == "llama3" and fields.has(required)):
+            raise BadCheckpoint(f"{inner.source}: {required} is missing, which the type {kind} needs")
+    outer_len = "original_max_position_embeddings"
+    trained = fields if kind in ("yarn", "llama3") and fields.has(outer_len) else inner
+    if trained is fields and inner.get(outer_len) not in (None, fields.values[outer_len]):
+        outer, within = short(fields.values[outer_len]), short(inner.values[outer_len])
+        fields.tell(f"{outer_len} is {outer}, in rope_scaling {within}; the former counts")
     optional = {key: inner.float(key) for key in ("attention_factor", "mscale", "mscale_all_dim") if inner.has(key)}
     return RopeConfig(
         theta=theta,
         kind=kind,  # type: ignore[arg-type]
-        factor=inner.float("factor", default=1.0, positive=True),
-        trained_len=trained_len,
+        factor=inner.float("factor", default=1.0, positive=True) if kind != "default" else 1.0,
+        trained_len=trained.int(outer_len, default=max_position_embeddings),
         beta_fast=inner.float("beta_fast", default=32.0, positive=True),
         beta_slow=inner.float("beta_slow", default=1.0, positive=True),
         truncate=inner.flag("truncate", True),
@@ -274,26 +352,70 @@ def rope_config(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     )
 
 
-def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
-    """Sliding windows by layer: ``layer_types`` if there, else all layers from max_window_layers on, as Qwen2 means it."""
-    window = fields.get("sliding_window")
-    if window is None or not fields.flag("use_sliding_window", default=fields.has("layer_types")):
+def _account_for_rope(fields: Fields, inner: Fields, kind: str) -> None:
+    """Keys that this kind of scaling does not use, unless they change what a rotation is."""
+    inner.require("partial_rotary_factor", (1,))
+    known = {*COMMON_ROPE_KEYS, *ROPE_KEYS[kind], *OPTIONAL_ROPE_KEYS.get(kind, ())}
+    unused = sorted(key for key, value in inner.values.items() if key not in known and value is not None)
+    if unused:
+        inner.tell(f"the type {kind} does not use {', '.join(short(key) for key in unused[:8])}; computed as without")
+
+
+class Windows(msgspec.Struct, frozen=True, kw_only=True):
+    """Which layers see a sliding window only, where config.json does not list them by ``layer_types``."""
+
+    slides: Callable[[int, int], bool]  # of a layer's number and max_window_layers
+    reads_layer_types: bool = True
+
+
+WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28  # as in every Qwen's configuration class
+LAYER_NAMES = {"attention": "full_attention"}  # an older word: the present one
+
+
+def _windows(fields: Fields, num_layers: int, windows: Windows | None) -> tuple[int | None, ...]:
+    """Sliding windows by layer; empty if there are none."""
+    kinds = _layer_types(fields, num_layers)
+    slides = fields.flag("use_sliding_window") and windows is not None
+    if windows is None or not windows.reads_layer_types:
+        if "sliding_attention" in kinds and not slides:
+            fields.tell("layer_types asks for sliding windows, which this model_type does not have; computed without")
+        kinds = []
+    if windows is None and (fields.flag("use_sliding_window") or fields.has("sliding_window")):
+        fields.tell("this model_type has no sliding windows; computed without, as transformers does")
+    fields.seen.update(WINDOW_KEYS)
+    if not slides or windows is None:
+        if "sliding_attention" in kinds:
+            raise Unsupported(
+                f"{fields.source}: layer_types asks for sliding windows, but use_sliding_window is not true"
+            )
         return ()
-    width = fields.int("sliding_window")
-    layer_types = fields.get("layer_types")
-    if layer_types is None:
-        first = fields.int("max_window_layers", default=num_layers, low=0)
-        windows = tuple(width if layer >= first else None for layer in range(num_layers))
-    else:
-        if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
-            raise BadCheckpoint(f"{fields.source}: layer_types is {short(layer_types)}, expected a list of words")
-        if len(layer_types) != num_layers:
-            raise BadCheckpoint(f"{fields.source}: layer_types has {len(layer_types)} entries for {num_layers} layers")
-        unknown = set(layer_types) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise Unsupported(f"{fields.source}: layer_types contains {sorted(unknown)}")
-        windows = tuple(width if kind == "sliding_attention" else None for kind in layer_types)
-    return windows if any(windows) else ()
+    width = fields.int("sliding_window", default=DEFAULT_WINDOW)
+    first = fields.int("max_window_layers", default=DEFAULT_WINDOW_LAYERS, low=0)
+    if kinds:
+        return _some(width if kind == "sliding_attention" else None for kind in kinds)
+    return _some(width if windows.slides(layer, first) else None for layer in range(num_layers))
+
+
+def _layer_types(fields: Fields, num_layers: int) -> list[str]:
+    """Empty if config.json does not list them."""
+    listed = fields.get("layer_types")
+    if listed is None:
+        return []
+    if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
+        raise BadCheckpoint(f"{fields.source}: layer_types is {short(listed)}, expected a list of words")
+    kinds = [LAYER_NAMES.get(kind, str(kind)) for kind in listed]
+    if len(kinds) != num_layers:
+        raise BadCheckpoint(f"{fields.source}: layer_types has {len(kinds)} entries for {num_layers} layers")
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise Unsupported(f"{fields.source}: layer_types contains {sorted(unknown)}, which is not supported")
+    return kinds
+
+
+def _some(windows: Iterable[int | None]) -> tuple[int | None, ...]:
+    found = tuple(windows)
+    return found if any(found) else ()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -301,11 +423,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise BadCheckpoint(f"{path} is larger than {MAX_CONFIG_BYTES} bytes, which no configuration is")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise ModelNotFound(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path} is not valid JSON: {error}") from None
+        raise BadCheckpoint(f"{path} {what_instead(path) or f'is not valid JSON: {error}'}") from None
     if not isinstance(values, dict):
         raise BadCheckpoint(f"{path} holds {type(values).__name__}, expected a JSON object")
     return values

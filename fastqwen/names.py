@@ -16,7 +16,7 @@ from fastqwen.plan.catalog import Entry, catalog, published
 
 DEMO = "demo"
 OWNER = "Qwen"
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*?)(:(?P<choice>[\w.-]+))?")
 _NAME = re.compile(r"(?:(\w[\w.-]*)/)?(\w[\w.-]*)(?::([\w.-]+))?")
 _QUANT = re.compile(r"(?:^|[-.])(i?q\d\w*|fp16|bf16|f16|f32)$", re.I)
 _IN_FULL = re.compile(r"Q\w+[\w.]*-.*(?:Embedding-|Reranker-|GGUF$).*")  # of kinds that the catalogue does not list
@@ -71,6 +71,13 @@ def is_here(text: str) -> bool:
 
 def is_hub_name(text: str) -> bool:
     return _HUB_NAME.fullmatch(text) is not None and ".." not in text
+
+
+def split_hub_name(text: str) -> tuple[str, str | None]:
+    """owner/name:Q4_K_M to the repository and which of its GGUF files."""
+    found = _HUB_NAME.fullmatch(text)
+    assert found is not None
+    return found["repository"], found["choice"]
 
 
 def hub_address(text: str) -> bool:

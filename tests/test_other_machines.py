@@ -67,35 +67,6 @@ def test_without_proc_text_work_has_no_limit_on_memory_and_memory_is_still_known
     assert 0 < facts.free_bytes <= facts.total_bytes
 
 
-def a_group(folder: Path, **files: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in files.items():
-        (folder / name.replace("__", ".")).write_text(f"{value}\n")
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_containers_limit_is_what_there_is(version: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The tightest of the groups around this process, less what is used there; files in memory can go."""
-    monkeypatch.setattr(host, "CGROUPS", tmp_path)
-    own, top = Path("job/task"), tmp_path / "memory" if version == 1 else tmp_path
-    line = "4:memory:/job/task\n3:cpu,cpuacct:/other\n" if version == 1 else "0::/job/task\n"
-    real = Path.read_text
-    monkeypatch.setattr(
-        Path,
-        "read_text",
-        lambda path, *more, **kw: line if str(path) == "/proc/self/cgroup" else real(path, *more, **kw),
-    )
-    limit, used = (
-        ("memory__limit_in_bytes", "memory__usage_in_bytes") if version == 1 else ("memory__max", "memory__current")
-    )
-    stat = ("total_inactive_file" if version == 1 else "inactive_file") + f" {GIB // 4}"
-    a_group(top / own, **{limit: "max" if version == 2 else 2**63 - 4096, used: GIB // 2, "memory__stat": stat})
-    a_group(top / "job", **{limit: 2 * GIB, used: GIB, "memory__stat": stat})
-    facts = host.host_facts()
-    assert facts.total_bytes == 2 * GIB
-    assert facts.free_bytes <= 2 * GIB - GIB + GIB // 4
-
-
 def test_a_limit_on_address_space_counts_as_well(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (GIB, GIB) if which == resource.RLIMIT_DATA else (-1, -1))
     assert host.host_facts().total_bytes <= GIB

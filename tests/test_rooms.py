@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastqwen"
 # From the ground up. A room may import itself and those before it.
 ORDER = [
-    "version", "errors", "logs", "paths", "plot", "records", "outputs", "config", "model_config", "sharding",
-    "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
+    "version", "errors", "logs", "paths", "plot", "text_files", "records", "outputs", "config", "model_config",
+    "config_keys", "sharding", "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
     "names", "demo", "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
 ]  # fmt: skip
 # The same inside server/: app.py and run.py join what stands below them.
@@ -21,6 +21,7 @@ WITHOUT_TORCH = [
     "records.py",
     "config.py",
     "model_config.py",
+    "config_keys.py",
     "models",
     "plan",
     "errors.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 import typing
@@ -83,6 +84,17 @@ def named(model: str) -> str:
     return found
 
 
+def json_object(text: Any) -> dict[str, Any]:
+    """{"rope_type": "yarn", "factor": 4.0}"""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f'{text!r} is not a JSON object, such as {{"rope_type": "yarn", "factor": 4.0}}')
+    return found
+
+
 def help_text(command: Callable[..., None]) -> str:
     """A command's docstring; a paragraph of examples keeps its lines."""
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
@@ -149,6 +161,8 @@ def _parameter(config: type[msgspec.Struct], name: str) -> inspect.Parameter:
     extra: dict[str, Any] = {"min": meta.ge, "max": meta.le}
     panel = next((title for title, fields in GROUPS.items() if name in fields), None)
     text = flag(name)
+    if typing.get_origin(kind) is dict:
+        kind, extra = dict, {"parser": json_object, "metavar": "JSON"}
     if kind is bool and not meta.extra:
         text = f"{text}/--no-{text.removeprefix('--')}"
     elif kind is int and meta.ge is None:

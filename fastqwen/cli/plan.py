@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import msgspec
 import typer
 
+from fastqwen import quant
 from fastqwen.cli.find_model import find_model
 from fastqwen.cli.options import with_options
 from fastqwen.config import Dtype, check_positive, check_utilization
@@ -83,7 +84,8 @@ def plan(
         question = Question.of(settings, named, target.facts)
         answered = answer(question, target)
         machine = _about_this_machine(target, settings.num_gpus) if gpu == "auto" else []
-        notices = (*target.notices, *named.notices, *answered.notices, *machine)
+        own = (*named.notices, *named.model.notices, *quant.notices(named.model.quantization))
+        notices = (*target.notices, *own, *answered.notices, *machine)
         if plot is not None:
             render.plot(question, plot)
         _print_answer(msgspec.structs.replace(answered, notices=notices), as_json=as_json)

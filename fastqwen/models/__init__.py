@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
+import msgspec
+
+from fastqwen.config_keys import account
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.model_config import Fields, ModelConfig, read_json, short
 
+SCALINGS = ("rope_scaling", "rope_parameters")
 QUANTIZE_CONFIG = "quantize_config.json"
 
 
@@ -30,8 +36,11 @@ def find(model_type: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
+def parse_config(
+    values: dict[str, Any], source: str, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> ModelConfig:
     """Normalise a config.json. Raises Unsupported for an unknown architecture, BadCheckpoint for a bad value."""
+    values = overridden(values, overrides)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise BadCheckpoint(f"{source}: model_type is missing")
@@ -42,8 +51,19 @@ def parse_config(values: dict[str, Any], source: str) -> ModelConfig:
     architectures = values.get("architectures")
     if isinstance(architectures, list) and architectures and not any(map(_reads_text, architectures)):
         raise Unsupported(f"{source}: architecture {short(architectures[0])} is not one that continues or embeds texts")
-    config: ModelConfig = module.parse(Fields(values, source))
-    return config
+    fields = Fields(values, source)
+    config: ModelConfig = module.parse(fields)
+    if not _fits(architectures, config.model_type):
+        fields.tell(f"architectures is {short(architectures)}, model_type is {model_type}; {model_type} counts")
+    return msgspec.structs.replace(config, notices=(*fields.notices, *account(fields, config)))
+
+
+def _fits(architectures: Any, model_type: str) -> bool:
+    """Whether the class's name begins with the type's, as Qwen3MoeForCausalLM with qwen3_moe."""
+    if not isinstance(architectures, list) or not architectures:
+        return True
+    word = model_type.replace("_", "").replace("-", "").lower()
+    return any(re.match(rf"{word}(LMHead|For|Model)", str(name), re.IGNORECASE) for name in architectures)
 
 
 def _reads_text(architecture: Any) -> bool:
@@ -53,14 +73,50 @@ def _reads_text(architecture: Any) -> bool:
     return architecture.endswith(("ForCausalLM", "Model")) and not architecture.endswith("RewardModel")
 
 
-def read_config(folder: Path) -> ModelConfig:
+def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with some keys replaced. New positions take the place of old ones under either name, but for the
+    base of their frequencies, unless they bring one."""
+    if not overrides:
+        return values
+    new = {**values, **overrides}
+    scaled = next((key for key in SCALINGS if overrides.get(key) is not None), None)
+    old: dict[str, Any] = next(
+        (values[key] for key in SCALINGS if isinstance(values.get(key), dict) and values[key]), {}
+    )
+    if scaled is not None:
+        new |= {key: None for key in SCALINGS if key != scaled}
+        if old.get("rope_theta") is not None:
+            new["rope_theta"] = overrides.get("rope_theta", old["rope_theta"])
+    elif "rope_theta" in overrides:
+        new |= {key: _without_theta(values[key]) for key in SCALINGS if key in values}
+    return new
+
+
+def _without_theta(scaling: Any) -> Any:
+    return (
+        {key: value for key, value in scaling.items() if key != "rope_theta"} if isinstance(scaling, dict) else scaling
+    )
+
+
+def read_config(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
     """A folder's config.json; early GPTQ checkpoints keep their quantization in quantize_config.json beside it."""
     path = folder / "config.json"
     values = read_json(path)
     beside = quantization_source(folder)
     if beside != path:
         values["quantization_config"] = {"quant_method": "gptq", **read_json(beside)}
-    return parse_config(values, str(path))
+    config = parse_config(values, str(path), overrides)
+    return msgspec.structs.replace(config, notices=(*config.notices, *_contradictions(folder, config)))
+
+
+def _contradictions(folder: Path, config: ModelConfig) -> list[str]:
+    """Where quantize_config.json says something else than config.json, which counts."""
+    beside, counts = folder / QUANTIZE_CONFIG, config.quantization or {}
+    other = read_json(beside) if beside.is_file() else {}
+    keys = [
+        key for key in ("bits", "group_size", "desc_act") if key in other and other[key] != counts.get(key, other[key])
+    ]
+    return [f"{beside}: {', '.join(keys)} differ from config.json, which counts"] if keys else []
 
 
 def quantization_source(folder: Path) -> Path:

@@ -10,4 +10,6 @@ NAMES = Names()
 
 def parse(fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias")
-    return ModelConfig(**common(fields), qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"))
+    return ModelConfig(
+        **common(fields, default_max_len=2048), qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias")
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 
@@ -24,6 +26,21 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
     shared_gate_up: tuple[str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
     shared_down: str = "mlp.shared_expert.down_proj"
     shared_gate: str = "mlp.shared_expert_gate"
+
+    def holds(self, tensor: str, num_layers: int) -> bool:
+        """Whether a tensor belongs to a part of a decoder of so many layers, under these names."""
+        module = tensor.rpartition(".")[0]
+        for names in (self, self.without_prefix()):
+            if module in (names.embed, names.final_norm, names.head):
+                return True
+            layer = re.fullmatch(re.escape(names.layer).replace(r"\{layer\}", r"(\d+)") + "(.+)", module)
+            if layer is not None and int(layer[1]) < num_layers:
+                return re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", layer[2]) in self._of_layer()
+        return False
+
+    def _of_layer(self) -> set[str]:
+        names = [getattr(self, field) for field in self.__struct_fields__[4:]]
+        return {one for name in names for one in (name if isinstance(name, tuple) else (name,))}
 
     def without_prefix(self) -> Names:
         """As in a checkpoint that was saved without its head, such as Qwen3-Embedding: no ``model.`` in front."""

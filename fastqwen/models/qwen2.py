@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fastqwen.model_config import Fields, ModelConfig, common
+from fastqwen.model_config import Fields, ModelConfig, Windows, common
 from fastqwen.models.names import Names
 
 NAMES = Names()
+WINDOWS = Windows(slides=lambda layer, first: layer >= first)
 
 
 def parse(fields: Fields) -> ModelConfig:
-    return ModelConfig(**common(fields), qkv_bias=True)
+    return ModelConfig(**common(fields, windows=WINDOWS), qkv_bias=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from fastqwen.model_config import Fields, ModelConfig, MoeConfig, common, routed_experts
+from fastqwen.model_config import Fields, ModelConfig, MoeConfig, Windows, common, routed_experts
 from fastqwen.models.names import Names
 
 NAMES = Names()
+WINDOWS = Windows(slides=lambda layer, first: layer % 2 == 0 and layer < first)
 
 
 def parse(fields: Fields) -> ModelConfig:
-    shared = common(fields)
+    shared = common(fields, windows=WINDOWS)
     moe = MoeConfig(
         **routed_experts(fields, shared["num_layers"]),
         shared_size=fields.int("shared_expert_intermediate_size"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from fastqwen.model_config import Fields, ModelConfig, common
+from fastqwen.model_config import Fields, ModelConfig, Windows, common
 from fastqwen.models.names import Names
 
 NAMES = Names()
+WINDOWS = Windows(slides=lambda layer, first: layer >= first)
 
 
 def parse(fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias")
-    return ModelConfig(**common(fields, default_head_dim=128), qk_norm=True, qkv_bias=bias, o_bias=bias)
+    return ModelConfig(
+        **common(fields, default_head_dim=128, windows=WINDOWS), qk_norm=True, qkv_bias=bias, o_bias=bias
+    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from fastqwen.model_config import Fields, ModelConfig, MoeConfig, common, routed_experts
+from fastqwen.model_config import Fields, ModelConfig, MoeConfig, Windows, common, routed_experts
 from fastqwen.models.names import Names
 
 NAMES = Names()
+WINDOWS = Windows(slides=lambda layer, first: True, reads_layer_types=False)
 
 
 def parse(fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias")
-    shared = common(fields, default_head_dim=128)
+    shared = common(fields, windows=WINDOWS)
     moe = MoeConfig(**routed_experts(fields, shared["num_layers"]))
     return ModelConfig(**shared, qk_norm=True, qkv_bias=bias, o_bias=bias, moe=moe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from fastqwen import quant
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit, Unsupported
 from fastqwen.kernels.limits import GPU_BLOCK_SIZES, GPU_HEAD_DIMS, decode_stages, shared_bytes
@@ -14,7 +15,7 @@ from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import CPU_STEP_TOKENS, DTYPE_BYTES, FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
 from fastqwen.plan.generations import TORCH_ONLY, generation_of
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
-from fastqwen.plan.question import PlanOptions, Question, is_fitting
+from fastqwen.plan.question import PlanOptions, Question, beyond_training, is_fitting, too_long
 from fastqwen.plan.steps import mixed_tokens, step_tokens
 from fastqwen.plan.weights import num_parameters
 
@@ -53,6 +54,7 @@ def make_plan(
     dtype, notices = choose_dtype(config.dtype, model, facts)
     if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
+    notices = [*model.notices, *quant.notices(model.quantization), *notices]
     on_cpu = facts.kind == "cpu"
     if not on_cpu and generation_of(facts.compute_capability).is_torch_only:
         notices.append(f"{facts.name} computes by {TORCH_ONLY}")
@@ -66,9 +68,7 @@ def make_plan(
     per_token = kv_bytes_per_token(model, dtype)
     wished_len = config.max_model_len or model.default_max_len
     if wished_len > model.default_max_len:
-        raise BadConfig(
-            f"--max-model-len is {wished_len}, but {config.model} was made for at most {model.default_max_len} tokens"
-        )
+        raise too_long(wished_len, config.model, model)
     need = need_of_engine(model, config, facts, dtype=dtype, max_model_len=wished_len)
     kv_bytes = config.kv_cache_memory_bytes or available_kv_bytes
     if kv_bytes is None:
@@ -82,6 +82,8 @@ def make_plan(
                 f"{kv_bytes / GIB:.2f} GiB are free: {_remedy(model, config, facts, room)}"
             )
         notices.append(f"the KV cache holds {room} tokens, so the longest sequence is {room}, not {wished_len}")
+    if not config.rope_per_request:
+        notices += beyond_training(model, min(wished_len, room))
     return EnginePlan(
         dtype=dtype,
         kv_cache_dtype=dtype,

@@ -76,14 +76,37 @@ def trained_len(model: ModelConfig) -> int:
     return model.rope.trained_len if model.rope.kind == "qwen1_ntk" else model.default_max_len
 
 
+def too_long(wished: int, name: str, model: ModelConfig) -> BadConfig:
+    """The answer to a --max-model-len beyond what the model was made for, and how it can be reached."""
+    limit = model.default_max_len
+    hint = ""
+    if model.rope.kind == "default":
+        yarn = f'{{"rope_type": "yarn", "factor": {max(2, ceil(wished / limit))}.0}}'
+        hint = f"; longer ones need another scaling of positions (YaRN), such as --rope-scaling '{yarn}'"
+    return BadConfig(f"--max-model-len is {wished}, but {name} was made for at most {limit} tokens{hint}")
+
+
+def beyond_training(model: ModelConfig, length: int) -> list[str]:
+    """What happens to sequences that are longer than what was trained, where ``length`` allows them."""
+    rope = model.rope
+    if length <= rope.trained_len:
+        return []
+    if rope.kind == "yarn":
+        how = f"all sequences, short ones as well, are computed with YaRN's factor {rope.factor:g} (--rope-per-request: only"
+        return [f"the model was trained with {rope.trained_len} tokens; up to {length}, {how} longer ones)"]
+    if rope.kind == "qwen1_ntk":
+        return [
+            f"the model was trained with {rope.trained_len} tokens; prompts beyond are computed with a larger theta"
+        ]
+    return []
+
+
 def resolve(question: Question) -> tuple[Load, EngineProfile, list[str]]:
     """What was left open made definite. Raises BadConfig for a length, a number or a type that cannot be."""
     model = question.model
     length = question.max_model_len or trained_len(model)
     if length > model.default_max_len:
-        raise BadConfig(
-            f"--max-model-len is {length}, but {question.name} was made for at most {model.default_max_len} tokens"
-        )
+        raise too_long(length, question.name, model)
     if question.concurrency < 1:
         raise BadConfig(f"--concurrency is {question.concurrency}, but must be at least 1")
     model.local(question.num_gpus)

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from fastqwen import quant
 from fastqwen.config import EngineConfig
+from fastqwen.errors import BadCheckpoint
 from fastqwen.model_config import ModelConfig
 
 
 def is_quantization_served(model: ModelConfig) -> bool:
-    return quant.method_word(model.quantization) in quant.supported()
+    return _refusal(model) is None
+
+
+def _refusal(model: ModelConfig) -> str | None:
+    """What the loader would say to how the weights are stored."""
+    word = quant.method_word(model.quantization)
+    if word not in quant.supported():
+        return f"{word.upper() or 'quantized'} weights"
+    try:
+        quant.find(model.quantization, "config.json")
+    except BadCheckpoint as error:
+        return str(error)
+    return None
 
 
 def not_served_yet(model: ModelConfig, *, num_gpus: int, kv_cache_dtype: str) -> tuple[str, ...]:
@@ -18,6 +31,7 @@ def not_served_yet(model: ModelConfig, *, num_gpus: int, kv_cache_dtype: str) ->
         found.append("one model on several GPUs")
     if kv_cache_dtype != "auto" and "kv_cache_dtype" not in EngineConfig.__struct_fields__:
         found.append("an 8-bit KV cache")
-    if not is_quantization_served(model):
-        found.append(f"{quant.method_word(model.quantization).upper()} weights")
+    refusal = _refusal(model)
+    if refusal is not None:
+        found.append(refusal)
     return tuple(found)

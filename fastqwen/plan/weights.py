@@ -76,7 +76,7 @@ def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: i
     method = quant.find(quantization, "config.json")
     held = method.held_bytes(matrix.inputs, matrix.outputs, element=element, is_expert=matrix.expert)
     # Every linear of a GPTQ checkpoint has a bias, even where the model has none.
-    has_bias = matrix.bias or (quant.method_word(quantization) == "gptq" and not matrix.expert)
+    has_bias = matrix.bias or (quant.method_word(quantization) in ("gptq", "auto_round") and not matrix.expert)
     return held + (matrix.outputs * element if has_bias else 0)
 
 
@@ -88,7 +88,7 @@ def _bytes_in_file(matrix: Matrix, quantization: dict[str, Any]) -> int:
         block = quantization.get("weight_block_size")
         scales = ceil(matrix.inputs / block[1]) * ceil(matrix.outputs / block[0]) if block else 1
         return matrix.entries + scales * FP8_SCALE_BYTES
-    if method not in ("gptq", "awq"):
+    if method not in ("gptq", "auto_round", "awq"):
         raise Unsupported(f"the planner knows no quantization method {method!r}; it knows gptq, awq and fp8")
     fields = Fields(quantization, "quantization_config")
     bits = fields.int("bits", default=4, high=16)

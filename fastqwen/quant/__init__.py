@@ -51,6 +51,7 @@ class ExpertsSpec:
 
 
 class QuantMethod(Protocol):
+    notices: tuple[str, ...]  # what the configuration says and is not read, a line each
     preferred_dtype: str | None  # of activations on a GPU, unless the user says otherwise; None: the device's usual one
 
     def held_bytes(self, in_size: int, out_size: int, *, element: int, is_expert: bool) -> int:
@@ -67,7 +68,11 @@ def supported() -> list[str]:
 
 def method_word(quantization: dict[str, Any] | None) -> str:
     """The method's file name, whether there is such a file or not."""
-    return "dense" if quantization is None else str(quantization.get("quant_method", "")).lower().replace("-", "_")
+    return (
+        "dense"
+        if quantization is None
+        else str(quantization.get("quant_method", "")).lower().rpartition("/")[2].replace("-", "_")
+    )
 
 
 def find(quantization: dict[str, Any] | None, source: str) -> QuantMethod:
@@ -79,6 +84,11 @@ def find(quantization: dict[str, Any] | None, source: str) -> QuantMethod:
         )
     method: QuantMethod = importlib.import_module(f"{__name__}.{word}").from_config(quantization or {}, source)
     return method
+
+
+def notices(quantization: dict[str, Any] | None) -> tuple[str, ...]:
+    """Of a method that is there."""
+    return find(quantization, "config.json").notices if method_word(quantization) in supported() else ()
 
 
 def preferred_dtype(quantization: dict[str, Any] | None) -> str | None:

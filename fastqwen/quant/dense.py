@@ -20,6 +20,7 @@ Matrix = Callable[[str, tuple[int, int], Part | None], "Tensor"]  # name, whole 
 
 
 class Dense:
+    notices = ()
     preferred_dtype = None
 
     def held_bytes(self, in_size: int, out_size: int, *, element: int, is_expert: bool) -> int:

@@ -1,8 +1,9 @@
-"""GPTQ checkpoints, Int4 and Int8, in the layout of AutoGPTQ and GPTQModel (arXiv 2210.17323 for the method).
+"""GPTQ checkpoints in the layout of AutoGPTQ and GPTQModel (arXiv 2210.17323 for the method).
 
-Weights stay packed. Each linear of the checkpoint has qweight int32 [in * bits / 32, out], qzeros int32
-[groups, out * bits / 32], scales [groups, out], and perhaps g_idx int32 [in] and bias [out]. Format ``gptq`` stores each
-zero minus one, ``gptq_v2`` as it is. A module that has a plain ``weight`` instead was left as it was, and is loaded so.
+Weights stay packed in 4 or 8 bits; those of 2 and 3 bits are held in 4. Each linear of the checkpoint has qweight int32
+[in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales [groups, out], and perhaps g_idx int32 [in] and
+bias [out]; of 3 bits, 32 numbers lie in three words. Format ``gptq`` stores each zero minus one, ``gptq_v2`` as it is. A
+module that has a plain ``weight`` instead was left as it was, and is loaded so.
 """
 
 from __future__ import annotations
@@ -34,8 +35,23 @@ ORDER_BYTES = 8  # the group of each input as int64, where they are out of order
 class Gptq:
     preferred_dtype = "float16"  # that of the scales
 
-    def __init__(self, *, bits: int, group_size: int, desc_act: bool, zero_offset: int) -> None:
-        self.bits = bits
+    def __init__(
+        self,
+        *,
+        bits: int,
+        group_size: int,
+        desc_act: bool,
+        zero_offset: int | None,
+        symmetric: bool = False,
+        notices: tuple[str, ...] = (),
+    ) -> None:
+        """``zero_offset`` is what the file's zeros lack; None: they say nothing, for all are in the middle. ``symmetric``:
+        so says the configuration, too."""
+        self.symmetric = symmetric
+        self._told_of_zeros = False
+        self.notices = notices
+        self.file_bits = bits
+        self.bits = max(4, bits)
         self.group_size = group_size  # -1: one group for all inputs
         self.desc_act = desc_act
         self.zero_offset = zero_offset
@@ -64,7 +80,7 @@ class Gptq:
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
         if not self._told and weights.has(f"{spec.down.format(expert=0)}.qweight"):
             self._told = True
-            log.warning("the experts' %d-bit weights are unpacked to %s while loading", self.bits, weights.dtype)
+            log.warning("the experts' %d-bit weights are unpacked to %s while loading", self.file_bits, weights.dtype)
         return stacked(weights, spec, ops, lambda name, shape, part: self._plain(weights, name, shape, part))
 
     def _plain(self, weights: Weights, name: str, shape: tuple[int, int], part: Part | None) -> Tensor:
@@ -95,27 +111,32 @@ class Gptq:
         outputs: Ranges | None,
         bias: Tensor | None,
     ) -> GroupedWeight:
-        per_word = 32 // self.bits
+        from fastqwen.weights.words import numbers_of_unit, words_of_unit  # torch, which the planner does without
+
+        unit = numbers_of_unit(self.file_bits)
         group_size = in_size if self.group_size == -1 else self.group_size
-        if in_size % per_word or out_size % per_word:
-            raise weights.fault(f"{name}.qweight", f"cannot hold {in_size} x {out_size} numbers of {self.bits} bits")
+        if in_size % unit or out_size % unit:
+            raise weights.fault(
+                f"{name}.qweight", f"cannot hold {in_size} x {out_size} numbers of {self.file_bits} bits"
+            )
         num_groups = self._num_groups(in_size)
         groups = self._groups(weights, name, in_size, group_size, num_groups)
-        packed_zeros = weights.words(f"{name}.qzeros", (num_groups, out_size // per_word))
-        zeros = self._zeros(packed_zeros)
+        words = words_of_unit(self.file_bits)
+        zeros = self._zeros(weights.words(f"{name}.qzeros", (num_groups, out_size // unit * words)))
         codes = scales = None  # which part of them; None: all
         if outputs is not None:
             codes = scales = Part(1, outputs)
             zeros = weights.lines(zeros, scales)
         elif inputs is not None:
-            codes = Part(0, _divided(weights, name, inputs, per_word, "numbers of a word"))
+            units = _divided(weights, name, inputs, unit, "numbers of a word")
+            codes = Part(0, tuple((start * words, stop * words) for start, stop in units))
             if groups is None and self.group_size != -1:
                 scales = Part(0, _divided(weights, name, inputs, group_size, "inputs of a group"))
                 zeros = weights.lines(zeros, scales)
             elif groups is not None:
                 groups = weights.lines(groups, Part(0, inputs))
         return GroupedWeight(
-            codes=weights.words(f"{name}.qweight", (in_size // per_word, out_size), part=codes),
+            codes=self._codes(weights.words(f"{name}.qweight", (in_size // unit * words, out_size), part=codes)),
             scales=weights.tensor(f"{name}.scales", (num_groups, out_size), keep_type=True, part=scales),
             zeros=zeros,
             group_of=groups,
@@ -127,9 +148,26 @@ class Gptq:
     def _zeros(self, packed: Tensor) -> Tensor:
         import torch
 
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=packed.device)
-        zeros = (packed.unsqueeze(-1) >> shifts).bitwise_and_(2**self.bits - 1)
-        return zeros.flatten(1).to(torch.int16) + self.zero_offset
+        from fastqwen.weights.words import unpack
+
+        zeros = unpack(packed.T, self.file_bits).T.to(torch.int16).contiguous()
+        middle = 2 ** (self.file_bits - 1)
+        if self.zero_offset is None:
+            return zeros.fill_(middle)
+        zeros += self.zero_offset
+        if self.symmetric and not self._told_of_zeros and bool((zeros != middle).any()):
+            self._told_of_zeros = True
+            log.warning(
+                "sym is true, but the zeros, read as checkpoint_format says, are not all %d: if answers are nonsense, the "
+                "checkpoint_format (gptq or gptq_v2) is wrong",
+                middle,
+            )
+        return zeros
+
+    def _codes(self, words: Tensor) -> Tensor:
+        from fastqwen.weights.words import pack, unpack
+
+        return words if self.bits == self.file_bits else pack(unpack(words, self.file_bits), self.bits)
 
     def _groups(self, weights: Weights, name: str, in_size: int, group_size: int, num_groups: int) -> Tensor | None:
         if not self.desc_act and not weights.has(f"{name}.g_idx"):
@@ -149,28 +187,74 @@ def _divided(weights: Weights, name: str, ranges: Ranges, unit: int, what: str) 
     return tuple((start // unit, stop // unit) for start, stop in ranges)
 
 
+# Keys of how the weights were found, and of what they are called; null and false are no others.
+SILENT = frozenset((
+    "quant_method", "sym", "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "model_name_or_path",
+    "model_file_base_name", "dataset", "tokenizer", "meta", "backend", "model_seqlen", "block_name_to_quantize",
+    "module_name_preceding_first_block", "batch_size", "pad_token_id", "max_input_length", "cache_block_outputs",
+    "modules_in_block_to_quantize", "act_group_aware", "use_cuda_fp16", "use_exllama", "exllama_config", "disable_exllama",
+    "parallel_packing", "offload_to_disk", "offload_to_disk_path", "mse", "hyb_act", "quantizer", "version", "iters", "lr",
+    "minmax_lr", "nsamples", "seqlen", "autoround_version", "enable_quanted_input", "enable_minmax_tuning", "data_type",
+    "amp", "scale_dtype", "low_gpu_mem_usage", "low_cpu_mem_usage", "enable_norm_bias_tuning", "gradient_accumulate_steps",
+    "to_quant_block_names", "quant_block_list", "seed", "awq_gemm_checkpoint", "is_marlin_format", "lm_head", "dynamic",
+    "pack_dtype", "vram_opt_memory_cleanup_interval", "vram_opt_ignore_modules", "gptaq", "gptaq_alpha", "v2", "v2_alpha",
+    "v2_memory_device", "failsafe", "fail_safe", "process", "parameters_to_quantize", "super_group_size", "super_bits",
+    "act_bits", "act_data_type", "act_group_size", "act_sym", "act_dynamic", "device", "device_map", "supported_types",
+))  # fmt: skip
+NUM_BITS = (2, 3, 4, 8)
+
+
 def from_config(config: dict[str, Any], source: str) -> Gptq:
     """Raises Unsupported for a variant whose numbers would come out wrong, BadCheckpoint for a value that cannot be."""
     fields = Fields(config, f"{source}: quantization_config")
-    bits = fields.int("bits")
-    if bits not in (4, 8):
-        raise Unsupported(f"{fields.source}: GPTQ with {bits} bits is not supported; supported: 4, 8")
-    layout = str(fields.get("checkpoint_format", "format") or "gptq")
+    layout = str(fields.get("checkpoint_format", "format") or "gptq").lower()
     if layout not in ZERO_OFFSETS or fields.flag("is_marlin_format"):
         word = short("marlin" if fields.flag("is_marlin_format") else layout)
         raise Unsupported(
             f"{fields.source}: checkpoint_format {word} is not supported; supported: {', '.join(ZERO_OFFSETS)}"
         )
+    return from_fields(fields, ZERO_OFFSETS[layout], desc_act=fields.flag("desc_act"))
+
+
+def from_fields(fields: Fields, zero_offset: int | None, *, desc_act: bool) -> Gptq:
+    """What all that is packed so has in common."""
+    bits = fields.int("bits")
+    if bits not in NUM_BITS:
+        raise Unsupported(f"{fields.source}: {bits} bits are not supported; supported: {', '.join(map(str, NUM_BITS))}")
     fields.require("pack_dtype", ("int32",))
     fields.require("lm_head", (False,))
-    if any(not str(rule).startswith("-") for rule in fields.get("dynamic") or {}):
-        raise Unsupported(f"{fields.source}: dynamic gives modules different bits or groups, which is not supported")
-    group_size = fields.int("group_size", default=-1, low=-1)
+    for key in ("rotation", "adapter"):  # they change what the packed numbers mean, or add to it
+        fields.require(key, ())
+    group_size = fields.int("group_size", default=128, low=-1)
     if group_size == 0:
         raise BadCheckpoint(f"{fields.source}: group_size is 0, expected -1 or at least 1")
+    _check_rules(fields, bits, group_size, desc_act)
+    unknown = sorted(
+        key for key, value in fields.values.items() if key not in fields.seen | SILENT and value not in (None, False)
+    )
+    if unknown:
+        fields.tell(f"not read: {', '.join(short(key) for key in unknown[:8])}")
     return Gptq(
         bits=bits,
         group_size=group_size,
-        desc_act=fields.flag("desc_act"),
-        zero_offset=ZERO_OFFSETS[layout],
+        desc_act=desc_act,
+        zero_offset=zero_offset,
+        symmetric=fields.flag("sym"),
+        notices=tuple(fields.notices),
     )
+
+
+def _check_rules(fields: Fields, bits: int, group_size: int, desc_act: bool) -> None:
+    """``dynamic`` may leave modules as they are, which the tensors show; others of its rules must say the usual."""
+    rules = fields.get("dynamic") or {}
+    if not isinstance(rules, dict):
+        raise BadCheckpoint(f"{fields.source}: dynamic is {short(rules)}, expected an object")
+    usual = {"bits": bits, "group_size": group_size, "desc_act": desc_act}
+    for rule, changes in rules.items():
+        if rule.startswith("-"):
+            continue
+        if not isinstance(changes, dict) or any(changes.get(key, value) != value for key, value in usual.items()):
+            raise Unsupported(
+                f"{fields.source}: dynamic gives modules other bits or groups ({short(rule)}), which is not supported"
+            )
+        fields.tell(f"dynamic's rule {short(rule)} changes nothing that is read")

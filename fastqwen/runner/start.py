@@ -29,6 +29,7 @@ from fastqwen.plan import EnginePlan, Line, Measured, compare, make_plan
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts, has_own_kernels
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.weights.accounting import account
 from fastqwen.weights.checkpoint import Checkpoint, open_checkpoint
 from fastqwen.weights.source import DummyWeights, Weights
 
@@ -60,7 +61,7 @@ def start_engine(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     dummy = config.load_format == "dummy"
-    checkpoint = open_checkpoint(path, with_tensors=not dummy)
+    checkpoint = open_checkpoint(path, with_tensors=not dummy, overrides=config.overrides)
     quant.find(checkpoint.model.quantization, checkpoint.source)  # refused by its file's name, before it is planned for
     device = choose_device(config)
     plan = make_plan(checkpoint.model, config, device_facts(device))
@@ -137,4 +138,5 @@ def _load(
     else:
         weights = Weights(checkpoint.tensors, dtype, device)
     decoder = build_decoder(checkpoint.model, weights, ops, source=checkpoint.source, progress=progress)
+    account(weights, checkpoint.model, checkpoint.source)
     return decoder, weights.num_bytes

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastqwen.errors import BadConfig
 from fastqwen.paths import state_dir
 
 MAX_KEPT = 1000
@@ -24,7 +25,7 @@ class LineEditor:
 
     def __init__(self, history: Path | None = None) -> None:
         self._readline: Any = None
-        self._file = history or state_dir() / "chat_history.jsonl"
+        self._file = history or _history_file()
         with contextlib.suppress(ImportError):
             import readline
 
@@ -53,6 +54,15 @@ class LineEditor:
         except (OSError, ValueError):
             return []
         return [one for one in found if isinstance(one, str)][-MAX_KEPT:]
+
+
+def _history_file() -> Path:
+    """Where messages are remembered; where no folder can be written, they are forgotten, and said to be."""
+    try:
+        return state_dir() / "chat_history.jsonl"
+    except BadConfig as error:
+        print(f"messages are not remembered: {error}", file=sys.stderr)
+        return Path(os.devnull)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -13,7 +15,15 @@ from fastqwen.text.tokenizer import QWEN_WORDS
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+log = logging.getLogger(__name__)
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
+
+# What ends an answer wherever a vocabulary has it, as llama.cpp takes it (llama-vocab.cpp, end-of-generation tokens).
+ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>")  # fmt: skip
+# A token of this shape that no merges lead to was added as a whole; those with bars are never text.
+ADDED = re.compile(r"<[|\uff5c].+[|\uff5c]>|</?[a-z_]+>")
 
 # How text is cut into words before merges apply, by tokenizer.ggml.pre. The patterns are GPT-2's, and what the tokenizer.json
 # of Qwen2 and of Llama 3 contain.
@@ -32,8 +42,21 @@ KINDS = {
     "qwen2": _Kind(QWEN_WORDS, nfc=True),
     "llama-bpe": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
     "llama3": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
+    "llama-v3": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
+    "falcon3": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
+    "deepseek-r1-qwen": _Kind(QWEN_WORDS),
+    "megrez": _Kind(QWEN_WORDS),
+    "stablelm2": _Kind(QWEN_WORDS),
+    "dbrx": _Kind(_LLAMA3),
+    "smaug-bpe": _Kind(_LLAMA3),
     "smollm": _Kind(None, digits_alone=True),
+    "starcoder": _Kind(None, digits_alone=True),
+    "refact": _Kind(None, digits_alone=True),
+    "command-r": _Kind(None, digits_alone=True),
+    "codeshell": _Kind(None, digits_alone=True),
     "gpt-2": _Kind(None),
+    "mpt": _Kind(None),
+    "phi-2": _Kind(None),
     "default": _Kind(None),
 }
 
@@ -46,13 +69,15 @@ class TextFacts(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_id: int | None
     add_bos: bool
     add_eos: bool = False  # embedding models close a text with it
+    tool_template: str | None = None  # for chats with tools, where there is one of its own
+    ends: tuple[int, ...] = ()  # what ends an answer beside eos_token_id
 
 
 def text_facts(metadata: dict[str, Any], source: str = "the GGUF file") -> TextFacts:
     """``source`` is the file that errors name. Raises BadCheckpoint for a value of a wrong type."""
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise BadCheckpoint(f"{source}: tokenizer.chat_template is not text")
+    template, tool_template = (
+        _text(metadata, key, source) for key in ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
+    )
     pre = metadata.get("tokenizer.ggml.pre")
     default = isinstance(pre, str) and pre in KINDS and KINDS[pre].add_bos
     return TextFacts(
@@ -61,7 +86,23 @@ def text_facts(metadata: dict[str, Any], source: str = "the GGUF file") -> TextF
         eos_token_id=_token_id(metadata, "eos_token_id", source),
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", default) is True,
         add_eos=metadata.get("tokenizer.ggml.add_eos_token") is True,
+        tool_template=tool_template,
+        ends=_ends(metadata, source),
     )
+
+
+def _text(metadata: dict[str, Any], key: str, source: str) -> str | None:
+    value = metadata.get(key)
+    if value is not None and not isinstance(value, str):
+        raise BadCheckpoint(f"{source}: {key} is not text")
+    return value
+
+
+def _ends(metadata: dict[str, Any], source: str) -> tuple[int, ...]:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    named = [_token_id(metadata, f"{name}_token_id", source) for name in ("eot", "eom")]
+    found = [number for number, token in enumerate(tokens) if token in ENDS] if isinstance(tokens, list) else []
+    return tuple(dict.fromkeys([*(number for number in named if number is not None), *found]))
 
 
 def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
@@ -72,7 +113,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
     import tokenizers
     from tokenizers import decoders, models
 
-    kind = _kind(metadata, source)
+    kind = kind_of_words(metadata, source)
     tokens = _strings(metadata, "tokens", source)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if not tokens or len(vocabulary) != len(tokens):
@@ -91,7 +132,8 @@ def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
     return tokenizer
 
 
-def _kind(metadata: dict[str, Any], source: str) -> _Kind:
+def kind_of_words(metadata: dict[str, Any], source: str) -> _Kind:
+    """Raises Unsupported for a tokenizer of another kind, BadCheckpoint where there is none."""
     model = metadata.get("tokenizer.ggml.model")
     if model is None:
         raise BadCheckpoint(f"{source} holds no tokenizer: tokenizer.ggml.model is missing")
@@ -104,6 +146,7 @@ def _kind(metadata: dict[str, Any], source: str) -> _Kind:
     pre = metadata.get("tokenizer.ggml.pre")
     if pre is None:  # files from before the key existed
         pre = "qwen2" if str(metadata.get("general.architecture")).startswith("qwen") else "default"
+        log.warning("%s: tokenizer.ggml.pre is missing; words are cut as %s does", source, pre)
     if not isinstance(pre, str) or pre not in KINDS:
         raise Unsupported(f"{source}: tokenizer.ggml.pre is {str(pre)[:40]!r}; supported: {', '.join(KINDS)}")
     return KINDS[pre]
@@ -150,15 +193,42 @@ def _add_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str
 
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
-        return
+        types = np.full(len(tokens), NORMAL)
     if not isinstance(types, np.ndarray) or types.shape != (len(tokens),) or types.dtype.kind not in "iu":
         raise BadCheckpoint(f"{source}: tokenizer.ggml.token_type is not a list of {len(tokens)} whole numbers")
+    mistyped = _mistyped(metadata, tokens, types)
+    if mistyped:
+        names = ", ".join(tokens[number] for number in sorted(mistyped)[:8])
+        log.warning(
+            "%s: tokenizer.ggml.token_type calls %s text; taken as the added tokens that they are", source, names
+        )
+    types = types.copy()
+    for number, kind in mistyped.items():
+        types[number] = kind
     added = []
-    for number in np.flatnonzero((types == CONTROL) | (types == USER_DEFINED)):
+    for number in map(int, np.flatnonzero((types == CONTROL) | (types == USER_DEFINED))):
         if not tokens[number]:
             raise BadCheckpoint(f"{source}: control token {number} has no text")
         added.append(AddedToken(tokens[number], special=bool(types[number] == CONTROL), normalized=False))
     tokenizer.add_tokens(added)
+
+
+def _mistyped(metadata: dict[str, Any], tokens: list[str], types: np.ndarray[Any, Any]) -> dict[int, int]:
+    """Tokens that were added as wholes and are not typed so, with the type that they should have.
+
+    llama.cpp corrects those that end answers; others would be spelled out in letters, which the model never saw.
+    """
+    merged = {
+        merge.replace(" ", "", 1) for merge in metadata.get("tokenizer.ggml.merges") or () if isinstance(merge, str)
+    }
+    found = {}
+    for number, token in enumerate(tokens):
+        if types[number] == CONTROL or token in merged or ADDED.fullmatch(token) is None:
+            continue
+        kind = CONTROL if token[1:2] in "|\uff5c" or token in ENDS else USER_DEFINED
+        if types[number] != USER_DEFINED or token in ENDS:
+            found[number] = kind
+    return found
 
 
 def _add_ends(tokenizer: Tokenizer, facts: TextFacts, tokens: list[str], source: str) -> None:

@@ -15,9 +15,12 @@ from fastqwen.model_config import ModelConfig, read_json
 from fastqwen.records import SamplingParams
 from fastqwen.text.belonging import check_eos, check_eos_token, check_template, check_vocabulary
 from fastqwen.text.chatml import PiecewiseChatMl
+from fastqwen.text.folder_templates import folder_templates
+from fastqwen.text.folder_tokenizer import from_tokenizer_json, from_vocabulary, no_tokenizer, tokenizer_words
 from fastqwen.text.stops import StopToken, derive_stops
 from fastqwen.text.template import CHATML, ChatTemplate
 from fastqwen.text.tokenizer import JsonTokenizer, NoTokenizer, Tokenizer
+from fastqwen.text_files import read_text
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -26,7 +29,6 @@ log = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-MAX_TOKENIZER_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class _TextFiles:
     template_origin: str
     tokenizer_eos: str | int | None
     variables: dict[str, Any]
+    tool_template: str | None = None  # for requests with tools, if there is one of its own
+    ends: tuple[int, ...] = ()  # further tokens that end an answer
 
 
 def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools:
@@ -82,6 +86,7 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
         generation_config=own,
         chosen={str(file): generation} if generation != own else {},
         tokenizer_eos=files.tokenizer_eos,
+        further=files.ends,
     )
     return TextTools(
         tokenizer=files.tokenizer,
@@ -93,62 +98,26 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
 
 
 def _from_folder(folder: Path) -> _TextFiles:
-    tokenizer_config = _read_if_there(folder / "tokenizer_config.json")
-    tokenizer, file, piecewise = _folder_tokenizer(folder)
-    template, origin = _folder_template(folder, tokenizer_config)
-    if piecewise and template is None:
-        origin = PiecewiseChatMl.origin
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    variables = {name: _token_text(tokenizer_config.get(name)) for name in names}
+    words = tokenizer_words(folder)
+    tokenizer, file, piecewise = _folder_tokenizer(folder, words)
+    templates = folder_templates(folder, words)
+    origin = PiecewiseChatMl.origin if piecewise and templates.default is None else templates.origin
+    variables = {name: _token_text(words.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     eos = variables["eos_token"] or None
-    return _TextFiles(tokenizer, str(file), template, origin, eos, variables)
+    return _TextFiles(tokenizer, str(file), templates.default, origin, eos, variables, templates.with_tools)
 
 
-def _folder_tokenizer(folder: Path) -> tuple[Tokenizer, Path, bool]:
+def _folder_tokenizer(folder: Path, words: dict[str, Any]) -> tuple[Tokenizer, Path, bool]:
     from fastqwen.text import qwen_tiktoken
 
-    path = folder / "tokenizer.json"
-    if path.exists():
-        return _json_tokenizer(path), path, False
+    for read in (from_tokenizer_json, from_vocabulary):
+        found = read(folder, words)
+        if found is not None:
+            return *found, False
     old = folder / qwen_tiktoken.FILE_NAME
     if old.exists():
         return qwen_tiktoken.QwenTiktoken(old), old, True
-    raise BadCheckpoint(
-        f"{folder} holds no tokenizer.json (nor {qwen_tiktoken.FILE_NAME}): add it, name another folder with --tokenizer, "
-        "or use --skip-tokenizer-init to work with token ids only"
-    )
-
-
-def _json_tokenizer(path: Path) -> JsonTokenizer:
-    import tokenizers
-
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise BadCheckpoint(f"{path} is larger than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer is")
-    try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise BadCheckpoint(f"{path} is damaged: {str(error)[:300]}") from None
-    return JsonTokenizer(inner, byte_level='"ByteLevel"' in str(inner.decoder) or "ByteLevel" in str(inner.decoder))
-
-
-def _folder_template(folder: Path, tokenizer_config: dict[str, Any]) -> tuple[str | None, str]:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return _read_template(path), str(path)
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # named templates; "default" is the one for chats
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    if isinstance(template, str):
-        return template, str(folder / "tokenizer_config.json")
-    return None, ""
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except ValueError:
-        raise BadCheckpoint(f"{path} is not a text in UTF-8") from None
+    raise no_tokenizer(folder)
 
 
 def _token_text(value: Any) -> str:
@@ -170,7 +139,16 @@ def _from_gguf(path: Path) -> _TextFiles:
 
     variables = {"bos_token": text(facts.bos_token_id), "eos_token": text(facts.eos_token_id)}
     origin = f"{path.name}: chat_template"
-    return _TextFiles(tokenizer, str(path), facts.chat_template, origin, facts.eos_token_id, variables)
+    return _TextFiles(
+        tokenizer,
+        str(path),
+        facts.chat_template,
+        origin,
+        facts.eos_token_id,
+        variables,
+        facts.tool_template,
+        facts.ends,
+    )
 
 
 def _check_belonging(
@@ -240,14 +218,19 @@ def _template(files: _TextFiles, config: EngineConfig) -> ChatTemplate | Piecewi
     if config.chat_template is not None:
         file = Path(config.chat_template)
         if os.path.isfile(file):  # Path.is_file raises for a text that is too long to be a name
-            source, origin = _read_template(file), str(file)
+            source, origin = read_text(file), str(file)
         elif "{" in config.chat_template:
             source, origin = config.chat_template, "--chat-template"
         else:
             raise BadConfig(f"--chat-template: there is no file {config.chat_template}")
         return ChatTemplate(source, origin=origin, variables=files.variables)
     if files.template is not None:
-        return ChatTemplate(files.template, origin=files.template_origin, variables=files.variables)
+        return ChatTemplate(
+            files.template,
+            origin=files.template_origin,
+            variables=files.variables,
+            tool_source=files.tool_template,
+        )
     if files.template_origin == PiecewiseChatMl.origin:
         return PiecewiseChatMl()
     if {"<|im_start|>", "<|im_end|>"} <= files.tokenizer.control_tokens.keys():

@@ -29,6 +29,7 @@ def derive_stops(
     generation_config: dict[str, Any] | None = None,
     chosen: dict[str, dict[str, Any]] | None = None,
     tokenizer_eos: str | int | None = None,
+    further: Iterable[int] = (),
 ) -> list[StopToken]:
     """Every id once, with the first origin that names it. Ids outside the vocabulary are left out.
 
@@ -47,6 +48,7 @@ def derive_stops(
         named.append((ends, "generation_config.json: chat_format chatml"))
     if template is not None:
         named.append((_end_of_turn(tokenizer, template), f"{template.origin}: ends an assistant's turn"))
+    named.append((list(further), "the vocabulary: ends an answer in every program that reads GGUF"))
     found: dict[int, str] = {}
     for ids, origin in named:
         for token_id in ids if isinstance(ids, (list, tuple)) else [ids]:

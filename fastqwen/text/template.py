@@ -28,10 +28,16 @@ CHATML = (
 
 
 class ChatTemplate:
-    """Raises BadCheckpoint for a template that does not parse, BadRequest when it refuses the messages."""
+    """Raises BadCheckpoint for a template that does not parse, BadRequest when it refuses the messages.
 
-    def __init__(self, source: str, *, origin: str, variables: dict[str, Any] | None = None) -> None:
-        self.source = source
+    ``tool_source`` is the checkpoint's template for requests with tools, where it has one of its own; ``source`` is then
+    both, for those who look for words in it.
+    """
+
+    def __init__(
+        self, source: str, *, origin: str, variables: dict[str, Any] | None = None, tool_source: str | None = None
+    ) -> None:
+        self.source = source if tool_source is None else f"{source}\n{tool_source}"
         self.origin = origin
         self._variables = variables or {}
         environment = _Sandbox(
@@ -44,6 +50,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self._tool_template = self._template if tool_source is None else environment.from_string(tool_source)
         except (jinja2.TemplateError, *UNREADABLE) as error:
             told = " ".join(str(error).split())[:300] or type(error).__name__
             raise BadCheckpoint(f"{origin}: the chat template does not parse: {told}") from None
@@ -58,7 +65,8 @@ class ChatTemplate:
     ) -> str:
         """``options`` are the template's own switches, such as enable_thinking."""
         try:
-            return self._template.render(
+            template = self._template if tools is None else self._tool_template
+            return template.render(
                 **self._variables,
                 **options,
                 messages=messages,

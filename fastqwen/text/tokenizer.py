@@ -7,8 +7,9 @@ answers are then the same by construction.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from functools import cache, cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from fastqwen.errors import BadRequest
@@ -128,13 +129,24 @@ class NoTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """Hugging Face's ``tokenizers``. ``byte_level``: the vocabulary spells bytes in GPT-2's alphabet."""
+    """Hugging Face's ``tokenizers``. ``byte_level``: the vocabulary spells bytes in GPT-2's alphabet. ``specials``: which of
+    the added tokens are control tokens, where something else than the tokenizer itself decides that."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, byte_level: bool = True) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        byte_level: bool = True,
+        specials: Mapping[str, bool] = MappingProxyType({}),
+    ) -> None:
         self._inner = inner
         self._byte_level = byte_level
         self._added = {token_id: token for token_id, token in inner.get_added_tokens_decoder().items()}
-        self.control_tokens = {token.content: token_id for token_id, token in self._added.items() if token.special}
+        self.control_tokens = {
+            token.content: token_id
+            for token_id, token in self._added.items()
+            if specials.get(token.content, token.special)
+        }
         self.vocab_size = max(inner.get_vocab_size(with_added_tokens=True), 1 + max(self._added, default=-1))
         self._bytes: dict[int, bytes] = {}  # as they are asked for; no larger than the vocabulary
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from fastqwen.errors import ModelNotFound
 from fastqwen.model_config import ModelConfig
 from fastqwen.models import quantization_source, read_config
+from fastqwen.weights.refusals import check_folder
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # it needs torch, and reading a configuration does not
     from fastqwen.weights.source import TensorFile
@@ -21,23 +26,34 @@ class Checkpoint:
     tensors: TensorFile | None  # None: only the configuration was asked for
 
 
-def open_checkpoint(path: Path, *, with_tensors: bool = True) -> Checkpoint:
-    """``path`` is a folder with config.json and safetensors, or a .gguf file. Raises BadCheckpoint or ModelNotFound."""
-    if path.suffix == ".gguf" and path.is_file():
+def open_checkpoint(
+    path: Path, *, with_tensors: bool = True, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Checkpoint:
+    """``path`` is a folder with config.json and safetensors, or a .gguf file; ``overrides`` replace keys of config.json.
+
+    Raises BadCheckpoint or ModelNotFound.
+    """
+    if path.is_file():
         from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
         from fastqwen.weights.gguf_file import GgufFile
 
         file = GgufFile(path)
-        model = config_from_gguf(file)
+        model = config_from_gguf(file, overrides)
         return Checkpoint(model, str(path), GgufCheckpoint(file, model) if with_tensors else None)
-    if not (path / "config.json").is_file():
-        ggufs = sorted(file.name for file in path.glob("*.gguf"))
-        hint = f": give the file itself, for example {path / ggufs[0]}" if ggufs else ""
-        raise ModelNotFound(f"{path} holds no config.json{hint}")
-    model = read_config(path)
+    check_folder(path)
+    model = read_config(path, overrides)
     source = str(quantization_source(path))
     if not with_tensors:
         return Checkpoint(model, source, None)
+    return Checkpoint(model, source, _open_folder(path, model))
+
+
+def _open_folder(folder: Path, model: ModelConfig) -> TensorFile:
+    from fastqwen.weights.accounting import check_lacking
     from fastqwen.weights.safetensors_file import SafetensorsCheckpoint
 
-    return Checkpoint(model, source, SafetensorsCheckpoint(path))
+    found = SafetensorsCheckpoint(folder, (model.quantization or {}).get("model_file_base_name"))
+    check_lacking(found.lacking, model)
+    if found.unused_files:
+        log.warning("%s: not read, for they are not the model's own: %s", folder, ", ".join(found.unused_files[:8]))
+    return found

@@ -6,8 +6,9 @@ knows what an architecture is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import pi
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -51,6 +52,9 @@ NAMES = Names(
     shared_down="ffn_down_shexp",
     shared_gate="ffn_gate_inp_shexp",
 )
+# Where config.json would say whether queries, keys and values have biases; Qwen2's always have.
+BIAS_KEYS = {"llama": "attention_bias", "qwen3": "attention_bias", "qwen3moe": "attention_bias", "qwen2moe": "qkv_bias"}
+GATE_UP = "ffn_gate_up_exps"  # gate and up of all experts in one tensor [experts, 2 x out, in]
 ROPE_FACTORS = "rope_freqs.weight"
 
 # config.json's key: the metadata key after "{architecture}."
@@ -94,7 +98,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "expert_weights_scale": (0, 1),
     "expert_gating_func": (0, 1),
     "expert_group_count": (0, 1),
-    "pooling_type": (0,),
+    "pooling_type": (0, 3),  # none, and the last token's, which is how embeddings are made here
     "nextn_predict_layers": (0,),
     "rope.scale_linear": (0, 1),
     "rope.scaling.attn_factor": (0, 1),
@@ -102,24 +106,33 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_ext_factor": (-1, 1),
     "rope.scaling.yarn_attn_factor": (0, 1),
 }
+# Keys that are read elsewhere or follow from the tensors.
+OTHER_KEYS = (
+    "vocab_size", "attention.value_length", "rope.dimension_count", "rope.scaling.type", "rope.scaling.finetuned",
+    "tensor_data_layout", "expert_shared_count",
+)  # fmt: skip
 MAX_TENSOR_NAMES = 2**20  # one per expert and matrix; the largest Qwen3-MoE has some 36 thousand
 
 
-def config_from_gguf(file: GgufFile) -> ModelConfig:
+def config_from_gguf(file: GgufFile, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
     """Raises Unsupported for an unknown architecture or a variant that is not computed here, BadCheckpoint for damage."""
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
         raise Unsupported(
             f"{file.path}: general.architecture is {short(architecture)}; supported in GGUF: {', '.join(MODEL_TYPES)}"
         )
-    if _metadata(file, "split.count") not in (None, 0, 1):
-        raise Unsupported(f"{file.path} is one of several parts; merge them into one file first")
     _refuse_variants(file, architecture)
-    values = {"model_type": MODEL_TYPES[architecture], **_sizes(file, architecture), **_from_tensors(file)}
+    values = {
+        "model_type": MODEL_TYPES[architecture],
+        **_sizes(file, architecture),
+        **_from_tensors(file, architecture),
+    }
     if values.get("num_experts"):
         values.update(_expert_facts(file, architecture, values))
     values["rope_scaling"] = _rope_scaling(file, architecture)
-    config = models.parse_config(values, str(file.path))
+    config = models.parse_config(values, str(file.path), overrides)
+    unread = _unread_keys(file, architecture)
+    config = msgspec.structs.replace(config, notices=(*config.notices, *unread))
     _check_heads(file, architecture, config)
     if ROPE_FACTORS in file.tensors:
         config = msgspec.structs.replace(config, rope=_with_factors(file, config))
@@ -143,6 +156,15 @@ def _refuse_variants(file: GgufFile, architecture: str) -> None:
             raise Unsupported(f"{file.path}: {architecture}.{key} is {short(value)}, which is not supported")
     if not architecture.endswith("moe") and _metadata(file, f"{architecture}.expert_count"):
         raise Unsupported(f"{file.path}: {architecture} with experts is not supported")
+
+
+def _unread_keys(file: GgufFile, architecture: str) -> list[str]:
+    known = {*REQUIRED_KEYS.values(), *OPTIONAL_KEYS.values(), *SCALING_KEYS.values(), *NEUTRAL_VALUES, *OTHER_KEYS}
+    found = [key for key in file.metadata if key.startswith(f"{architecture}.")]
+    unread = [key for key in found if key.removeprefix(f"{architecture}.") not in known]
+    return (
+        [f"{file.path}: a {architecture} does not read {', '.join(unread[:8])}; computed as without"] if unread else []
+    )
 
 
 def _sizes(file: GgufFile, architecture: str) -> dict[str, Any]:
@@ -171,7 +193,7 @@ def _token_id(file: GgufFile, name: str) -> int | None:
     raise BadCheckpoint(f"{file.path}: tokenizer.ggml.{name} is {short(value)}, expected a token's number")
 
 
-def _from_tensors(file: GgufFile) -> dict[str, Any]:
+def _from_tensors(file: GgufFile, architecture: str) -> dict[str, Any]:
     """What only the tensors say."""
     embed = _shape(file, f"{NAMES.embed}.weight")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
@@ -183,12 +205,13 @@ def _from_tensors(file: GgufFile) -> dict[str, Any]:
     kind = file.tensors[f"{NAMES.embed}.weight"].type.name
     query = file.tensors.get(f"{first}{NAMES.qkv[0]}.weight")
     qkv_bias = f"{first}{NAMES.qkv[0]}.bias" in file.tensors
+    biases = {BIAS_KEYS[architecture]: qkv_bias} if architecture in BIAS_KEYS else {}
+    if architecture == "llama":
+        biases["mlp_bias"] = f"{first}{NAMES.down}.bias" in file.tensors
     return {
+        **biases,
         "vocab_size": embed[0],
         "tie_word_embeddings": f"{NAMES.head}.weight" not in file.tensors,
-        "attention_bias": qkv_bias,  # Llama and Qwen3
-        "qkv_bias": qkv_bias,  # Qwen2-MoE
-        "mlp_bias": f"{first}{NAMES.down}.bias" in file.tensors,
         "dtype": {"F32": "float32", "F16": "float16"}.get(query.type.name if query else kind, "bfloat16"),
     }
 
@@ -211,7 +234,7 @@ def _expert_facts(file: GgufFile, architecture: str, values: dict[str, Any]) -> 
     first = prefixes[sparse[0]]
     facts: dict[str, Any] = {
         "mlp_only_layers": sorted(set(range(num_layers)) - set(sparse)),
-        "moe_intermediate_size": _shape(file, f"{first}{NAMES.expert_gate_up[0]}.weight")[-2:][0],
+        "moe_intermediate_size": _expert_size(file, first),
     }
     if architecture == "qwen2moe":
         facts["shared_expert_intermediate_size"] = _shape(file, f"{first}{NAMES.shared_gate_up[0]}.weight")[0]
@@ -222,6 +245,12 @@ def _expert_facts(file: GgufFile, architecture: str, values: dict[str, Any]) -> 
     return facts
 
 
+def _expert_size(file: GgufFile, prefix: str) -> int:
+    if f"{prefix}{GATE_UP}.weight" in file.tensors:
+        return _shape(file, f"{prefix}{GATE_UP}.weight")[-2:][0] // 2
+    return _shape(file, f"{prefix}{NAMES.expert_gate_up[0]}.weight")[-2:][0]
+
+
 def _rope_scaling(file: GgufFile, architecture: str) -> dict[str, Any] | None:
     kind = _metadata(file, f"{architecture}.rope.scaling.type")
     if kind in (None, "none"):
@@ -230,9 +259,11 @@ def _rope_scaling(file: GgufFile, architecture: str) -> dict[str, Any] | None:
         raise Unsupported(
             f"{file.path}: {architecture}.rope.scaling.type is {short(kind)}; supported: none, linear, yarn"
         )
+    keys = {ours: f"{architecture}.{theirs}" for ours, theirs in SCALING_KEYS.items()}.items()
     return {
         "rope_type": kind,
-        **{ours: _metadata(file, f"{architecture}.{theirs}") for ours, theirs in SCALING_KEYS.items()},
+        "factor": 1.0,
+        **{ours: value for ours, theirs in keys if (value := _metadata(file, theirs)) is not None},
     }
 
 
@@ -274,6 +305,7 @@ class _Place(NamedTuple):
     tensor: str  # the GGUF's name for it
     shape: tuple[int, ...]
     expert: int | None = None  # its index in a stacked tensor
+    half: int | None = None  # of gate and up in one
     rotary_heads: int | None = None  # the rows of each of so many heads are interleaved
 
 
@@ -304,7 +336,8 @@ class GgufCheckpoint:
 
         place = self._places[name]
         if place.expert is not None:
-            return cut(self._file.read_part(place.tensor, place.expert), part)
+            matrix = self._file.read_part(place.tensor, place.expert)
+            return cut(matrix if place.half is None else matrix.chunk(2)[place.half], part)
         tensor = self._file.read(place.tensor)
         if place.rotary_heads is not None:
             tensor = _halves(tensor, place.rotary_heads)
@@ -336,9 +369,24 @@ def _places(file: GgufFile, config: ModelConfig) -> Iterator[tuple[str, _Place]]
     for layer in range(config.num_layers):
         for field, suffix in _layer_fields(config, layer):
             prefix, gguf_prefix = ours.layer.format(layer=layer), NAMES.layer.format(layer=layer)
+            both = f"{NAMES.layer.format(layer=layer)}{GATE_UP}.weight"
+            if field == "expert_gate_up" and both in file.tensors:
+                yield from _halves_of_experts(file, config, ours.layer.format(layer=layer), ours.expert_gate_up, both)
             for name, gguf_name in zip(_tuple(getattr(ours, field)), _tuple(getattr(NAMES, field)), strict=True):
                 if (tensor := f"{gguf_prefix}{gguf_name}{suffix}") in file.tensors:
                     yield from _places_of(file, config, f"{prefix}{name}{suffix}", tensor)
+
+
+def _halves_of_experts(
+    file: GgufFile, config: ModelConfig, prefix: str, names: tuple[str, str], tensor: str
+) -> Iterator[tuple[str, _Place]]:
+    shape = file.tensors[tensor].shape
+    if config.moe is None or len(shape) != 3 or shape[0] != config.moe.num_experts or shape[1] % 2:
+        raise BadCheckpoint(f"{file.path}: tensor {tensor} has shape {list(shape)}, expected two matrices per expert")
+    for expert in range(shape[0]):
+        for half, name in enumerate(names):
+            place = _Place(tensor, (shape[1] // 2, shape[2]), expert, half)
+            yield f"{prefix}{name.format(expert=expert)}.weight", place
 
 
 def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -7,16 +7,19 @@ tensors' names, dimensions, types and offsets; padding; the tensors' bytes. Ever
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 import warnings
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
 
 from fastqwen.errors import BadCheckpoint, ModelNotFound, Unsupported
+from fastqwen.text_files import HEAD_BYTES, what_head_is
 from fastqwen.weights.gguf_types import OTHER_TYPE_NAMES, TYPES, Bytes, TensorType, dequantize
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+NO_GGUF = "is not a GGUF file: it does not begin with 'GGUF'"
+SPLIT_NAME = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.gguf)", re.IGNORECASE)
 DEFAULT_ALIGNMENT = 32
 QUANTIZATION_VERSION = 2  # of the packed types' layouts
 
@@ -34,6 +39,7 @@ MAX_LIST_ITEMS = 2**22  # strings and inner arrays, over the whole file
 MAX_ARRAY_DEPTH = 4
 MAX_DIMS = 4
 MAX_ALIGNMENT = 2**20
+MAX_PARTS = 1000
 
 MIN_ENTRY_BYTES = 8 + 4 + 1  # an empty key, a type, a one-byte value
 MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, a type, an offset
@@ -55,7 +61,7 @@ class GgufTensor(msgspec.Struct, frozen=True):
 
 
 class GgufFile:
-    """A mapped GGUF file.
+    """A mapped GGUF file, or all parts of one that was split, by the first of them.
 
     ``metadata`` has numbers, bools, strings; arrays of numbers are numpy arrays (views of the file), others are lists.
     Raises ModelNotFound, BadCheckpoint for a damaged file, Unsupported for a variant or tensor type that we cannot read.
@@ -63,31 +69,34 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = _map(path)
-        cursor = _Cursor(path, self._map)
-        num_tensors, num_entries = _read_header(cursor)
-        self.metadata: dict[str, Any] = _read_metadata(cursor, num_entries)
-        self.tensors: dict[str, GgufTensor] = _read_tensors(cursor, num_tensors, _alignment(cursor, self.metadata))
+        first = _read_part(path)
+        self.metadata = first.metadata
+        self.tensors = dict(first.tensors)
+        self._home = dict.fromkeys(first.tensors, first.data)  # the bytes of the part that has a tensor
+        for other in _other_parts(path, first):
+            self.tensors.update(other.tensors)
+            self._home.update(dict.fromkeys(other.tensors, other.data))
         self._check_quantization_version()
-        self._bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
 
     def read(self, name: str) -> Tensor:
         """The tensor: a read-only view of the file for F32, F16 and BF16, float32 for packed types."""
         tensor = self.tensors[name]
-        return self._decode(tensor, tensor.offset_bytes, tensor.shape)
+        return self._decode(self._home[name], tensor, tensor.offset_bytes, tensor.shape)
 
     def read_part(self, name: str, index: int) -> Tensor:
         """``read(name)[index]``, without unpacking the rest."""
         tensor = self.tensors[name]
         assert len(tensor.shape) > 1 and 0 <= index < tensor.shape[0]
         part_bytes = tensor.num_bytes // tensor.shape[0]
-        return self._decode(tensor, tensor.offset_bytes + index * part_bytes, tensor.shape[1:])
+        start = tensor.offset_bytes + index * part_bytes
+        return self._decode(self._home[name], tensor, start, tensor.shape[1:])
 
-    def _decode(self, tensor: GgufTensor, start: int, shape: tuple[int, ...]) -> Tensor:
+    @staticmethod
+    def _decode(home: Bytes, tensor: GgufTensor, start: int, shape: tuple[int, ...]) -> Tensor:
         import torch  # only here, so that the planner can read a GGUF's sizes without it
 
         dense = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.type.name)
-        data = self._bytes[start : start + tensor.type.num_bytes(prod(shape))]
+        data = home[start : start + tensor.type.num_bytes(prod(shape))]
         if dense is None:
             return torch.from_numpy(dequantize(tensor.type, data)).view(shape)
         if start % dense.itemsize:
@@ -111,6 +120,58 @@ def short(value: object) -> str:
     """One line for an error message, whatever the file says."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _FilePart(NamedTuple):
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+    data: Bytes
+
+
+def _read_part(path: Path) -> _FilePart:
+    mapped = _map(path)
+    cursor = _Cursor(path, mapped)
+    num_tensors, num_entries = _read_header(cursor)
+    metadata = _read_metadata(cursor, num_entries)
+    tensors = _read_tensors(cursor, num_tensors, _alignment(cursor, metadata))
+    return _FilePart(metadata, tensors, np.frombuffer(mapped, dtype=np.uint8))
+
+
+def _other_parts(path: Path, first: _FilePart) -> Iterator[_FilePart]:
+    """Of a file that llama.cpp's gguf-split made: NAME-00001-of-00003.gguf and so on."""
+    count = first.metadata.get("split.count")
+    if count in (None, 0, 1):
+        return
+    name = SPLIT_NAME.fullmatch(path.name)
+    if name is None or not isinstance(count, int) or count != int(name["count"]) or count > MAX_PARTS:
+        raise BadCheckpoint(
+            f"{path} is one part of a model that was split in {short(count)}, but is not called so "
+            "(NAME-00001-of-00002.gguf), which says where the others are"
+        )
+    names = [f"{name['name']}-{number:05d}-of-{count:05d}{name['end']}" for number in range(1, count + 1)]
+    if int(name["number"]) != 1 or first.metadata.get("split.no", 0) != 0:
+        raise BadCheckpoint(f"{path} is a later part of a split model: give the first one, {path.with_name(names[0])}")
+    missing = [other for other in names if not path.with_name(other).is_file()]
+    if missing:
+        raise BadCheckpoint(
+            f"{path}: {len(missing)} of its {count} parts are missing, the first is {missing[0]}; fetch it into the same folder"
+        )
+    seen = set(first.tensors)
+    for number, other in enumerate(names[1:], 1):
+        part = _read_part(path.with_name(other))
+        if part.metadata.get("split.no") != number or part.metadata.get("split.count") != count:
+            raise BadCheckpoint(
+                f"{path.with_name(other)} is not part {number + 1} of {count} of {path.name}, as its name says"
+            )
+        if not seen.isdisjoint(part.tensors):
+            raise BadCheckpoint(
+                f"{path.with_name(other)}: tensor {short(min(seen & part.tensors.keys()))} is in two parts"
+            )
+        seen |= part.tensors.keys()
+        yield part
+    total = first.metadata.get("split.tensors.count", len(seen))
+    if total != len(seen):
+        raise BadCheckpoint(f"{path}: its parts have {len(seen)} tensors, split.tensors.count is {short(total)}")
 
 
 class _Cursor:
@@ -236,7 +297,7 @@ def _read_header(cursor: _Cursor) -> tuple[int, int]:
     """The numbers of tensors and of metadata entries."""
     start = cursor.take(4, "the magic number")
     if cursor.data[start : start + 4] != MAGIC:
-        cursor.fail("not a GGUF file: it does not begin with 'GGUF'")
+        raise BadCheckpoint(f"{cursor.path} {what_head_is(cursor.data[:HEAD_BYTES]) or NO_GGUF}")
     version = cursor.u32("the version")
     if version not in VERSIONS:
         if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *VERSIONS):

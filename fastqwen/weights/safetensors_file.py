@@ -2,74 +2,133 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastqwen.errors import BadCheckpoint, ModelNotFound, Unsupported
+from fastqwen.errors import BadCheckpoint
 from fastqwen.model_config import read_json
 from fastqwen.sharding import Part
+from fastqwen.weights.refusals import damaged, no_weights, not_weights
 from fastqwen.weights.source import cut
 
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Weights of other things, which folders hold beside a model's.
+OTHERS = re.compile(r"(adapter_|consolidated|optimizer|mtp|vision|audio|scheduler|training_|value_head|random_states)")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+STACKED = re.compile(r"(.+\.experts\.)(gate_up_proj|down_proj)(\.weight)?")
+
+
+class _Place(NamedTuple):
+    file: Path
+    tensor: str  # as the file calls it
+    expert: int | None = None  # its index in a tensor that has a layer's experts
+    half: int | None = None  # of gate and up in one tensor
 
 
 class SafetensorsCheckpoint:
-    """Raises BadCheckpoint for a damaged or missing file, Unsupported where only pickled weights are there."""
+    """Raises BadCheckpoint for a damaged file, Unsupported where only pickled weights are there.
 
-    def __init__(self, folder: Path) -> None:
+    ``lacking`` are tensors that the index lists and no file has, each with the file that should have it.
+    """
+
+    def __init__(self, folder: Path, base_name: str | None = None) -> None:
+        """``base_name`` is what a quantization calls its file."""
         self._folder = folder
         self._files: dict[Path, safe_open] = {}
-        self._file_of: dict[str, Path] = {}
-        for path in _shards(folder):
+        self._places: dict[str, _Place] = {}
+        chosen, listed = choose_files(folder, base_name)
+        for path in chosen:
             self._files[path] = _open(path)
             for name in self._files[path].keys():
-                self._file_of[name] = path
-        self._check_index()
+                self._places.update(_places(self._files[path], path, name))
+        gone = {shard for shard in set(listed.values()) if not (folder / shard).exists()}
+        self.lacking = {name: folder / shard for name, shard in listed.items() if shard in gone or not self._has(name)}
+        self.unused_files = sorted(
+            {path.name for path in folder.glob("*.safetensors")} - {path.name for path in chosen}
+        )
 
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._places)
 
     def location(self, name: str) -> str:
-        return str(self._file_of.get(name, self._folder))
+        if name in self._places:
+            return str(self._places[name].file)
+        return str(self.lacking.get(name, self._folder))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+        place = self._places[name]
+        shape = tuple(self._files[place.file].get_slice(place.tensor).get_shape())
+        if place.expert is None:
+            return shape
+        return shape[1:] if place.half is None else (shape[1] // 2, *shape[2:])
 
     def read(self, name: str, part: Part | None = None) -> Tensor:
-        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)  # a view: only what is used is read
+        place = self._places[name]
+        file = self._files[place.file]
+        if place.expert is None:
+            tensor: Tensor = file.get_tensor(place.tensor)  # a view: only what is used is read
+        else:
+            tensor = file.get_slice(place.tensor)[place.expert]
+            if place.half is not None:
+                tensor = tensor.chunk(2)[place.half]
         return cut(tensor, part)
 
-    def _check_index(self) -> None:
-        index = self._folder / INDEX
-        if not index.exists():
-            return
-        for name, shard in _weight_map(index).items():
-            if name not in self._file_of:
-                raise BadCheckpoint(f"{self._folder / shard}: tensor {name[:200]} is missing, though {INDEX} lists it")
+    def _has(self, name: str) -> bool:
+        return name in self._places or STACKED.fullmatch(name) is not None
 
 
-def _shards(folder: Path) -> list[Path]:
+def _places(file: safe_open, path: Path, name: str) -> Iterator[tuple[str, _Place]]:
+    """Our names for what a tensor of the file holds: itself, or the matrices of all experts of a layer.
+
+    Stacked they are [experts, out, in], and gate comes before up, as transformers 5 holds and may save them.
+    """
+    stacked = STACKED.fullmatch(name)
+    shape = file.get_slice(name).get_shape() if stacked else []
+    if stacked is None or len(shape) != 3:
+        yield name, _Place(path, name)
+        return
+    prefix, kind, _ = stacked.groups()
+    for expert in range(shape[0]):
+        if kind == "down_proj":
+            yield f"{prefix}{expert}.down_proj.weight", _Place(path, name, expert)
+        else:
+            yield f"{prefix}{expert}.gate_proj.weight", _Place(path, name, expert, 0)
+            yield f"{prefix}{expert}.up_proj.weight", _Place(path, name, expert, 1)
+
+
+def choose_files(folder: Path, base_name: str | None = None) -> tuple[list[Path], dict[str, str]]:
+    """The files with the model's weights, in transformers' order of preference, and what their index lists."""
+    if (folder / WHOLE).exists():
+        return [folder / WHOLE], {}
     index = folder / INDEX
     if index.exists():
-        paths = sorted(folder / _plain_name(index, name) for name in set(_weight_map(index).values()))
-        missing = [path.name for path in paths if not path.exists()]
-        if missing:
-            raise BadCheckpoint(
-                f"{folder}: {len(missing)} of {len(paths)} shards are missing, the first is {missing[0]}"
-            )
-        return paths
-    paths = sorted(folder.glob("*.safetensors"))
-    if paths:
-        return paths
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
-        raise Unsupported(
-            f"{folder / pickled[0]}: weights in this format can run code when loaded, so they are refused; "
-            "get the safetensors version, or convert it with `transformers` on a machine where you trust the file"
+        listed = _weight_map(index)
+        paths = sorted(folder / _plain_name(index, name) for name in set(listed.values()))
+        return [path for path in paths if path.exists()], listed
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if base_name is not None and f"{base_name}.safetensors" in names:
+        return [folder / f"{base_name}.safetensors"], {}
+    own = [name for name in names if not OTHERS.match(name)]
+    if not own:
+        raise no_weights(folder)
+    families = {shard[1] if (shard := SHARD.fullmatch(name)) else name for name in own}
+    if len(families) > 1:
+        raise BadCheckpoint(
+            f"{folder} holds {', '.join(own[:4])}{' and others' if len(own) > 4 else ''}, but neither {WHOLE} nor {INDEX}, "
+            f"which would say which of them is the model: rename that one to {WHOLE}"
         )
-    raise ModelNotFound(f"{folder} holds no .safetensors files")
+    shard = SHARD.fullmatch(own[0])
+    if shard is not None and len(own) != int(shard[3]):
+        raise BadCheckpoint(
+            f"{folder}: {int(shard[3]) - len(own)} of {int(shard[3])} shards are missing; fetch them again"
+        )
+    return [folder / name for name in own], {}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -92,4 +151,4 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path} is damaged: {str(error)[:300]}") from None
+        raise not_weights(path) or damaged(path, error) from None

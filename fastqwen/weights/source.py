@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
 
 import torch
@@ -34,6 +35,7 @@ class Weights:
         self.num_bytes = 0  # of all tensors that were handed out, in the type that they were asked for
         self._file = file
         self._names = set(file.names())
+        self._read: set[str] = set()
 
     def has(self, name: str) -> bool:
         return name in self._names
@@ -57,6 +59,10 @@ class Weights:
         self.num_bytes += found.nbytes
         return found.to(self.device)
 
+    def is_same(self, name: str, other: str, shape: tuple[int, ...]) -> bool:
+        """Whether two tensors of one shape hold the same numbers."""
+        return torch.equal(self.raw(name, shape), self.raw(other, shape))
+
     def zeros(self, size: int) -> Tensor:
         """A vector that the checkpoint does not have, [size]"""
         return torch.zeros(size, dtype=self.dtype, device=self.device)
@@ -73,12 +79,52 @@ class Weights:
     def raw(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
         """A tensor in the file's own type, on the CPU, possibly a view of the mapped file. ``shape`` is the whole one's."""
         if name not in self._names:
-            raise BadCheckpoint(f"{self._file.location('')}: tensor {name} is missing")
+            raise self._missing(name)
+        self._read.add(name)
         found = self._file.shape(name)
         if found != shape:
             raise self.fault(name, f"has shape {list(found)}, config.json says {list(shape)}")
         read = self._file.read(name, part)
         return read if part is None else _with_zeros(read, part)
+
+    def _missing(self, name: str) -> BadCheckpoint:
+        file = self._file.location(name)
+        base = name.removesuffix(".weight")
+        if f"{base}.qweight" in self._names:
+            return BadCheckpoint(
+                f"{file}: {base} is packed ({base}.qweight), which config.json does not say, or not supported there"
+            )
+        longer = next((other for other in self._names if other.endswith(f".{name}")), None)
+        if longer is None:
+            return BadCheckpoint(f"{file}: tensor {name} is missing")
+        prefix = longer.removesuffix(name)
+        return BadCheckpoint(
+            f"{file}: tensor {name} is missing, but {longer} is there: the names have a foreign prefix {prefix!r}"
+            f"{FOREIGN_PREFIXES.get(prefix, '')}; save the model again without it"
+        )
+
+    def unread(self) -> list[str]:
+        """Tensors of the file that nobody asked for, but for those that are known to mean nothing."""
+        return sorted(name for name in self._names - self._read if not KNOWN_EXTRAS.search(name))
+
+    def location(self, name: str) -> str:
+        return self._file.location(name)
+
+    def is_zero(self, name: str) -> bool:
+        return not bool(self._file.read(name).any())
+
+
+# What other programs put in front of all names.
+FOREIGN_PREFIXES = {
+    "_orig_mod.": " (torch.compile's)",
+    "module.": " (torch's DataParallel)",
+    "base_model.model.": " (PEFT's)",
+    "language_model.": " (a model with a vision part)",
+}
+# Buffers that older versions saved, which follow from config.json; and heads that guess several tokens ahead.
+KNOWN_EXTRAS = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(masked_bias|rope\.freqs)$|^(model\.)?mtp\.|^mtp_"
+)
 
 
 def cut(tensor: Tensor, part: Part | None) -> Tensor:
@@ -121,6 +167,12 @@ class DummyWeights(Weights):
 
     def has(self, name: str) -> bool:
         return not name.endswith((".bias", ".g_idx"))
+
+    def is_same(self, name: str, other: str, shape: tuple[int, ...]) -> bool:
+        return True
+
+    def unread(self) -> list[str]:
+        return []
 
     def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False, part: Part | None = None) -> Tensor:
         dtype = torch.float16 if keep_type else self.dtype

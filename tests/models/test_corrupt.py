@@ -58,12 +58,21 @@ def shards(folder: Path, *, missing: bool = False, name: str = "model-00002-of-0
         (folder / name).unlink()
 
 
+def index(text: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
 def lying_index(folder: Path) -> None:
     shards(folder)
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.layers.9.ghost.weight"] = "model-00001-of-00002.safetensors"
-    path.write_text(json.dumps(index))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"][DOWN]
+    found = load_file(shard)
+    del found[DOWN]
+    save_file(found, shard)
 
 
 def header(text: str, size: int | None = None) -> Damage:
@@ -85,7 +94,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
     # config.json
     "not-json": (write("config.json", "{"), "config.json is not valid JSON", BadCheckpoint),
-    "empty": (write("config.json", ""), "config.json is not valid JSON", BadCheckpoint),
+    "empty": (write("config.json", ""), "config.json is empty", BadCheckpoint),
     "binary": (write("config.json", b"\xff\xfe\x00"), "config.json is not valid JSON", BadCheckpoint),
     "a-list": (write("config.json", "[1]"), "config.json holds list", BadCheckpoint),
     "deep": (write("config.json", "[" * 10**6), "config.json is not valid JSON", BadCheckpoint),
@@ -122,7 +131,7 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
     "nan-theta": (lambda folder: config(folder, rope_theta=float("nan"), rope_parameters=None), "theta", BadCheckpoint),
     "zero-theta": (lambda folder: config(folder, rope_theta=0, rope_parameters=None), "theta", BadCheckpoint),
     "odd-head": (lambda folder: config(folder, head_dim=15), "head_dim", BadCheckpoint),
-    "rope-text": (lambda folder: config(folder, rope_parameters="yarn"), "rope_scaling", BadCheckpoint),
+    "rope-text": (lambda folder: config(folder, rope_parameters="yarn"), "rope_parameters", BadCheckpoint),
     "rope-unknown": (lambda folder: config(folder, rope_parameters={"rope_type": "su"}), "'su'", Unsupported),
     "rope-factor": (
         lambda folder: config(folder, rope_parameters={"rope_type": "yarn", "factor": "4"}),
@@ -158,7 +167,7 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
     # weights
     "wrong-shape": (lambda folder: config(folder, intermediate_size=97), "has shape [96, 64]", BadCheckpoint),
     "other-vocabulary": (lambda folder: config(folder, vocab_size=999), "[256, 64], config.json says", BadCheckpoint),
-    "more-layers": (lambda folder: config(folder, num_hidden_layers=4), "model.layers.3.", BadCheckpoint),
+    "more-layers": (lambda folder: config(folder, num_hidden_layers=4, layer_types=None), "model.layers.3.", BadCheckpoint),
     "missing-tensor": (tensors(lambda found: found.pop(DOWN)), f"{DOWN} is missing", BadCheckpoint),
     "missing-bias": (
         tensors(lambda found: found.pop("model.layers.0.self_attn.k_proj.bias")), "k_proj.bias is missing", BadCheckpoint,
@@ -175,7 +184,7 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
         tensors(lambda found: found["model.norm.weight"].fill_(float("inf"))), "norm.weight contains", BadCheckpoint,
     ),
     "truncated": (truncate, f"{WEIGHTS} is damaged", BadCheckpoint),
-    "empty-file": (write(WEIGHTS, b""), f"{WEIGHTS} is damaged", BadCheckpoint),
+    "empty-file": (write(WEIGHTS, b""), f"{WEIGHTS} is empty", BadCheckpoint),
     "garbage-file": (write(WEIGHTS, os.urandom(4096)), f"{WEIGHTS} is damaged", BadCheckpoint),
     "huge-header": (header("{}", 2**62), f"{WEIGHTS} is damaged", BadCheckpoint),
     "header-no-json": (header("{x"), f"{WEIGHTS} is damaged", BadCheckpoint),
@@ -190,11 +199,11 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), "no .safetensors files", ModelNotFound),
     "missing-shard": (lambda folder: shards(folder, missing=True), "model-00002-of-00002", BadCheckpoint),
     "shard-elsewhere": (lambda folder: shards(folder, name="../x.safetensors"), "'../x.safetensors'", BadCheckpoint),
-    "lying-index": (lying_index, "model.layers.9.ghost.weight is missing", BadCheckpoint),
-    "index-no-json": (write("model.safetensors.index.json", "{"), "index.json is not valid JSON", BadCheckpoint),
-    "index-no-map": (write("model.safetensors.index.json", '{"weight_map": 5}'), "weight_map", BadCheckpoint),
-    "index-bad-names": (write("model.safetensors.index.json", '{"weight_map": {"a": [1]}}'), "index.json", BadCheckpoint),
-    "index-empty": (write("model.safetensors.index.json", "{}"), "weight_map", BadCheckpoint),
+    "lying-index": (lying_index, f"{DOWN} is missing", BadCheckpoint),
+    "index-no-json": (index("{"), "index.json is not valid JSON", BadCheckpoint),
+    "index-no-map": (index('{"weight_map": 5}'), "weight_map", BadCheckpoint),
+    "index-bad-names": (index('{"weight_map": {"a": [1]}}'), "index.json", BadCheckpoint),
+    "index-empty": (index("{}"), "weight_map", BadCheckpoint),
     # the text side
     "no-tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json", BadCheckpoint),
     "tokenizer-no-json": (write("tokenizer.json", "{"), "tokenizer.json is damaged", BadCheckpoint),
@@ -202,7 +211,7 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
     "tokenizer-binary": (write("tokenizer.json", b"\xff\xfe"), "tokenizer.json is damaged", BadCheckpoint),
     "tokenizer-too-large": (lambda folder: config(folder, vocab_size=200), "200 rows", BadCheckpoint),
     "template-syntax": (write("chat_template.jinja", "{% for x %}"), "chat_template.jinja", BadCheckpoint),
-    "template-binary": (write("chat_template.jinja", b"\xff\xfe"), "chat_template.jinja", BadCheckpoint),
+    "template-binary": (write("chat_template.jinja", b"\xff\x80"), "chat_template.jinja", BadCheckpoint),
     "tokenizer-config": (write("tokenizer_config.json", "[]"), "tokenizer_config.json", BadCheckpoint),
     "generation-config": (write("generation_config.json", "{"), "generation_config.json", BadCheckpoint),
     "generation-temperature": (

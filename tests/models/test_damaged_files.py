@@ -24,6 +24,7 @@ MAX_SECONDS = 5.0
 MAX_RSS_BYTES = 512 * 2**20  # beside the file and what the interpreter with torch takes
 EXTREMES = [0, 1, -1, 2**31, 2**63, 10**30, 0.5, 1e400, True, None, "", "64", [], {}, [None], "x" * 5000]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PART = "model-00001-of-00001.safetensors"
 
 
 def copied(folder: Path, source: Path, name: str, data: bytes | None) -> Path:
@@ -83,20 +84,21 @@ def tiktoken_damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def shards_damaged(source: Path, folder: Path, rng: random.Random) -> Path:
-    """An index with a fault: a file that is not there, a name that is no name, a tensor that nobody has."""
+    """An index with a fault: a file that is not there, or a name that is no name."""
     copied(folder, source, INDEX, None)
+    (folder / WEIGHTS).rename(folder / PART)
     names = [
         f"model.layers.{layer}.{part}.weight" for layer in range(3) for part in ("mlp.down_proj", "input_layernorm")
     ]
-    fault = rng.choice(["gone", "outside", "absolute", "nul", "number", "ghost", "suffix", "directory"])
+    fault = rng.choice(["gone", "outside", "absolute", "nul", "number", "suffix", "directory"])
     shard = {
         "gone": f"model-{rng.randrange(2, 99999):05d}-of-00002.safetensors", "outside": "../" * rng.randint(1, 9) + WEIGHTS,
-        "absolute": "/etc/passwd", "nul": "a\0.safetensors", "number": rng.randrange(9), "ghost": WEIGHTS,
+        "absolute": "/etc/passwd", "nul": "a\0.safetensors", "number": rng.randrange(9),
         "suffix": rng.choice(["model.bin", "model.pt", ".", "", "model.safetensors/"]), "directory": "shards.safetensors",
     }[fault]  # fmt: skip
     (folder / "shards.safetensors").mkdir()
-    held = {name: WEIGHTS for name in names}
-    held[rng.choice(names) if fault != "ghost" else f"ghost.{rng.randrange(10**6)}"] = shard
+    held = dict.fromkeys(names, PART)
+    held[rng.choice(names)] = shard
     (folder / INDEX).write_text(json.dumps({"weight_map": held}))
     return folder
 

@@ -31,6 +31,9 @@ class Layout:
 
 def pack_columns(numbers: np.ndarray, bits: int) -> np.ndarray:
     """[n, m] -> int32 [n, m * bits / 32]: consecutive numbers of a row share a word, the first in the lowest bits."""
+    if bits == 3:  # 32 numbers in three words, as a stream of bits
+        stream = ((numbers[..., None] >> np.arange(3)) & 1).astype(np.uint8).reshape(numbers.shape[0], -1)
+        return np.packbits(stream, axis=1, bitorder="little").view(np.int32)
     per_word = 32 // bits
     words = np.zeros((numbers.shape[0], numbers.shape[1] // per_word), dtype=np.uint32)
     for place in range(per_word):

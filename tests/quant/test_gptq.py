@@ -35,6 +35,11 @@ LAYOUTS = {
     "int4-no-g-idx": Layout(keep_g_idx=False),
     "int4-v2": Layout(v2=True, sym=False),
     "int4-uneven-groups": Layout(group_size=40),
+    "int2": Layout(bits=2, sym=False),
+    "int2-desc-act": Layout(bits=2, desc_act=True),
+    "int3": Layout(bits=3),
+    "int3-asymmetric": Layout(bits=3, sym=False, group_size=-1),
+    "int3-v2": Layout(bits=3, sym=False, v2=True),
     "int8": Layout(bits=8),
     "int8-asymmetric": Layout(bits=8, sym=False, desc_act=True),
     "int8-v2-one-group": Layout(bits=8, group_size=-1, v2=True),
@@ -145,8 +150,8 @@ def test_quantize_config_json_beside_config_json(tmp_path: Path):
     (packed / "config.json").write_text(json.dumps(config))
     (packed / "quantize_config.json").write_text(json.dumps(values))
     check(packed, plain)
-    (packed / "quantize_config.json").write_text(json.dumps({**values, "bits": 3}))
-    with pytest.raises(Unsupported, match=r"quantize_config\.json.* 3 bits"):
+    (packed / "quantize_config.json").write_text(json.dumps({**values, "bits": 5}))
+    with pytest.raises(Unsupported, match=r"quantize_config\.json.* 5 bits"):
         start(packed)
 
 
@@ -177,7 +182,14 @@ def test_the_op_in_many_small_chunks(bits: int, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"bits": 3}, "3 bits"),
+        ({"bits": 5}, "5 bits"),
+        ({"desc_act": "false"}, "desc_act"),
+        ({"rotation": "hadamard"}, "rotation"),
+        ({"adapter": {"name": "lora"}}, "adapter"),
+        ({"dynamic": ["-:x"]}, "dynamic"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, "auto_awq"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:gptq", "sym": False}, "auto_round:gptq"),
+        ({"quant_method": "auto-round", "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}}}, "up_proj"),
         ({"bits": "four"}, "bits is 'four'"),
         ({"group_size": 0}, "group_size is 0"),
         ({"group_size": -2}, "group_size is -2"),
@@ -199,6 +211,49 @@ def test_variants_that_are_refused(changes: dict[str, Any], words: str, tmp_path
     with pytest.raises(BadCheckpoint) as caught:
         start(packed)
     assert words in str(caught.value) and "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        (Layout(sym=False), {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}),
+        (Layout(sym=False, v2=True), {"quant_method": "auto-round", "packing_format": "auto_round"}),
+        (Layout(sym=False, v2=True), {"quant_method": "intel/auto-round", "packing_format": "auto_round:gptqmodel"}),
+        (Layout(bits=2), {"quant_method": "auto-round", "packing_format": "auto_round:gptq"}),
+        (Layout(v2=True), {"quant_method": "auto-round", "packing_format": "auto_round:gptq"}),
+        (Layout(keep_g_idx=False), {"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": 16}}}),
+        (Layout(), {"dynamic": {"-:.*lm_head": {}, "+:.*down": {"bits": 4, "group_size": 32}}}),
+    ],
+)
+def test_relatives_of_gptq(layout: Layout, changes: dict[str, Any], tmp_path: Path):
+    make(tmp_path, "Qwen2Config")
+    packed, plain = pack(tmp_path, layout)
+    config = read_json(packed / "config.json")
+    config["quantization_config"].pop("checkpoint_format", None)
+    config["quantization_config"].update(changes)
+    (packed / "config.json").write_text(json.dumps(config))
+    check(packed, plain)
+
+
+def test_keys_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    make(tmp_path, "Qwen2Config")
+    packed, _ = pack(tmp_path, Layout())
+    config = read_json(packed / "config.json")
+    config["quantization_config"]["something_new"] = 3
+    (packed / "config.json").write_text(json.dumps(config))
+    (packed / "quantize_config.json").write_text(json.dumps({"bits": 8, "group_size": 32}))
+    start(packed)
+    assert "something_new" in caplog.text and "quantize_config.json" in caplog.text
+
+
+def test_a_packed_head_is_named(tmp_path: Path):
+    make(tmp_path, "Qwen2Config")
+    packed, _ = pack(tmp_path, Layout())
+    tensors = load_file(packed / "model.safetensors")
+    tensors["lm_head.qweight"] = tensors.pop("lm_head.weight").astype(np.int32)
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"lm_head.*packed"):
+        start(packed)
 
 
 NAME = "model.layers.1.mlp.down_proj"

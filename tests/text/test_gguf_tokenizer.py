@@ -142,6 +142,32 @@ def test_a_bos_of_odd_letters() -> None:
     assert tokenizer_from_gguf(values, SOURCE).encode("hello").ids == [values["tokenizer.ggml.bos_token_id"], 259]
 
 
+def test_added_tokens_that_are_called_text_are_taken_as_what_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    right = tokenizer_from_gguf(metadata(), SOURCE)
+    text = "<|im_start|>hello<tool_call>[PAD0]<|im_end|>"
+    assert not caplog.text
+    wrong = np.ones(len(metadata()["tokenizer.ggml.tokens"]), dtype=np.int32)
+    for types in (None, wrong, np.where(metadata()["tokenizer.ggml.token_type"] == 3, 4, 1).astype(np.int32)):
+        caplog.clear()
+        found = tokenizer_from_gguf(metadata(token_type=types), SOURCE)
+        assert found.encode(text).ids == right.encode(text).ids
+        assert "<|im_end|>" in caplog.text and "PAD" not in caplog.text
+
+
+@pytest.mark.parametrize("pre", ["deepseek-r1-qwen", "megrez", "stablelm2"])
+def test_relatives_of_qwen2_cut_words_as_it_does(pre: str) -> None:
+    for text in TEXTS[:-3]:
+        assert (
+            tokenizer_from_gguf(metadata(pre), SOURCE).encode(text).ids
+            == tokenizer_from_gguf(metadata(), SOURCE).encode(text).ids
+        )
+
+
+def test_a_template_for_tools_of_its_own() -> None:
+    facts = text_facts({"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b"})
+    assert (facts.chat_template, facts.tool_template) == ("a", "b")
+
+
 def test_text_facts() -> None:
     values = metadata()
     values["tokenizer.chat_template"] = "{{ messages }}"
@@ -151,6 +177,7 @@ def test_text_facts() -> None:
         bos_token_id=first,
         eos_token_id=first + 2,
         add_bos=False,
+        ends=(first, first + 2),
     )
     empty = text_facts({})
     assert empty.chat_template is None

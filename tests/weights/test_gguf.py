@@ -91,7 +91,7 @@ def test_dense_tensors_are_views_and_packed_ones_float32(path: Path) -> None:
     kinds = {"dense": torch.float32, "half": torch.float16, "brain": torch.bfloat16, "packed": torch.float32}
     for name, dtype in kinds.items():
         assert file.read(name).dtype == dtype
-    base = file._bytes.__array_interface__["data"][0]
+    base = file._home["half"].__array_interface__["data"][0]
     assert file.read("half").data_ptr() == base + file.tensors["half"].offset_bytes
 
 

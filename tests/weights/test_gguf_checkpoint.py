@@ -17,7 +17,7 @@ from fastqwen.model_config import ModelConfig, RopeConfig
 from fastqwen.weights.gguf_checkpoint import MODEL_TYPES, GgufCheckpoint, config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.source import Weights
-from tests.weights.gguf_writer import Packed, Typed
+from tests.weights.gguf_writer import Packed, Typed, write_gguf
 from tests.weights.tiny_gguf import EXPERT_SIZE, EXPERTS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, SHARED_SIZE, TinyGguf, tiny
 
 
@@ -179,10 +179,10 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(path: Path, archit
 
 
 REFUSED: dict[str, tuple[str, Any, str]] = {
-    "split": ("split.count", 3, "one of several parts"),
+    "split": ("split.count", 3, "is one part of a model"),
     "softcap": ("qwen2.attn_logit_softcapping", 50.0, "attn_logit_softcapping is 50.0, which is not supported"),
     "window": ("qwen2.attention.sliding_window", 128, "sliding_window is 128"),
-    "embedding model": ("qwen2.pooling_type", 3, "pooling_type is 3"),
+    "embedding model": ("qwen2.pooling_type", 1, "pooling_type is 1"),
     "experts": ("qwen2.expert_count", 8, "qwen2 with experts is not supported"),
     "partial rotary": ("qwen2.rope.dimension_count", 8, "supported is only the size of a head, 16"),
     "wide values": ("qwen2.attention.value_length", 32, "supported is only the size of a head, 16"),
@@ -237,3 +237,59 @@ def test_rows_that_are_no_whole_heads(path: Path) -> None:
     model.tensors["blk.0.attn_q.weight"] = Packed("F32", (60, HIDDEN), bytes(60 * HIDDEN * 4))
     with pytest.raises(BadCheckpoint, match=r"attn_q\.weight has 60 rows for 4 heads of 16"):
         opened(model, path)
+
+
+def split(model: TinyGguf, folder: Path, count: int = 3) -> list[Path]:
+    names = list(model.tensors)
+    paths = [folder / f"m-{number + 1:05d}-of-{count:05d}.gguf" for number in range(count)]
+    for number, path in enumerate(paths):
+        facts = {"split.no": number, "split.count": count, "split.tensors.count": len(names)}
+        write_gguf(
+            path,
+            {**(model.metadata if number == 0 else {}), **facts},
+            {n: model.tensors[n] for n in names[number::count]},
+        )
+    return paths
+
+
+def test_a_split_file_is_opened_by_its_first_part(tmp_path: Path) -> None:
+    model = tiny("qwen2moe")
+    whole = opened(model, tmp_path / "whole.gguf")[1]
+    paths = split(model, tmp_path)
+    file = GgufFile(paths[0])
+    parts = GgufCheckpoint(file, config_from_gguf(file))
+    assert parts.names() == whole.names()
+    for name in whole.names():
+        assert torch.equal(parts.read(name), whole.read(name))
+    with pytest.raises(BadCheckpoint, match=r"m-00001-of-00003\.gguf"):
+        GgufFile(paths[1])
+    paths[2].rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(BadCheckpoint, match=r"m-00003-of-00003\.gguf"):
+        GgufFile(paths[0])
+    (tmp_path / "elsewhere.gguf").rename(paths[2])
+    paths[1].write_bytes(paths[2].read_bytes())
+    with pytest.raises(BadCheckpoint, match="not part 2 of 3"):
+        GgufFile(paths[0])
+
+
+def test_gate_and_up_of_all_experts_in_one_tensor(path: Path, tmp_path: Path) -> None:
+    model = tiny("qwen3moe")
+    apart = opened(model, tmp_path / "apart.gguf")[1]
+    for layer in range(2):
+        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up")]
+        both = torch.cat([model.values(name) for name in names], dim=1)
+        for name in names:
+            del model.tensors[name]
+        packed = Packed("F32", tuple(both.shape), both.numpy().tobytes())
+        model.tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = packed
+    together = opened(model, path)[1]
+    assert set(together.names()) == set(apart.names())
+    for name in apart.names():
+        assert torch.equal(together.read(name), apart.read(name))
+
+
+def test_keys_that_nobody_reads_are_named(path: Path) -> None:
+    model = tiny("qwen2")
+    assert not any("does not read" in notice for notice in opened(model, path)[0].notices)
+    model.metadata["qwen2.attention.new_trick"] = 3
+    assert any("attention.new_trick" in notice for notice in opened(model, path)[0].notices)

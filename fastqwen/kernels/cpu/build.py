@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastqwen.errors import BadConfig
 from fastqwen.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -28,13 +30,29 @@ ERROR_LINES = 10
 
 
 def load() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no working C++ compiler."""
+    """The compiled kernels, or None where there is no working C++ compiler, or no folder that code can be loaded from."""
     compilers = find_compilers()
-    target = cache_dir() / f"cpu-kernels-{_fingerprint(compilers)}.so"
-    if not target.exists() and not compile_kernels(compilers, target):
-        return None
+    name = f"cpu-kernels-{_fingerprint(compilers)}.so"
     try:
-        return ctypes.CDLL(str(target))
+        target = cache_dir() / name
+        if target.exists() or compile_kernels(compilers, target):
+            return ctypes.CDLL(str(target))
+    except (OSError, BadConfig) as error:
+        log.warning(
+            "the cache cannot hold the compiled CPU kernels (%s); compiling them into a temporary folder, which makes every "
+            "start slower (FASTQWEN_CACHE names another cache)",
+            error,
+        )
+        return _load_once(compilers, name)
+    return None
+
+
+def _load_once(compilers: list[str], name: str) -> ctypes.CDLL | None:
+    """A library stays loaded when its file is gone."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="fastqwen-") as folder:
+            target = Path(folder) / name
+            return ctypes.CDLL(str(target)) if compile_kernels(compilers, target) else None
     except OSError as error:
         log.warning("the compiled CPU kernels do not load (%s); using plain torch, which is slower", error)
         return None
@@ -47,7 +65,8 @@ def find_compilers() -> list[str]:
 
 
 def compile_kernels(compilers: list[str], target: Path) -> bool:
-    """By the first compiler and the first flags that work."""
+    """By the first compiler and the first flags that work. Raises OSError where the target's folder cannot be written, or is
+    full."""
     first_error = ""
     for compiler in compilers:
         for threads in _openmp_flags():
@@ -75,11 +94,13 @@ def _openmp_flags() -> Iterator[tuple[str, ...]]:
 
 
 def _compile(command: list[str], target: Path) -> str | None:
-    """Why it failed, in a few lines; None if ``target`` is there."""
+    """Why it failed, in a few lines; None if ``target`` is there. Raises OSError for a folder that cannot hold it."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         run = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False)
         if run.returncode != 0:
+            if os.strerror(errno.ENOSPC) in run.stderr:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
             return "\n".join(run.stderr.splitlines()[:ERROR_LINES])
         os.replace(made, target)  # whole or not at all, also when two processes compile at once
     return None

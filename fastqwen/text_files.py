@@ -1,0 +1,67 @@
+"""What a checkpoint's files are by their first bytes, small ones as any editor writes them, and what a failed download left
+in a file's place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastqwen.errors import BadCheckpoint
+
+GGUF = b"GGUF"
+LFS = b"version https://git-lfs.github.com/spec/"
+XET = b"# xet version"
+PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head")
+HEAD_BYTES = 512
+
+
+def what_instead(path: Path) -> str | None:
+    """What a file is that a download left instead of what its name says, and what to do; None: nothing of that kind."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return None
+    return what_head_is(head)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file says of itself that it is GGUF, whatever it is called: Ollama's are named by their digest."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF)) == GGUF
+    except OSError:
+        return False
+
+
+def what_head_is(head: bytes) -> str | None:
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(LFS):
+        return (
+            "is a Git LFS pointer, not the file itself: run `git lfs pull` in this folder, or download the file again"
+        )
+    if text.startswith(XET):
+        return "is a Xet pointer, not the file itself: download the file again"
+    if text.lower().startswith(PAGES):
+        return "is a web page (HTML), not the file itself: the download got an error or a login page; download it again"
+    if not head:
+        return "is empty: the download did not come through; download it again"
+    return None
+
+
+def decoded(data: bytes) -> str:
+    """UTF-8, with or without a byte order mark, or UTF-16 with one, as Windows editors save. Raises ValueError."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
+
+
+def read_text(path: Path) -> str:
+    """Lines end with \\n. Raises BadCheckpoint, naming the file."""
+    data = path.read_bytes()
+    what = what_head_is(data[:HEAD_BYTES]) if data else None
+    if what is not None:
+        raise BadCheckpoint(f"{path} {what}")
+    try:
+        return decoded(data).replace("\r\n", "\n").replace("\r", "\n")
+    except ValueError:
+        raise BadCheckpoint(f"{path} is not a text in UTF-8") from None
