@@ -233,7 +233,9 @@ class CudaRunner(ModelRunner):
         host, event = self._results[place][: tokens.shape[0]], self._events[place]
         host.copy_(tokens, non_blocking=True)
         event.record()
-        if self._structured is not None and extras is not None:
-            if any(self._structured.constrains(choice.slot) for choice in extras.choices):
-                self._untaken = extras.choices, host, event, extras.late
+        if extras is not None and self._constrains(extras.choices):
+            self._untaken = extras.choices, host, event, extras.late
         return PendingStep(batch, host, event, extras)
+
+    def _constrains(self, choices: list[Choice]) -> bool:
+        return self._structured is not None and any(self._structured.constrains(one.slot) for one in choices)

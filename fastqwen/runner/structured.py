@@ -27,7 +27,6 @@ MAX_CACHED_GRAMMARS = 64
 PATIENCE_S = 0.02  # what one step's other rows wait for masks in all
 LONE_PATIENCE_S = 0.2  # where no other row waits
 SLOW_S = 0.01  # masks that take longer have a thread of their own, so that the quick ones do not stand behind them
-FAST_THREADS, SLOW_THREADS = 2, 1
 BUDGET_S = 2.0  # of processor time for one grammar's masks, whoever uses it, and
 BUDGET_PER_TOKEN_S = 0.02  # as much more for each of its tokens
 
@@ -37,13 +36,18 @@ class Meter:
 
     def __init__(self) -> None:
         self.spent_s = 0.0
-        self.last_s = 0.0
+        self.last_s: float | None = None  # not known before the first mask
         self.num_tokens = 0
+        self.was_begun = False
 
     def note(self, took_s: float, num_tokens: int) -> None:
         self.spent_s += took_s
         self.last_s = took_s
         self.num_tokens += num_tokens
+
+    @property
+    def slow(self) -> bool:
+        return self.last_s is not None and self.last_s > SLOW_S
 
     @property
     def problem(self) -> str | None:
@@ -140,8 +144,8 @@ class StructuredOutput:
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._constraints: dict[int, _Constraint] = {}
-        self._fast = ThreadPoolExecutor(FAST_THREADS, thread_name_prefix="masks")
-        self._slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="slow-masks")
+        self._fast = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow-masks")
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Also after a preemption: what was generated before is taken in again."""
@@ -204,11 +208,14 @@ class StructuredOutput:
     def _begin(self, constraint: _Constraint) -> None:
         """Its next mask is computed while the model computes the next step."""
         if constraint.active and constraint.job is None:
-            lane = self._slow if constraint.meter.last_s > SLOW_S else self._fast
+            meter = constraint.meter
+            unknown = meter.last_s is None and meter.was_begun  # one mask shows what the grammar's others will cost
+            meter.was_begun = True
+            lane = self._slow if meter.slow or unknown else self._fast
             constraint.job = lane.submit(constraint.compute)
 
     def _wait(self, constraints: Sequence[_Constraint], *, alone: bool) -> None:
         """``alone``: no other row waits. Else those that are known to be slow are not waited for."""
-        jobs = [one.job for one in constraints if one.job is not None and (alone or one.meter.last_s <= SLOW_S)]
+        jobs = [one.job for one in constraints if one.job is not None and (alone or not one.meter.slow)]
         if jobs and not all(job.done() for job in jobs):
             wait(jobs, timeout=LONE_PATIENCE_S if alone else PATIENCE_S)
