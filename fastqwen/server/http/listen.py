@@ -60,7 +60,7 @@ class DrainingServer(uvicorn.Server):
                 log_level="info",
                 access_log=state.config.access_log,
                 log_config=None,
-                http=bounded_http(state.config.header_timeout_s),
+                http=bounded_http(state.config),
                 ws="none",
                 lifespan="off",
                 limit_concurrency=None,

@@ -95,7 +95,7 @@ class Upstream:
             await response.aclose()
         if body is None:
             raise UpstreamGone(f"{self.url} sends more than {MAX_ANSWER_BYTES} bytes at once")
-        return body
+        return bytes(body)
 
     async def lines(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
         """The body as it comes, in whole lines, so that an error event after a broken one can still be read."""
