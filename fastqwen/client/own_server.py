@@ -13,6 +13,7 @@ from typing import IO
 
 from fastqwen.config import EngineConfig, flag
 from fastqwen.errors import FastqwenError
+from fastqwen.lifeline import PARENT_VARIABLE
 
 READY_TIMEOUT_S = 1800.0
 STOP_WITHIN_S = 20.0
@@ -27,7 +28,7 @@ def own_server(config: EngineConfig) -> Iterator[str]:
             [*command, *_flags(config)],
             stdin=subprocess.DEVNULL,
             stderr=log,
-            env={**os.environ, "FASTQWEN_API_KEY": ""},
+            env={**os.environ, "FASTQWEN_API_KEY": "", PARENT_VARIABLE: str(os.getpid())},
         )
         try:
             yield _wait_ready(process, log)

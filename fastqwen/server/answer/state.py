@@ -83,7 +83,8 @@ class ServerState:
         done, total = self.engine.loading
         if self.engine.state == "loading":
             return f"the model is loading ({done} of {total or '?'} layers)"
-        return {"restarting": "the engine is restarting", "failed": f"the engine failed: {self.engine.failure}"}.get(
+        # Why it failed is in the log and ends the server: it may name files, which are nobody else's business.
+        return {"restarting": "the engine is restarting", "failed": "the engine failed; the server's log says why"}.get(
             self.engine.state, f"the engine is {self.engine.state}"
         )
 

@@ -11,14 +11,14 @@ from starlette.types import Receive
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.config import FrontConfig
-from fastqwen.server.http.json_size import JsonSize, TooManyValues, too_many
+from fastqwen.server.http.json_size import MAX_NUMBERS, JsonSize, TooManyValues, too_many
 
 Answer = TypeVar("Answer")
 
 COUNTED_AT_ONCE = 64 * 2**10
 
 
-async def read_body(request: Request, config: FrontConfig) -> bytearray:
+async def read_body(request: Request, config: FrontConfig, max_numbers: int = MAX_NUMBERS) -> bytearray:
     """A JSON body. Raises BadRequest once it is larger than allowed, holds too many values or comes too slowly, without
     reading the rest."""
     max_bytes = config.max_body_bytes
@@ -28,7 +28,7 @@ async def read_body(request: Request, config: FrontConfig) -> bytearray:
     body = bytearray()
     try:
         async with asyncio.timeout(config.body_timeout_s):
-            fits = await _read_counted(request.stream(), body, max_bytes)
+            fits = await _read_counted(request.stream(), body, max_bytes, JsonSize(max_numbers))
     except TimeoutError:
         raise BadRequest(
             f"the request body was not there after {config.body_timeout_s:g} s", None, "request_timeout"
@@ -40,9 +40,8 @@ async def read_body(request: Request, config: FrontConfig) -> bytearray:
     return body
 
 
-async def _read_counted(chunks: AsyncIterator[bytes], body: bytearray, max_bytes: int) -> bool:
+async def _read_counted(chunks: AsyncIterator[bytes], body: bytearray, max_bytes: int, size: JsonSize) -> bool:
     """Into ``body``; False where it is larger."""
-    size = JsonSize()
     async for chunk in chunks:
         body += chunk
         if len(body) > max_bytes:

@@ -13,7 +13,7 @@ from fastqwen.records import MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 
 MAX_PARTS = 40_000  # texts, keys, lists and objects: 8,000 messages, or a tool's schema many times over
 OWN_LIMITS = {"logit_bias": f"at most {MAX_LOGIT_BIAS} entries", "stop": f"at most {MAX_STOP_STRINGS} strings"}
-MAX_NUMBERS = 2**20  # a prompt's token ids: more than any model's context
+MAX_NUMBERS = 2**20  # token ids: more than any model's context
 
 
 _TEXT_OR_BRACKET = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[\[{]|[\]}]', re.DOTALL)
@@ -26,7 +26,8 @@ class TooManyValues(Exception):
 class JsonSize:
     """``add`` raises TooManyValues at the first value too many. What is not JSON is not noticed here."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_numbers: int = MAX_NUMBERS) -> None:
+        self._max_numbers = max_numbers
         self._num_parts = 0
         self._num_commas = 0
         self._in_text = False
@@ -38,8 +39,8 @@ class JsonSize:
         self._num_commas += outside.count(b",")
         if self._num_parts > MAX_PARTS:
             raise TooManyValues(f"more than {MAX_PARTS} texts, keys, lists and objects")
-        if self._num_commas > MAX_NUMBERS + MAX_PARTS:
-            raise TooManyValues(f"more than {MAX_NUMBERS} numbers")
+        if self._num_commas > self._max_numbers + MAX_PARTS:
+            raise TooManyValues(f"more than {self._max_numbers} numbers")
 
     def _outside(self, data: bytes) -> bytes:
         """What is not inside of a text; texts are counted."""
