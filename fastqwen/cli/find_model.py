@@ -7,12 +7,15 @@ from pathlib import Path
 from fastqwen.errors import ModelNotFound
 from fastqwen.hub import DEMO, config_from_hub, demo_path, is_hub_name
 from fastqwen.models import parse_config, read_config
+from fastqwen.paths import check_regular
 from fastqwen.plan.catalog import NamedModel, find_published
 
 
 def find_model(text: str) -> NamedModel:
     """Raises ModelNotFound, BadCheckpoint or Unsupported."""
     path = demo_path() if text == DEMO else Path(text).expanduser()
+    if path.exists():
+        check_regular(path)
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(path, text)
     if path.is_dir():

@@ -96,7 +96,11 @@ def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals) -> N
         _take_messages(socket, core, arrivals, wait_ms=0 if core.has_work else arrivals.patience_ms(IDLE_WAIT_MS))
         for request in arrivals.ready():
             core.add(request)
-        deltas = arrivals.refused() + core.step()
+        try:
+            deltas = arrivals.refused() + core.step()
+        except FastqwenError as error:  # the weights were changed: no answer can be right any more
+            socket.send(wire.encode(wire.Failed(str(error))))
+            return
         now_s = time.monotonic()
         if deltas or now_s - told_s > IDLE_WAIT_MS / 1000:
             socket.send(wire.encode(wire.Deltas(deltas, core.stats())))

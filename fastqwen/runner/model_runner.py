@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +49,10 @@ class ModelRunner:
         plan: EnginePlan,
         device: torch.device,
         structured: StructuredOutput | None = None,
+        check_weights: Callable[[], None] = lambda: None,
     ) -> None:
+        """``check_weights`` raises where a mapped file was changed: then a step's tokens are worth nothing."""
+        self._check_weights = check_weights
         self._model = model
         self._decoder = decoder
         self._plan = plan
@@ -81,6 +84,7 @@ class ModelRunner:
         hidden = self._decoder.hidden(ids, step, self.states)
         done = FinishedStep(self._finish(batch, hidden))
         vectors = last_vectors(self._decoder, batch.rows, hidden)
+        self._check_weights()
         return done if vectors is None else PooledStep(done, batch.rows, vectors)
 
     def _finish(self, batch: ScheduledBatch, hidden: Tensor) -> StepOutput:

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from fastqwen.paths import cache_dir
+from fastqwen.paths import PRIVATE_FILE, cache_dir, is_trusted
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,9 @@ def load() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no working C++ compiler."""
     target = cache_dir() / f"cpu-kernels-{_fingerprint()}.so"
     if not target.exists() and not _compile(target):
+        return None
+    if not is_trusted(target):
+        log.warning("%s can be written by other users and is not loaded; using plain torch, which is slower", target)
         return None
     try:
         return ctypes.CDLL(str(target))
@@ -47,6 +50,7 @@ def _compile(target: Path) -> bool:
                 "%s could not compile the CPU kernels; using plain torch, which is slower:\n%s", compiler, run.stderr
             )
             return False
+        made.chmod(PRIVATE_FILE)
         os.replace(made, target)  # whole or not at all, also when two processes compile at once
     return True
 
