@@ -23,6 +23,19 @@ def escaped(text: str) -> str:
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
+def _one_line(value: Any) -> Any:
+    if isinstance(value, (int, float)):
+        return value
+    text = str(value)
+    return text.replace("\n", "\\n") if "\n" in text else value
+
+
+def _without_query(path: str) -> str:
+    """Some clients put their key there."""
+    before, mark, _ = path.partition("?")
+    return f"{before}?..." if mark else before
+
+
 class TextFormatter(logging.Formatter):
     def __init__(self, process: str = "") -> None:
         super().__init__(f"%(levelname)s:%(padding)s {f'[{process}] ' if process else ''}%(message)s")
@@ -32,7 +45,11 @@ class TextFormatter(logging.Formatter):
         if record.name == "uvicorn.access" and isinstance(record.args, tuple) and len(record.args) == 5:
             phrase = _PHRASES.get(int(str(record.args[4])), "")
             line = f'%s - "%s %s HTTP/%s" %d {phrase}'.rstrip()
-            record = logging.makeLogRecord({**vars(record), "msg": line})
+            client, method, path, *rest = record.args
+            args = (client, method, _without_query(str(path)), *rest)
+            record = logging.makeLogRecord({**vars(record), "msg": line, "args": args})
+        if isinstance(record.args, tuple):  # only what is written here may begin a line: no name from elsewhere
+            record = logging.makeLogRecord({**vars(record), "args": tuple(map(_one_line, record.args))})
         return escaped(super().format(record)).replace("\r", "\\r")
 
 
@@ -52,6 +69,8 @@ class JsonFormatter(logging.Formatter):
             entry["process"] = self._process
         if record.name == "uvicorn.access" and isinstance(record.args, tuple) and len(record.args) == 5:
             client, method, path, _, status = record.args
+            path = _without_query(str(path))
+            entry["message"] = f'{client} - "{method} {path}" {status}'
             entry |= {"client": client, "method": method, "path": path, "status": status}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)

@@ -154,4 +154,5 @@ def _add_questions(app: FastAPI, state: WebState) -> None:
 def _passed_on(status: int, kind: str, body: bytes, retry_after: str | None = None) -> Response:
     """What is shown of another server's answer: nothing that a browser would keep, follow or run."""
     plain = kind if kind.startswith((JSON, "text/plain")) else "text/plain; charset=utf-8"
-    return Response(body, status, {"retry-after": retry_after} if retry_after else None, media_type=plain)
+    headers = {"retry-after": retry_after} if retry_after and retry_after.isascii() and retry_after.isdigit() else None
+    return Response(body, status, headers, media_type=plain)
