@@ -23,7 +23,7 @@ MAX_PIPELINED = 16  # requests within one piece, where a chunked body does not t
 STOPPED_S = 1.0  # a timer that is so late says that this process was stopped, not that the client was slow
 
 _HEAD_END = re.compile(rb"\n\r?\n")
-_OFFER = re.compile(rb"(?i)\nupgrade[ \t]*:")
+_OFFER = re.compile(rb"(?i)\nupgrade:")
 
 
 def _raw_answer(status: str, message: str) -> bytes:
