@@ -31,7 +31,7 @@ LAST_WORDS_S = 1.0
 
 
 HEAVY_BYTES = 64 * 2**10  # a job of so many bytes may take long; one with a grammar always may
-MAX_TRIES = 3
+MAX_TRIES = 6
 BUSY_SHARE = 0.1  # of a timeout: a worker that computed less was stopped, or got no processor
 GIVEN_UP_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)  # what an input may bring about
 
@@ -193,12 +193,12 @@ class _Process:
 
     async def ask(self, data: bytes) -> Ids | Refused:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
-        await self._process.stdin.drain()
         try:
+            self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+            await self._process.stdin.drain()
             head = await self._process.stdout.readexactly(LENGTH_BYTES)
             body = await self._process.stdout.readexactly(int.from_bytes(head, "little"))
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, OSError, RuntimeError):  # RuntimeError: uvloop's word for a closed pipe
             raise WorkerGone from None
         answer: Ids | Refused = worker.answers.decode(body)
         return answer

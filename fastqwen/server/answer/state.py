@@ -105,6 +105,7 @@ class ServerState:
         reserved = RESERVED_OPTIONS & options.keys()
         if reserved:
             raise BadRequest(f"chat_template_kwargs cannot set {min(reserved)}", "chat_template_kwargs")
+        self.text.tokenizer.check_length(sum(len(message["content"]) for message in messages))
         for message in messages:
             self.text.tokenizer.check(message["content"])
         options = {**options, "add_generation_prompt": add_generation_prompt}
