@@ -23,7 +23,7 @@ Message = dict[str, Any]
 UNREADABLE = (
     SyntaxError, RecursionError, MemoryError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError,
 )  # fmt: skip
-RENDER_WITHIN_S = 5.0
+RENDER_WITHIN_S = 3.0
 MAX_POWER, MAX_BASE, MAX_REPEATED = 64, 2**32, 2**20
 
 CHATML = (
