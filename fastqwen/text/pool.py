@@ -31,7 +31,8 @@ LAST_WORDS_S = 1.0
 
 
 HEAVY_BYTES = 64 * 2**10  # a job of so many bytes may take long; one with a grammar always may
-MAX_TRIES = 6
+MAX_TRIES = 12  # two for each time that all of two workers are killed
+RETRY_PAUSE_S = 0.05
 BUSY_SHARE = 0.1  # of a timeout: a worker that computed less was stopped, or got no processor
 GIVEN_UP_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)  # what an input may bring about
 
@@ -115,6 +116,7 @@ class TextPool:
             answer = await self._asked(job, data)
             if answer is not None:
                 return answer
+            await asyncio.sleep(RETRY_PAUSE_S)
         raise ReadersGone("the processes that read prompts were stopped or killed: send the request again")
 
     async def _asked(self, job: Job, data: bytes) -> Ids | Refused | None:
