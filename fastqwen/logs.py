@@ -19,12 +19,21 @@ def escaped(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def _one_line(value: Any) -> Any:
+    if isinstance(value, (int, float)):
+        return value
+    text = str(value)
+    return text.replace("\n", "\\n") if "\n" in text else value
+
+
 class TextFormatter(logging.Formatter):
     def __init__(self, process: str = "") -> None:
         super().__init__(f"%(levelname)s:%(padding)s {f'[{process}] ' if process else ''}%(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         record.padding = " " * (8 - len(record.levelname))
+        if isinstance(record.args, tuple):  # only what is written here may begin a line: no name from elsewhere
+            record = logging.makeLogRecord({**vars(record), "args": tuple(map(_one_line, record.args))})
         return escaped(super().format(record)).replace("\r", "\\r")
 
 

@@ -19,7 +19,7 @@ import msgspec
 from fastqwen.errors import BadRequest
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
-FailureKind = Literal["grammar", "not_finite", "gone", "closed"]
+FailureKind = Literal["grammar", "not_finite", "sampling", "gone", "closed"]
 Pooling = Literal["last"]
 
 MAX_STOP_STRINGS = 16
@@ -167,8 +167,14 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
 GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less than this would only overflow
 
 
+LEAST_SINGLE = 2.0**-126  # less than this is 0 to a device that works in single precision and keeps no denormals
+
+
 def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Numbers are stored in single precision: one that is not 0 here must not become 0 there where 0 is not allowed."""
     inside = (low < value if open_low else low <= value) and value <= high  # NaN fails both comparisons
+    if inside and open_low and value < LEAST_SINGLE:
+        raise BadRequest(f"{name} is {value}, which is 0 in single precision: it must be at least 1.2e-38", name)
     if not inside:
         edge = "greater than" if open_low else "at least"
         raise BadRequest(f"{name} is {value}, but must be {edge} {low:g} and at most {high:g}", name)
@@ -249,8 +255,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 class Failure(msgspec.Struct, frozen=True, gc=False):
     """Why a request ended without its answer: the kind is for programs, the message for people.
 
-    grammar: the request's own grammar cannot be used. not_finite: the model's numbers broke. gone: the engine ended while
-    the request was running. closed: the engine was shut down, or its user closed it.
+    grammar: the request's own grammar cannot be used. not_finite: the model's numbers broke. sampling: choosing this
+    request's token failed, which is our bug. gone: the engine ended while the request was running. closed: the engine was
+    shut down, or its user closed it.
     """
 
     kind: FailureKind
@@ -266,6 +273,7 @@ class SampledRow(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored
     embedding: bytes | None = None  # float32, little-endian, of length 1
     error: Failure | None = None
+    stepped_aside: bool = False  # it has no token: StepHandle.late held its request
 
 
 class StepOutput(msgspec.Struct, kw_only=True, frozen=True):

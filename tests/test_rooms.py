@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastqwen"
 # From the ground up. A room may import itself and those before it.
 ORDER = [
-    "version", "errors", "logs", "paths", "plot", "text_files", "records", "outputs", "config", "model_config",
+    "version", "errors", "logs", "lifeline", "paths", "plot", "text_files", "records", "outputs", "config", "model_config",
     "config_keys", "sharding", "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
     "names", "demo", "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
 ]  # fmt: skip

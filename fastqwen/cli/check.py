@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastqwen.cli.options import MODEL_HELP, ApiKey, with_engine_options
+from fastqwen.paths import check_regular
 
 if TYPE_CHECKING:
     from fastqwen.llm import LLM
@@ -41,6 +43,9 @@ def check(
         from fastqwen.terminal.conformance import run
 
         raise typer.Exit(run(model, api_key=api_key, as_json=as_json))
+    path = Path(model).expanduser()
+    if path.exists():
+        check_regular(path)  # before torch is there, which takes longer
     from fastqwen.llm import LLM
 
     found = report(LLM(model, **{**engine_options, "skip_tokenizer_init": False}))

@@ -9,6 +9,7 @@ from fastqwen.errors import BadCheckpoint, ModelNotFound
 from fastqwen.hub import config_from_hub, resolve
 from fastqwen.models import parse_config, read_config
 from fastqwen.names import DEMO, is_hub_name, known_name, split_hub_name
+from fastqwen.paths import check_regular
 from fastqwen.plan.catalog import NamedModel, find_published
 from fastqwen.weights.refusals import check_folder
 
@@ -17,6 +18,8 @@ def find_model(text: str) -> NamedModel:
     """Raises ModelNotFound, BadCheckpoint or Unsupported."""
     text = known_name(text)
     path = demo_path() if text == DEMO else Path(text).expanduser()
+    if path.exists():
+        check_regular(path)
     if path.is_file():
         return _from_gguf(resolve(text), text)
     if path.is_dir():

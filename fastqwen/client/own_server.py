@@ -14,6 +14,7 @@ from typing import IO
 from fastqwen.client.running import UNLISTED
 from fastqwen.config import EngineConfig, flag
 from fastqwen.errors import FastqwenError
+from fastqwen.lifeline import PARENT_VARIABLE
 
 READY_TIMEOUT_S = 1800.0
 STOP_WITHIN_S = 20.0
@@ -28,7 +29,10 @@ def own_server(config: EngineConfig) -> Iterator[str]:
             [*command, *_flags(config)],
             stdin=subprocess.DEVNULL,
             stderr=log,
-            env={**os.environ, "FASTQWEN_API_KEY": "", "VLLM_API_KEY": "", UNLISTED: "1"},
+            env={
+                **os.environ,
+                **{"FASTQWEN_API_KEY": "", "VLLM_API_KEY": "", UNLISTED: "1", PARENT_VARIABLE: str(os.getpid())},
+            },
         )
         try:
             yield _wait_ready(process, log)

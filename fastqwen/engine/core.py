@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 import msgspec
@@ -9,6 +10,8 @@ import msgspec
 from fastqwen.engine.executor import Executor, StepHandle
 from fastqwen.engine.scheduler import Scheduler
 from fastqwen.records import EngineRequest, RequestDelta, ScheduledBatch
+
+ASIDE_S = 0.001
 
 
 class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
@@ -54,7 +57,9 @@ class EngineCore:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
-            self._in_flight.append((batch, self._executor.submit(batch)))
+            handle = self._executor.submit(batch)
+            self.scheduler.step_aside(handle.late)
+            self._in_flight.append((batch, handle))
         if self._in_flight:
             batch, handle = self._in_flight.popleft()
             output = handle.result()
@@ -63,6 +68,8 @@ class EngineCore:
             deltas += self.scheduler.commit(batch, output)
         elif not self.scheduler.has_work:
             self.scheduler.audit()
+        else:
+            time.sleep(ASIDE_S)  # all that runs has stepped aside
         return deltas
 
     def stats(self) -> EngineStats:

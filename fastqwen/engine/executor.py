@@ -10,6 +10,11 @@ from fastqwen.records import ScheduledBatch, StepOutput
 
 
 class StepHandle(Protocol):
+    @property
+    def late(self) -> Sequence[str]:
+        """Requests whose rows step aside, known when the step was submitted: what their tokens depend on is not there
+        yet. Each is computed again in a later step."""
+
     def result(self) -> StepOutput:
         """Wait for the step and read what it sampled. Called once."""
 

@@ -133,6 +133,12 @@ class Scheduler:
                     deltas.append(delta)
         return deltas
 
+    def step_aside(self, request_ids: Items[str]) -> None:
+        """These rows of the step just scheduled give no token; no later step of theirs is in flight."""
+        now_s = time.monotonic()
+        for request_id in request_ids:
+            self._sequences[request_id].step_aside(now_s)
+
     def _shortened(self, row: Row, surplus: int) -> Row:
         """The same row, computing fewer tokens; the blocks that it took stay its own."""
         sequence = self._sequences[row.request_id]
@@ -145,9 +151,12 @@ class Scheduler:
         self._running.sort(key=_ORDER)
         scheduled = {row.request_id for row in rows}
         index = 0
+        now_s = time.monotonic()
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
             index += 1
+            if sequence.aside_until_s > now_s:
+                continue
             num_left = sequence.num_left
             if not sequence.wants_more or not (streams if num_left == 1 else prompts):
                 continue
@@ -263,6 +272,11 @@ class Scheduler:
     def _commit_row(self, sequence: Sequence, row: Row, sampled: SampledRow, step_id: int) -> RequestDelta | None:
         if sampled.error is not None:
             return self._finish(sequence, finish_reason="error", error=sampled.error)
+        if sampled.stepped_aside:
+            if sampled.prompt_logprobs is None:
+                return None
+            return RequestDelta(request_id=row.request_id, prompt_logprobs=sampled.prompt_logprobs)
+        sequence.num_late = 0
         sequence.num_pending -= row.num_logits + row.pools
         sequence.token_ids += sampled.token_ids
         if sequence.slot != NO_SLOT and step_id >= sequence.admitted_in_step:  # else preempted since: other blocks now

@@ -6,6 +6,7 @@ from fastqwen.engine.blocks import BlockHash, chain_next, chain_root
 from fastqwen.records import EngineRequest
 
 NO_SLOT = -1
+FIRST_ASIDE_S, LONGEST_ASIDE_S = 0.002, 0.1
 
 
 class Sequence:
@@ -30,6 +31,8 @@ class Sequence:
         self.admitted_in_step = 0  # rows of earlier steps belong to blocks that a preemption took away
         self.slot = NO_SLOT
         self.blocks: list[int] = []
+        self.num_late = 0  # times in a row that it stepped aside
+        self.aside_until_s = 0.0
         self.num_registered = 0  # leading blocks that the prefix cache knows
         self._hashes: list[BlockHash] = []
         self._root = chain_root(rope_key, request.cache_salt)
@@ -66,6 +69,13 @@ class Sequence:
         """The last computed tokens do not hold: what comes in their place is computed over them. Not while a later step
         of this sequence is in flight, which would stand behind them."""
         self.num_computed -= num_tokens
+
+    def step_aside(self, now_s: float) -> None:
+        """Its last scheduled token cannot be chosen yet: it is computed again, after a pause that grows."""
+        self.num_pending -= 1
+        self.num_computed -= 1
+        self.aside_until_s = now_s + min(LONGEST_ASIDE_S, FIRST_ASIDE_S * 2**self.num_late)
+        self.num_late = min(self.num_late + 1, 10)
 
     def forget_cache(self) -> None:
         """After preemption: all that is known must be computed again."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ from fastqwen.engine.core import EngineCore
 from fastqwen.errors import FastqwenError
 from fastqwen.ipc import wire
 from fastqwen.ipc.arrivals import Arrivals
+from fastqwen.lifeline import watch_parent
 from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
 
@@ -36,7 +36,8 @@ IDLE_WAIT_MS = 500  # also how often an idle engine shows that it lives
 
 def main(address: str, log_format: str = "text", start_engine: Starter | None = None) -> int:
     """``start_engine`` is the real one unless a test brings another."""
-    parent = os.getppid()
+    # In a thread, since loading may take minutes and a step may hang; the kernel's signal would leave the directory behind.
+    watch_parent(lambda: _tidy(Path(address.removeprefix("ipc://"))))
     configure_logging(log_format, "engine")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     context = zmq.Context()
@@ -50,11 +51,10 @@ def main(address: str, log_format: str = "text", start_engine: Starter | None = 
         engine = _start(socket, start, start_engine or _start_real_engine)
         if engine is None:
             return 1
-        _serve(socket, parent, engine.core, Arrivals(engine.compiler))
+        _serve(socket, engine.core, Arrivals(engine.compiler))
     finally:
         socket.close()
         context.term()
-    _tidy(Path(address.removeprefix("ipc://")))
     return 0
 
 
@@ -90,18 +90,21 @@ def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> En
     return engine
 
 
-def _serve(socket: zmq.Socket[bytes], parent: int, core: EngineCore, arrivals: Arrivals) -> None:
+def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals) -> None:
     told_s = 0.0
-    while os.getppid() == parent:
+    while True:
         _take_messages(socket, core, arrivals, wait_ms=0 if core.has_work else arrivals.patience_ms(IDLE_WAIT_MS))
         for request in arrivals.ready():
             core.add(request)
-        deltas = arrivals.refused() + core.step()
+        try:
+            deltas = arrivals.refused() + core.step()
+        except FastqwenError as error:  # the weights were changed: no answer can be right any more
+            socket.send(wire.encode(wire.Failed(str(error))))
+            return
         now_s = time.monotonic()
         if deltas or now_s - told_s > IDLE_WAIT_MS / 1000:
             socket.send(wire.encode(wire.Deltas(deltas, core.stats())))
             told_s = now_s
-    log.info("the API process is gone, so the engine ends as well")
 
 
 def _take_messages(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals, wait_ms: int) -> None:

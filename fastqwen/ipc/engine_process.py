@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import zmq
 import zmq.asyncio
 
 from fastqwen.ipc import wire
+from fastqwen.lifeline import PARENT_VARIABLE
 
 # -P: a user's own random.py in the working folder must not become the engine's.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "fastqwen.ipc.engine_main")
@@ -37,14 +39,28 @@ class EngineProcess:
             self._socket.send(wire.encode(message))
 
     async def run(self, start: wire.Start, take: Callable[[wire.FromEngine], None]) -> None:
-        """``take`` gets what the engine says. Returns when the process has ended and said its last words."""
+        """``take`` gets what the engine says. Returns when the process has ended and said its last words. Raises what
+        ``take`` raises, and OSError where there can be no process; then the process is gone as well."""
+        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
         try:
-            self._process = await asyncio.create_subprocess_exec(*self._command, stdin=asyncio.subprocess.DEVNULL)
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=asyncio.subprocess.DEVNULL, env=environment
+            )
+            ending = asyncio.create_task(self._process.wait())
             listening = asyncio.create_task(self._listen(start, take))
             try:
-                await self._process.wait()
+                await asyncio.wait({ending, listening}, return_when=asyncio.FIRST_COMPLETED)
+                if listening.done():
+                    listening.result()
+                await ending
                 await asyncio.wait([listening], timeout=LAST_WORDS_S)
+                if listening.done():
+                    listening.result()
+            except BaseException:
+                await self.end()
+                raise
             finally:
+                ending.cancel()
                 listening.cancel()
         finally:
             self._context.destroy(linger=0)

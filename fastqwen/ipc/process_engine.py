@@ -23,6 +23,7 @@ GONE = Failure(
     "gone", "the engine stopped unexpectedly while this request was running; it restarts, please send the request again"
 )
 CLOSED = Failure("closed", "the server is shutting down")
+MAX_FAILED_RESTARTS, RESTARTS_WITHIN_S, RESTART_PAUSE_S = 3, 60.0, 1.0
 
 
 class ProcessEngine:
@@ -109,7 +110,18 @@ class ProcessEngine:
             await self._process.end()
 
     async def _keep(self) -> None:
-        """Start the engine again whenever it ends, unless the user must change something."""
+        """Whatever goes wrong here ends the engine with one line, and with it whoever waits for it."""
+        try:
+            await self._keep_running()
+        except Exception as error:
+            log.exception("watching over the engine failed")
+            self._streams.end(GONE)
+            self._fail(f"the engine cannot be run: {' '.join(str(error).split()) or type(error).__name__}")
+
+    async def _keep_running(self) -> None:
+        """Start the engine again whenever it ends, unless the user must change something. One that dies while it starts
+        again, as where memory is short for a moment, is tried again after a pause, but not for ever."""
+        deaths_s: list[float] = []  # of restarts
         while True:
             self._process = EngineProcess(self._command, self._log_format)
             await self._process.run(self._start, self._take)
@@ -117,9 +129,15 @@ class ProcessEngine:
                 return
             self._streams.end(GONE)
             how = self._process.how_it_ended()
-            if self.state != "ready":
+            if self.state == "loading":
                 self._fail(f"{how} before it was ready")
                 return
+            if self.state == "restarting":
+                deaths_s = [*(one for one in deaths_s if time.monotonic() - one < RESTARTS_WITHIN_S), time.monotonic()]
+                if len(deaths_s) >= MAX_FAILED_RESTARTS:
+                    self._fail(f"{how} {len(deaths_s)} times while it was started again")
+                    return
+                await asyncio.sleep(RESTART_PAUSE_S * len(deaths_s))
             log.error("%s; starting it again", how)
             self.num_restarts += 1
             self._set_state("restarting")

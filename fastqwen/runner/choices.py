@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastqwen.records import Row
+from fastqwen.records import Failure, Row
 from fastqwen.runner import sampler
+from fastqwen.runner.results import only_this_row
 from fastqwen.runner.slots import Slots
 
 
@@ -30,20 +31,34 @@ def choices_of(rows: Sequence[Row]) -> list[Choice]:
     ]
 
 
-def adjust(logits: Tensor, choices: Sequence[Choice], slots: Slots) -> None:
+def taken(choices: Sequence[Choice], tokens: Sequence[int], late: Collection[int]) -> tuple[list[int], list[int]]:
+    """Slots and tokens of the choices that hold: not those of rows that stepped aside."""
+    held = [(choice.slot, token) for choice, token in zip(choices, tokens, strict=True) if choice.row not in late]
+    return [slot for slot, _ in held], [token for _, token in held]
+
+
+def adjust(logits: Tensor, choices: Sequence[Choice], slots: Slots, errors: dict[int, Failure]) -> None:
     """Bias, penalties and forbidden stops, in place, where a row asks for them: logits float32 [choices, vocab]"""
-    for index, (_, slot, num_known) in enumerate(choices):
-        sampling, stops = slots.sampling[slot], slots.stop_token_ids[slot]
-        if sampling.needs_history:
-            sampler.penalize(
-                logits[index : index + 1],
-                slots.token_ids[slot : slot + 1, :num_known],
-                torch.tensor([slots.num_prompt[slot]], device=logits.device),
-                torch.tensor([num_known], device=logits.device),
-                [sampling],
-            )
-        if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-            logits[index, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
-        if num_known - slots.num_prompt[slot] < sampling.min_tokens and stops:
-            logits[index, stops] = sampler.FORBIDDEN
+    for index, choice in enumerate(choices):
+        if slots.sampling[choice.slot].needs_more(choice.position - slots.num_prompt[choice.slot]):
+            with only_this_row(choice.row, errors):
+                _adjust_row(logits[index], choice, slots)
+
+
+def _adjust_row(logits: Tensor, choice: Choice, slots: Slots) -> None:
+    """logits float32 [vocab]"""
+    _, slot, num_known = choice
+    sampling, stops = slots.sampling[slot], slots.stop_token_ids[slot]
+    if sampling.needs_history:
+        sampler.penalize(
+            logits[None],
+            slots.token_ids[slot : slot + 1, :num_known],
+            torch.tensor([slots.num_prompt[slot]], device=logits.device),
+            torch.tensor([num_known], device=logits.device),
+            [sampling],
+        )
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+    if num_known - slots.num_prompt[slot] < sampling.min_tokens and stops:
+        logits[stops] = sampler.FORBIDDEN

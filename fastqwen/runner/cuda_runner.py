@@ -17,7 +17,7 @@ from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.records import Row, ScheduledBatch
-from fastqwen.runner.choices import choices_of
+from fastqwen.runner.choices import Choice, choices_of, taken
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.pending import Extras, PendingStep
 from fastqwen.runner.pooling import PooledStep, last_vectors
@@ -41,7 +41,8 @@ class CudaRunner(ModelRunner):
     ) -> None:
         super().__init__(model, decoder, plan, device, structured)
         assert decoder.embed.world.count == 1, "one GPU computes all of a step"
-        self._untaken: tuple[list[int], Tensor, torch.cuda.Event] | None = None  # slots and tokens of the last step
+        # The last step's choices, tokens, and rows that stepped aside.
+        self._untaken: tuple[list[Choice], Tensor, torch.cuda.Event, set[int]] | None = None
         self.slots.block_tables[self.slots.spare] = plan.num_blocks  # padding writes into a block of its own
         self._library = getattr(decoder.ops, "library_prefill", False) and all(
             isinstance(layer.mixer, Attention) and layer.mixer.parts.window is None for layer in decoder.layers
@@ -124,9 +125,9 @@ class CudaRunner(ModelRunner):
     def _take_last_step(self, structured: StructuredOutput) -> None:
         """A grammar must see a row's last token before it allows the next one: such rows cannot run ahead."""
         if self._untaken is not None:
-            slots, tokens, done = self._untaken
+            choices, tokens, done, late = self._untaken
             done.synchronize()
-            structured.take(slots, tokens.tolist())
+            structured.take(*taken(choices, tokens.tolist(), late))
             self._untaken = None
 
     def _launch(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,8 +234,9 @@ class CudaRunner(ModelRunner):
         host, event = self._results[place][: tokens.shape[0]], self._events[place]
         host.copy_(tokens, non_blocking=True)
         event.record()
-        if self._structured is not None and extras is not None:
-            slots = [choice.slot for choice in extras.choices]
-            if any(map(self._structured.constrains, slots)):
-                self._untaken = slots, host, event
+        if extras is not None and self._constrains(extras.choices):
+            self._untaken = extras.choices, host, event, extras.late
         return PendingStep(batch, host, event, extras)
+
+    def _constrains(self, choices: list[Choice]) -> bool:
+        return self._structured is not None and any(self._structured.constrains(one.slot) for one in choices)

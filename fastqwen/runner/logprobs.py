@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastqwen.layers.decoder import Decoder
-from fastqwen.records import Row, TokenLogprobs
+from fastqwen.records import Failure, Row, TokenLogprobs
 from fastqwen.runner.choices import Choice
+from fastqwen.runner.results import only_this_row
 from fastqwen.runner.sampler import top_logprobs
 from fastqwen.runner.slots import Slots
 
@@ -23,15 +24,27 @@ class ChosenLogprobs:
         """logits [choices, vocab]"""
         counts = [slots.sampling[choice.slot].logprobs for choice in choices]
         self._asked = [index for index, count in enumerate(counts) if count is not None]
+        self._rows = [choices[index].row for index in self._asked]
         self._counts = [counts[index] or 0 for index in self._asked]
         self._raw = logits[self._asked].float() if self._asked else None
 
-    def of(self, tokens: Sequence[int]) -> dict[int, TokenLogprobs]:
-        """By the choice's place, once the tokens are known; a failed row's token may be any number."""
+    def of(self, tokens: Sequence[int], errors: dict[int, Failure]) -> dict[int, TokenLogprobs]:
+        """By the choice's place, once the tokens are known; a failed row's token may be any number. Rows whose
+        probabilities cannot be told are added to ``errors``."""
         if self._raw is None:
             return {}
         chosen = torch.tensor([max(0, tokens[index]) for index in self._asked], device=self._raw.device)
-        return dict(zip(self._asked, top_logprobs(self._raw, chosen, self._counts), strict=True))
+        try:
+            return dict(zip(self._asked, top_logprobs(self._raw, chosen, self._counts), strict=True))
+        except Exception:  # one of them: each alone says which
+            return self._one_by_one(self._raw, chosen, errors)
+
+    def _one_by_one(self, raw: Tensor, chosen: Tensor, errors: dict[int, Failure]) -> dict[int, TokenLogprobs]:
+        found = {}
+        for index, (place, row, count) in enumerate(zip(self._asked, self._rows, self._counts, strict=True)):
+            with only_this_row(row, errors):
+                [found[place]] = top_logprobs(raw[index : index + 1], chosen[index : index + 1], [count])
+        return found
 
 
 def prompt_logprobs(row: Row, hidden: Tensor, decoder: Decoder, slots: Slots) -> list[TokenLogprobs]:

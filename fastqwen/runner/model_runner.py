@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.records import Failure, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner import sampler
-from fastqwen.runner.choices import Choice, adjust, choices_of
+from fastqwen.runner.choices import Choice, adjust, choices_of, taken
 from fastqwen.runner.device import TORCH_DTYPES
 from fastqwen.runner.logprobs import ChosenLogprobs, prompt_logprobs
 from fastqwen.runner.packing import pack
 from fastqwen.runner.pooling import PooledStep, last_vectors
-from fastqwen.runner.results import NOT_FINITE, step_output
+from fastqwen.runner.results import NOT_FINITE, only_this_row, step_output
 from fastqwen.runner.slots import Slots
 from fastqwen.runner.structured import StructuredOutput
 
@@ -28,6 +28,10 @@ from fastqwen.runner.structured import StructuredOutput
 class FinishedStep:
     def __init__(self, output: StepOutput) -> None:
         self._output = output
+
+    @property
+    def late(self) -> list[str]:
+        return [row.request_id for row in self._output.rows if row.stepped_aside]
 
     def result(self) -> StepOutput:
         return self._output
@@ -45,7 +49,10 @@ class ModelRunner:
         plan: EnginePlan,
         device: torch.device,
         structured: StructuredOutput | None = None,
+        check_weights: Callable[[], None] = lambda: None,
     ) -> None:
+        """``check_weights`` raises where a mapped file was changed: then a step's tokens are worth nothing."""
+        self._check_weights = check_weights
         self._model = model
         self._decoder = decoder
         self._plan = plan
@@ -77,6 +84,7 @@ class ModelRunner:
         hidden = self._decoder.hidden(ids, step, self.states)
         done = FinishedStep(self._finish(batch, hidden))
         vectors = last_vectors(self._decoder, batch.rows, hidden)
+        self._check_weights()
         return done if vectors is None else PooledStep(done, batch.rows, vectors)
 
     def _finish(self, batch: ScheduledBatch, hidden: Tensor) -> StepOutput:
@@ -92,26 +100,43 @@ class ModelRunner:
             if not row.num_logits and not bool(torch.isfinite(part).all()):
                 errors[index] = NOT_FINITE
             elif row.prompt_logprobs:
-                reported[index] = prompt_logprobs(row, part, self._decoder, self.slots)
+                with only_this_row(index, errors):
+                    reported[index] = prompt_logprobs(row, part, self._decoder, self.slots)
         if not choices:
             return step_output(batch, [], logprobs={}, prompt_logprobs=reported, errors=errors)
         logits = self._decoder.logits(hidden[places]).float()
         lowest, highest = logits.aminmax(dim=-1)
-        for choice, fine in zip(choices, (torch.isfinite(lowest) & torch.isfinite(highest)).tolist(), strict=True):
+        finite = torch.isfinite(lowest) & torch.isfinite(highest)
+        for place, (choice, fine) in enumerate(zip(choices, finite.tolist(), strict=True)):
             if not fine:
                 errors[choice.row] = NOT_FINITE
+                logits[place] = 0.0  # what is done to all rows at once must not meet it
         logprobs = ChosenLogprobs(logits, choices, self.slots)
-        tokens = self._sample(logits, choices, errors)
-        return step_output(batch, tokens, logprobs=logprobs.of(tokens), prompt_logprobs=reported, errors=errors)
+        tokens, late = self._sample(logits, choices, errors)
+        told = logprobs.of(tokens, errors)
+        return step_output(batch, tokens, logprobs=told, prompt_logprobs=reported, errors=errors, late=late)
 
-    def _sample(self, logits: Tensor, choices: list[Choice], errors: dict[int, Failure]) -> list[int]:
-        """logits float32 [choices, vocab], changed in place; rows whose grammar fails are added to ``errors``"""
-        slots = self.slots
-        adjust(logits, choices, slots)
-        row_slots = torch.tensor([choice.slot for choice in choices])
-        positions = torch.tensor([choice.position for choice in choices])
+    def _sample(self, logits: Tensor, choices: list[Choice], errors: dict[int, Failure]) -> tuple[list[int], set[int]]:
+        """Tokens, and rows that step aside. logits float32 [choices, vocab], changed in place; rows that cannot be sampled
+        are added to ``errors``."""
+        adjust(logits, choices, self.slots, errors)
+        late: set[int] = set()
         if self._structured is not None:
-            self._structured.mask(logits, choices, errors)
+            late = self._structured.mask(logits, choices, errors)
+        try:
+            chosen = self._draw(logits, choices)
+        except Exception:  # one of them: each alone says which
+            chosen = [0] * len(choices)
+            for place, choice in enumerate(choices):
+                with only_this_row(choice.row, errors):
+                    [chosen[place]] = self._draw(logits[place : place + 1], [choice])
+        self.slots.token_ids[_slots_of(choices), _positions_of(choices)] = torch.tensor(chosen, dtype=torch.int32)
+        if self._structured is not None:
+            self._structured.take(*taken(choices, chosen, late))
+        return chosen, late
+
+    def _draw(self, logits: Tensor, choices: list[Choice]) -> list[int]:
+        slots, row_slots = self.slots, _slots_of(choices)
         tokens = sampler.sample(
             logits,
             temperature=slots.temperature[row_slots],
@@ -119,11 +144,15 @@ class ModelRunner:
             top_p=slots.top_p[row_slots],
             min_p=slots.min_p[row_slots],
             seed=slots.seed[row_slots],
-            position=positions,
+            position=_positions_of(choices),
             params=[slots.sampling[choice.slot] for choice in choices],
         )
-        slots.token_ids[row_slots, positions] = tokens.int()
-        chosen = tokens.tolist()
-        if self._structured is not None:
-            self._structured.take([choice.slot for choice in choices], chosen)
-        return chosen
+        return tokens.tolist()
+
+
+def _slots_of(choices: list[Choice]) -> Tensor:
+    return torch.tensor([choice.slot for choice in choices])
+
+
+def _positions_of(choices: list[Choice]) -> Tensor:
+    return torch.tensor([choice.position for choice in choices])

@@ -12,7 +12,7 @@ from fastqwen.layers.decoder import Decoder
 from fastqwen.records import Failure, Row, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.choices import Choice, adjust
 from fastqwen.runner.logprobs import ChosenLogprobs, prompt_logprobs
-from fastqwen.runner.results import NOT_FINITE, step_output
+from fastqwen.runner.results import NOT_FINITE, only_this_row, step_output
 from fastqwen.runner.slots import Slots
 from fastqwen.runner.structured import StructuredOutput
 
@@ -23,7 +23,7 @@ class Extras:
     def __init__(
         self,
         rows: Sequence[Row],
-        choices: Sequence[Choice],
+        choices: list[Choice],
         hidden: Tensor,
         logits: Tensor,
         decoder: Decoder,
@@ -31,6 +31,7 @@ class Extras:
     ) -> None:
         """hidden [tokens, hidden], logits [choices, vocab] as the model left them"""
         self.errors: dict[int, Failure] = {}
+        self.late: set[int] = set()
         self.choices = choices
         self.logprobs = ChosenLogprobs(logits, choices, slots)
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
@@ -38,17 +39,17 @@ class Extras:
         start = 0
         for index, row in enumerate(rows):
             if row.prompt_logprobs:
-                self.prompt_logprobs[index] = prompt_logprobs(
-                    row, hidden[start : start + row.num_tokens], decoder, slots
-                )
+                with only_this_row(index, self.errors):
+                    part = hidden[start : start + row.num_tokens]
+                    self.prompt_logprobs[index] = prompt_logprobs(row, part, decoder, slots)
             start += row.num_tokens
 
     def bent(self, logits: Tensor, structured: StructuredOutput | None) -> Tensor:
-        """float32 [choices, vocab]; rows whose grammar fails become ``errors``"""
+        """float32 [choices, vocab]; rows that cannot be bent, or whose grammar fails, become ``errors``"""
         adjusted = logits.to(torch.float32, copy=True)
-        adjust(adjusted, self.choices, self._slots)
+        adjust(adjusted, self.choices, self._slots, self.errors)
         if structured is not None:
-            structured.mask(adjusted, self.choices, self.errors)
+            self.late = structured.mask(adjusted, self.choices, self.errors)
         return adjusted
 
 
@@ -61,6 +62,11 @@ class PendingStep:
         self._done = done
         self._extras = extras
 
+    @property
+    def late(self) -> list[str]:
+        rows = self._batch.rows
+        return [] if self._extras is None else [rows[index].request_id for index in sorted(self._extras.late)]
+
     def result(self) -> StepOutput:
         self._done.synchronize()
         tokens, extras = self._tokens.tolist(), self._extras
@@ -70,6 +76,7 @@ class PendingStep:
             for index, token in zip(owners, tokens, strict=True):
                 if token == step.CORRUPT:
                     errors.setdefault(index, NOT_FINITE)
-        logprobs = {} if extras is None else extras.logprobs.of(tokens)
+        logprobs = {} if extras is None else extras.logprobs.of(tokens, errors)
         reported = {} if extras is None else extras.prompt_logprobs
-        return step_output(self._batch, tokens, logprobs=logprobs, prompt_logprobs=reported, errors=errors)
+        late = () if extras is None else extras.late
+        return step_output(self._batch, tokens, logprobs=logprobs, prompt_logprobs=reported, errors=errors, late=late)

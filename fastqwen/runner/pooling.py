@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -36,6 +37,10 @@ class PooledStep:
         self._step = step
         self._rows = rows
         self._vectors = vectors
+
+    @property
+    def late(self) -> Sequence[str]:
+        return self._step.late
 
     def result(self) -> StepOutput:
         output = self._step.result()

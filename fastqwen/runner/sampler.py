@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastqwen.records import Sampling, TokenLogprobs
 
-FORBIDDEN = -1e30  # finite, because an infinite logit means that the model has failed
+# Finite, because an infinite logit means that the model has failed, and still finite over the least temperature.
+FORBIDDEN = -1e30
 _MASK32 = 0xFFFFFFFF
 _TOP_CANDIDATES = 1024
 
@@ -54,6 +55,7 @@ def _cut_top(scaled: Tensor, top_k: Tensor, top_p: Tensor, params: list[Sampling
     share = torch.where(top_p < 1.0, top_p, float("inf"))  # sums of nearly all of the mass may round to 1
     keep = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1) < share[:, None]
     keep &= best > float("-inf")
+    keep[:, 0] = True  # the largest is always left, also of a row whose logits are not finite
     last = keep.sum(-1, keepdim=True) - 1
     least = torch.where(((top_k > 0) | (top_p < 1.0))[:, None], best.gather(-1, last), float("-inf"))
     return scaled.masked_fill(scaled < least, float("-inf"))
@@ -114,7 +116,8 @@ def penalize(logits: Tensor, token_ids: Tensor, num_prompt: Tensor, num_known: T
         return torch.tensor([getattr(one, name) for one in params], device=logits.device)[:, None]
 
     repetition = column("repetition_penalty")
-    logits.copy_(torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits))
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits.copy_(torch.where(seen, repeated.clamp(FORBIDDEN, -FORBIDDEN), logits))  # a small penalty must not give inf
     logits -= column("frequency_penalty") * counts + column("presence_penalty") * (counts > 0)
 
 
@@ -126,7 +129,7 @@ def top_logprobs(logits: Tensor, chosen: Tensor, counts: list[int]) -> list[Toke
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     picked = logprobs.gather(-1, chosen[:, None])
     ranks = (logprobs > picked).sum(-1) + 1
-    top = logprobs.topk(max(1, *counts), dim=-1)
+    top = logprobs.topk(min(max(1, *counts), logits.shape[-1]), dim=-1)
     return [
         TokenLogprobs(token, logprob, rank, ids[:count], values[:count])
         for token, logprob, rank, ids, values, count in zip(

@@ -32,6 +32,7 @@ from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
 from fastqwen.weights.accounting import account
 from fastqwen.weights.checkpoint import Checkpoint, open_checkpoint
 from fastqwen.weights.source import DummyWeights, Weights
+from fastqwen.weights.watch import MappedFiles
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,15 @@ def start_engine(
     for notice in plan.notices:
         log.warning("%s", notice)
     paper = plan
+    mapped = MappedFiles(checkpoint.tensor_files)
     decoder, weights_bytes = _load(config, checkpoint, plan, device, choose_ops(device), progress)
+    mapped.check()
     compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
     structured = None if compiler is None else StructuredOutput(compiler)
     if has_own_kernels(device):
         plan, executor, step_bytes = _on_gpu(config, checkpoint.model, decoder, plan, device, structured, on_capture)
     else:
-        executor, step_bytes = ModelRunner(checkpoint.model, decoder, plan, device, structured), 0
+        executor, step_bytes = ModelRunner(checkpoint.model, decoder, plan, device, structured, mapped.check), 0
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, plan.block_size),
         StepPolicy(

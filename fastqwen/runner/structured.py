@@ -1,23 +1,61 @@
 """Structured output in the sampler: which tokens a row's grammar allows next.
 
 The matchers live on the host and see each token after it was sampled, so a step with such a row cannot run ahead of it.
+Masks are computed in threads, which llguidance lets run beside the model. A row whose mask is not there in time steps aside:
+the others do not wait for it, and it is computed again in a later step. A grammar that costs more than its budget ends.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Lock
 
 import llguidance
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastqwen.records import Admission, Failure, Grammar
 from fastqwen.runner.choices import Choice
+from fastqwen.runner.results import only_this_row
 from fastqwen.runner.sampler import FORBIDDEN
 
 MAX_CACHED_GRAMMARS = 64
+PATIENCE_S = 0.02  # what one step's other rows wait for masks in all
+LONE_PATIENCE_S = 0.2  # where no other row waits
+SLOW_S = 0.01  # masks that take longer have a thread of their own, so that the quick ones do not stand behind them
+BUDGET_S = 2.0  # of processor time for one grammar's masks, whoever uses it, and
+BUDGET_PER_TOKEN_S = 0.02  # as much more for each of its tokens
+
+
+class Meter:
+    """What following one grammar has cost so far, all of its requests together."""
+
+    def __init__(self) -> None:
+        self.spent_s = 0.0
+        self.last_s: float | None = None  # not known before the first mask
+        self.num_tokens = 0
+        self.was_begun = False
+
+    def note(self, took_s: float, num_tokens: int) -> None:
+        self.spent_s += took_s
+        self.last_s = took_s
+        self.num_tokens += num_tokens
+
+    @property
+    def slow(self) -> bool:
+        return self.last_s is not None and self.last_s > SLOW_S
+
+    @property
+    def problem(self) -> str | None:
+        if self.spent_s <= BUDGET_S + BUDGET_PER_TOKEN_S * self.num_tokens:
+            return None
+        return (
+            f"following it took {self.spent_s:.1f} s for {self.num_tokens} tokens: make it simpler, or less ambiguous"
+        )
 
 
 class GrammarCompiler:
@@ -26,7 +64,7 @@ class GrammarCompiler:
     def __init__(self, load_tokenizer: Callable[[], llguidance.LLTokenizer]) -> None:
         self._load_tokenizer = load_tokenizer
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._cache: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._cache: OrderedDict[str, tuple[llguidance.LLMatcher, Meter]] = OrderedDict()
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -38,35 +76,44 @@ class GrammarCompiler:
                 self._tokenizer = self._load_tokenizer()
             return self._tokenizer
 
-    def compile(self, grammar: str) -> llguidance.LLMatcher:
-        """A matcher at its beginning, the caller's own. Its ``is_error`` says whether the grammar was usable."""
+    def compile(self, grammar: str) -> tuple[llguidance.LLMatcher, Meter]:
+        """A matcher at its beginning, the caller's own, and the grammar's meter. ``is_error`` says whether it is usable."""
         tokenizer = self.tokenizer()
         with self._lock:
             known = self._cache.get(grammar)
             if known is not None:
                 self._cache.move_to_end(grammar)
-                return known.deep_copy()
+                return known[0].deep_copy(), known[1]
         made = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
         with self._lock:
-            self._cache[grammar] = made
+            _, meter = self._cache.setdefault(grammar, (made, Meter()))
             while len(self._cache) > MAX_CACHED_GRAMMARS:
                 self._cache.popitem(last=False)
-            return made.deep_copy()
+            return made.deep_copy(), meter
+
+
+Mask = tuple[Tensor, str | None]  # bool [tokens that the grammar knows], and what is wrong
 
 
 class _Constraint:
     """One row's matcher. It sleeps until the text ``after`` has been generated."""
 
-    def __init__(self, grammar: Grammar, matcher: llguidance.LLMatcher, tokenizer: llguidance.LLTokenizer) -> None:
+    def __init__(
+        self, grammar: Grammar, matcher: llguidance.LLMatcher, meter: Meter, tokenizer: llguidance.LLTokenizer
+    ) -> None:
         self._matcher = matcher
         self._tokenizer = tokenizer
         self._awaited = grammar.after.encode()
         self._tail = b""
+        self._untaken: list[int] = []  # tokens that the matcher has not seen yet
+        self.meter = meter
+        self.job: Future[Mask] | None = None
 
     def take(self, token_ids: Sequence[int]) -> None:
+        self.job = None
         for index, token_id in enumerate(token_ids):
             if not self._awaited:
-                self._matcher.consume_tokens(list(token_ids[index:]))
+                self._untaken += token_ids[index:]
                 return
             self._tail += self._tokenizer.decode_bytes([token_id])
             if self._awaited in self._tail:
@@ -77,13 +124,18 @@ class _Constraint:
     def active(self) -> bool:
         return not self._awaited
 
-    @property
-    def error(self) -> str | None:
-        return self._matcher.get_error() if self._matcher.is_error() else None
-
-    def mask(self) -> Tensor:
-        """uint8 [ceil(vocab / 8)], one bit per token"""
-        return torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+    def compute(self) -> Mask:
+        """In a thread. Nothing else touches the matcher until it is done."""
+        begin_s = time.thread_time()
+        matcher, untaken = self._matcher, self._untaken
+        self._untaken = []
+        if untaken:
+            matcher.consume_tokens(untaken)
+        bits = np.frombuffer(bytes(matcher.compute_bitmask()), dtype=np.uint8)
+        error = matcher.get_error() if matcher.is_error() else None
+        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
+        self.meter.note(time.thread_time() - begin_s, len(untaken))
+        return allowed, error
 
 
 class StructuredOutput:
@@ -92,40 +144,58 @@ class StructuredOutput:
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._constraints: dict[int, _Constraint] = {}
+        self._fast = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow-masks")
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Also after a preemption: what was generated before is taken in again."""
         for admission in admissions:
             self._constraints.pop(admission.slot, None)
             if admission.grammar is not None:
-                matcher = self._compiler.compile(admission.grammar.text)
-                constraint = _Constraint(admission.grammar, matcher, self._compiler.tokenizer())
+                matcher, meter = self._compiler.compile(admission.grammar.text)
+                constraint = _Constraint(admission.grammar, matcher, meter, self._compiler.tokenizer())
                 constraint.take(admission.token_ids[admission.num_prompt_tokens :])
                 self._constraints[admission.slot] = constraint
+                self._begin(constraint)
 
     def constrains(self, slot: int) -> bool:
         return slot in self._constraints
 
-    def mask(self, logits: Tensor, choices: Sequence[Choice], errors: dict[int, Failure]) -> None:
+    def mask(self, logits: Tensor, choices: Sequence[Choice], errors: dict[int, Failure]) -> set[int]:
         """Forbid tokens in place, logits [choices, vocab]. Rows that cannot go on are added to ``errors``, with the reason.
 
-        A row with a grammar has one choice in a step: the next one depends on it.
+        Gives the rows that must step aside, because their masks are not there yet; their tokens are worth nothing. A row
+        with a grammar has one choice in a step: the next one depends on it.
         """
-        for index, choice in enumerate(choices):
-            constraint = self._constraints.get(choice.slot)
-            if constraint is None or not constraint.active:
+        found = {index: self._constraints.get(choice.slot) for index, choice in enumerate(choices)}
+        active = {index: one for index, one in found.items() if one is not None and one.active}
+        self._wait(list(active.values()), alone=len(active) == len(choices))
+        late = set()
+        for index, constraint in active.items():
+            row = choices[index].row
+            problem = constraint.meter.problem
+            if problem is None and constraint.job is not None and not constraint.job.done():
+                late.add(row)
                 continue
-            bits = constraint.mask()
-            if constraint.error is not None:
-                why = constraint.error.partition("\n")[0][:300]
-                failure = Failure("grammar", f"the grammar for structured output cannot be used: {why}")
-                errors.setdefault(choice.row, failure)
-                continue
-            allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-            flags = torch.zeros(logits.shape[1], dtype=torch.bool)
-            count = min(logits.shape[1], allowed.numel())
-            flags[:count] = allowed.flatten()[:count].bool()
-            logits[index].masked_fill_(~flags.to(logits.device), FORBIDDEN)
+            with only_this_row(row, errors):
+                self._apply(logits[index], constraint, problem, row, errors)
+        return late - errors.keys()
+
+    def _apply(
+        self, logits: Tensor, constraint: _Constraint, problem: str | None, row: int, errors: dict[int, Failure]
+    ) -> None:
+        """logits [vocab]"""
+        if problem is None:
+            assert constraint.job is not None
+            allowed, problem = constraint.job.result()
+        if problem is not None:
+            why = problem.partition("\n")[0][:300]
+            errors.setdefault(row, Failure("grammar", f"the grammar for structured output cannot be used: {why}"))
+            return
+        forbidden = torch.ones(logits.shape[0], dtype=torch.bool)
+        count = min(logits.shape[0], allowed.numel())
+        forbidden[:count] = ~allowed[:count]
+        logits.masked_fill_(forbidden.to(logits.device), FORBIDDEN)
 
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """What was sampled in these slots."""
@@ -133,3 +203,19 @@ class StructuredOutput:
             constraint = self._constraints.get(slot)
             if constraint is not None:
                 constraint.take([token_id])
+                self._begin(constraint)
+
+    def _begin(self, constraint: _Constraint) -> None:
+        """Its next mask is computed while the model computes the next step."""
+        if constraint.active and constraint.job is None:
+            meter = constraint.meter
+            unknown = meter.last_s is None and meter.was_begun  # one mask shows what the grammar's others will cost
+            meter.was_begun = True
+            lane = self._slow if meter.slow or unknown else self._fast
+            constraint.job = lane.submit(constraint.compute)
+
+    def _wait(self, constraints: Sequence[_Constraint], *, alone: bool) -> None:
+        """``alone``: no other row waits. Else those that are known to be slow are not waited for."""
+        jobs = [one.job for one in constraints if one.job is not None and (alone or not one.meter.slow)]
+        if jobs and not all(job.done() for job in jobs):
+            wait(jobs, timeout=LONE_PATIENCE_S if alone else PATIENCE_S)

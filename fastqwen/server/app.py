@@ -38,6 +38,8 @@ from fastqwen.version import __version__
 
 B = TypeVar("B", bound=Body)
 
+MANY_NUMBERS, PROMPTS_OF_IDS = 2**17, 8
+
 
 def create_app(state: ServerState) -> ASGIApp:
     """Everything behind the guard, which decides who may ask at all."""
@@ -76,7 +78,8 @@ class Work(Protocol):
 def _add_dialects(app: FastAPI, state: ServerState) -> None:
     def add_post(path: str, name: str, kind: type[B], answer: Callable[[Request, B], Any]) -> None:
         async def route(request: Request) -> Response:
-            found = await answer(request, parse(kind, await read_body(request, state.config)))
+            body = await read_body(request, state.config, _max_numbers(state))
+            found = await answer(request, parse(kind, body))
             return found if isinstance(found, Response) else _json(found)
 
         app.post(path, name=name, openapi_extra=openapi.documented(kind))(route)
@@ -107,6 +110,12 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
     add_post("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
     add_post("/tokenize", "tokenize", TokenizeRequest, lambda _, body: tokenize(state, body))
     add_post("/detokenize", "detokenize", DetokenizeRequest, lambda _, body: detokenize(state, body))
+
+
+def _max_numbers(state: ServerState) -> int:
+    """Of a body: token ids of a few prompts as long as the model takes them, or of many short ones."""
+    ready = state.engine.ready
+    return MANY_NUMBERS if ready is None else MANY_NUMBERS + PROMPTS_OF_IDS * ready.plan.max_model_len
 
 
 def _explains_cache(request: Request) -> bool:

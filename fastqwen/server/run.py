@@ -22,6 +22,7 @@ from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.hub import find_checkpoint
 from fastqwen.ipc.engine_process import ENGINE_COMMAND
 from fastqwen.ipc.process_engine import ProcessEngine
+from fastqwen.lifeline import PARENT_VARIABLE, end_with_parent
 from fastqwen.logs import configure_logging
 from fastqwen.names import DEMO
 from fastqwen.server.answer.cache_story import CacheStories
@@ -48,6 +49,8 @@ NO_STOPS = (
 
 def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
+    if PARENT_VARIABLE in os.environ:
+        end_with_parent()
     configure_logging(config.log_format)
     check_exposure(config)
     mcp = _mcp_tools(config)
@@ -182,6 +185,8 @@ async def _stop_on_failure(engine: ProcessEngine, server: DrainingServer) -> Non
 async def _start_workers(workers: TextPool, engine: ProcessEngine, server: DrainingServer) -> None:
     try:
         await workers.start()
-    except FastqwenError as error:
-        engine.failure = str(error)
+    except Exception as error:
+        if not isinstance(error, FastqwenError):
+            log.exception("starting a process that reads prompts failed")
+        engine.failure = " ".join(str(error).split()) or type(error).__name__
         server.should_exit = True

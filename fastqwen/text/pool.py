@@ -1,15 +1,23 @@
-"""Worker processes for text. A worker that takes too long is killed, and another one takes its place."""
+"""Worker processes for text. A worker that takes too long is killed, and another one takes its place.
+
+What the input costs is the client's matter, what happens to a worker is not: one that was stopped or killed from outside is
+replaced and its work done again, and where that does not help the answer is 503. Work that may take long waits in a line
+of its own, and leaves one worker to the rest.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadCheckpoint, BadRequest, Overloaded
+from fastqwen.errors import BadCheckpoint, BadRequest, Overloaded, ReadersGone
+from fastqwen.lifeline import PARENT_VARIABLE
 from fastqwen.model_config import ModelConfig
 from fastqwen.text import worker
 from fastqwen.text.worker import LENGTH_BYTES, Begin, Compile, Ids, Job, Refused
@@ -19,6 +27,14 @@ log = logging.getLogger("fastqwen.server")
 FIRST_GRAMMAR_S = 10.0  # a worker's first grammar has to wait for its tokenizer
 ANY_GRAMMAR = Compile('start: "a"')  # so that it is not a user's grammar that gets this time
 MAX_WAITING = 4096
+LAST_WORDS_S = 1.0
+
+
+HEAVY_BYTES = 64 * 2**10  # a job of so many bytes may take long; one with a grammar always may
+MAX_TRIES = 12  # two for each time that all of two workers are killed
+RETRY_PAUSE_S = 0.05
+BUSY_SHARE = 0.1  # of a timeout: a worker that computed less was stopped, or got no processor
+GIVEN_UP_SIGNALS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE)  # what an input may bring about
 
 
 class WorkerGone(Exception):
@@ -26,7 +42,8 @@ class WorkerGone(Exception):
 
 
 class TextPool:
-    """``run`` raises BadRequest where the work is refused or takes longer than ``timeout_s``."""
+    """``run`` raises BadRequest where the work is refused or takes longer than ``timeout_s``, ReadersGone where workers were
+    stopped or killed."""
 
     def __init__(
         self,
@@ -45,6 +62,7 @@ class TextPool:
         self._source = str(path)
         self._log_format = log_format
         self._idle: asyncio.LifoQueue[_Process | None] = asyncio.LifoQueue()
+        self._heavy = asyncio.Semaphore(max(1, num_workers - 1))
         self._num_waiting = 0
         self._all: set[_Process] = set()
         self._tasks: set[asyncio.Task[list[int]]] = set()
@@ -82,34 +100,60 @@ class TextPool:
             await self._end(process)
 
     async def _run(self, job: Job) -> list[int]:
-        process = await self._idle.get()
-        try:
-            if process is None or process.ended:
-                process = await self._new()
-            answer = await self._ask(process, job)
-        except BaseException as error:
-            await self._end(process)
-            process = None
-            if isinstance(error, TimeoutError):
-                why = f"took longer than {self._timeout_s:g} s and was given up"
-            elif isinstance(error, (WorkerGone, OSError)):
-                why = "ended the process that did it"
-            else:
-                raise
-            raise BadRequest(f"reading this input {why}: make it shorter or simpler") from None
-        finally:
-            self._idle.put_nowait(process)
+        data = worker.encode(job)
+        if isinstance(job, Compile) or len(data) > HEAVY_BYTES:
+            async with self._heavy:
+                answer = await self._tried(job, data)
+        else:
+            answer = await self._tried(job, data)
         if isinstance(answer, Refused):
             raise BadRequest(answer.message, answer.param, answer.code)
         return answer.token_ids
 
-    async def _ask(self, process: _Process, job: Job) -> Ids | Refused:
+    async def _tried(self, job: Job, data: bytes) -> Ids | Refused:
+        """Asked again where it was not the job's fault that there was no answer."""
+        for _ in range(MAX_TRIES):
+            answer = await self._asked(job, data)
+            if answer is not None:
+                return answer
+            await asyncio.sleep(RETRY_PAUSE_S)
+        raise ReadersGone("the processes that read prompts were stopped or killed: send the request again")
+
+    async def _asked(self, job: Job, data: bytes) -> Ids | Refused | None:
+        """None where the worker was stopped, killed or could not be started."""
+        process = await self._idle.get()
+        answer: Ids | Refused | None = None
+        try:
+            if process is None or process.ended:
+                await self._end(process)
+                process = await self._new()
+            before_s = process.computed_s()
+            answer = await self._ask(process, job, data)
+        except TimeoutError:
+            assert process is not None
+            if process.computed_s() - before_s >= BUSY_SHARE * self._timeout_s:
+                why = f"took longer than {self._timeout_s:g} s and was given up"
+                raise BadRequest(f"reading this input {why}: make it shorter or simpler") from None
+        except (WorkerGone, OSError):
+            if process is not None and await process.failed_by_itself():
+                why = "ended the process that did it"
+                raise BadRequest(f"reading this input {why}: make it shorter or simpler") from None
+        except BadCheckpoint as error:
+            log.error("%s", error)
+        finally:
+            if answer is None:
+                await self._end(process)
+                process = None
+            self._idle.put_nowait(process)
+        return answer
+
+    async def _ask(self, process: _Process, job: Job, data: bytes) -> Ids | Refused:
         if isinstance(job, Compile) and not process.has_compiled:
             async with asyncio.timeout(FIRST_GRAMMAR_S):
                 await process.ask(worker.encode(ANY_GRAMMAR))
             process.has_compiled = True
         async with asyncio.timeout(self._timeout_s):
-            return await process.ask(worker.encode(job))
+            return await process.ask(data)
 
     async def _new(self) -> _Process:
         made = await asyncio.create_subprocess_exec(
@@ -120,6 +164,7 @@ class TextPool:
             self._log_format,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
             start_new_session=True,  # Ctrl-C is for the server to act upon
         )
         process = _Process(made)
@@ -150,15 +195,30 @@ class _Process:
 
     async def ask(self, data: bytes) -> Ids | Refused:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
-        await self._process.stdin.drain()
         try:
+            self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+            await self._process.stdin.drain()
             head = await self._process.stdout.readexactly(LENGTH_BYTES)
             body = await self._process.stdout.readexactly(int.from_bytes(head, "little"))
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, OSError, RuntimeError):  # RuntimeError: uvloop's word for a closed pipe
             raise WorkerGone from None
         answer: Ids | Refused = worker.answers.decode(body)
         return answer
+
+    def computed_s(self) -> float:
+        """Processor time so far; 0 where the process is gone."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        except (OSError, IndexError, ValueError):
+            return 0.0
+
+    async def failed_by_itself(self) -> bool:
+        """Whether what it did ended it, and not somebody's signal."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), LAST_WORDS_S)
+        status = self._process.returncode
+        return status is not None and (status >= 0 or -status in GIVEN_UP_SIGNALS)
 
     async def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

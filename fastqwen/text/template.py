@@ -5,6 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
@@ -19,6 +23,7 @@ Message = dict[str, Any]
 UNREADABLE = (
     SyntaxError, RecursionError, MemoryError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError,
 )  # fmt: skip
+RENDER_WITHIN_S = 3.0
 MAX_POWER, MAX_BASE, MAX_REPEATED = 64, 2**32, 2**20
 
 CHATML = (
@@ -66,13 +71,14 @@ class ChatTemplate:
         """``options`` are the template's own switches, such as enable_thinking."""
         try:
             template = self._template if tools is None else self._tool_template
-            return template.render(
-                **self._variables,
-                **options,
-                messages=messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-            )
+            with _ends_within(RENDER_WITHIN_S, self.origin):
+                return template.render(
+                    **self._variables,
+                    **options,
+                    messages=messages,
+                    tools=tools,
+                    add_generation_prompt=add_generation_prompt,
+                )
         except (jinja2.TemplateError, *UNREADABLE) as error:
             told = " ".join(str(error).split())[:300] or type(error).__name__
             raise BadRequest(f"the chat template refuses these messages: {told}", "messages") from None
@@ -87,6 +93,26 @@ class ChatTemplate:
         if len(rendered) > tokenizer.max_chars:
             tokenizer.check(rendered)
         return [token_id for part in rendered.split(mark) for token_id in tokenizer.encode(part)]
+
+
+@contextmanager
+def _ends_within(limit_s: float, origin: str) -> Iterator[None]:
+    """Raises BadCheckpoint inside once the process has computed for so long. Only in a program's main thread, where templates
+    are rendered while a model is loaded; a server renders messages in processes that it can end."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def give_up(number: int, frame: object) -> None:
+        raise BadCheckpoint(f"{origin}: the chat template does not come to an end within {limit_s:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _without_control(value: Any, tokenizer: Tokenizer, mark: str) -> Any:

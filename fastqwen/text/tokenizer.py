@@ -65,14 +65,19 @@ class Tokenizer(ABC):
         return self._guard(lambda: self._encode(text, add_special_tokens))
 
     def check(self, text: str) -> None:
-        if len(text) > self.max_chars:
+        self.check_length(len(text))
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRequest("the text contains a lone surrogate, which is no character", "prompt") from None
+
+    def check_length(self, num_chars: int) -> None:
+        if num_chars > self.max_chars:
             raise BadRequest(
-                f"the prompt has {len(text)} characters; more than {self.max_chars} cannot fit into the model's context",
+                f"the prompt has {num_chars} characters; more than {self.max_chars} cannot fit into the model's context",
                 "prompt",
                 "context_length_exceeded",
             )
-        if any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else False:
-            raise BadRequest("the text contains a lone surrogate, which is no character", "prompt")
 
     @staticmethod
     def _guard(encode: Callable[[], list[int]]) -> list[int]:

@@ -17,6 +17,7 @@ import msgspec
 
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, FastqwenError
+from fastqwen.lifeline import end_with_parent
 from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
 from fastqwen.text.load import TextTools, load_text
@@ -67,6 +68,7 @@ encode = msgspec.msgpack.Encoder().encode
 
 
 def main() -> int:
+    end_with_parent()
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing but answers may reach the pool
     configure_logging(sys.argv[1], "text")

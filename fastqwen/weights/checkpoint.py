@@ -25,6 +25,10 @@ class Checkpoint:
     source: str  # the file that says how the weights are stored; errors name it
     tensors: TensorFile | None  # None: only the configuration was asked for
 
+    @property
+    def tensor_files(self) -> set[Path]:
+        return set() if self.tensors is None else {Path(self.tensors.location(name)) for name in self.tensors.names()}
+
 
 def open_checkpoint(
     path: Path, *, with_tensors: bool = True, overrides: Mapping[str, Any] = MappingProxyType({})

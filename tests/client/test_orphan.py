@@ -1,4 +1,4 @@
-"""An engine whose server dies while the model is being loaded ends as well, once it is loaded."""
+"""An engine whose server dies while the model is being loaded ends as well, at once."""
 
 from __future__ import annotations
 
@@ -43,5 +43,4 @@ def test_an_engine_ends_whose_server_died_while_it_loaded(tmp_path: Path):
     command = [sys.executable, "-c", SERVER, str(tmp_path / "engine"), ENGINE]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False, timeout=60)
     pid = int(done.stdout)
-    assert psutil.pid_exists(pid)
     eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 20, "the engine's end")

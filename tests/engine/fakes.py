@@ -43,6 +43,7 @@ def vector_at(tokens: list[int]) -> bytes:
 class FakeHandle:
     def __init__(self, output: StepOutput) -> None:
         self._output = output
+        self.late = [row.request_id for row in output.rows if row.stepped_aside]
 
     def result(self) -> StepOutput:
         return self._output
@@ -56,6 +57,7 @@ class FakeExecutor:
         self.block_size = block_size
         self.batches: list[ScheduledBatch] = []
         self.fail: set[str] = set()
+        self.late: set[tuple[str, int]] = set()  # request and position: the first time that it is due, it steps aside
         self.broken = False
         self.step_s = 0.0
         self._seed: dict[int, int] = {}
@@ -97,6 +99,9 @@ class FakeExecutor:
         if not row.num_logits:
             return SampledRow(request_id=row.request_id)
         assert end == len(tokens)
+        if (row.request_id, end) in self.late:
+            self.late.remove((row.request_id, end))
+            return SampledRow(request_id=row.request_id, stepped_aside=True)
         tokens.append(token_at(self._seed[row.slot], end))
         return SampledRow(request_id=row.request_id, token_ids=[tokens[-1]])
 

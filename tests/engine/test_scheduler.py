@@ -214,11 +214,12 @@ REQUESTS = st.lists(
     budget=st.integers(1, 40),
     seqs=st.integers(1, 6),
     run_ahead=st.integers(1, 3),
+    late=st.sets(st.tuples(st.integers(0, 5), st.integers(0, 9)), max_size=6),
     abort=st.integers(0, 12),
     policy=st.sampled_from([{}, {"tile": 3}, {"prompts_first": True}]),
 )
-def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget, seqs, run_ahead, abort, policy):
-    engine, _ = make_engine(blocks=blocks, budget=budget, max_num_seqs=seqs, run_ahead=run_ahead, **policy)
+def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget, seqs, run_ahead, late, abort, policy):
+    engine, executor = make_engine(blocks=blocks, budget=budget, max_num_seqs=seqs, run_ahead=run_ahead, **policy)
     made = []
     for index, one in enumerate(requests):
         prompt = [7] * one["prompt"] if one["same"] else [index] * one["prompt"]
@@ -240,6 +241,7 @@ def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget,
             )
         made.append(ready)
         engine.add(ready)
+        executor.late |= {(f"r{index}", len(prompt) + after) for who, after in late if who == index}
     found: dict[str, list] = {}
     for step in range(5000):
         if step == 3 and abort < len(made):

@@ -61,7 +61,19 @@ class MockExecutor:
         for admission in batch.admissions:
             self._admissions[admission.slot] = admission
         self._structured.admit(batch.admissions)
-        self._output = StepOutput(step_id=batch.step_id, rows=[self._row(row) for row in batch.rows])
+        choices = choices_of(batch.rows)
+        logits = torch.zeros((len(choices), self._vocab_size))
+        failed: dict[int, Failure] = {}
+        late = self._structured.mask(logits, choices, failed)
+        found = {choice.row: logits[place] for place, choice in enumerate(choices)}
+        rows = [
+            SampledRow(request_id=row.request_id, error=failed.get(index), stepped_aside=index in late)
+            if index in failed or index in late
+            else self._row(row, found.get(index))
+            for index, row in enumerate(batch.rows)
+        ]
+        self.late = [batch.rows[index].request_id for index in sorted(late)]
+        self._output = StepOutput(step_id=batch.step_id, rows=rows)
         return self
 
     def result(self) -> StepOutput:
@@ -70,7 +82,8 @@ class MockExecutor:
         time.sleep(self._due_s - now_s)
         return self._output
 
-    def _row(self, row: Row) -> SampledRow:
+    def _row(self, row: Row, logits: torch.Tensor | None) -> SampledRow:
+        """logits [vocab], of a row that has some"""
         if row.pools:
             unit = struct.pack(f"<{HIDDEN_SIZE}f", 1.0, *[0.0] * (HIDDEN_SIZE - 1))
             return SampledRow(request_id=row.request_id, embedding=unit)
@@ -80,13 +93,8 @@ class MockExecutor:
         prompt = admission.token_ids[: admission.num_prompt_tokens]
         seed = 0 if admission.sampling.greedy else admission.seed
         token = token_at(prompt, seed, row.start + row.num_tokens)
-        if self._structured.constrains(row.slot):
-            logits = torch.zeros((1, self._vocab_size))
-            failed: dict[int, Failure] = {}
-            self._structured.mask(logits, choices_of([row]), failed)
-            if failed:
-                return SampledRow(request_id=row.request_id, error=failed[0])
-            token = self._allowed(logits[0], token, admission)
+        if logits is not None and self._structured.constrains(row.slot):
+            token = self._allowed(logits, token, admission)
             self._structured.take([row.slot], [token])
         asked = admission.sampling.logprobs
         others = [one for one in LETTERS if one != token][: max(0, (asked or 0) - 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -93,7 +95,7 @@ def test_a_row_whose_grammar_fails_is_reported_and_not_let_free(compiler: Gramma
 def test_compiled_grammars_are_bounded(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(structured, "MAX_CACHED_GRAMMARS", 4)
     for number in range(20):
-        assert not compiler.compile(to_grammar(StructuredOutputs(regex=f"a{number}"))).is_error()
+        assert not compiler.compile(to_grammar(StructuredOutputs(regex=f"a{number}")))[0].is_error()
     assert len(compiler) == 4
 
 
@@ -106,3 +108,34 @@ def test_an_engine_without_a_tokenizer_refuses_instead_of_answering_unconstraine
     arrivals.put(request)
     assert list(arrivals.ready()) == []
     assert [delta.finish_reason for delta in arrivals.refused()] == ["error"]
+
+
+def test_a_slow_mask_steps_aside_and_its_row_goes_on_later(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
+    """The other row has its token meanwhile; the late one's tokens are those that it has without any hurry."""
+    computing = threading.Event()
+    compute = structured._Constraint.compute
+
+    def slow(self: structured._Constraint) -> structured.Mask:
+        computing.wait(10)
+        return compute(self)
+
+    monkeypatch.setattr(structured._Constraint, "compute", slow)
+    output = StructuredOutput(compiler)
+    output.admit([admission("ab", slot=0)])
+    choices = [Choice(row=0, slot=0, position=7), Choice(row=1, slot=1, position=7)]
+    failed: dict[int, Failure] = {}
+    assert output.mask(torch.zeros((2, VOCAB)), choices, failed) == {0}
+    computing.set()
+    assert allowed(output) == {"a"} and not failed
+
+
+def test_a_grammar_beyond_its_budget_ends(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(structured, "BUDGET_S", 0.0)
+    monkeypatch.setattr(structured, "BUDGET_PER_TOKEN_S", 0.0)
+    output = StructuredOutput(compiler)
+    output.admit([admission("ab")])
+    failures(output, torch.zeros((1, VOCAB)))
+    output.take([0], list(b"a"))
+    assert "simpler" in failures(output, torch.zeros((1, VOCAB)))[0].message
+    output.admit([admission("ab", slot=1)])  # nor does it begin once more
+    assert "simpler" in failures(output, torch.zeros((1, VOCAB)), slot=1)[0].message

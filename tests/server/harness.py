@@ -125,9 +125,11 @@ class Speaker:
             return SampledRow(request_id=row.request_id, prompt_logprobs=scored)
         logits = self._logits(admission, tokens)
         failed: dict[int, Failure] = {}
-        self.structured.mask(logits, choices_of([row]), failed)
+        late = self.structured.mask(logits, choices_of([row]), failed)
         if failed:
             return SampledRow(request_id=row.request_id, error=failed[0])
+        if late:
+            return SampledRow(request_id=row.request_id, prompt_logprobs=scored, stepped_aside=True)
         token = int(logits.argmax())
         self.structured.take([row.slot], [token])
         tokens.append(token)
@@ -164,6 +166,7 @@ class Speaker:
     class _Done:
         def __init__(self, output: StepOutput) -> None:
             self._output = output
+            self.late = [row.request_id for row in output.rows if row.stepped_aside]
 
         def result(self) -> StepOutput:
             return self._output

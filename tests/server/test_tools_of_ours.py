@@ -43,12 +43,48 @@ def test_a_batch_answers_each_request_once_also_after_a_kill(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "line 1"), ('{"custom_id": "a"}', "url"), (request_line("a") * 2, "line 2"), ("[]", "line 1")],
+    [("{", "line 1"), ('{"custom_id": "a"}', "url"), ("[]", "line 1"), ("\udc80", "UTF-8")],
 )
-def test_a_wrong_line_is_named(tmp_path: Path, text: str, words: str):
-    (tmp_path / "in.jsonl").write_text(text)
+def test_a_file_without_a_right_line_is_refused_and_a_wrong_line_named(tmp_path: Path, text: str, words: str):
+    (tmp_path / "in.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(BadConfig, match=words):
         run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", "http://localhost:1")
+
+
+STRANGE_NAMES = [
+    "\u2028 \x85 \x0b \x1c",
+    "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
+    "\0",
+    "密钥",
+    " ",
+]
+BROKEN = [
+    b"{", b"\xff\xfe", b"[]", b"1", b'"x"', b"null", b"[" * 100_000, b'{"custom_id": 7}', b'{"custom_id": "\\ud800"}',
+    b'{"custom_id": "huge", "url": "/v1/completions", "body": {"temperature": 1e999}}',
+    b'{"custom_id": "digits", "url": "/v1/completions", "body": {"seed": ' + b"9" * 5000 + b"}}",
+    b'{"custom_id": "nan", "url": "/v1/completions", "body": {"temperature": NaN}}',
+    b'{"custom_id": "put", "method": "PUT", "url": "/v1/completions", "body": {}}',
+    b'{"custom_id": "where", "url": "/v1/nowhere", "body": {}}', b'{"custom_id": "bodyless", "url": "/v1/completions"}',
+    request_line("again").encode(), request_line("again").encode(),
+]  # fmt: skip
+
+
+def test_any_broken_line_is_one_failed_line_and_stops_nothing(tmp_path: Path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    good = [request_line(name, prompt=name).encode() for name in STRANGE_NAMES]
+    raw = json.dumps(json.loads(request_line("raw", prompt="a\u2028b\x85c")), ensure_ascii=False).encode()
+    lines = [b"\xef\xbb\xbf" + good[0], *BROKEN, *good[1:], raw, b"", b"  ", b"\r"]
+    source.write_bytes(b"\n".join(line.rstrip(b"\n") for line in lines))
+    with serving(make_model(tmp_path), step_s=0.0) as server:
+        assert run(source, output, server.url) == 1
+        found = [json.loads(line) for line in output.read_bytes().split(b"\n") if line]
+        answered = {one["custom_id"] for one in found if one["response"] is not None}
+        assert {*STRANGE_NAMES, "raw", "again"} <= answered
+        assert all(one["response"]["status_code"] == 200 for one in found if one["custom_id"] in STRANGE_NAMES)
+        assert len(found) == len(BROKEN) + len(good) + 1
+        assert all(one["error"]["message"] for one in found if one["response"] is None)
+        assert run(source, output, server.url) == 0  # what failed stays failed, and is not asked again
+        assert len(output.read_bytes().split(b"\n")) == len(found) + 1
 
 
 def test_a_file_that_holds_no_answers_is_not_overwritten(tmp_path: Path):

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadCheckpoint, BadRequest
-from fastqwen.text.pool import TextPool
+from fastqwen.errors import BadCheckpoint, BadRequest, ReadersGone
+from fastqwen.text.pool import TextPool, WorkerGone
 from fastqwen.text.worker import Compile, Encode, Job, Render
 from fastqwen.weights.checkpoint import open_checkpoint
 from tests.reliability.mock_model import make_model
@@ -118,5 +118,61 @@ def test_a_template_that_hangs_while_it_is_read_is_told_at_the_start(tmp_path: P
         with pytest.raises(BadCheckpoint, match="took too long"):
             await pool.start()
         await pool.close()
+
+    asyncio.run(work())
+
+
+def test_stopped_and_killed_workers_are_not_the_inputs_fault(tmp_path: Path):
+    """Work under a worker that is stopped, or killed from outside, is done by another; where all are killed it is 503."""
+
+    async def work() -> None:
+        others = set(psutil.Process().children())
+        make_model(tmp_path)
+        model = open_checkpoint(tmp_path, with_tensors=False).model
+        pool = TextPool(EngineConfig(model="x"), tmp_path, model, num_workers=1, timeout_s=0.5)
+        try:
+            await pool.start()
+            for act in (psutil.Process.suspend, psutil.Process.kill):
+                [child] = set(psutil.Process().children()) - others
+                act(child)
+                assert await pool.run(HELLO) == list(b"hello")
+
+            async def suspended(self: object, data: bytes) -> None:
+                for one in set(psutil.Process().children()) - others:
+                    one.kill()
+                raise WorkerGone
+
+            monkeypatch = pytest.MonkeyPatch()
+            monkeypatch.setattr("fastqwen.text.pool._Process.ask", suspended)
+            with pytest.raises((ReadersGone, BadCheckpoint)) as found:
+                await pool.run(HELLO)
+            monkeypatch.undo()
+            assert str(tmp_path) not in str(found.value)
+            assert await pool.run(HELLO) == list(b"hello")
+        finally:
+            await pool.close()
+
+    asyncio.run(work())
+
+
+def test_heavy_work_leaves_a_worker_to_the_rest(tmp_path: Path):
+    async def work() -> None:
+        make_model(tmp_path)
+        endless = "{% if messages[0].content|length > 70000 %}" + "{% for i in range(9999) %}" * 3
+        endless += "{% endfor %}" * 3 + "{% endif %}{{ messages[0].content[:5] }}"
+        model = open_checkpoint(tmp_path, with_tensors=False).model
+        pool = TextPool(EngineConfig(model="x", chat_template=endless), tmp_path, model, timeout_s=1.0)
+        try:
+            await pool.start()
+            long = Render([{"role": "user", "content": "x" * 80_000}], {}, 10**6)
+            heavy = [asyncio.create_task(pool.run(long)) for _ in range(6)]
+            await asyncio.sleep(0.1)
+            for _ in range(5):
+                assert await pool.run(HELLO) == list(b"hello")
+            assert not any(one.done() for one in heavy[1:]), "what is quick did not wait for what is slow"
+            found = await asyncio.gather(*heavy, return_exceptions=True)
+            assert all(isinstance(one, BadRequest) for one in found)
+        finally:
+            await pool.close()
 
     asyncio.run(work())

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastqwen.errors import BadConfig
-from fastqwen.paths import cache_dir
+from fastqwen.paths import PRIVATE_FILE, cache_dir, is_trusted
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,11 @@ def load() -> ctypes.CDLL | None:
     name = f"cpu-kernels-{_fingerprint(compilers)}.so"
     try:
         target = cache_dir() / name
-        if target.exists() or compile_kernels(compilers, target):
+        if not target.exists() and not compile_kernels(compilers, target):
+            return None
+        if is_trusted(target):
             return ctypes.CDLL(str(target))
+        log.warning("%s can be written by other users and is not loaded; using plain torch, which is slower", target)
     except (OSError, BadConfig) as error:
         log.warning(
             "the cache cannot hold the compiled CPU kernels (%s); compiling them into a temporary folder, which makes every "
@@ -102,6 +105,7 @@ def _compile(command: list[str], target: Path) -> str | None:
             if os.strerror(errno.ENOSPC) in run.stderr:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
             return "\n".join(run.stderr.splitlines()[:ERROR_LINES])
+        made.chmod(PRIVATE_FILE)
         os.replace(made, target)  # whole or not at all, also when two processes compile at once
     return None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastqwen.paths import cache_dir
+from fastqwen.paths import cache_dir, is_trusted
 
 
 class CannotCompile(Exception):
@@ -25,7 +25,7 @@ def machine_code(source: str, defines: Mapping[str, str], capability: tuple[int,
     options += [f"-D{name}={value}" for name, value in defines.items()]
     digest = hashlib.sha256("\0".join([source, *options, str(torch.version.cuda)]).encode()).hexdigest()[:24]
     kept = cache_dir() / "cuda" / f"{digest}.cubin"
-    if kept.is_file():
+    if kept.is_file() and is_trusted(kept):
         return kept.read_bytes()
     code = _compile(source, options)
     kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

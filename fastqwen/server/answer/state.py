@@ -87,7 +87,8 @@ class ServerState:
         done, total = self.engine.loading
         if self.engine.state == "loading":
             return f"the model is loading ({done} of {total or '?'} layers)"
-        return {"restarting": "the engine is restarting", "failed": f"the engine failed: {self.engine.failure}"}.get(
+        # Why it failed is in the log and ends the server: it may name files, which are nobody else's business.
+        return {"restarting": "the engine is restarting", "failed": "the engine failed; the server's log says why"}.get(
             self.engine.state, f"the engine is {self.engine.state}"
         )
 
@@ -108,6 +109,7 @@ class ServerState:
         reserved = RESERVED_OPTIONS & options.keys()
         if reserved:
             raise BadRequest(f"chat_template_kwargs cannot set {min(reserved)}", "chat_template_kwargs")
+        self.text.tokenizer.check_length(sum(len(message["content"]) for message in messages))
         for message in messages:
             self.text.tokenizer.check(message["content"])
         options = {**options, "add_generation_prompt": add_generation_prompt}

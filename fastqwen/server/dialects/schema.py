@@ -9,11 +9,13 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fastqwen.errors import BadRequest
 from fastqwen.records import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, SamplingParams, StructuredOutputs
+from fastqwen.server.dialects.fail_fast import FailFastModel
 from fastqwen.text.strict_json import StrictJsonError, loads
 
 # What has no meaning on a server of one's own.
 WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key"})
 MAX_TOOLS = 128
+PLAIN = frozenset({int, float, bool, type(None)})
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
@@ -27,7 +29,7 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 B = TypeVar("B", bound=BaseModel)
 
 
-class Body(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
+class Body(FailFastModel, extra="forbid", strict=True, allow_inf_nan=False):
     def warnings(self) -> list[str]:
         given = sorted(name for name in WITHOUT_EFFECT if getattr(self, name, None) is not None)
         return [f"{name} has no effect on this server" for name in given]
@@ -132,7 +134,7 @@ class SamplingFields(AccountFields):
         return next(iter(forms.values()), None)
 
 
-class ChatMessage(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
+class ChatMessage(FailFastModel, extra="allow", strict=True, allow_inf_nan=False):
     """Templates look at more keys than any list could name, so unknown ones pass through to them."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
@@ -242,7 +244,7 @@ def as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | 
     return list(given)  # type: ignore[arg-type]
 
 
-def parse(kind: type[B], body: bytes) -> B:
+def parse(kind: type[B], body: bytes | bytearray) -> B:
     """Raises BadRequest that names the first wrong field."""
     try:
         found = kind.model_validate_json(body)
@@ -269,12 +271,19 @@ def _check_numbers(value: Any) -> None:
         raise BadRequest("the request body contains NaN or an infinite number, which JSON does not have")
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         raise BadRequest("the request body contains a whole number of more than 64 bits")
-    if isinstance(value, list) and set(map(type, value)) == {int}:  # a prompt's ids: two of them speak for all
-        value = [min(value), max(value)]
+    if isinstance(value, list) and set(map(type, value)) <= PLAIN:
+        value = _extremes(value)
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
             if not isinstance(item, str):
                 _check_numbers(item)
+
+
+def _extremes(values: list[Any]) -> list[Any]:
+    """Of a long list of numbers, such as a prompt's ids, those that speak for all."""
+    whole = [one for one in values if type(one) is int]
+    strange = [one for one in values if type(one) is float and not math.isfinite(one)]
+    return [*strange[:1], *([min(whole), max(whole)] if whole else [])]
 
 
 def _is_union_label(part: int | str) -> bool:

@@ -11,37 +11,55 @@ from starlette.types import Receive
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.config import FrontConfig
+from fastqwen.server.http.json_size import MAX_NUMBERS, JsonSize, TooManyValues, too_many
 
 Answer = TypeVar("Answer")
 
+COUNTED_AT_ONCE = 64 * 2**10
 
-async def read_body(request: Request, config: FrontConfig) -> bytes:
-    """Raises BadRequest once the body is larger than allowed or comes too slowly, without reading the rest."""
+
+async def read_body(request: Request, config: FrontConfig, max_numbers: int = MAX_NUMBERS) -> bytearray:
+    """A JSON body. Raises BadRequest once it is larger than allowed, holds too many values or comes too slowly, without
+    reading the rest."""
     max_bytes = config.max_body_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)
+    body = bytearray()
     try:
         async with asyncio.timeout(config.body_timeout_s):
-            body = await joined(request.stream(), max_bytes)
+            fits = await _read_counted(request.stream(), body, max_bytes, JsonSize(max_numbers))
     except TimeoutError:
         raise BadRequest(
             f"the request body was not there after {config.body_timeout_s:g} s", None, "request_timeout"
         ) from None
-    if body is None:
+    except TooManyValues as error:
+        raise too_many(error, body) from None
+    if not fits:
         raise _too_large(max_bytes)
     return body
 
 
-async def joined(chunks: AsyncIterator[bytes], max_bytes: int) -> bytes | None:
-    """All of them, or None as soon as they are more than ``max_bytes``; then the rest is not read."""
-    parts, size = [], 0
+async def _read_counted(chunks: AsyncIterator[bytes], body: bytearray, max_bytes: int, size: JsonSize) -> bool:
+    """Into ``body``; False where it is larger."""
     async for chunk in chunks:
-        size += len(chunk)
-        if size > max_bytes:
+        body += chunk
+        if len(body) > max_bytes:
+            return False
+        for start in range(0, len(chunk), COUNTED_AT_ONCE):
+            size.add(chunk[start : start + COUNTED_AT_ONCE])
+        await asyncio.sleep(0)  # a body that is there already must not be read in one go
+    return True
+
+
+async def joined(chunks: AsyncIterator[bytes], max_bytes: int) -> bytearray | None:
+    """All of them, or None as soon as they are more than ``max_bytes``; then the rest is not read."""
+    found = bytearray()
+    async for chunk in chunks:
+        found += chunk
+        if len(found) > max_bytes:
             return None
-        parts.append(chunk)
-    return b"".join(parts)
+    return found
 
 
 def _too_large(max_bytes: int) -> BadRequest:

@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from fastqwen.errors import (
     BadRequest,
@@ -15,6 +16,7 @@ from fastqwen.errors import (
     FastqwenError,
     GenerationFailed,
     Overloaded,
+    ReadersGone,
     UnknownModelName,
     UpstreamGone,
 )
@@ -26,6 +28,7 @@ DESCRIBED: dict[type[FastqwenError], tuple[Any, ...]] = {
     UnknownModelName: (404, "invalid_request_error", "model", "model_not_found"),
     Overloaded: (429, "rate_limit_error", None, "overloaded"),
     EngineGone: (503, "service_unavailable", None, "engine_unavailable"),
+    ReadersGone: (503, "service_unavailable", None, "readers_unavailable"),
     UpstreamGone: (502, "bad_gateway", None, "upstream_gone"),
     GenerationFailed: (500, "server_error", None, "engine_error"),
     FastqwenError: (400, "invalid_request_error"),
@@ -75,6 +78,10 @@ def install(app: FastAPI, state: Door) -> None:
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         return JSONResponse(error_body(str(error.detail), kind), error.status_code, error.headers)
 
+    async def on_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it; it stands in the access log
+
+    app.add_exception_handler(ClientDisconnect, on_gone)
     app.add_exception_handler(FastqwenError, on_error)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_error)

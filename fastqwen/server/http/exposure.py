@@ -17,7 +17,14 @@ MIN_KEY_CHARS = 8
 
 
 def check_exposure(config: FrontConfig) -> None:
-    """Raises BadConfig where other machines could use the server without a key, unless that was asked for."""
+    """Raises BadConfig where other machines could use the server without a key, unless that was asked for, and for a key that
+    no client can send."""
+    for number, key in enumerate(config.api_keys, start=1):
+        if not (key.isascii() and key.isprintable()) or key != key.strip():
+            raise BadConfig(
+                f"key {number} ({config.key_flag}, {config.key_variable}) cannot be sent in a header: use printable ASCII "
+                "characters without spaces around them"
+            )
     public = config.host not in LOOPBACK and not config.host.startswith("127.")
     if any(len(key) < MIN_KEY_CHARS for key in config.api_keys):
         short = f"a key has less than {MIN_KEY_CHARS} characters ({config.key_flag}, {config.key_variable})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +24,7 @@ COUNTED_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"}
 )
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
+READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # these compute nothing
 MAX_HEADERS = 128
 PREFLIGHT_HEADERS = {
     "access-control-allow-methods": "GET, POST, OPTIONS",
@@ -90,10 +92,40 @@ class Guard:
         if not self._host_allowed(_header(headers, b"host")):
             unknown = "this server does not answer to that Host name; --allowed-hosts adds names"
             return 403, error_body(unknown, "invalid_request_error", None, "host_not_allowed")
+        if scope["method"] not in READING_METHODS:
+            problem = self._problem_of_page(headers)
+            if problem is not None:
+                return problem
         if self._keys and not _is_open(scope, path) and not self._key_matches(headers):
             missing = "a valid API key is needed: send the header Authorization: Bearer KEY"
             return 401, error_body(missing, "authentication_error", None, "invalid_api_key")
         return None
+
+    def _problem_of_page(self, headers: list[tuple[bytes, bytes]]) -> tuple[int, dict[str, object]] | None:
+        """Any page that a user visits can have the browser send a request here, and needs no permission for plain text.
+
+        Browsers say where a request comes from; what is no browser says nothing and may ask.
+        """
+        origin = _header(headers, b"origin")
+        if not origin and _header(headers, b"sec-fetch-site") not in ("cross-site", "same-site"):
+            return None
+        if not self._is_own_page(origin, _header(headers, b"host")):
+            foreign = f"the page at {origin[:200] or 'another site'} may not ask here; --allowed-origins adds it"
+            return 403, error_body(foreign, "invalid_request_error", None, "origin_not_allowed")
+        kind = _header(headers, b"content-type").partition(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            plain = "a page's requests need the header Content-Type: application/json"
+            return 415, error_body(plain, "invalid_request_error", None, "not_json")
+        return None
+
+    def _is_own_page(self, origin: str, host: str) -> bool:
+        if self._state.config.allows_origin(origin):
+            return True
+        try:
+            place = urlsplit(origin)
+            return bool(place.netloc) and (place.netloc == host or place.hostname in self._allowed_names)
+        except ValueError:
+            return False
 
     def _host_allowed(self, host: str) -> bool:
         """On the loopback address only loopback names: a web page whose name was rebound to it is turned away."""

@@ -1,13 +1,29 @@
-"""Clients that send their headers slowly, endlessly, wrongly, or not at all: uvicorn's protocol with a size and a clock."""
+"""One connection's budget of bytes and time, whatever part of HTTP it spends them on: uvicorn's protocol, fed piece by piece.
+
+A request's head is parsed once all of it is there, and not before the response in front of it has gone out: requests that
+come ahead of time wait as bytes, of which there is a limit, and not as tasks.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fastqwen.server.config import FrontConfig
+
 MAX_HEADER_BYTES = 64 * 2**10
+MAX_AHEAD_BYTES = 256 * 2**10  # of requests behind one that is being answered
+FRAMING = 2  # a chunked body may take so many times its own size, and FRAMING_BYTES, on the wire
+FRAMING_BYTES = 2**20
+PIECE_BYTES = 16 * 2**10
+MAX_PIPELINED = 16  # requests within one piece, where a chunked body does not tell its end
+STOPPED_S = 1.0  # a timer that is so late says that this process was stopped, not that the client was slow
+
+_HEAD_END = re.compile(rb"\n\r?\n")
+_OFFER = re.compile(rb"(?i)\nupgrade:")
 
 
 def _raw_answer(status: str, message: str) -> bytes:
@@ -21,56 +37,143 @@ TOO_LARGE = _raw_answer("431 Request Header Fields Too Large", "the headers are 
 NOT_HTTP = _raw_answer("400 Bad Request", "this is not a valid HTTP request")
 
 
-class BoundedHttp(HttpToolsProtocol):
-    """Closes connections whose headers are not complete in time, or too large."""
+class _TooMany(Exception):
+    """Raised through the parser: more requests than a connection may send ahead."""
 
-    header_timeout_s = 10.0
-    _header_bytes = 0
+
+class BoundedHttp(HttpToolsProtocol):
+    """Closes connections that take too long over a head or a body, or send too much of either, or too far ahead."""
+
+    front: FrontConfig
+    _in_body = False
+    _body_left = 0  # of a body that told its length
+    _budget_bytes = 0  # of a body, its framing and its trailers
+    _searched = 0  # of what is held: there is no end of a head in it
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._start_timer()
-
-    def data_received(self, data: bytes) -> None:
-        if self._timer is not None:
-            self._header_bytes += len(data)
-            if self._header_bytes > MAX_HEADER_BYTES and b"\r\n\r\n" not in data[:MAX_HEADER_BYTES]:
-                self.transport.write(TOO_LARGE)
-                self.transport.close()
-                return
-        super().data_received(data)
-
-    def send_400_response(self, msg: str) -> None:
-        self.transport.write(NOT_HTTP)
-        self.transport.close()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._timer is None:
-            self._start_timer()
-
-    def on_headers_complete(self) -> None:
-        self._stop_timer()
-        super().on_headers_complete()
+        self._held = bytearray()
+        self._open: set[Any] = set()  # cycles whose responses are not complete
+        self._start_timer(self.front.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._held.clear()
         super().connection_lost(exc)
+        for cycle in self._open:  # uvicorn tells only the last of several
+            cycle.disconnected = True
+            cycle.message_event.set()
 
-    def _start_timer(self) -> None:
-        self._header_bytes = 0
-        self._timer = self.loop.call_later(self.header_timeout_s, self._give_up)
+    def data_received(self, data: bytes) -> None:
+        self._held += data
+        self._feed()
+        if len(self._held) > MAX_AHEAD_BYTES:
+            self.transport.abort()
+
+    def _feed(self) -> None:
+        """Whatever may be parsed now."""
+        while self._held and not self.transport.is_closing() and (piece := self._next_piece()):
+            super().data_received(piece)
+        if self._held and not self._in_body and not self._answering and self._timer is None:
+            self._start_timer(self.front.header_timeout_s)
+
+    @property
+    def _answering(self) -> bool:
+        """A whole request is there, and its response is not."""
+        return not self._in_body and self.cycle is not None and not self.cycle.response_complete
+
+    def _next_piece(self) -> bytes:
+        if self._in_body:
+            return self._taken(self._body_left or PIECE_BYTES)
+        if self._answering:
+            return b""
+        if self._held.startswith((b"\r", b"\n")):  # allowed between requests
+            self._held = self._held.lstrip(b"\r\n")
+        end = _HEAD_END.search(self._held, self._searched)
+        size = len(self._held) if end is None else end.end()
+        self._searched = 0 if end is not None else max(0, size - 2)
+        if size > MAX_HEADER_BYTES:
+            self._refuse(TOO_LARGE)
+            return b""
+        # An offer of another protocol may be ignored (RFC 9110, 7.8), but the parser would stop at it.
+        return b"" if end is None else _OFFER.sub(b"\nx-ignored-upgrade:", self._taken(size))
+
+    def _taken(self, size: int) -> bytes:
+        piece = bytes(self._held[:size])
+        del self._held[:size]
+        if self._in_body:
+            self._body_left = max(0, self._body_left - len(piece))
+            self._budget_bytes -= len(piece)
+            if self._budget_bytes < 0:
+                self.transport.close()
+                return b""
+        return piece
+
+    def _refuse(self, answer: bytes) -> None:
+        self._held.clear()
+        self.transport.write(answer)
+        self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(NOT_HTTP)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """CONNECT, which the parser takes for the end of HTTP: the answer is the connection's last."""
+        self.cycle.keep_alive = False
+
+    # ---- what the parser finds ----
+
+    def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.transport.abort()
+            raise _TooMany
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_body:  # trailers are read and dropped
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        length = next((value for name, value in self.headers if name == b"content-length"), b"")
+        self._body_left = int(length[:20]) if length.isdigit() else 0
+        self._budget_bytes = FRAMING * self.front.max_body_bytes + FRAMING_BYTES
+        self._in_body = True
+        # The route has its own clock, and an answer for who is too slow; this one is for bodies that no route reads.
+        self._start_timer(self.front.body_timeout_s + self.front.header_timeout_s)
+        super().on_headers_complete()
+        self._open.add(self.cycle)
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._stop_timer()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self._open = {cycle for cycle in self._open if not cycle.response_complete}
+        super().on_response_complete()
+        if self._held:
+            self.loop.call_soon(self._feed)
+
+    # ---- time ----
+
+    def _start_timer(self, timeout_s: float) -> None:
+        self._stop_timer()
+        due_s = self.loop.time() + timeout_s
+        self._timer = self.loop.call_at(due_s, self._give_up, due_s)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _give_up(self) -> None:
+    def _give_up(self, due_s: float) -> None:
         self._timer = None
-        self.transport.close()
+        if self.loop.time() - due_s > STOPPED_S:
+            self._start_timer(self.front.header_timeout_s)
+        else:
+            self.transport.close()
 
 
-def bounded_http(header_timeout_s: float) -> type[asyncio.Protocol]:
-    return type("BoundedHttp", (BoundedHttp,), {"header_timeout_s": header_timeout_s})
+def bounded_http(config: FrontConfig) -> type[asyncio.Protocol]:
+    return type("BoundedHttp", (BoundedHttp,), {"front": config})

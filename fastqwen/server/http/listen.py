@@ -68,7 +68,7 @@ class DrainingServer(uvicorn.Server):
                 log_level="info",
                 access_log=False,  # uvicorn writes its line when an answer begins, and knows nothing of its tokens
                 log_config=None,
-                http=bounded_http(state.config.header_timeout_s),
+                http=bounded_http(state.config),
                 ws="none",
                 lifespan="off",
                 limit_concurrency=None,

@@ -39,7 +39,7 @@ EVENT: dict[str, Any] = {
 EVERYWHERE = {
     "400": "The request is not valid HTTP, or something in it is wrong; error.param names the field.",
     "401": "There are API keys, and the request has none of them.",
-    "403": "The Host name is not one that this server answers to.",
+    "403": "The Host name is not one that this server answers to, or a page of another site asks.",
     "404": "There is no such route, or no such model.",
     "405": "The route is there, but not for this method.",
     "431": "Too many headers, or too large ones.",
@@ -49,6 +49,7 @@ EVERYWHERE = {
 WITH_BODY = {
     "408": "The body did not arrive in time (--body-timeout).",
     "413": "The body is larger than --max-body-bytes.",
+    "415": "A page asks, and what it sends is not said to be JSON.",
     "429": "Too many requests are running or waiting; Retry-After says when to ask again.",
 }
 STREAMING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from fastqwen.client.engine import Ready
+from fastqwen.names import is_hub_name
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.operator.planner import Planner
 from fastqwen.server.operator.prometheus import metrics_text
@@ -52,7 +53,9 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
         "object": "model",
         "created": int(state.started_s),
         "owned_by": "fastqwen",
-        "root": state.engine_config.model,
+        "root": state.engine_config.model
+        if is_hub_name(state.engine_config.model)
+        else name,  # no path of this machine
         "max_model_len": None if ready is None else ready.plan.max_model_len,
         "default_sampling": state.text.default_sampling,
     }

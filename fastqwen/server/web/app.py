@@ -8,12 +8,10 @@ from __future__ import annotations
 import logging
 import socket
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from fastqwen.errors import EngineGone, FastqwenError, Overloaded, UpstreamGone
@@ -101,9 +99,8 @@ def create_web_app(state: WebState) -> ASGIApp:
 def _add_chat(app: FastAPI, state: WebState) -> None:
     async def asked(request: Request) -> tuple[Upstream, bytes, str | None]:
         """Which server the request is for, its body as that server wants it, and the visitor's key."""
-        _refuse_other_sites(state, request)
         key = request.headers.get("authorization")
-        return *await state.upstreams.choose(await read_body(request, state.config), key), key
+        return *await state.upstreams.choose(bytes(await read_body(request, state.config)), key), key
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -157,14 +154,5 @@ def _add_questions(app: FastAPI, state: WebState) -> None:
 def _passed_on(status: int, kind: str, body: bytes, retry_after: str | None = None) -> Response:
     """What is shown of another server's answer: nothing that a browser would keep, follow or run."""
     plain = kind if kind.startswith((JSON, "text/plain")) else "text/plain; charset=utf-8"
-    return Response(body, status, {"retry-after": retry_after} if retry_after else None, media_type=plain)
-
-
-def _refuse_other_sites(state: WebState, request: Request) -> None:
-    """Another site's page could make a browser send questions here, which the operator's key would pay for."""
-    origin = request.headers.get("origin")
-    if origin is None or state.config.allows_origin(origin):
-        return
-    place = urlsplit(origin)
-    if place.netloc != request.headers.get("host") and place.hostname not in state.config.allowed_names:
-        raise HTTPException(403, f"the page at {origin[:200]} may not ask through this one; --allowed-origins adds it")
+    headers = {"retry-after": retry_after} if retry_after and retry_after.isascii() and retry_after.isdigit() else None
+    return Response(body, status, headers, media_type=plain)

@@ -21,6 +21,8 @@ CONNECT_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 600.0  # a long prompt in a long queue
 LIST_WITHIN_S = 10.0
 MAX_ANSWER_BYTES = 32 * 2**20
+MAX_LINE_BYTES = 4 * 2**20
+ANSWERS = frozenset({200, *range(400, 600)})  # no other status comes with an answer to what is asked here
 NO_KEY = "none"
 REFUSALS = (401, 403, 429, 503)  # an API's word that it is one, but not now or not for this key
 Answer = TypeVar("Answer")
@@ -95,21 +97,26 @@ class Upstream:
             await response.aclose()
         if body is None:
             raise UpstreamGone(f"{self.url} sends more than {MAX_ANSWER_BYTES} bytes at once")
-        return body
+        return bytes(body)
 
     async def lines(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
         """The body as it comes, in whole lines, so that an error event after a broken one can still be read."""
-        rest = b""
+        rest = bytearray()
         try:
             async for part in response.aiter_bytes():
-                whole, newline, rest = (rest + part).rpartition(b"\n")
+                whole, newline, left = part.rpartition(b"\n")
                 if newline:
-                    yield whole + newline
+                    yield bytes(rest) + whole + newline
+                    rest.clear()
+                rest += left
+                if len(rest) > MAX_LINE_BYTES:
+                    yield b"\n"
+                    raise UpstreamGone(f"{self.url} sends a line of more than {MAX_LINE_BYTES} bytes")
         except httpx.HTTPError:
             yield b"\n"
             raise UpstreamGone(f"the connection to {self.url} broke in the middle of the answer") from None
         if rest:
-            yield rest
+            yield bytes(rest)
 
     async def models(self, key: str | None) -> tuple[int, list[dict[str, Any]], bytes]:
         """Status, the models, and the body where it is a refusal."""
@@ -119,7 +126,7 @@ class Upstream:
         try:
             listed: Any = msgspec.json.decode(body)["data"] if status == 200 else None
             return status, [{**one, "id": str(one["id"])} for one in listed], body
-        except (msgspec.DecodeError, KeyError, TypeError):
+        except (msgspec.DecodeError, RecursionError, KeyError, TypeError):
             raise UpstreamGone(
                 f"{self.url} is no OpenAI-compatible API: it answers {self._api}/models with status {status} and no list "
                 "of models; --api takes the address up to and including /v1"
@@ -131,6 +138,10 @@ class Upstream:
     def _problem(self, response: httpx.Response) -> str | None:
         if response.is_redirect:
             return f"{self.url} sends on to {response.headers.get('location', '?')[:200]}: give that address to --api"
+        if response.status_code not in ANSWERS:
+            return f"{self.url} answers with status {response.status_code}, which is no answer to what was asked"
+        if response.headers.get("content-encoding", "identity") != "identity":
+            return f"{self.url} sends its answer compressed, which it was not asked for"
         if response.status_code == 401 and self.has_key:
             return f"{self.url} refused the key that this page was started with: check --api-key or FASTQWEN_API_KEY"
         if response.status_code == 401 and not self._visitors_keys:
@@ -204,7 +215,7 @@ class Upstreams:
         try:
             request = msgspec.json.decode(body)
             name = str(request["model"])
-        except (msgspec.DecodeError, KeyError, TypeError):
+        except (msgspec.DecodeError, RecursionError, KeyError, TypeError):
             return self.first, body
         if name not in self._place_of:
             await self.models(key)

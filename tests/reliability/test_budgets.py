@@ -1,0 +1,200 @@
+"""What one client may cost the others: bytes, time, values of a body, a page that asks without leave."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.reliability.server import Server, serving
+from tests.server.live import eventually
+
+AT_MOST_S = 2.0  # of processor time: how long others wait depends on what else the machine does
+BODY = b'{"messages":[{"role":"user","content":"hi"}],"max_tokens":3}'
+HOST = b"Host: 127.0.0.1\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST
+GET = b"GET /v1/models HTTP/1.1\r\n" + HOST
+
+
+@contextmanager
+def connected(server: Server) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        yield connection
+
+
+def answers(server: Server, data: bytes, count: int = 1) -> bytes:
+    with connected(server) as connection:
+        connection.sendall(data)
+        found = b""
+        while found.count(b"HTTP/1.1 ") < count or not found.endswith((b"}", b"\n")):
+            part = connection.recv(65536)
+            if not part:
+                break
+            found += part
+        return found
+
+
+@contextmanager
+def cheap(server: Server) -> Iterator[None]:
+    """Little of the API process's one thread is spent on it, so that /health never waits long, and little memory."""
+    process = psutil.Process(server.process.pid)
+    begin_s, before = sum(process.cpu_times()[:2]), process.memory_info().rss
+    yield
+    assert sum(process.cpu_times()[:2]) - begin_s < AT_MOST_S
+    assert process.memory_info().rss - before < 60 * 2**20
+    assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+
+
+def repeated(item: bytes, size: int) -> bytes:
+    return b",".join([item] * (size // (len(item) + 1)))
+
+
+COSTLY = {
+    "messages": ("/v1/chat/completions", b'{"messages":[%b]}', b'{"role":"user","content":"a"}'),
+    "parts": ("/v1/chat/completions", b'{"messages":[{"role":"user","content":[%b]}]}', b"{}"),
+    "extras": ("/v1/chat/completions", b'{"messages":[{"role":"user","content":"a","x":[%b]}]}', b"{}"),
+    "metadata": ("/v1/chat/completions", b'{"messages":[],"metadata":{"x":[%b]}}', b"[1.5]"),
+    "keys": ("/v1/chat/completions", b'{"messages":[],%b}', b'"a":1'),
+    "mixed": ("/v1/completions", b'{"prompt":[%b]}', b'1,"a",[1]'),
+    "ids": ("/v1/completions", b'{"prompt":[%b]}', b"1"),
+    "floats": ("/v1/completions", b'{"prompt":[%b]}', b"1.5"),
+    "nulls": ("/v1/completions", b'{"prompt":[%b]}', b"null"),
+    "brackets": ("/v1/completions", b'{"prompt":%b', b"["),
+    "quotes": ("/v1/completions", b'{"prompt":["%b"]}', b'""'),
+    "escapes": ("/v1/completions", b'{"prompt":"%b"}', b'\\\\\\"'),
+    "texts": ("/v1/embeddings", b'{"input":[%b]}', b'"a"'),
+    "tokens": ("/detokenize", b'{"tokens":[%b]}', b"65"),
+    "blocks": ("/v1/messages", b'{"max_tokens":1,"model":"m","messages":[],"system":[%b]}', b"{}"),
+    "items": ("/v1/responses", b'{"input":[%b]}', b"{}"),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_refusal_costs_no_more_than_the_request(mock_server: Server, name: str):
+    path, frame, item = COSTLY[name]
+    with cheap(mock_server):
+        response = httpx.post(f"{mock_server.url}{path}", content=frame % repeated(item, 16 * 2**20), timeout=60)
+    assert response.status_code in (400, 413), response.text[:200]
+    assert response.json()["error"]["message"]
+
+
+def test_a_mixed_list_is_refused_at_its_first_wrong_item(mock_server: Server):
+    body = {"prompt": [1, "a", [1]] * 3000}
+    start_s = time.process_time()
+    response = httpx.post(f"{mock_server.url}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 400 and len(response.content) < 1000
+    assert time.process_time() - start_s < 5
+
+
+def test_pipelined_requests_are_answered_in_order_and_do_not_pile_up(mock_server: Server):
+    found = answers(mock_server, (GET + b"\r\n") * 5 + POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY, 6)
+    assert found.count(b"HTTP/1.1 200") == 6
+    small = b"GET / HTTP/1.1\r\nHost:localhost\r\n\r\n"
+    with cheap(mock_server):
+        connections = []
+        for _ in range(20):
+            connection = socket.create_connection(("127.0.0.1", mock_server.port), timeout=10)
+            connection.settimeout(0.2)
+            connections.append(connection)
+            with suppress(OSError):
+                connection.sendall(small * (2**20 // len(small)))
+        time.sleep(1)
+        for connection in connections:
+            connection.close()
+
+
+@pytest.mark.parametrize("part", ["trailers", "extension", "header", "newlines", "one chunk"])
+def test_no_part_of_http_is_endless(model: Path, part: str):
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n"
+    begin, more = {
+        "trailers": (GET + chunked + b"0\r\n", b"a: b\r\n" * 10_000),
+        "extension": (GET + chunked + b"5;", b"a" * 60_000),
+        "header": (GET + b"a: ", b"a" * 60_000),
+        "newlines": (b"\r\n", b"\r\n" * 30_000),
+        "one chunk": (GET + chunked + b"7fffffff\r\n", b"a" * 60_000),
+    }[part]
+    limits = {"header_timeout_s": 1.0, "body_timeout_s": 1.0, "max_body_bytes": 2**20}
+    with serving(model, **limits) as server, cheap(server), connected(server) as connection:
+        start_s, sent = time.monotonic(), 0
+        with pytest.raises(OSError):
+            connection.sendall(begin)
+            while True:
+                sent += connection.send(more)
+                time.sleep(0.001)
+                assert time.monotonic() - start_s < 30, f"{sent} bytes and no end"
+
+
+def test_work_ends_with_its_client_whatever_else_it_sent(model: Path):
+    long = json.dumps({"prompt": "a", "max_tokens": 4000, "ignore_eos": True}).encode()
+    with serving(model, step_s=0.02) as server:
+        for behind in (b"", (GET + b"\r\n") * 3, b"GET / HTT", POST + b"Content-Length: 100\r\n\r\n{"):
+            request = b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(long) + long
+            with connected(server) as connection:
+                connection.sendall(request + behind)
+                eventually(lambda: server.figures()["running"] == 1, 10, "the request's start")
+            eventually(lambda: server.figures()["running"] == 0, 10, "its end")
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQBAAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize(
+    "offer", [OFFER, OFFER.replace(b"h2c", b"websocket"), OFFER.replace(b"Upgrade:", b"UPGRADE :")]
+)
+def test_an_offer_of_another_protocol_is_ignored(mock_server: Server, offer: bytes):
+    found = answers(mock_server, POST + offer + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY + GET + b"\r\n", 2)
+    if b"UPGRADE :" in offer:  # no header at all
+        assert found.startswith(b"HTTP/1.1 400")
+    else:
+        assert found.count(b"HTTP/1.1 200") == 2
+
+
+PAGE = {"origin": "https://evil.example", "sec-fetch-site": "cross-site"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/tokenize", "/detokenize"]
+)
+def test_a_page_of_another_site_has_nothing_computed(mock_server: Server, path: str):
+    url = mock_server.url
+    for headers in (PAGE, {"origin": "null"}, {"sec-fetch-site": "cross-site"}, {"origin": "http://127.0.0.1:1"}):
+        for kind in ("text/plain", "application/json", "application/x-www-form-urlencoded"):
+            response = httpx.post(f"{url}{path}", content=BODY, headers={**headers, "content-type": kind})
+            assert response.status_code == 403, (headers, kind)
+    own = {"origin": url, "sec-fetch-site": "same-origin", "content-type": "text/plain"}
+    assert httpx.post(f"{url}{path}", content=BODY, headers=own).status_code == 415
+
+
+def test_the_servers_own_page_and_programs_may_ask(mock_server: Server):
+    url = f"{mock_server.url}/v1/chat/completions"
+    own = {
+        "origin": mock_server.url,
+        "sec-fetch-site": "same-origin",
+        "content-type": "application/json; charset=utf-8",
+    }
+    assert httpx.post(url, content=BODY, headers=own).status_code == 200
+    assert httpx.post(url, content=BODY, headers={"content-type": "text/plain"}).status_code == 200  # curl -d
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_bug_of_ours(model: Path):
+    with serving(model) as server:
+        for sent in (BODY[:20], b""):
+            with connected(server) as connection:
+                connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + sent)
+                time.sleep(0.1)
+        time.sleep(0.3)
+        assert "Traceback" not in server.log.read_text() and "bug" not in server.log.read_text()
+
+
+def test_no_query_is_logged(model: Path):
+    with serving(model) as server:
+        httpx.get(f"{server.url}/v1/models?api_key=a-secret-that-nobody-sees")
+        eventually(lambda: "/v1/models?..." in server.log.read_text(), 5, "the line")
+        assert "a-secret" not in server.log.read_text()

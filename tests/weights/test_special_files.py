@@ -1,0 +1,77 @@
+"""Files that would never end, or change under the model: told in one line, in seconds."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from fastqwen import LLM, SamplingParams
+from fastqwen.cli.find_model import find_model
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadCheckpoint
+from fastqwen.hub import find_checkpoint
+from fastqwen.text.template import ChatTemplate
+from tests.models.tiny import make, prompt
+
+LOOPS = ("{% for a in range(99999) %}" * 3) + "{% endfor %}" * 3
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make(tmp_path, "LlamaConfig", num_hidden_layers=1)
+    return tmp_path
+
+
+def devise(path: Path, kind: str) -> None:
+    path.unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja", "x"]
+)
+def test_what_is_no_regular_file_is_told_and_not_read(folder: Path, name: str, kind: str):
+    devise(folder / name, kind)
+    for load in (lambda: find_checkpoint(EngineConfig(model=str(folder))), lambda: find_model(str(folder))):
+        with pytest.raises(BadCheckpoint, match=f"{name} is {kind}, not a regular file"):
+            load()
+
+
+def test_a_template_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastqwen.text.template.RENDER_WITHIN_S", 0.2)
+    with pytest.raises(BadCheckpoint, match="does not come to an end"):
+        ChatTemplate(LOOPS, origin="x").render([{"role": "user", "content": "hi"}])
+    assert ChatTemplate("{{ messages[0].content }}", origin="x").render([{"content": "hi"}]) == "hi"
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\7" * 100)
+
+
+@pytest.mark.parametrize("act", [overwrite, lambda path: path.unlink(), lambda path: make_anew(path)])
+def test_weights_that_change_under_the_model_end_it_and_others_do_not_matter(folder: Path, act):
+    llm = LLM(str(folder), dtype="float32", skip_tokenizer_init=True)
+    greedy = SamplingParams(temperature=0.0, max_tokens=8)
+    before = llm.generate(prompt(10), greedy, use_tqdm=False)[0].outputs[0].token_ids
+    time.sleep(0.02)  # a file system's clock ticks slowly
+    act(folder / "model.safetensors")
+    if act is overwrite:
+        with pytest.raises(BadCheckpoint, match="was changed while it was in use"):
+            llm.generate(prompt(10), greedy, use_tqdm=False)
+    else:
+        assert llm.generate(prompt(10), greedy, use_tqdm=False)[0].outputs[0].token_ids == before
+
+
+def make_anew(path: Path) -> None:
+    new = path.with_suffix(".new")
+    new.write_bytes(os.urandom(path.stat().st_size))
+    os.replace(new, path)
