@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol, TypeVar
 
-import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.types import ASGIApp
@@ -29,7 +28,7 @@ from fastqwen.server.dialects.tokens import detokenize, tokenize
 from fastqwen.server.http import docs_page, errors, openapi
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.guard import Guard
-from fastqwen.server.http.sse import EventStream
+from fastqwen.server.http.sse import EventStream, encode
 from fastqwen.server.operator import status
 from fastqwen.version import __version__
 
@@ -67,7 +66,8 @@ class Work(Protocol):
 def _add_dialects(app: FastAPI, state: ServerState) -> None:
     def add_post(path: str, name: str, kind: type[B], answer: Callable[[Request, B], Any]) -> None:
         async def route(request: Request) -> Response:
-            found = await answer(request, parse(kind, await read_body(request, state.config)))
+            body = parse(kind, await read_body(request, state.config), strict_fields=state.config.strict_fields)
+            found = await answer(request, body)
             return found if isinstance(found, Response) else _json(found)
 
         app.post(path, name=name, openapi_extra=openapi.documented(kind))(route)
@@ -110,4 +110,4 @@ async def _whole(request: Request, work: Any) -> Response:
 
 
 def _json(answer: dict[str, Any]) -> Response:
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+    return Response(encode(answer), media_type="application/json")

@@ -81,6 +81,10 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
         float, option("Seconds for rendering and tokenising a prompt, or compiling a grammar.", ge=0.1)
     ] = 2.0
     text_workers: int = 2
+    strict_fields: Annotated[
+        bool,
+        option("Refuse fields that this server does not know, which are else answered with a warning.", one_way=True),
+    ] = False
     strict_model_name: Annotated[bool, option("Answer 404 to requests that name another model.")] = False
 
 

@@ -30,19 +30,22 @@ class Completion(OpenAIWork):
     def __init__(self, state: ServerState, body: CompletionRequest, *, explain_cache: bool) -> None:
         super().__init__(state, body, prefix="cmpl", explain_cache=explain_cache)
         self._n = body.n or 1
+        self._best_of = body.best_of or self._n  # 0, the end of its documented range, asks for nothing more
 
     async def prepare(self) -> None:
         """Tokenise and check everything before anything runs. Raises BadRequest."""
         body = self._body
         self._check()
         changes: dict[str, Any] = {"logprobs": body.logprobs}
-        if body.best_of is not None and body.best_of > self._n:
-            changes.update(n=body.best_of, logprobs=body.logprobs or 0)
+        if self._best_of > self._n:
+            changes.update(n=self._best_of, logprobs=body.logprobs or 0)
         sampling = body.sampling(self._state.text.default_sampling, **changes)
         if body.echo and body.logprobs is not None:
             sampling.prompt_logprobs = max(body.logprobs, sampling.prompt_logprobs or 0)
         grammar = await answer_grammar(self._state, body.structured())
-        options = GenerationOptions(priority=body.priority, cache_salt=body.cache_salt, grammar=grammar)
+        options = GenerationOptions(
+            priority=body.priority, cache_salt=body.cache_salt, grammar=grammar, no_answer=body.max_tokens == 0
+        )
         prompts = await self._prompts()
         if len(prompts) * sampling.n > MAX_SEQUENCES:
             raise BadRequest(
@@ -56,10 +59,9 @@ class Completion(OpenAIWork):
             self._story = self._state.cache_stories.begin(prompts[0], body.cache_salt)
 
     def _check(self) -> None:
-        body = self._body
-        if body.best_of is not None and body.best_of < self._n:
-            raise BadRequest(f"best_of is {body.best_of}, less than n, which is {self._n}", "best_of")
-        if body.best_of is not None and body.best_of > self._n and body.stream:
+        if self._best_of < self._n:
+            raise BadRequest(f"best_of is {self._best_of}, less than n, which is {self._n}", "best_of")
+        if self._best_of > self._n and self._body.stream:
             raise BadRequest("best_of needs the whole answers and cannot be streamed", "best_of")
 
     async def response(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from fastqwen.server.answer.thinking_guard import ThinkingOptions
 from fastqwen.server.dialects.schema import ChatRequest
 from fastqwen.text.formats import Formats
 
+EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
 # For templates without an effort of their own.
 EFFORT_TOKENS = {"minimal": 512, "low": 1024, "medium": 8192}
 # Under the names that the templates with an effort accept.
@@ -20,6 +21,9 @@ def thinking_options(body: ChatRequest, formats: Formats) -> ThinkingOptions:
         switches["enable_thinking"] = body.enable_thinking
     budget = body.thinking_budget
     effort = body.reasoning_effort
+    if effort is not None and effort not in EFFORTS:
+        body.warnings.unknown("reasoning_effort", f"{effort[:50]!r} is none of {', '.join(sorted(EFFORTS))}")
+        effort = None
     if effort == "none":
         switches["enable_thinking"] = False
     elif effort is not None and formats.has_switch("reasoning_effort"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastqwen.errors import BadRequest
-from fastqwen.server.dialects.schema import ChatRequest, NamedTool
+from fastqwen.server.dialects.schema import AllowedTools, ChatRequest, ChosenTool, Tool
+from fastqwen.server.dialects.warnings import Warnings
 from fastqwen.text import react
 from fastqwen.text.formats import Formats
 from fastqwen.text.grammar import json_grammar_part, lark, quoted
@@ -30,10 +32,28 @@ class ToolOptions:
         return {"tools": self.tools} if self.tools and formats.tools != "react" else {}
 
 
-def tool_options(body: ChatRequest, formats: Formats) -> ToolOptions:
+def function_tools(tools: Sequence[Tool] | None, warnings: Warnings) -> list[dict[str, Any]]:
+    """Those that the model is told of. Raises BadRequest for a function without its object."""
+    found = []
+    for index, tool in enumerate(tools or []):
+        if tool.type != "function":
+            warnings.unknown(
+                f"tools.{index}", f"there are no tools of type {tool.type[:50]!r} here, so it is not offered"
+            )
+        elif tool.function is None:
+            raise BadRequest(f"tools.{index}.function: Field required", f"tools.{index}.function")
+        else:
+            found.append(tool.for_template())
+    return found
+
+
+def tool_options(body: ChatRequest, formats: Formats, warnings: Warnings) -> ToolOptions:
     """Raises BadRequest, naming the field."""
-    tools = [tool.for_template() for tool in body.tools or []]
-    choice = body.tool_choice
+    tools = function_tools(body.tools, warnings)
+    choice: Any = body.tool_choice
+    if isinstance(choice, ChosenTool) and choice.allowed_tools is not None:
+        tools = _allowed(tools, choice.allowed_tools)
+        choice = choice.allowed_tools.mode
     if not tools and choice not in (None, "none", "auto"):
         raise BadRequest("tool_choice asks for a call, but there are no tools", "tool_choice")
     if not tools or choice == "none":
@@ -44,12 +64,23 @@ def tool_options(body: ChatRequest, formats: Formats) -> ToolOptions:
             "tools",
         )
     single = body.parallel_tool_calls is False
-    if isinstance(choice, NamedTool):
-        named = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+    if isinstance(choice, ChosenTool):
+        wanted = choice.function.name if choice.function is not None else f"a tool of type {choice.type}"
+        named = [tool for tool in tools if tool["function"]["name"] == wanted]
         if not named:
-            raise BadRequest(f"tool_choice names {choice.function.name!r}, which is not among the tools", "tool_choice")
+            raise BadRequest(f"tool_choice names {wanted[:200]!r}, which is not among the tools", "tool_choice")
         return ToolOptions(tools, named, True)
     return ToolOptions(tools, tools if choice == "required" else [], single)
+
+
+def _allowed(tools: list[dict[str, Any]], allowed: AllowedTools) -> list[dict[str, Any]]:
+    names = {
+        (one.get("function") or one).get("name") for one in allowed.tools if isinstance(one.get("function", {}), dict)
+    }
+    found = [tool for tool in tools if tool["function"]["name"] in names]
+    if not found:
+        raise BadRequest("tool_choice allows none of the tools", "tool_choice")
+    return found
 
 
 def required_grammar(options: ToolOptions, formats: Formats) -> str | None:
