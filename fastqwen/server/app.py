@@ -28,7 +28,7 @@ from fastqwen.server.dialects.tokens import detokenize, tokenize
 from fastqwen.server.http import docs_page, errors, openapi
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.guard import Guard
-from fastqwen.server.http.sse import EventStream, encode
+from fastqwen.server.http.sse import DONE, EventStream, encode
 from fastqwen.server.operator import status
 from fastqwen.version import __version__
 
@@ -62,6 +62,9 @@ class Work(Protocol):
 
     async def response(self) -> dict[str, Any]: ...
 
+    def failure(self, status: int, body: dict[str, Any]) -> bytes:
+        """The event that ends a stream in which something went wrong."""
+
 
 def _add_dialects(app: FastAPI, state: ServerState) -> None:
     def add_post(path: str, name: str, kind: type[B], answer: Callable[[Request, B], Any]) -> None:
@@ -72,14 +75,15 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
 
         app.post(path, name=name, openapi_extra=openapi.documented(kind))(route)
 
-    def add_work(path: str, name: str, kind: type[B], make: Callable[..., Work], **stream: Any) -> None:
-        """``stream``: how a stream of this API ends."""
+    def add_work(path: str, name: str, kind: type[B], make: Callable[..., Work], done: bytes = DONE) -> None:
+        """``done``: how a stream of this API ends."""
 
         async def answer(request: Request, body: Any) -> Response:
             work = make(state, body, explain_cache=_explains_cache(request))
             await work.prepare()
             if body.stream:
-                return EventStream(work.events(), stall_timeout_s=state.config.stall_timeout_s, **stream)
+                stall_timeout_s = state.config.stall_timeout_s
+                return EventStream(work.events(), stall_timeout_s=stall_timeout_s, done=done, failure=work.failure)
             return await _whole(request, work.response())
 
         add_post(path, name, kind, answer)
@@ -91,8 +95,8 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
 
     add_work("/v1/chat/completions", "chat_completions", ChatRequest, Chat)
     add_work("/v1/completions", "completions", CompletionRequest, Completion)
-    add_work("/v1/responses", "responses", ResponsesRequest, Responses, done=b"", error_name="error")
-    add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"", error_name="error")
+    add_work("/v1/responses", "responses", ResponsesRequest, Responses, done=b"")
+    add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"")
     add_post("/v1/messages/count_tokens", "counted", CountRequest, lambda _, body: count_tokens(state, body))
     add_post("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
     add_post("/tokenize", "tokenize", TokenizeRequest, lambda _, body: tokenize(state, body))

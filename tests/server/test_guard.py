@@ -56,7 +56,7 @@ def test_every_route_but_the_open_ones_needs_the_key(headers: dict):
                 ):
                     for verb in {method, "HEAD", "OPTIONS", "POST"}:
                         found = await client.request(verb, f"http://localhost{variant}", headers=headers)
-                        exact = variant.split("?")[0]
+                        exact = variant.split("?")[0].rstrip("/") or "/"
                         is_open = verb in ("GET", "HEAD") and (exact in OPEN_PATHS or exact.startswith("/static/"))
                         assert (found.status_code != 401) == is_open, (verb, variant, found.status_code)
 
@@ -161,7 +161,7 @@ BAD_BODIES = [
     b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe{}", b'{"prompt": "\\ud800"}', b'{"prompt": NaN}',
     b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": Infinity}', b'{"prompt": "a", "temperature": 1e999}',
     b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "a", "metadata": {"x": NaN}}',
-    b'{"prompt": "a", "metadata": {"x": 1e999}}', b'{"prompt": "a", "metadata": {"x": "\\udc00"}}',
+    b'{"prompt": "a", "metadata": {"x": -Infinity}}', b'{"prompt": "a", "metadata": {"x": "\\udc00"}}',
     b'{"prompt": ' + b"[" * 150_000, b'{"prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}",
     b'{"prompt": "a", "metadata": ' + b'{"a":' * 1000 + b"1" + b"}" * 1000 + b"}",
     b'{"prompt": [1, -1]}', b'{"prompt": [1, 99999999]}', b'{"prompt": [1.5]}', b'{"prompt": []}', b'{"prompt": ""}',

@@ -112,15 +112,12 @@ class Chat(OpenAIWork):
     async def response(self) -> dict[str, Any]:
         generation = self.generation
         await generation.finish()
-        response = {
+        return {
             **self.head("chat.completion"),
             "choices": [self._choice(choice) for choice in generation.choices],
             "usage": self.usage(),
-            **self.notes(),
+            **self._ending(),
         }
-        if self._body.prompt_logprobs is not None:
-            response["prompt_logprobs"] = prompt_logprobs_json(generation.prompt_logprobs)
-        return response
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         generation = self.generation
@@ -145,6 +142,13 @@ class Chat(OpenAIWork):
                     yield event(chunk)
         if self._final_usage:
             yield event({**head, "choices": [], "usage": self.usage()})
+
+    def _ending(self) -> dict[str, Any]:
+        """What comes once, with the whole answer or its last chunk."""
+        listed = (
+            prompt_logprobs_json(self.generation.prompt_logprobs) if self._body.prompt_logprobs is not None else None
+        )
+        return {**({} if listed is None else {"prompt_logprobs": listed}), **self.notes()}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         output, parts = choice.assembler.output, choice.answer
@@ -174,7 +178,7 @@ class Chat(OpenAIWork):
         if piece.finish_reason is not None:
             chunks[-1]["choices"][0].update(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
             if last:
-                chunks[-1].update(self.notes())
+                chunks[-1].update(self._ending())
         return chunks
 
     def _deltas(self, index: int, parts: Parts) -> list[dict[str, Any]]:

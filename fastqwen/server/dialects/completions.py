@@ -30,6 +30,7 @@ class Completion(OpenAIWork):
     def __init__(self, state: ServerState, body: CompletionRequest, *, explain_cache: bool) -> None:
         super().__init__(state, body, prefix="cmpl", explain_cache=explain_cache)
         self._n = body.n or 1
+        self._offsets: dict[int, int] = {}  # of each answer's next token in its text
         self._best_of = body.best_of or self._n  # 0, the end of its documented range, asks for nothing more
 
     async def prepare(self) -> None:
@@ -147,7 +148,7 @@ class Completion(OpenAIWork):
         choice: dict[str, Any] = {
             "index": index,
             "text": (self._prompt_text(generation) if echo else "") + said.text,
-            "logprobs": self._logprobs(listed, generation) if self._body.logprobs is not None else None,
+            "logprobs": self._logprobs(index, listed, generation) if self._body.logprobs is not None else None,
             "finish_reason": said.finish_reason,
             "stop_reason": said.stop_reason,
         }
@@ -160,13 +161,13 @@ class Completion(OpenAIWork):
             return self._body.prompt
         return self._state.text.tokenizer.decode(generation.prompt_token_ids)
 
-    def _logprobs(self, listed: list[dict[int, Logprob] | None], generation: Generation) -> dict[str, Any]:
-        """OpenAI's completions shape: parallel lists."""
+    def _logprobs(self, index: int, listed: list[dict[int, Logprob] | None], generation: Generation) -> dict[str, Any]:
+        """OpenAI's completions shape: parallel lists, which go on where the answer's last piece ended."""
         tokens: list[str] = []
         chosen: list[float | None] = []
         top: list[dict[str, float] | None] = []
         offsets: list[int] = []
-        offset = 0
+        offset = self._offsets.get(index, 0)
         for position, one in enumerate(listed):
             if one is None:
                 token = self._state.text.tokenizer.token_text(generation.prompt_token_ids[position])
@@ -182,4 +183,5 @@ class Completion(OpenAIWork):
             tokens.append(token)
             offsets.append(offset)
             offset += len(token)
+        self._offsets[index] = offset
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}

@@ -20,6 +20,7 @@ from fastqwen.server.dialects.conversation import MEDIA_PARTS, left_out
 from fastqwen.server.dialects.openai import noted
 from fastqwen.server.dialects.schema import AnyTool, Body, ChatRequest, Count, Probability, Temperature, TopK
 from fastqwen.server.dialects.warnings import Warnings
+from fastqwen.server.http.errors import in_anthropics_words
 from fastqwen.server.http.sse import named_event
 from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call
@@ -210,6 +211,9 @@ class Messages:
         end = {"type": "message_delta", "delta": _ending(generation.choices[0]), "usage": _usage(generation)}
         yield writer.close() + named_event("message_delta", {**end, **self._chat.notes()})
         yield named_event("message_stop", {"type": "message_stop"})
+
+    def failure(self, status: int, body: dict[str, Any]) -> bytes:
+        return named_event("error", in_anthropics_words(status, body))
 
     def _head(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content}

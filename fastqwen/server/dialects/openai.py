@@ -11,6 +11,7 @@ from fastqwen.server.answer.generation import Generation
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.schema import SamplingFields
 from fastqwen.server.dialects.warnings import Warnings
+from fastqwen.server.http.sse import event
 
 
 class OpenAIWork:
@@ -48,6 +49,9 @@ class OpenAIWork:
             if explanation is not None:
                 notes["cache"] = explanation
         return notes
+
+    def failure(self, status: int, body: dict[str, Any]) -> bytes:
+        return event(body)
 
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

@@ -256,6 +256,7 @@ class Responses:
         self._model = state.model_name(body.model)
         self._id = _new_id("resp")
         self._created = int(time.time())
+        self._num_events = 0
         self._writer = _ItemWriter(
             holds_reasoning=ENCRYPTED in (body.include or []),
             logprobs=self._chat.token_logprobs if body.wants_logprobs else None,
@@ -273,14 +274,7 @@ class Responses:
         return self._whole(writer.items)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        writer = self._writer
-        number = 0
-
-        def encoded(kind: str, **values: Any) -> bytes:
-            nonlocal number
-            number += 1
-            return named_event(kind, {"type": kind, "sequence_number": number - 1, **values})
-
+        writer, encoded = self._writer, self._event
         yield encoded("response.created", response=self._head("in_progress", []))
         yield encoded("response.in_progress", response=self._head("in_progress", []))
         async with aclosing(self._chat.generation.pieces()) as pieces:
@@ -293,6 +287,15 @@ class Responses:
         yield b"".join(encoded(kind, **values) for kind, values in writer.close())
         whole = self._whole(writer.items)
         yield encoded(f"response.{whole['status']}", response=whole)
+
+    def failure(self, status: int, body: dict[str, Any]) -> bytes:
+        error = body["error"]
+        code = error["code"] or error["type"]
+        return self._event("error", code=code, message=error["message"], param=error["param"])
+
+    def _event(self, kind: str, **values: Any) -> bytes:
+        self._num_events += 1
+        return named_event(kind, {"type": kind, "sequence_number": self._num_events - 1, **values})
 
     def _whole(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         generation = self._chat.generation

@@ -11,6 +11,7 @@ from starlette.types import Receive
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.config import FrontConfig
+from fastqwen.server.http.codings import decoded
 
 Answer = TypeVar("Answer")
 
@@ -28,6 +29,8 @@ async def read_body(request: Request, config: FrontConfig) -> bytes:
         raise BadRequest(
             f"the request body was not there after {config.body_timeout_s:g} s", None, "request_timeout"
         ) from None
+    if body is not None:
+        body = decoded(body, request.headers.get("content-encoding", ""), max_bytes)
     if body is None:
         raise _too_large(max_bytes)
     return body
