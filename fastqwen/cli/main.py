@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastqwen.cli import batch, bench, chat, check, generate, plan, serve, web
+from fastqwen.cli import batch, bench, chat, check, generate, launch, plan, serve, web
 from fastqwen.cli.options import help_text
 from fastqwen.errors import FastqwenError
 from fastqwen.version import __version__
@@ -22,7 +22,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (serve.serve, web.web, chat.chat, generate.generate, batch.batch, plan.plan, check.check):
+for _command in (
+    serve.serve,
+    web.web,
+    chat.chat,
+    generate.generate,
+    batch.batch,
+    plan.plan,
+    check.check,
+    launch.launch,
+):
     app.command(help=help_text(_command))(_command)
 app.add_typer(bench.app, name="bench")
 
