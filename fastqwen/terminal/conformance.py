@@ -319,7 +319,7 @@ def history_comes_back(server: Server) -> str:
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "c", "content": "?"},
         ]
-        response = server.post(messages=[*PROMPT, *turns, *PROMPT], tools=[TOOL], max_tokens=4)
+        response = server.post(messages=[*PROMPT, *turns, *PROMPT], max_tokens=4)
         _demand(
             response.status_code == 200,
             f"arguments {arguments!r} were answered with {response.status_code}: {_message(response)}",

@@ -77,6 +77,8 @@ CHAT = {
     "enable_thinking": (False, {}, "Hello"),
     "reasoning_effort": ("low", {}, "Hello"),
     "thinking_budget": (3, {}, "<think>" + "abc" * 30),
+    "thinking_token_budget": (3, {}, "<think>" + "abc" * 30),
+    "include_reasoning": (False, {}, "<think>Hm</think>Hello"),
     "loop_recovery": (False, {"max_tokens": 900}, "<think>" + "abc" * 300),
 }
 COMPLETIONS = {

@@ -153,8 +153,7 @@ class Chat(OpenAIWork):
     def _choice(self, choice: Choice) -> dict[str, Any]:
         output, parts = choice.assembler.output, choice.answer
         message: dict[str, Any] = {"role": "assistant", "content": parts.content or (None if parts.calls else "")}
-        if parts.reasoning:
-            message["reasoning_content"] = parts.reasoning
+        message.update(self._reasoning(parts))
         if parts.calls:
             message["tool_calls"] = [call_json(call) for call in parts.calls]
         return {
@@ -183,8 +182,8 @@ class Chat(OpenAIWork):
 
     def _deltas(self, index: int, parts: Parts) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
-        if parts.reasoning:
-            deltas.append({"reasoning_content": parts.reasoning})
+        if reasoning := self._reasoning(parts):
+            deltas.append(reasoning)
         if parts.content:
             deltas.append({"content": parts.content})
         for call in parts.calls:
@@ -192,6 +191,12 @@ class Chat(OpenAIWork):
             self._num_calls[index] = number + 1
             deltas.append({"tool_calls": [{"index": number, **call_json(call)}]})
         return deltas
+
+    def _reasoning(self, parts: Parts) -> dict[str, Any]:
+        """Under both of the names that clients look for."""
+        if not parts.reasoning or self._body.include_reasoning is False:
+            return {}
+        return {"reasoning_content": parts.reasoning, "reasoning": parts.reasoning}
 
     @staticmethod
     def _chunk(head: dict[str, Any], index: int, delta: dict[str, Any]) -> dict[str, Any]:

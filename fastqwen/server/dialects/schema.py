@@ -285,6 +285,8 @@ class ChatRequest(SamplingFields):
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None
     thinking_budget: Count | None = None
+    thinking_token_budget: Count | None = None  # vLLM's name for it
+    include_reasoning: bool | None = None
     loop_recovery: bool = True
 
     @classmethod
