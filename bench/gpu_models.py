@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.models.test_transformers import CASES
 from tests.models.tiny import greedy, logits, make, prompt, start
+from tests.quant.test_gptq import LAYOUTS, pack
 
 LENGTHS = (1, 17, 40, 150)
 TOKENS = 48
@@ -63,10 +64,35 @@ def check(case: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     return result
 
 
+def check_packed(case: str, layout: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """GPTQ against its own plain numbers: logits no further from float32's than twice what plain 16 bits are."""
+    make(folder, case, **HEADS)
+    packed, plain = pack(folder, LAYOUTS[layout])
+    name = str(dtype).removeprefix("torch.")
+    prompts = [prompt(length) for length in (*LENGTHS, *range(3, 16), 230)]  # steps of 1 to 18 rows, and of hundreds
+    exact = logits(plain, prompts[-1], dtype="float32", max_model_len=512)
+    rounded = logits(plain, prompts[-1], dtype=name, max_model_len=512)
+    wishes = {"dtype": name, "max_model_len": 512, "max_num_seqs": 24}
+    found = logits(packed, prompts[-1], enforce_eager=True, **wishes)
+    error, allowed = float((found - exact).abs().mean()), 2 * float((rounded - exact).abs().mean()) + 1e-4
+    recorded = greedy(start(packed, **wishes), prompts, TOKENS)
+    eager = greedy(start(packed, enforce_eager=True, **wishes), prompts, TOKENS)
+    return {"case": f"{case} {layout}", "dtype": name, "error": error, "allowed": allowed, "logits": error <= allowed,
+            "recorded": recorded == eager}  # fmt: skip
+
+
 def main() -> None:
-    out, cases = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
+    out, cases = Path(sys.argv[1]), sys.argv[2:] or [*CASES, "packed"]
     torch.backends.cuda.matmul.allow_tf32 = False
     results = []
+    if "packed" in cases:
+        cases.remove("packed")
+        both = [("Qwen3Config", layout, torch.float16) for layout in LAYOUTS]
+        both += [("Qwen2Config", layout, torch.bfloat16) for layout in ("int4", "int4-desc-act", "int8-asymmetric")]
+        for case, layout, dtype in both:
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(check_packed(case, layout, dtype, Path(folder)))
+            print(json.dumps(results[-1]), flush=True)
     for case in cases:
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as folder:

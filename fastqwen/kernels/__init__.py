@@ -3,6 +3,7 @@
 reference.py   plain torch; the oracle for all others, and the way on a device that has no faster one
 cpu/           C++, compiled on first use; one result for a row whatever else is in the batch
 triton/        fused kernels for NVIDIA GPUs
+cuda/          CUDA C++ for them: products with packed weights
 limits.py      sizes that kernels set aside or choose by, for whoever must know them without torch
 """
 
@@ -147,6 +148,20 @@ class GroupedWeight:
         return self.codes.shape[1]
 
 
+class Product(Protocol):
+    """A matrix as a device's own kernels read it, and the forms in which a decoder multiplies by it (see layers/linear.py)."""
+
+    num_bytes: int
+
+    def plain(self, x: Tensor) -> Tensor: ...
+
+    def of_norm(self, x: Tensor, norm: Norm) -> Tensor: ...
+
+    def gated_of_norm(self, x: Tensor, norm: Norm) -> Tensor: ...
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None: ...
+
+
 @dataclass(frozen=True)
 class ExpertsWeight:
     """A layer's routed experts. The first half of an expert's gate_up rows is gate, the second up."""
@@ -223,6 +238,10 @@ class Ops(Protocol):
 
     def grouped_linear(self, x: Tensor, weight: GroupedWeight) -> Tensor:
         """x [tokens, in] -> [tokens, out]"""
+
+    def packed(self, weight: GroupedWeight, dtype: dtype) -> Product | None:
+        """The same matrix for this device's own kernels; None: grouped_linear computes with it as it is. ``dtype`` is the
+        activations'."""
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[tokens, 2 * size] -> silu(first half) * second half, [tokens, size]"""

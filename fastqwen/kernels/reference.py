@@ -15,6 +15,7 @@ from fastqwen.kernels import (
     GroupedWeight,
     LayerCache,
     Norm,
+    Product,
     StepTokens,
 )
 from fastqwen.kernels.limits import UNPACK_BYTES
@@ -55,6 +56,9 @@ class ReferenceOps:
             bias = None if weight.bias is None else weight.bias[start:stop]
             out[:, start:stop] = self.linear(x, DenseWeight(unpack_grouped(weight, start, stop).to(x.dtype), bias))
         return out
+
+    def packed(self, weight: GroupedWeight, dtype: torch.dtype) -> Product | None:
+        return None
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

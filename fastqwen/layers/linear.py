@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastqwen.kernels import DenseWeight, GroupedWeight, Norm, Ops, StepTokens
+from fastqwen.kernels import DenseWeight, GroupedWeight, Norm, Ops, Product, StepTokens
 from fastqwen.sharding import World
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 
 class Linear(ABC):
@@ -109,6 +109,30 @@ class GroupedLinear(Linear):
         return GroupedLinear(self.ops, weight)
 
 
+class PackedLinear(Linear):
+    """A grouped matrix as the device's own kernels read it."""
+
+    def __init__(self, ops: Ops, product: Product) -> None:
+        super().__init__(ops)
+        self.product = product
+
+    @property
+    def num_bytes(self) -> int:
+        return self.product.num_bytes
+
+    def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
+        return self.product.plain(x)
+
+    def of_norm(self, x: Tensor, norm: Norm, step: StepTokens | None) -> Tensor:
+        return self.product.of_norm(x, norm)
+
+    def gated_of_norm(self, x: Tensor, norm: Norm, step: StepTokens) -> Tensor:
+        return self.product.gated_of_norm(x, norm)
+
+    def add_to(self, residual: Tensor, x: Tensor, step: StepTokens) -> None:
+        self.product.add_to(residual, x)
+
+
 class JoinedLinear(Linear):
     """Matrices that cannot be one, side by side: their outputs follow each other."""
 
@@ -175,6 +199,14 @@ def join(ops: Ops, parts: Sequence[Linear]) -> Linear:
         together = found[-1].joined(part)
         found[-1:] = [found[-1], part] if together is None else [together]
     return found[0] if len(found) == 1 else JoinedLinear(ops, found)
+
+
+def packed(linear: Linear, dtype: dtype) -> Linear:
+    """With grouped matrices as the device's own kernels read them, if it has some; ``dtype`` is the activations'."""
+    if isinstance(linear, JoinedLinear):
+        return JoinedLinear(linear.ops, [packed(part, dtype) for part in linear.parts])
+    product = linear.ops.packed(linear.weight, dtype) if isinstance(linear, GroupedLinear) else None
+    return linear if product is None else PackedLinear(linear.ops, product)
 
 
 def _num_bytes(*tensors: Tensor | None) -> int:

@@ -45,8 +45,6 @@ LIBRARY_BYTES = 76 * MIB
 GRAPH_NODE_BYTES = round(3.4 * KIB)
 KERNELS_PER_LAYER = 8
 
-# Of limits.UNPACK_BYTES: codes as bytes and apart, numbers, and the same in the model's type: less than this.
-UNPACK_COPIES = 3
 # torch's workspace for cuBLAS: 32 MiB from compute capability 9.0 on, else 8 MiB and 128 KiB; one for each stream, and
 # graphs are captured on a stream of their own.
 CUBLAS_CAPABILITY = (9, 0)

@@ -13,9 +13,11 @@ from fastqwen.kernels.limits import (
     DECODE_ROWS,
     FUSED_ROWS,
     LIBRARY_ATTENTION_CAPABILITY,
+    PACKED_SUMS,
+    PACKED_TILES,
+    PLAIN_BYTES,
     SPLIT_BLOCKS,
     SPLIT_PARTS,
-    UNPACK_BYTES,
     graph_batches,
     graph_tokens,
 )
@@ -29,7 +31,6 @@ from fastqwen.plan.facts import (
     GRAPH_NODE_BYTES,
     KERNELS_PER_LAYER,
     OLD_CUBLAS_BYTES,
-    UNPACK_COPIES,
     DeviceFacts,
     EngineProfile,
 )
@@ -194,12 +195,13 @@ def _fastqwen_terms(
 
 
 def _scratch(model: ModelConfig, num_gpus: int) -> int:
-    """What kernels set aside once: parts of split products and split contexts; a piece of a packed matrix, unpacked."""
+    """What kernels set aside once: parts of split products and split contexts; a piece of a packed matrix as plain numbers."""
     split = 4 * (SPLIT_PARTS + SPLIT_BLOCKS)
     local = model.local(num_gpus)
     group = max(1, local.num_heads // local.num_kv_heads)
     decode = 4 * (DECODE_PARTS * group * (model.head_dim + 2) + DECODE_ROWS * local.num_kv_heads)
-    return split + decode + (UNPACK_COPIES * UNPACK_BYTES if model.quantization is not None else 0)
+    packed = PLAIN_BYTES + 4 * (2 * UNKNOWN_MULTIPROCESSORS * PACKED_SUMS + PACKED_TILES)
+    return split + decode + (packed if model.quantization is not None else 0)
 
 
 def step_tokens(load: Load, profile: EngineProfile) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.kernels import DenseWeight, GroupedWeight, Ops
-from fastqwen.layers.linear import DenseLinear, GroupedLinear, Linear, join
+from fastqwen.layers.linear import DenseLinear, GroupedLinear, Linear, join, packed
 from fastqwen.model_config import Fields, short
 from fastqwen.quant import ExpertsSpec, LinearSpec
 from fastqwen.quant.dense import read_bias, read_matrix, stacked
@@ -59,7 +59,7 @@ class Gptq:
                 parts.append(GroupedLinear(ops, self._weight(weights, name, *sizes, spec.inputs, outputs, bias)))
             else:
                 parts.append(DenseLinear(ops, DenseWeight(read_matrix(weights, spec, index, name), bias)))
-        return join(ops, parts)
+        return packed(join(ops, parts), weights.dtype)
 
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
         if not self._told and weights.has(f"{spec.down.format(expert=0)}.qweight"):

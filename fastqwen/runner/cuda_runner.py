@@ -61,7 +61,8 @@ class CudaRunner(ModelRunner):
 
     def _layouts(self) -> tuple[list[StepLayout], list[StepLayout]]:
         plan = self._plan
-        return decode_layouts(plan.max_num_seqs), prompt_layouts(plan.max_num_batched_tokens, plan.max_num_seqs)
+        prompts = prompt_layouts(plan.max_num_batched_tokens, plan.max_num_seqs)
+        return decode_layouts(plan.max_num_seqs), prompts if getattr(self._decoder.ops, "records_prompts", True) else []
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:

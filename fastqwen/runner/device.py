@@ -24,6 +24,8 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 def device_facts(device: torch.device) -> DeviceFacts:
     if device.type == "cuda":
+        from fastqwen.kernels.triton.launch import card_of
+
         free, total = torch.cuda.mem_get_info(device)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         own = multiprocessors * CONTEXT_BYTES_PER_MULTIPROCESSOR + torch.cuda.memory_reserved(device)
@@ -34,7 +36,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
             name=name,
             total_bytes=total,
             free_bytes=min(total, free + own),  # what other processes leave
-            compute_capability=torch.cuda.get_device_capability(device),
+            compute_capability=card_of(device).capability,
             multiprocessors=multiprocessors,
             bandwidth_gb_s=sheet.bandwidth_gb_s if sheet else None,
             matmul_tflops=sheet.matmul_tflops if sheet else None,

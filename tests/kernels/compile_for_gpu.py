@@ -10,7 +10,10 @@ which Triton is not an interpreter. Prints a line of JSON for each kernel that w
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from fastqwen.runner.device import TORCH_DTYPES
 from fastqwen.weights.source import Weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}  # of a usual card of each capability
+MULTIPROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}  # of a usual card of each capability
 META = torch.device("meta")
 
 PUBLISHED = ("qwen1-7b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "qwen3-14b", "qwen3-30b-a3b")
@@ -116,6 +119,16 @@ def stand_in(capability: int) -> dict[str, Any]:
     return found
 
 
+def stack_bytes(cubin: bytes) -> int:
+    """What each thread keeps in memory because registers do not hold it."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(number) for number in re.findall(r"STACK:(\d+)", said))
+
+
 def make_runner(model: ModelConfig, dtype: str, block_size: int, capability: int) -> Any:
     from fastqwen.kernels.triton import streamed, streamed_attention
     from fastqwen.kernels.triton.ops import TritonOps
@@ -147,15 +160,16 @@ def row(slot: int, count: int) -> Row:
     return Row(slot=slot, request_id="", start=start, num_tokens=count, new_blocks=(), num_logits=1)
 
 
-def models() -> Iterator[tuple[str, ModelConfig, str, int]]:
+def models(capability: int) -> Iterator[tuple[str, ModelConfig, str, int]]:
     """Name, model, dtype, block size. One layer of each kind: the others have the same shapes."""
+    half = "bfloat16" if capability >= 80 else "float16"
     for name in PUBLISHED:
         model = read_config(CONFIGS / name)
-        yield name, msgspec.structs.replace(model, num_layers=1), "bfloat16", 64
+        yield name, msgspec.structs.replace(model, num_layers=1), half, 64 if capability >= 80 else 32
     small = msgspec.structs.replace(read_config(CONFIGS / "qwen3-0.6b"), num_layers=1)
-    yield "large-blocks", small, "bfloat16", 256
-    yield "partly-rotated", msgspec.structs.replace(small, head_dim=256, rotated=64), "bfloat16", 64
-    yield "wide-float32", msgspec.structs.replace(small, head_dim=256), "float32", 64
+    yield "large-blocks", small, half, 256 if capability >= 80 else 16
+    yield "partly-rotated", msgspec.structs.replace(small, head_dim=256, rotated=64), half, 64 if capability >= 80 else 32
+    yield "wide-float32", msgspec.structs.replace(small, head_dim=256), "float32", 64 if capability >= 80 else 16
     odd = parse_config(ODD, "odd")
     for dtype in ("float32", "float16"):
         yield f"odd-{dtype}", odd, dtype, 16
@@ -164,7 +178,7 @@ def models() -> Iterator[tuple[str, ModelConfig, str, int]]:
 def main() -> None:
     capability, names = int(sys.argv[1]), sys.argv[2:]
     found = stand_in(capability)
-    for name, model, dtype, block_size in models():
+    for name, model, dtype, block_size in models(capability):
         if names and name not in names:
             continue
         before = set(found)
@@ -174,6 +188,7 @@ def main() -> None:
             asked = found[key].metadata.shared
             fits = asked <= shared_bytes(divmod(capability, 10))
             line = {"model": name, "kernel": found[key].metadata.name, "shared_bytes": asked, "fits": fits}
+            line["stack_bytes"] = stack_bytes(found[key].asm["cubin"])
             print(json.dumps(line), flush=True)
 
 

@@ -18,10 +18,10 @@ def compiled(capability: int, folder: Path, *models: str) -> set[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     command = [sys.executable, "-m", "tests.kernels.compile_for_gpu", str(capability), *models]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [one for one in found if not one["fits"]] == []
+    assert [one for one in found if not one["fits"] or one["stack_bytes"] >= 256] == []
     return {one["kernel"] for one in found}
 
 
@@ -30,7 +30,7 @@ def test_what_steps_launch_compiles_for_a_gpu(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
 def test_what_each_model_launches_compiles_for_a_gpu(capability: int, tmp_path: Path):
     assert len(compiled(capability, tmp_path)) == (18 if capability == 90 else 16)

@@ -273,9 +273,12 @@ class GroupTiling:
 
 def group_tiling(pairs: int, num_experts: int, element_bytes: int, card: Card) -> GroupTiling:
     """By how many pairs an expert has on average; a tile should hold most experts' pairs, or be full. As many stages as fit."""
-    t = _group_tiling(pairs / num_experts, element_bytes)
+    t = _group_tiling(pairs / num_experts, element_bytes) if card.has_dots else WITHOUT_DOTS
     stage_bytes = (t.block_m + max(t.block_n, 2 * t.gate_n)) * t.block_k * element_bytes
     return replace(t, num_stages=stages_that_fit(t.num_stages, stage_bytes, card))
+
+
+WITHOUT_DOTS = GroupTiling(16, 32, 16, 32, 4, 1)
 
 
 def _group_tiling(average: float, element_bytes: int) -> GroupTiling:

@@ -3,6 +3,7 @@ compute capability 9.0)."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from fastqwen.kernels.limits import shared_bytes
 
 
 @triton.jit
@@ -28,10 +31,18 @@ class Card:
     shared_bytes: int  # of shared memory for one program at most, as the driver says and Triton compares
     multiprocessors: int
 
+    @property
+    def has_dots(self) -> bool:
+        """Whether Triton's products use tensor cores; on older cards they are ordinary arithmetic, for small tiles only."""
+        return self.capability >= (8, 0)
 
-INTERPRETED = Card((0, 0), 227 * 1024, 132)  # where there is no GPU: an H200's sizes
+
+INTERPRETED = Card((8, 0), 227 * 1024, 132)  # where there is no GPU: an H200's sizes
 
 UNSTAGED_BYTES = 5 * 1024  # of a program's shared memory: sums between warps, what Triton aligns
+
+
+EMULATED = "FASTQWEN_EMULATED_CAPABILITY"  # for tests: compute as on a card of this capability, "8.6", on a newer one
 
 
 @cache
@@ -39,8 +50,12 @@ def card_of(device: torch.device) -> Card:
     if device.type != "cuda":
         return INTERPRETED
     found = torch.cuda.get_device_properties(device)
-    shared_bytes = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    return Card((found.major, found.minor), shared_bytes, found.multi_processor_count)
+    shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    emulated = os.environ.get(EMULATED)
+    if emulated is None:
+        return Card((found.major, found.minor), shared, found.multi_processor_count)
+    major, minor = map(int, emulated.split("."))
+    return Card((major, minor), min(shared, shared_bytes((major, minor))), found.multi_processor_count)
 
 
 def stages_that_fit(wanted: int, stage_bytes: int, card: Card) -> int:

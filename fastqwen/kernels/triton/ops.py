@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -12,7 +13,19 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastqwen.kernels import AttentionParts, DenseWeight, ExpertsWeight, HeadShape, LayerCache, Norm, StepTokens
+from fastqwen.kernels import (
+    AttentionParts,
+    DenseWeight,
+    ExpertsWeight,
+    GroupedWeight,
+    HeadShape,
+    LayerCache,
+    Norm,
+    Product,
+    StepTokens,
+)
+from fastqwen.kernels.cuda.nvrtc import CannotCompile
+from fastqwen.kernels.cuda.packed_linear import PackedSpace, make_product
 from fastqwen.kernels.limits import FUSED_ROWS, LIBRARY_ATTENTION_CAPABILITY, feed_forward_rows
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.kernels.triton import attention, linear, pointwise, prefill
@@ -32,8 +45,12 @@ class TritonOps(ReferenceOps):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # cuDNN's kernel reached 450 to 580 TFLOP/s on an H200 where ours, which reads the paged cache, reaches half of it.
-        self.library_prefill = card_of(device).capability >= LIBRARY_ATTENTION_CAPABILITY
+        self._card = card_of(device)
+        # cuDNN's kernel reached 450 to 580 TFLOP/s on an H200 where ours, which reads the paged cache, reaches half of it;
+        # before 8.0 ours has no tensor cores.
+        self.library_prefill = self._card.capability >= LIBRARY_ATTENTION_CAPABILITY or not self._card.has_dots
+        self.records_prompts = self._card.has_dots  # a library attends to a prompt only outside of recordings
+        self._fused_rows = FUSED_ROWS if self._card.has_dots else 1
         self._linear_space = Workspace(device)
         self._streamed, self._streamed_attention = _streamed_if_they_run(device)
         self._decode_spaces: dict[HeadShape, attention.DecodeWorkspace] = {}
@@ -43,22 +60,22 @@ class TritonOps(ReferenceOps):
         return pointwise.rms_norm(x, norm)
 
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
-        if x.shape[0] > FUSED_ROWS:
+        if x.shape[0] > self._fused_rows:
             return functional.linear(x, weight.weight, weight.bias)
         return self._small(x, weight)
 
     def norm_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
-        if x.shape[0] > FUSED_ROWS:
+        if x.shape[0] > self._fused_rows:
             return self.linear(pointwise.rms_norm(x, norm), weight)
         return self._small(x, weight, norm=norm)
 
     def norm_gated_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
-        if x.shape[0] > FUSED_ROWS:
+        if x.shape[0] > self._fused_rows:
             return pointwise.silu_mul(self.norm_linear(x, norm, weight))
         return self._small(x, weight, norm=norm, gated=True)
 
     def linear_add(self, residual: Tensor, x: Tensor, weight: DenseWeight) -> None:
-        if x.shape[0] <= FUSED_ROWS:
+        if x.shape[0] <= self._fused_rows:
             self._small(x, weight, add_to=residual)
             return
         torch.addmm(residual, x, weight.weight.t(), out=residual)
@@ -85,6 +102,9 @@ class TritonOps(ReferenceOps):
         product = early.streamed_linear if early is not None and is_early else linear.skinny_linear
         return product(x, weight, self._linear_space, gated=gated, add_to=add_to)
 
+    def packed(self, weight: GroupedWeight, dtype: torch.dtype) -> Product | None:
+        return None if self._packed_space is None else make_product(weight, dtype, self._packed_space)
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return pointwise.silu_mul(gate_up)
 
@@ -106,6 +126,8 @@ class TritonOps(ReferenceOps):
         )
         prefill.prefill_attention(q, step, cache, parts, out=out)
         if k is not None and v is not None:
+            if not self._card.has_dots:  # there the library has no kernel for keys that several heads share
+                k, v = (part.repeat_interleave(shape.group, dim=1) for part in (k, v))
             return fresh_prompts(q, k, v, prompts.fresh, out)
         return out
 
@@ -120,6 +142,14 @@ class TritonOps(ReferenceOps):
 
     def feed_forward_rows(self, tokens: int, width: int) -> int:
         return feed_forward_rows(tokens, width)
+
+    @cached_property
+    def _packed_space(self) -> PackedSpace | None:
+        try:
+            return PackedSpace(self._device)
+        except CannotCompile as error:
+            log.warning("packed weights use plain torch, which is far slower: %s", error)
+            return None
 
     def _expert_counts(self, num_experts: int) -> Tensor:
         if num_experts not in self._counts:
@@ -160,7 +190,8 @@ def fresh_prompts(q: Tensor, k: Tensor, v: Tensor, fresh: Sequence[tuple[int, in
     q [room, heads, dim], k, v [room, kv_heads, dim] -> out [tokens, heads * dim], which may be another tensor. What
     stands behind a prompt's end, up to the even length, is computed as well: no earlier token sees it, and nobody reads it.
     """
-    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    kinds = SDPBackend
+    backends = [kinds.CUDNN_ATTENTION, kinds.FLASH_ATTENTION, kinds.EFFICIENT_ATTENTION, kinds.MATH]
     with sdpa_kernel(backends, set_priority=True):
         for begin, count, number in _alike(fresh):
             length = library_length(count)

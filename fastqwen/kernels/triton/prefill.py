@@ -114,6 +114,8 @@ class PrefillTiling:
 def prefill_tiling(head_dim: int, element_bytes: int, card: Card) -> PrefillTiling:
     """What was fastest on an H200 (bench/results/h200-prompts.json), with fewer keys on cards with less shared memory. It
     holds the stages' keys and values, and of float32, which tensor cores do not take, the tile's queries as well."""
+    if not card.has_dots:
+        return PrefillTiling(16, 8, 1)
     keys = 64 if card.shared_bytes >= LARGE_SHARED_BYTES else 32
     if element_bytes == 2:
         return PrefillTiling(keys, 4, stages_that_fit(3 if head_dim <= 128 else 2, 4 * keys * head_dim, card))
