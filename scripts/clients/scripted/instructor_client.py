@@ -26,5 +26,5 @@ for mode, said in (
     # Where a form is asked for, the prompt ends inside the thinking, and the form holds behind it.
     messages = [{"role": "user", "content": say("Hm.\n</think>\n\n" + said)}]
     found = wrapped.chat.completions.create(model="m", messages=messages, response_model=City, max_retries=0)
-    assert found == City(name="Bern", people=130000), (mode, found)
+    assert (found.name, found.people) == ("Bern", 130000), (mode, found)
 print("instructor: ok")
