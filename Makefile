@@ -11,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 
-.PHONY: serve test test-slow test-page stress fuzz test-clients test-compile check-install lint clean help
+.PHONY: serve test test-slow test-page stress fuzz test-clients test-agents test-compile check-install lint clean help
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -44,6 +44,9 @@ fuzz: $(DEV_STAMP)  ## Fuzz every parser for SECONDS (default: 60) in all
 
 test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use, each installed in a room of its own; LOAD=1 adds guidellm
 	PYTHON=$(BIN)/python scripts/test_clients
+
+test-agents: $(DEV_STAMP)  ## Run Claude Code, Codex and qwen-code against a scripted model (needs npm)
+	PYTHON=$(BIN)/python scripts/test_agents
 
 test-page: $(DEV_STAMP)  ## Test the chat page in headless Chromium (needs Debian's chromium on the PATH)
 	@scripts/install page

@@ -59,7 +59,7 @@ ANSWERS = {
     if page == "api.md" and line.startswith("curl ")
 }
 FASTQWEN = [line for line in commands() if "fastqwen " in line and line not in MAKE]
-ENDLESS = ("serve", "web", "bench")  # and models that are not here
+ENDLESS = ("serve", "launch", "web", "bench")  # and models and programs that are not here
 
 
 def test_nothing_is_left_out():

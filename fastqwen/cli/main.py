@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fastqwen.cli import batch, bench, chat, check, completion, generate, ours, plan, serve, web
+from fastqwen.cli import batch, bench, chat, check, completion, generate, launch, ours, plan, serve, web
 from fastqwen.cli.groups import Command, Commands
 from fastqwen.cli.options import help_text
 from fastqwen.errors import FastqwenError, ModelNotFound
@@ -39,6 +39,7 @@ COMMANDS: list[tuple[str, str, Callable[..., None]]] = [
     ("run", USE, chat.chat),  # as Ollama calls it
     ("generate", USE, generate.generate),
     ("batch", USE, batch.batch),
+    ("launch", USE, launch.launch),
     ("plan", LOOK, plan.plan),
     ("check", LOOK, check.check),
     ("list", LOOK, ours.list_models),

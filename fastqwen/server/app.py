@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol, TypeVar
 
-import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.types import ASGIApp
@@ -31,7 +30,7 @@ from fastqwen.server.http.access_log import note_tokens
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.guard import Guard
 from fastqwen.server.http.pages import add_pages
-from fastqwen.server.http.sse import EventStream
+from fastqwen.server.http.sse import DONE, EventStream, encode
 from fastqwen.server.operator import status
 from fastqwen.server.operator.tools import add_tools
 from fastqwen.version import __version__
@@ -74,25 +73,29 @@ class Work(Protocol):
     def tokens(self) -> tuple[int, int]:
         """Of the prompts and of the answers so far."""
 
+    def failure(self, status: int, body: dict[str, Any]) -> bytes:
+        """The event that ends a stream in which something went wrong."""
+
 
 def _add_dialects(app: FastAPI, state: ServerState) -> None:
     def add_post(path: str, name: str, kind: type[B], answer: Callable[[Request, B], Any]) -> None:
         async def route(request: Request) -> Response:
             body = await read_body(request, state.config, _max_numbers(state))
-            found = await answer(request, parse(kind, body))
+            found = await answer(request, parse(kind, body, strict_fields=state.config.strict_fields))
             return found if isinstance(found, Response) else _json(found)
 
         app.post(path, name=name, openapi_extra=openapi.documented(kind))(route)
 
-    def add_work(path: str, name: str, kind: type[B], make: Callable[..., Work], **stream: Any) -> None:
-        """``stream``: how a stream of this API ends."""
+    def add_work(path: str, name: str, kind: type[B], make: Callable[..., Work], done: bytes = DONE) -> None:
+        """``done``: how a stream of this API ends."""
 
         async def answer(request: Request, body: Any) -> Response:
             work = make(state, body, explain_cache=_explains_cache(request))
             await work.prepare()
             note_tokens(request.scope, work.tokens)
             if body.stream:
-                return EventStream(work.events(), stall_timeout_s=state.config.stall_timeout_s, **stream)
+                stall_timeout_s = state.config.stall_timeout_s
+                return EventStream(work.events(), stall_timeout_s=stall_timeout_s, done=done, failure=work.failure)
             return await _whole(request, work.response())
 
         add_post(path, name, kind, answer)
@@ -104,8 +107,8 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
 
     add_work("/v1/chat/completions", "chat_completions", ChatRequest, Chat)
     add_work("/v1/completions", "completions", CompletionRequest, Completion)
-    add_work("/v1/responses", "responses", ResponsesRequest, Responses, done=b"", error_name="error")
-    add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"", error_name="error")
+    add_work("/v1/responses", "responses", ResponsesRequest, Responses, done=b"")
+    add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"")
     add_post("/v1/messages/count_tokens", "counted", CountRequest, lambda _, body: count_tokens(state, body))
     add_post("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
     add_post("/tokenize", "tokenize", TokenizeRequest, lambda _, body: tokenize(state, body))
@@ -129,4 +132,4 @@ async def _whole(request: Request, work: Any) -> Response:
 
 
 def _json(answer: dict[str, Any]) -> Response:
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+    return Response(encode(answer), media_type="application/json")

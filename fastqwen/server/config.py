@@ -85,6 +85,10 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
     mcp: Annotated[
         str | None, option("FILE of MCP servers (docs/page.md) whose tools the page offers; it asks before each call.")
     ] = None
+    strict_fields: Annotated[
+        bool,
+        option("Refuse fields that this server does not know, which are else answered with a warning.", one_way=True),
+    ] = False
     strict_model_name: Annotated[bool, option("Answer 404 to requests that name another model.")] = False
 
 

@@ -265,6 +265,109 @@ def logprobs(server: Server) -> str:
     return f"{len(found['content'])} tokens"
 
 
+def nulls_and_defaults(server: Server) -> str:
+    """What SDKs send for fields that nobody set."""
+    cases: list[dict[str, Any]] = [
+        {"stream": None, "tools": None, "stop": None, "seed": None},
+        {"modalities": ["text"], "n": 1, "presence_penalty": 0, "logit_bias": {}, "stop": []},
+        {"max_tokens": 4.0, "top_p": 1},
+    ]
+    for fields in cases:
+        response = server.post(**{"messages": PROMPT, "max_tokens": 4, **fields})
+        _demand(response.status_code == 200, f"{fields} was answered with {response.status_code}: {_message(response)}")
+    return "null and default values"
+
+
+def open_vocabulary(server: Server) -> str:
+    """One field, tool or key that a server does not know should not refuse everything that an agent asks."""
+    hosted = {"type": "web_search"}
+    cases: list[dict[str, Any]] = [
+        {"verbosity": "low"},
+        {"tools": [TOOL, hosted]},
+        {"messages": [{**PROMPT[0], "id": 5}]},
+    ]
+    for fields in cases:
+        response = server.post(**{"messages": PROMPT, "max_tokens": 4, **fields})
+        if response.status_code in (400, 422):
+            raise Missing(f"{next(iter(fields))}: {_message(response)}")
+        _demand(response.status_code == 200, f"{fields} was answered with {response.status_code}")
+    return "unknown fields, tools and keys"
+
+
+def references(server: Server) -> str:
+    """A reference in a tool's schema means that schema, also where a call is required."""
+    parameters = {
+        "type": "object", "properties": {"when": {"$ref": "#/$defs/When"}}, "required": ["when"], "additionalProperties": False,
+        "$defs": {"When": {"enum": ["today", "tomorrow"]}},
+    }  # fmt: skip
+    tool = {"type": "function", "function": {"name": "plan", "parameters": parameters}}
+    choice = server.chat(tools=[tool], tool_choice="required", max_tokens=400)
+    calls = choice["message"].get("tool_calls") or []
+    if not calls and choice["finish_reason"] == "length":
+        raise Missing("no call within 400 tokens")
+    _demand(bool(calls), "tool_choice required, and no call")
+    when = json.loads(calls[0]["function"]["arguments"]).get("when")
+    _demand(when in ("today", "tomorrow"), f"the schema allows today and tomorrow, the call has {when!r}")
+    return str(when)
+
+
+def history_comes_back(server: Server) -> str:
+    """Whatever a model called, cut off or with long numbers, must not end the conversation."""
+    for arguments in ('{"city": "Par', "", '{"n": 100000000000000000000000}'):
+        call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+        turns = [
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "?"},
+        ]
+        response = server.post(messages=[*PROMPT, *turns, *PROMPT], max_tokens=4)
+        _demand(
+            response.status_code == 200,
+            f"arguments {arguments!r} were answered with {response.status_code}: {_message(response)}",
+        )
+    return "cut, empty and long arguments"
+
+
+def goes_on(server: Server) -> str:
+    turns = [*PROMPT, {"role": "assistant", "content": "One, two,"}]
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    used = server.chat(messages=turns, max_tokens=4, **more)["usage"]["prompt_tokens"]
+    closed = server.chat(messages=[*turns, *PROMPT], max_tokens=4)["usage"]["prompt_tokens"]
+    _demand(used < closed, "continue_final_message is ignored")
+    return "continue_final_message"
+
+
+def agents_first_request(server: Server) -> str:
+    """The forms in which Claude Code and Codex begin, on the routes that they use."""
+    marked = {"cache_control": {"type": "ephemeral"}}
+    claude = {
+        "max_tokens": 4, "system": [{"type": "text", "text": "Be brief.", **marked}], "thinking": {"type": "adaptive"},
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", **marked}]},
+                     {"role": "system", "content": "It is May."}],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}, "eager_input_streaming": True}],
+        "context_management": {"edits": []}, "output_config": {"effort": "high"}, "metadata": {"user_id": "u"},
+    }  # fmt: skip
+    codex = {
+        "input": [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be brief."}]},
+                  {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]}],
+        "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False},
+                  {"type": "namespace", "name": "n", "tools": []}, {"type": "web_search"}],
+        "store": False, "include": ["reasoning.encrypted_content"], "client_metadata": {"a": "b"}, "max_output_tokens": 16,
+    }  # fmt: skip
+    for path, body in (("/v1/messages?beta=true", claude), ("/v1/responses", codex)):
+        response = server.post(path, **body)
+        if response.status_code != 200:
+            raise Missing(f"{path} was answered with {response.status_code}: {_message(response)}")
+    return "/v1/messages and /v1/responses"
+
+
+def http_forms(server: Server) -> str:
+    head = server.http.head("/v1/models").status_code
+    _demand(head == 200, f"HEAD /v1/models was answered with {head}")
+    slash = server.http.get("/v1/models/", follow_redirects=True)
+    _demand(slash.status_code == 404 or slash.json().get("object") == "list", "/v1/models/ is not the list of models")
+    return "HEAD, trailing slash"
+
+
 CHECKS: list[tuple[str, Callable[[Server], str]]] = [
     ("streamed = whole", streamed_equals_whole),
     ("finish_reason once", finish_reason_once),
@@ -283,6 +386,13 @@ CHECKS: list[tuple[str, Callable[[Server], str]]] = [
     ("effort aliases", effort_aliases),
     ("errors", errors_in_shape),
     ("no silent fields", no_silent_fields),
+    ("nulls and defaults", nulls_and_defaults),
+    ("open vocabulary", open_vocabulary),
+    ("references", references),
+    ("history comes back", history_comes_back),
+    ("going on", goes_on),
+    ("agents", agents_first_request),
+    ("HTTP", http_forms),
 ]
 
 

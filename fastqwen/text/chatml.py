@@ -25,6 +25,7 @@ class PiecewiseChatMl:
         *,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **options: Any,
     ) -> list[int]:
         if tools:
@@ -41,6 +42,8 @@ class PiecewiseChatMl:
                 ids += newline
             ids += [start, *tokenizer.encode_plain(message["role"]), *newline]
             ids += [*tokenizer.encode_plain(message["content"] or ""), end]
-        if add_generation_prompt:
+        if continue_final_message:
+            ids.pop()
+        elif add_generation_prompt:
             ids += [*newline, start, *tokenizer.encode_plain("assistant"), *newline]
         return ids

@@ -35,6 +35,13 @@ class Formats:
         """Whether the template looks at a variable of that name."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
+    def reads_message_key(self, name: str) -> bool:
+        """Whether the template looks at that key of a message, as far as its usual spellings tell."""
+        return re.search(rf"\bm\w*(?:\.|\[\s*['\"]|\.get\(\s*['\"]){re.escape(name)}\b", self.source) is not None
+
+    def names_role(self, role: str) -> bool:
+        return f"'{role}'" in self.source or f'"{role}"' in self.source
+
     def parser(self, *, opened: bool, tools: Sequence[dict[str, Any]] = ()) -> TextParser | None:
         """None where the text is the content, as it is."""
         if tools and self.tools == "react":

@@ -11,6 +11,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from fastqwen.errors import BadRequest
 from fastqwen.records import MAX_GRAMMAR_CHARS, StructuredOutputs
+from fastqwen.text.json_schema import with_bounded_integers, without_annotations
 from fastqwen.text.strict_json import StrictJsonError, loads
 from fastqwen.text.tokenizer import Tokenizer
 
@@ -90,15 +91,24 @@ def grammar_tokenizer(tokenizer: Tokenizer, stop_token_ids: Sequence[int], vocab
 
 
 def json_grammar_part(schema: Any) -> str:
-    """A JSON value inside a Lark grammar."""
+    """A JSON value inside a Lark grammar, of which a call is made."""
+    schema = with_bounded_integers(without_annotations(schema))
     return "%json " + json.dumps({"x-guidance": _JSON_OPTIONS, **schema} if isinstance(schema, dict) else schema)
+
+
+def either(first: str, second: str) -> str:
+    """A grammar for what one of two allows: ``first`` is Lark with a rule ``start_call``, the other any of llguidance's texts."""
+    other = json.loads(second)["grammars"] if second.startswith("{") else [{"lark_grammar": second}]
+    return json.dumps(
+        {"grammars": [{"lark_grammar": f"start: start_call | @answer\n{first}"}, {**other[0], "name": "answer"}]}
+    )
 
 
 def _json_grammar(schema: Any) -> str:
     if schema is False:
         raise BadRequest("the schema false allows nothing", "json")
     try:
-        text = json.dumps({} if schema is True else schema)
+        text = json.dumps({} if schema is True else without_annotations(schema))
         return _limited(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS), "json")
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the JSON schema cannot be used: {error}", "json") from None

@@ -8,8 +8,9 @@ from typing import Any
 
 from fastqwen.errors import BadRequest
 from fastqwen.text.answer import Parts, TextParser
+from fastqwen.text.json_schema import properties_of
 from fastqwen.text.strict_json import StrictJsonError, loads
-from fastqwen.text.tool_calls import Call, dump, properties_of
+from fastqwen.text.tool_calls import Call, dump, schemas_of
 
 STOP = "Observation:"  # what comes next is not the model's to say
 _LABELS = ("Thought:", "Action:", "Action Input:", STOP, "Final Answer:")
@@ -90,7 +91,7 @@ class ReActParser(TextParser):
     """Thoughts are reasoning, the final answer is content, an action is a call. Text without labels is content."""
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
-        self._properties = properties_of(tools)
+        self._schemas = schemas_of(tools)
         self._section = ""
         self._space = ""
         self._line_start = True
@@ -159,6 +160,6 @@ class ReActParser(TextParser):
             value = text
         if isinstance(value, dict):
             return dump(value)
-        properties = self._properties.get(name, {})
+        properties = properties_of(self._schemas.get(name))
         only = next(iter(properties)) if len(properties) == 1 else "input"
         return dump({only: value} if text else {})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from decimal import Decimal
 from itertools import accumulate
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64
+MAX_DIGITS = 4000  # of a whole number; Python itself reads a few more
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # possessive: a long one must not cost memory
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -21,7 +24,7 @@ def loads(text: str, *, strict: bool = True) -> Any:
     if depth(text) > MAX_DEPTH:
         raise StrictJsonError(f"the JSON is nested more than {MAX_DEPTH} levels deep")
     try:
-        value = json.loads(text, parse_constant=_refuse, strict=strict)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_number, strict=strict)
     except StrictJsonError:
         raise
     except (ValueError, RecursionError) as error:
@@ -48,6 +51,17 @@ def _check_strings(value: Any) -> None:
         for key, item in value.items():
             _check_strings(key)
             _check_strings(item)
+
+
+def _number(text: str) -> float | int:
+    """A float, or the whole number itself where that is too large for one."""
+    value = float(text)
+    if math.isfinite(value):
+        return value
+    exact = Decimal(text)
+    if exact.adjusted() >= MAX_DIGITS:
+        raise StrictJsonError(f"the JSON contains a number of more than {MAX_DIGITS} digits")
+    return int(exact)
 
 
 def _refuse(name: str) -> NoReturn:

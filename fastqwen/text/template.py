@@ -83,13 +83,24 @@ class ChatTemplate:
             told = " ".join(str(error).split())[:300] or type(error).__name__
             raise BadRequest(f"the chat template refuses these messages: {told}", "messages") from None
 
-    def encode(self, tokenizer: Tokenizer, messages: list[Message], **options: Any) -> list[int]:
-        """Ids of the rendered conversation. Control tokens that a message spells out stay plain text."""
-        mark = f"\ue0f0{secrets.token_hex(8)}\ue0f1"
+    def encode(
+        self, tokenizer: Tokenizer, messages: list[Message], *, continue_final_message: bool = False, **options: Any
+    ) -> list[int]:
+        """Ids of the rendered conversation. Control tokens that a message spells out stay plain text.
+
+        ``continue_final_message``: the prompt ends with the last message's text, which the answer goes on from.
+        """
+        mark, end = (f"\ue0f0{secrets.token_hex(8)}\ue0f1" for _ in range(2))
         tools = options.pop("tools", None)
+        if continue_final_message:  # the mark also keeps white space before it from being cut off
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
         rendered = self.render(
             _without_control(messages, tokenizer, mark), tools=_without_control(tools, tokenizer, mark), **options
         )
+        if continue_final_message:
+            rendered, found, _ = rendered.partition(end)
+            if not found:
+                raise BadRequest("the chat template does not write the last message's text", "continue_final_message")
         if len(rendered) > tokenizer.max_chars:
             tokenizer.check(rendered)
         return [token_id for part in rendered.split(mark) for token_id in tokenizer.encode(part)]

@@ -7,6 +7,7 @@ kills a worker that takes too long, and a limit on memory ends one that takes to
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import resource
 import sys
@@ -20,7 +21,10 @@ from fastqwen.errors import BadRequest, FastqwenError
 from fastqwen.lifeline import end_with_parent
 from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
+from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.load import TextTools, load_text
+from fastqwen.text.template import ChatTemplate
+from fastqwen.text.tokenizer import Tokenizer
 
 EXTRA_MEMORY_BYTES = 2 * 2**30
 LENGTH_BYTES = 4
@@ -39,11 +43,18 @@ class Encode(msgspec.Struct, frozen=True, tag=True):
 
 
 class Render(msgspec.Struct, frozen=True, tag=True):
-    """``options`` are what the template may look at; ``suffix`` is appended to the prompt as it is."""
+    """``conversation`` is JSON, in which numbers have no limits: the messages, and what else the template may look at."""
 
-    messages: list[dict[str, Any]]
-    options: dict[str, Any]
+    conversation: str
     max_chars: int
+
+    @classmethod
+    def of(cls, messages: list[dict[str, Any]], options: dict[str, Any], max_chars: int) -> Render:
+        return cls(json.dumps([messages, options]), max_chars)
+
+    def run(self, tokenizer: Tokenizer, template: ChatTemplate | PiecewiseChatMl) -> list[int]:
+        messages, options = json.loads(self.conversation)
+        return template.encode(tokenizer, messages, **options)
 
 
 class Compile(msgspec.Struct, frozen=True, tag=True):
@@ -111,7 +122,7 @@ class _Worker:
         if isinstance(job, Encode):
             return tokenizer.encode(job.text, add_special_tokens=job.add_special_tokens)
         assert self._text.template is not None, "the server refuses messages where there is none"
-        return self._text.template.encode(tokenizer, job.messages, **job.options)
+        return job.run(tokenizer, self._text.template)
 
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:

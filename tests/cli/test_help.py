@@ -18,6 +18,7 @@ COMMANDS = [
     "batch",
     "plan",
     "check",
+    "launch",
     "bench latency",
     "bench throughput",
     "bench serve",

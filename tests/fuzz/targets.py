@@ -22,6 +22,8 @@ from fastqwen.errors import BadRequest, FastqwenError
 from fastqwen.ipc import wire
 from fastqwen.models import read_config
 from fastqwen.records import RequestDelta, SamplingParams
+from fastqwen.server.answer.response_store import ResponseStore
+from fastqwen.server.dialects.conversation import for_template
 from fastqwen.server.dialects.messages import MessagesRequest
 from fastqwen.server.dialects.responses import ResponsesRequest
 from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, TokenizeRequest, parse
@@ -29,6 +31,7 @@ from fastqwen.terminal.batch import read_requests
 from fastqwen.text import strict_json
 from fastqwen.text.answer import AnswerParser, Parts, TextParser
 from fastqwen.text.detokenizer import Detokenizer
+from fastqwen.text.formats import derive_formats
 from fastqwen.text.gguf_tokenizer import tokenizer_from_gguf
 from fastqwen.text.grammar import check_grammar, grammar_tokenizer, to_grammar
 from fastqwen.text.qwen_tiktoken import QwenTiktoken
@@ -52,6 +55,7 @@ TOOLS = [
         },
     }
 ]
+FORMATS = derive_formats(ChatTemplate(CHATML, origin="test"))
 TOKENIZER = ByteTokenizer()
 TOKENIZER.limit_length(4096)
 
@@ -142,10 +146,12 @@ def request_body(data: bytes) -> None:
     kind = BODIES[reader.number() % len(BODIES)]
     try:
         body: Any = parse(kind, reader.rest())
-        if isinstance(body, (ResponsesRequest, MessagesRequest)):
+        if isinstance(body, ResponsesRequest):
+            body = body.as_chat(body.conversation_items(ResponseStore()))
+        if isinstance(body, MessagesRequest):
             body = body.as_chat()
         if isinstance(body, (ChatRequest, TokenizeRequest)):
-            messages = [message.for_template() for message in body.messages or []]
+            messages = for_template(body.messages or [], FORMATS, body.warnings)
             json.dumps(messages, allow_nan=False).encode()
         if isinstance(body, (ChatRequest, CompletionRequest)):
             sampling = body.sampling({}, logprobs=None)

@@ -185,7 +185,7 @@ class LocalWorkers:
         if isinstance(job, Encode):
             return self._text.tokenizer.encode(job.text, add_special_tokens=job.add_special_tokens)
         assert self._text.template is not None
-        return self._text.template.encode(self._text.tokenizer, job.messages, **job.options)
+        return job.run(self._text.tokenizer, self._text.template)
 
 
 def make_state(

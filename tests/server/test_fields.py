@@ -23,6 +23,7 @@ from tests.server.harness import QWEN3, ask, get, make_state
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 CALL = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+BEGUN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Sure"}]
 SWITCH = QWEN3 + "{{ extra }}{{ reasoning_effort }}"
 
 # Field: (value, the rest of the body, what the model says). The answer with the field must differ from the one without,
@@ -68,6 +69,7 @@ CHAT = {
     "logprobs": (True, {}, "Hello"),
     "top_logprobs": (2, {"logprobs": True}, "Hello"),
     "add_generation_prompt": (False, {}, "Hello"),
+    "continue_final_message": (True, {"messages": BEGUN}, "Hello"),
     "chat_template_kwargs": ({"extra": "x"}, {}, "Hello"),
     "tools": ([TOOL], {}, CALL),
     "tool_choice": ("none", {"tools": [TOOL]}, CALL),
@@ -75,6 +77,8 @@ CHAT = {
     "enable_thinking": (False, {}, "Hello"),
     "reasoning_effort": ("low", {}, "Hello"),
     "thinking_budget": (3, {}, "<think>" + "abc" * 30),
+    "thinking_token_budget": (3, {}, "<think>" + "abc" * 30),
+    "include_reasoning": (False, {}, "<think>Hm</think>Hello"),
     "loop_recovery": (False, {"max_tokens": 900}, "<think>" + "abc" * 300),
 }
 COMPLETIONS = {
@@ -100,19 +104,22 @@ RESPONSES = {
     "input": ("other", {}, "Hello"),
     "instructions": ("Be brief.", {}, "Hello"),
     "max_output_tokens": (2, {}, "Hello"),
-    "temperature": (0.5, {}, "Hello"),
-    "top_p": (0.5, {}, "Hello"),
+    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop")},
+    **{name: SAMPLING[name] for name in ("presence_penalty", "frequency_penalty", "repetition_penalty")},
+    "chat_template_kwargs": ({"extra": "x"}, {}, "Hello"),
+    "top_logprobs": (2, {}, "Hello"),
     "stream": (True, {}, "Hello"),
     "tools": ([FUNCTION], {}, CALL),
     "tool_choice": ("none", {"tools": [FUNCTION]}, CALL),
     "parallel_tool_calls": (False, {"tools": [FUNCTION]}, CALL * 2),
     "reasoning": ({"effort": "low"}, {}, "Hello"),
     "text": ({"format": {"type": "json_object"}}, {}, "Hello"),
-    "include": (["reasoning.encrypted_content"], {}, "Hello"),
+    "include": (["reasoning.encrypted_content"], {}, "<think>Hm</think>Hello"),
     "metadata": ({"a": "b"}, {}, "Hello"),
     **dict.fromkeys(("user", "safety_identifier", "service_tier", "prompt_cache_key"), ("x", {}, "Hello")),
-    # Refused by name, as they need a server with a memory.
-    "store": (True, {}, "Hello"),
+    "store": (False, {}, "Hello"),
+    "truncation": ("auto", {}, "Hello"),
+    # Refused by name, as they need a server with a longer memory.
     "background": (True, {}, "Hello"),
     "prompt": ({"id": "x"}, {}, "Hello"),
     **dict.fromkeys(("previous_response_id", "conversation"), ("x", {}, "Hello")),
@@ -124,6 +131,8 @@ COUNTED = {
     "tools": ([CUSTOM], {}, CALL),
     "tool_choice": ({"type": "none"}, {"tools": [CUSTOM]}, CALL),
     "thinking": ({"type": "disabled"}, {}, "Hello"),
+    "output_config": ({"effort": "low"}, {}, "Hello"),
+    "chat_template_kwargs": ({"extra": "x"}, {}, "Hello"),
 }
 MESSAGES = {
     **COUNTED,
@@ -135,18 +144,20 @@ MESSAGES = {
     "top_k": (3, {}, "Hello"),
     "metadata": ({"user_id": "b"}, {}, "Hello"),
     "service_tier": ("auto", {}, "Hello"),
+    "output_format": ({"type": "json_schema", "schema": {"type": "object"}}, {}, "Hello"),
 }
 TOKENIZE = {
     "prompt": ("other", {}, ""),
     "messages": ([{"role": "user", "content": "hi"}], {"prompt": None}, ""),
     "tools": ([TOOL], {"prompt": None, "messages": [{"role": "user", "content": "hi"}]}, ""),
     "add_generation_prompt": (False, {"prompt": None, "messages": [{"role": "user", "content": "hi"}]}, ""),
+    "continue_final_message": (True, {"prompt": None, "messages": BEGUN}, ""),
     "chat_template_kwargs": ({"extra": "x"}, {"prompt": None, "messages": [{"role": "user", "content": "hi"}]}, ""),
     "add_special_tokens": (False, {}, ""),
 }
 USER = [{"role": "user", "content": "hi"}]
 # The only value that is accepted is what happens anyhow.
-ONE_VALUE = {"/v1/responses": {"truncation"}}
+ONE_VALUE = {route: {"cache_control"} for route in ("/v1/messages", "/v1/messages/count_tokens")}
 ROUTES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "/v1/chat/completions": (ChatRequest, CHAT, {"messages": USER, "max_tokens": 60}),
     "/v1/completions": (CompletionRequest, COMPLETIONS, {"prompt": "hi", "max_tokens": 60}),
@@ -231,9 +242,12 @@ def test_a_name_decides_only_where_names_are_strict():
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
 
 
-def test_an_unknown_field_is_refused_by_name():
-    response = ask(make_state(), "/v1/completions", {"prompt": "hi", "no_such_field": 1})
-    assert response.json()["error"]["param"] == "no_such_field"
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_unknown_field_is_told_or_where_fields_are_strict_refused_by_name(route: str):
+    body = {**ROUTES[route][2], "no_such_field": 1}
+    assert "no_such_field" in ask(make_state(), route, body).json()["warnings"][0]
+    refused = ask(make_state(strict_fields=True), route, body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "no_such_field")
 
 
 def test_suffix_is_refused_by_a_model_that_cannot_fill_gaps():

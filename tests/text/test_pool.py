@@ -51,7 +51,7 @@ def run(folder: Path, *jobs: Job, template: str | None = None, timeout_s: float 
 
 
 def test_text_becomes_ids(tmp_path: Path):
-    assert run(tmp_path, HELLO, Render(MESSAGES, {"add_generation_prompt": True}, 1000))[0] == list(b"hello")
+    assert run(tmp_path, HELLO, Render.of(MESSAGES, {"add_generation_prompt": True}, 1000))[0] == list(b"hello")
 
 
 def test_hostile_templates_are_given_up_and_the_next_prompt_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -64,7 +64,7 @@ def test_hostile_templates_are_given_up_and_the_next_prompt_works(tmp_path: Path
     )
     jobs: list[Job] = []
     for number in range(len(TEMPLATES)):
-        jobs += [Render([{"role": "user", "content": f"attack {number}"}], {}, 100_000), HELLO]
+        jobs += [Render.of([{"role": "user", "content": f"attack {number}"}], {}, 100_000), HELLO]
     found = run(tmp_path, *jobs, template=template)
     for number, (answer, after) in enumerate(zip(found[::2], found[1::2], strict=True)):
         shown = answer if isinstance(answer, str) else bytes(answer).decode()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 
 MAX_STORIES = 256
@@ -62,9 +62,9 @@ class CacheStories:
         return CacheStory(
             token_ids=array("i", token_ids),
             num_prompt=len(token_ids),
-            messages=[msgspec.json.encode(content) for _, content in messages],
+            messages=[json.dumps(content).encode() for _, content in messages],
             roles=[role for role, _ in messages],
-            tools=msgspec.json.encode(tools),
+            tools=json.dumps(tools).encode(),
             salt=salt,
         )
 

@@ -34,6 +34,7 @@ class GenerationOptions:
     make_parser: Callable[[], TextParser | None] = lambda: None
     single_call: bool = False
     thinking: ThinkingOptions | None = None
+    no_answer: bool = False  # max_tokens 0: the prompt is computed, and the one token that ends it is nobody's
 
 
 @dataclass
@@ -89,13 +90,7 @@ class Generation:
         )
         self._max_model_len, self._max_tokens = facts.max_model_len, requests[0].max_tokens
         room = facts.max_model_len - len(token_ids)
-        if sampling.max_tokens is not None and sampling.max_tokens > room:
-            raise BadRequest(
-                f"the prompt has {len(token_ids)} tokens and max_tokens is {sampling.max_tokens}, together more than the "
-                f"model's context of {facts.max_model_len} tokens: at most {room} can be generated",
-                "max_tokens",
-                "context_length_exceeded",
-            )
+        self._check_length(sampling.max_tokens, room)
         self.choices = [self._choice(request, index, facts.stop_token_ids) for index, request in enumerate(requests)]
         self._clock: RequestClock | None = None
         self._waited_s = 0.0
@@ -103,6 +98,21 @@ class Generation:
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if sampling.prompt_logprobs is None else [None]
         )
+
+    def _check_length(self, max_tokens: int | None, room: int) -> None:
+        """Clients ask for the same number of tokens however long the conversation has become."""
+        if max_tokens is not None and max_tokens > self._max_model_len:
+            raise BadRequest(
+                f"max_tokens is {max_tokens}, more than the model's whole context of {self._max_model_len} tokens: "
+                f"at most {room} can be generated behind this prompt",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        if max_tokens is not None and max_tokens > room:
+            self.warnings.append(
+                f"max_tokens was shortened from {max_tokens} to {room}: the prompt leaves no more of the model's context "
+                f"of {self._max_model_len} tokens"
+            )
 
     @property
     def outputs(self) -> list[CompletionOutput]:
@@ -187,6 +197,11 @@ class Generation:
         )
 
     def _take(self, choice: Choice, delta: RequestDelta, stream: Stream) -> Piece:
+        if self._options.no_answer and delta.finish_reason in ("stop", "length"):
+            choice.assembler.num_cached_tokens = delta.num_cached_tokens
+            delta = msgspec.structs.replace(
+                delta, token_ids=[], logprobs=None, finish_reason="length", stop_reason=None
+            )
         if choice.parser is None and self.prompt_logprobs is None:
             return choice.assembler.feed(delta)
         thinking = choice.parser is not None and choice.parser.thinking

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 import uuid
@@ -17,15 +18,21 @@ from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.history import History
 from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.request_limits import check_grammar_length
+from fastqwen.server.answer.response_store import ResponseStore
 from fastqwen.server.config import ServerConfig
 from fastqwen.server.mcp import McpTools
 from fastqwen.text.formats import Formats
 from fastqwen.text.load import TextTools
 from fastqwen.text.worker import Compile, Encode, Job, Render
 
+log = logging.getLogger("fastqwen.server")
+
 MAX_CHECKED_GRAMMARS = 1024
+MAX_LOGGED_WARNINGS = 256
 MAX_RECENT_ERRORS = 50
-RESERVED_OPTIONS = frozenset({"messages", "add_generation_prompt", "tokenizer", "chat_template"})
+RESERVED_OPTIONS = frozenset(
+    {"messages", "add_generation_prompt", "tokenizer", "chat_template", "continue_final_message"}
+)
 
 
 class TextWorkers(Protocol):
@@ -45,10 +52,12 @@ class ServerState:
     cache_stories: CacheStories
     mcp: McpTools | None = None
     history: History = field(default_factory=History)
+    responses: ResponseStore = field(default_factory=ResponseStore)
     started_s: float = field(default_factory=time.time)
     draining: bool = False
     num_active: int = 0
     recent_errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_ERRORS))
+    _logged_warnings: set[str] = field(default_factory=set)
     _checked_grammars: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
     @property
@@ -96,12 +105,24 @@ class ServerState:
         """For the operator's page: what went wrong lately on this side."""
         self.recent_errors.append({"time": int(time.time()), "message": message})
 
+    def log_warnings(self, warnings: list[str]) -> None:
+        """What answers warn of goes to the log as well, each once."""
+        for warning in warnings:
+            if warning not in self._logged_warnings and len(self._logged_warnings) < MAX_LOGGED_WARNINGS:
+                self._logged_warnings.add(warning)
+                log.warning("answered with a warning (logged once): %s", ascii(warning)[1:-1])
+
     async def tokenize(self, prompt: str, *, add_special_tokens: bool) -> list[int]:
         self.text.tokenizer.check(prompt)
         return await self.workers.run(Encode(prompt, add_special_tokens, self.text.tokenizer.max_chars))
 
     async def apply_template(
-        self, messages: list[dict[str, Any]], options: dict[str, Any], *, add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, Any]],
+        options: dict[str, Any],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Raises BadRequest for what cannot be rendered, or not in time."""
         if self.text.template is None:
@@ -113,7 +134,9 @@ class ServerState:
         for message in messages:
             self.text.tokenizer.check(message["content"])
         options = {**options, "add_generation_prompt": add_generation_prompt}
-        return await self.workers.run(Render(messages, options, self.text.tokenizer.max_chars))
+        if continue_final_message:
+            options["continue_final_message"] = True
+        return await self.workers.run(Render.of(messages, options, self.text.tokenizer.max_chars))
 
     async def check_grammar(self, grammar: str) -> None:
         """Compile it once, outside. Raises BadRequest with the compiler's reason."""

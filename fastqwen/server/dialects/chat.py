@@ -12,6 +12,7 @@ from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
 from fastqwen.server.answer.generation import Choice, Generation, GenerationOptions, parts_of
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.conversation import for_template, rendered
 from fastqwen.server.dialects.grammars import answer_grammar
 from fastqwen.server.dialects.openai import OpenAIWork, finite, prompt_logprobs_json
 from fastqwen.server.dialects.schema import ChatRequest
@@ -40,12 +41,17 @@ class Chat(OpenAIWork):
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         facts, formats = state.facts(), state.formats
-        tools = tool_options(body, formats)
+        tools = tool_options(body, formats, self.warnings)
         thinking = thinking_options(body, formats)
-        messages = tools.messages([message.for_template() for message in body.messages], formats)
+        messages = tools.messages(for_template(body.messages, formats, self.warnings), formats)
         template_options = {**thinking.template_options, **tools.template_options(formats)}
-        token_ids = await state.apply_template(
-            messages, template_options, add_generation_prompt=body.add_generation_prompt
+        token_ids = await rendered(
+            state,
+            messages,
+            template_options,
+            self.warnings,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
         )
         if len(token_ids) >= facts.max_model_len:
             raise BadRequest(
@@ -58,9 +64,8 @@ class Chat(OpenAIWork):
             token_ids, constrained=body.structured() is not None or bool(tools.required)
         )
         grammar = await answer_grammar(state, body.structured(), tools, opened=opened)
-        sampling = body.sampling(
-            state.text.default_sampling, **self._sampling_changes(tools.tools, facts.max_model_len - len(token_ids))
-        )
+        sampling_changes = self._sampling_changes(tools.tools, facts.max_model_len - len(token_ids))
+        sampling = body.sampling(state.text.default_sampling, **sampling_changes)
         options = GenerationOptions(
             priority=body.priority,
             cache_salt=body.cache_salt,
@@ -68,13 +73,14 @@ class Chat(OpenAIWork):
             make_parser=lambda: formats.parser(opened=opened, tools=tools.tools),
             single_call=tools.single,
             thinking=thinking,
+            no_answer=sampling_changes.get("max_tokens", body.max_tokens) == 0,
         )
         self.generations = [Generation(state, self._id, token_ids, sampling, options)]
         self._story = state.cache_stories.begin(
             token_ids,
             body.cache_salt,
             messages=[(message.role, message.content) for message in body.messages],
-            tools=[tool.for_template() for tool in body.tools or []],
+            tools=tools.tools,
         )
 
     def _open_thinking(self, token_ids: list[int], *, constrained: bool) -> tuple[list[int], bool]:
@@ -86,7 +92,8 @@ class Chat(OpenAIWork):
         end = tokenizer.decode(token_ids[-PROMPT_END_TOKENS:]).rstrip()
         opened = formats.reasoning and prompt_opens_thinking(end)
         may_think = formats.reasoning and formats.has_switch("enable_thinking") and not end.endswith(THINK_END)
-        if constrained and may_think and not opened and self._body.add_generation_prompt:
+        begins = self._body.add_generation_prompt is not False and not self._body.continue_final_message
+        if constrained and may_think and not opened and begins:
             return token_ids + tokenizer.encode(f"{THINK}\n"), True
         return token_ids, opened
 
@@ -107,15 +114,12 @@ class Chat(OpenAIWork):
     async def response(self) -> dict[str, Any]:
         generation = self.generation
         await generation.finish()
-        response = {
+        return {
             **self.head("chat.completion"),
             "choices": [self._choice(choice) for choice in generation.choices],
             "usage": self.usage(),
-            **self.notes(),
+            **self._ending(),
         }
-        if self._body.prompt_logprobs is not None:
-            response["prompt_logprobs"] = prompt_logprobs_json(generation.prompt_logprobs)
-        return response
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         generation = self.generation
@@ -141,11 +145,17 @@ class Chat(OpenAIWork):
         if self._final_usage:
             yield event({**head, "choices": [], "usage": self.usage()})
 
+    def _ending(self) -> dict[str, Any]:
+        """What comes once, with the whole answer or its last chunk."""
+        listed = (
+            prompt_logprobs_json(self.generation.prompt_logprobs) if self._body.prompt_logprobs is not None else None
+        )
+        return {**({} if listed is None else {"prompt_logprobs": listed}), **self.notes()}
+
     def _choice(self, choice: Choice) -> dict[str, Any]:
         output, parts = choice.assembler.output, choice.answer
         message: dict[str, Any] = {"role": "assistant", "content": parts.content or (None if parts.calls else "")}
-        if parts.reasoning:
-            message["reasoning_content"] = parts.reasoning
+        message.update(self._reasoning(parts))
         if parts.calls:
             message["tool_calls"] = [call_json(call) for call in parts.calls]
         return {
@@ -169,13 +179,13 @@ class Chat(OpenAIWork):
         if piece.finish_reason is not None:
             chunks[-1]["choices"][0].update(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
             if last:
-                chunks[-1].update(self.notes())
+                chunks[-1].update(self._ending())
         return chunks
 
     def _deltas(self, index: int, parts: Parts) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
-        if parts.reasoning:
-            deltas.append({"reasoning_content": parts.reasoning})
+        if reasoning := self._reasoning(parts):
+            deltas.append(reasoning)
         if parts.content:
             deltas.append({"content": parts.content})
         for call in parts.calls:
@@ -184,6 +194,12 @@ class Chat(OpenAIWork):
             deltas.append({"tool_calls": [{"index": number, **call_json(call)}]})
         return deltas
 
+    def _reasoning(self, parts: Parts) -> dict[str, Any]:
+        """Under both of the names that clients look for."""
+        if not parts.reasoning or self._body.include_reasoning is False:
+            return {}
+        return {"reasoning_content": parts.reasoning, "reasoning": parts.reasoning}
+
     @staticmethod
     def _chunk(head: dict[str, Any], index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {**head, "choices": [{"index": index, "delta": delta, "finish_reason": None}]}
@@ -191,9 +207,10 @@ class Chat(OpenAIWork):
     def _logprobs(self, listed: list[dict[int, Logprob]] | None) -> dict[str, Any] | None:
         if listed is None:
             return None
-        return {"content": [self._token_logprobs(one) for one in listed]}
+        return {"content": [self.token_logprobs(one) for one in listed]}
 
-    def _token_logprobs(self, one: dict[int, Logprob]) -> dict[str, Any]:
+    def token_logprobs(self, one: dict[int, Logprob]) -> dict[str, Any]:
+        """One token's, in OpenAI's shape."""
         entries = [self._entry(token_id, logprob) for token_id, logprob in one.items()]
         count = self._body.top_logprobs or 0
         ranked = sorted(one.items(), key=lambda item: item[1].rank or 0)[:count]

@@ -31,6 +31,8 @@ class Completion(OpenAIWork):
     def __init__(self, state: ServerState, body: CompletionRequest, *, explain_cache: bool) -> None:
         super().__init__(state, body, prefix="cmpl", explain_cache=explain_cache)
         self._n = body.n or 1
+        self._offsets: dict[int, int] = {}  # of each answer's next token in its text
+        self._best_of = body.best_of or self._n  # 0, the end of its documented range, asks for nothing more
 
     async def prepare(self) -> None:
         """Tokenise and check everything before anything runs. Raises BadRequest."""
@@ -39,13 +41,15 @@ class Completion(OpenAIWork):
         changes: dict[str, Any] = {"logprobs": body.logprobs}
         if body.max_tokens is None:
             changes["max_tokens"] = USUAL_TOKENS
-        if body.best_of is not None and body.best_of > self._n:
-            changes.update(n=body.best_of, logprobs=body.logprobs or 0)
+        if self._best_of > self._n:
+            changes.update(n=self._best_of, logprobs=body.logprobs or 0)
         sampling = body.sampling(self._state.text.default_sampling, **changes)
         if body.echo and body.logprobs is not None:
             sampling.prompt_logprobs = max(body.logprobs, sampling.prompt_logprobs or 0)
         grammar = await answer_grammar(self._state, body.structured())
-        options = GenerationOptions(priority=body.priority, cache_salt=body.cache_salt, grammar=grammar)
+        options = GenerationOptions(
+            priority=body.priority, cache_salt=body.cache_salt, grammar=grammar, no_answer=body.max_tokens == 0
+        )
         prompts = await self._prompts()
         if len(prompts) * sampling.n > MAX_SEQUENCES:
             raise BadRequest(
@@ -59,10 +63,9 @@ class Completion(OpenAIWork):
             self._story = self._state.cache_stories.begin(prompts[0], body.cache_salt)
 
     def _check(self) -> None:
-        body = self._body
-        if body.best_of is not None and body.best_of < self._n:
-            raise BadRequest(f"best_of is {body.best_of}, less than n, which is {self._n}", "best_of")
-        if body.best_of is not None and body.best_of > self._n and body.stream:
+        if self._best_of < self._n:
+            raise BadRequest(f"best_of is {self._best_of}, less than n, which is {self._n}", "best_of")
+        if self._best_of > self._n and self._body.stream:
             raise BadRequest("best_of needs the whole answers and cannot be streamed", "best_of")
 
     async def response(self) -> dict[str, Any]:
@@ -148,7 +151,7 @@ class Completion(OpenAIWork):
         choice: dict[str, Any] = {
             "index": index,
             "text": (self._prompt_text(generation) if echo else "") + said.text,
-            "logprobs": self._logprobs(listed, generation) if self._body.logprobs is not None else None,
+            "logprobs": self._logprobs(index, listed, generation) if self._body.logprobs is not None else None,
             "finish_reason": said.finish_reason,
             "stop_reason": said.stop_reason,
         }
@@ -161,13 +164,13 @@ class Completion(OpenAIWork):
             return self._body.prompt
         return self._state.text.tokenizer.decode(generation.prompt_token_ids)
 
-    def _logprobs(self, listed: list[dict[int, Logprob] | None], generation: Generation) -> dict[str, Any]:
-        """OpenAI's completions shape: parallel lists."""
+    def _logprobs(self, index: int, listed: list[dict[int, Logprob] | None], generation: Generation) -> dict[str, Any]:
+        """OpenAI's completions shape: parallel lists, which go on where the answer's last piece ended."""
         tokens: list[str] = []
         chosen: list[float | None] = []
         top: list[dict[str, float] | None] = []
         offsets: list[int] = []
-        offset = 0
+        offset = self._offsets.get(index, 0)
         for position, one in enumerate(listed):
             if one is None:
                 token = self._state.text.tokenizer.token_text(generation.prompt_token_ids[position])
@@ -183,4 +186,5 @@ class Completion(OpenAIWork):
             tokens.append(token)
             offsets.append(offset)
             offset += len(token)
+        self._offsets[index] = offset
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}

@@ -12,6 +12,7 @@ from fastqwen.errors import BadRequest
 from fastqwen.records import EngineRequest, RequestDelta
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.openai import noted
 from fastqwen.server.dialects.schema import EmbeddingRequest, as_list
 
 MAX_INPUTS = 2048  # as OpenAI's
@@ -67,7 +68,6 @@ class Embeddings:
         ]
         prompt = sum(len(one.prompt_token_ids) for one in self._requests)
         cached = sum(delta.num_cached_tokens for delta in found.values())
-        warnings = self._body.warnings()
         return {
             "object": "list",
             "data": data,
@@ -77,7 +77,7 @@ class Embeddings:
                 "total_tokens": prompt,
                 "prompt_tokens_details": {"cached_tokens": cached},
             },
-            **({"warnings": warnings} if warnings else {}),
+            **noted(self._state, self._body.warnings),
         }
 
     async def _run(self) -> dict[str, RequestDelta]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
 from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.generation import Generation
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.schema import SamplingFields
+from fastqwen.server.dialects.warnings import Warnings
+from fastqwen.server.http.sse import event
 
 
 class OpenAIWork:
@@ -25,9 +26,10 @@ class OpenAIWork:
         self._created = int(time.time())
         self._model = state.model_name(body.model)
         self._story: CacheStory | None = None
+        self.warnings = body.warnings
         options = body.stream_options
         if options is not None and not body.stream:
-            raise BadRequest("stream_options needs stream to be true", "stream_options")
+            self.warnings.tell("stream_options has no effect: stream is not true")
         self._final_usage = options is not None and options.include_usage
         self._always_usage = options is not None and options.continuous_usage_stats
 
@@ -38,14 +40,19 @@ class OpenAIWork:
 
     def notes(self) -> dict[str, Any]:
         """Once the answer is there: what had no effect, and why the cache did not help more if that was asked."""
-        warnings = [*self._body.warnings(), *(warning for one in self.generations for warning in one.warnings)]
-        notes: dict[str, Any] = {"warnings": warnings} if warnings else {}
+        for generation in self.generations:
+            for warning in generation.warnings:
+                self.warnings.tell(warning)
+        notes = noted(self._state, self.warnings)
         if self._story is not None:
             explanation = self.generation.end_story(self._story, explain=self._explain_cache)
             if explanation is not None:
                 notes["cache"] = explanation
                 notes["timing"] = self.generation.timing()
         return notes
+
+    def failure(self, status: int, body: dict[str, Any]) -> bytes:
+        return event(body)
 
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -66,6 +73,12 @@ class OpenAIWork:
             "prompt_tokens_details": {"cached_tokens": sum(one.num_cached_tokens for one in self.generations)},
             **details,
         }
+
+
+def noted(state: ServerState, warnings: Warnings) -> dict[str, Any]:
+    """What an answer says of its warnings, and the log."""
+    state.log_warnings(warnings.listed)
+    return {"warnings": warnings.listed} if warnings.listed else {}
 
 
 def finite(logprob: float) -> float:

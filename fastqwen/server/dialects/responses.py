@@ -1,55 +1,71 @@
-"""POST /v1/responses: OpenAI's newer form of the same chat, without a memory on the server."""
+"""POST /v1/responses: OpenAI's newer form of the same chat. The last answers are remembered, unless store is false."""
 
 from __future__ import annotations
 
+import base64
+import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any, Literal
 
 from fastqwen.errors import BadRequest
+from fastqwen.outputs import Logprob
 from fastqwen.server.answer.generation import parts_of
-from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.answer.response_store import ResponseStore
+from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.schema import (
     AccountFields,
+    AnyTool,
     Body,
     ChatRequest,
     Count,
-    Effort,
-    Function,
     JsonSchemaFormat,
+    Logprobs,
+    Penalty,
     Probability,
+    Seed,
     Temperature,
+    TopK,
 )
+from fastqwen.server.dialects.warnings import Warnings
 from fastqwen.server.http.sse import named_event
 from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call
 
-# Fields that need a server with a memory, or with tools of its own, and what to do instead.
+# Fields that need a server with a memory for longer, and what to do instead.
 REFUSED = {
-    "previous_response_id": "responses are not stored: send the earlier turns in input",
-    "conversation": "conversations are not stored: send the earlier turns in input",
+    "conversation": "conversations are not stored: send previous_response_id, or the earlier turns in input",
     "background": "there are no background responses: use stream",
     "prompt": "there are no stored prompts: use instructions",
 }
+ENCRYPTED = "reasoning.encrypted_content"
+LOGPROBS = "message.output_text.logprobs"
 
 SAME_IN_CHAT = {
-    "model", "temperature", "top_p", "parallel_tool_calls", "user", "safety_identifier", "service_tier", "prompt_cache_key",
+    "model", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+    "stop", "chat_template_kwargs", "parallel_tool_calls",
 }  # fmt: skip
 
 
-class FunctionTool(Function):
-    type: Literal["function"]
+class FunctionTool(AnyTool):
+    name: str = ""
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
-class NamedFunctionTool(Body):
-    type: Literal["function"]
-    name: str
+class ChosenFunction(Body):
+    type: str
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 class Reasoning(Body):
-    effort: Effort | None = None
+    effort: str | None = None
     summary: str | None = None
 
 
@@ -68,9 +84,18 @@ class ResponsesRequest(AccountFields):
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None
+    top_k: TopK | None = None
+    min_p: Probability | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: float | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    top_logprobs: Logprobs | None = None
     stream: bool = False
     tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
@@ -78,88 +103,164 @@ class ResponsesRequest(AccountFields):
     conversation: str | dict[str, Any] | None = None
     background: bool | None = None
     prompt: dict[str, Any] | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: str | None = None
     include: list[str] | None = None
 
-    def as_chat(self) -> ChatRequest:
-        """Raises BadRequest for what needs a server with a memory."""
+    def look_through(self, *, strict: bool) -> None:
+        store, self.store = self.store, None  # it has an effect here
+        super().look_through(strict=strict)
+        self.store = store
         for name, advice in REFUSED.items():
             if getattr(self, name):
                 raise BadRequest(f"{name} is not supported: {advice}", name)
-        if self.store:
-            raise BadRequest("store is not supported: responses are not kept; leave it out or send false", "store")
-        if self.include and self.include != ["reasoning.encrypted_content"]:
-            raise BadRequest(f"include {self.include[0]!r} is not supported", "include")
+        for one in self.include or []:
+            if one not in (ENCRYPTED, LOGPROBS):
+                self.warnings.unknown(f"include {one[:100]!r}")
+        if self.reasoning is not None and self.reasoning.summary is not None:
+            self.warnings.tell("reasoning.summary has no effect: the reasoning itself is given")
+        if self.truncation not in (None, "disabled"):
+            self.warnings.tell("truncation has no effect: a conversation that is too long is refused")
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or []) or self.top_logprobs is not None
+
+    def conversation_items(self, store: ResponseStore) -> list[dict[str, Any]]:
+        """Everything up to the answer, references replaced by what they mean. Raises BadRequest for what is not kept."""
+        before: list[dict[str, Any]] = []
+        if self.previous_response_id is not None:
+            kept = store.conversation(self.previous_response_id)
+            if kept is None:
+                raise BadRequest(
+                    f"previous_response_id {self.previous_response_id[:100]!r} is not kept here (any more): "
+                    "send the earlier turns in input",
+                    "previous_response_id",
+                    "previous_response_not_found",
+                )
+            before = kept
+        items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        return before + [_referred(item, store) for item in items]
+
+    def as_chat(self, items: list[dict[str, Any]]) -> ChatRequest:
         fields = self.model_dump(include=SAME_IN_CHAT)
-        fields.update(messages=self._messages(), max_tokens=self.max_output_tokens)
+        fields.update(messages=self._messages(items), max_tokens=self.max_output_tokens)
+        if self.wants_logprobs:
+            fields.update(logprobs=True, top_logprobs=self.top_logprobs or 0)
         if self.tools:
-            fields["tools"] = [{"type": "function", "function": one.model_dump(exclude={"type"})} for one in self.tools]
-        if isinstance(self.tool_choice, NamedFunctionTool):
-            fields["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
-        else:
-            fields["tool_choice"] = self.tool_choice
-        text_format = self.text.format if self.text is not None else None
-        if text_format is not None:
-            schema = (
-                text_format.model_dump(by_alias=True, exclude={"type"}) if text_format.type == "json_schema" else None
-            )
-            fields["response_format"] = {"type": text_format.type, "json_schema": schema}
+            fields["tools"] = [_chat_tool(tool, index) for index, tool in enumerate(self.tools)]
+        fields["tool_choice"] = _chat_choice(self.tool_choice)
+        wanted = self.text.format if self.text is not None else None
+        if wanted is not None:
+            schema = {"name": wanted.name, "schema": wanted.schema_} if wanted.type == "json_schema" else None
+            fields["response_format"] = {"type": wanted.type, "json_schema": schema}
         if self.reasoning is not None:
             fields["reasoning_effort"] = self.reasoning.effort
-        return ChatRequest.of(**fields)
+        return ChatRequest.of(self.warnings, **fields)
 
-    def warnings(self) -> list[str]:
-        """What is accepted because clients send it always, though the answer holds it anyhow."""
-        found = []
-        if self.reasoning is not None and self.reasoning.summary is not None:
-            found.append("reasoning.summary has no effect: the reasoning itself is given")
-        if self.include:
-            found.append(f"include {self.include[0]} has no effect: the reasoning is given in plain text")
-        return found
-
-    def _messages(self) -> list[dict[str, Any]]:
+    def _messages(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         if self.instructions:
             found.append({"role": "system", "content": self.instructions})
-        items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
-        for item in items:
-            _add_item(found, item)
+        for index, item in enumerate(items):
+            _add_item(found, item, f"input.{index}", self.warnings)
         return found
 
 
-def _add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
-    kind = item.get("type", "message")
+def _referred(item: dict[str, Any], store: ResponseStore) -> dict[str, Any]:
+    is_reference = item.get("type") == "item_reference" or ("type" not in item and "role" not in item)
+    if not is_reference:
+        return item
+    found = store.item(str(item.get("id")))
+    if found is None:
+        raise BadRequest(
+            f"the item {str(item.get('id'))[:100]!r} is not kept here (any more): send the item itself", "input"
+        )
+    return found
+
+
+def _chat_tool(tool: FunctionTool, index: int) -> dict[str, Any]:
+    if not tool.is_function:
+        return {"type": tool.type}
+    if not tool.name:
+        raise BadRequest(f"tools.{index}.name: Field required", f"tools.{index}.name")
+    function = {name: getattr(tool, name) for name in ("name", "description", "parameters", "strict")}
+    return {"type": "function", "function": function}
+
+
+def _chat_choice(choice: str | ChosenFunction | None) -> Any:
+    if not isinstance(choice, ChosenFunction):
+        return choice
+    if choice.type == "allowed_tools":
+        return {"type": choice.type, "allowed_tools": {"mode": choice.mode or "auto", "tools": choice.tools or []}}
+    return {
+        "type": choice.type,
+        "function": {"name": choice.name} if choice.type == "function" and choice.name else None,
+    }
+
+
+def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str, warnings: Warnings) -> None:
+    kind = str(item.get("type", "message"))
     if kind == "message":
         message = {"role": item.get("role", "user"), "content": item.get("content")}
         if message["role"] == "assistant" and messages and messages[-1].get("content", "") is None:
             messages[-1]["content"] = message["content"]  # the reasoning before it belongs to the same turn
         else:
             messages.append(message)
-    elif kind == "function_call":
+    elif kind in ("function_call", "custom_tool_call", "local_shell_call", "shell_call"):
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": None})
-        function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
-        call = {"id": str(item.get("call_id")), "type": "function", "function": function}
-        messages[-1].setdefault("tool_calls", []).append(call)
-    elif kind == "function_call_output":
+        messages[-1].setdefault("tool_calls", []).append(_call_of(item, kind))
+    elif kind.endswith("_call_output"):
         output = item.get("output")
-        messages.append({"role": "tool", "tool_call_id": str(item.get("call_id")), "content": output})
+        told = output if output is None or isinstance(output, (str, list)) else json.dumps(output, ensure_ascii=False)
+        messages.append({"role": "tool", "tool_call_id": str(item.get("call_id")), "content": told})
     elif kind == "reasoning":
-        texts = [part.get("text", "") for part in item.get("content") or [] if isinstance(part, dict)]
-        messages.append({"role": "assistant", "content": None, "reasoning_content": "".join(texts)})
+        messages.append(
+            {"role": "assistant", "content": None, "reasoning_content": _reasoning_of(item, place, warnings)}
+        )
     else:
-        raise BadRequest(f"input item of type {kind!r} is not supported", "input")
+        warnings.unknown(place, f"items of type {kind[:100]!r} are not known here")
+
+
+def _call_of(item: dict[str, Any], kind: str) -> dict[str, Any]:
+    function = {"name": item.get("name"), "arguments": item.get("arguments")}
+    if kind == "custom_tool_call":
+        function["arguments"] = {"input": item.get("input")}
+    elif kind != "function_call":
+        function = {"name": kind.removesuffix("_call"), "arguments": item.get("action")}
+    return {"id": str(item.get("call_id")), "type": "function", "function": function}
+
+
+def _reasoning_of(item: dict[str, Any], place: str, warnings: Warnings) -> str:
+    """Its text; else what was handed out in place of it, which is called encrypted; else its summary."""
+    parts = item.get("content") or item.get("summary") or []
+    texts = "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
+    held = item.get("encrypted_content")
+    if item.get("content") or not isinstance(held, str) or not held:
+        return texts
+    try:
+        return base64.b64decode(held, validate=True).decode()
+    except ValueError:
+        warnings.tell(f"{place}.encrypted_content has no effect: another server wrote it")
+        return texts
 
 
 class Responses:
     """One request. ``events`` streams it, ``response`` waits for the whole."""
 
     def __init__(self, state: ServerState, body: ResponsesRequest, *, explain_cache: bool) -> None:
+        self._state = state
         self._body = body
-        self._chat = Chat(state, body.as_chat(), explain_cache=explain_cache)
+        self._items = body.conversation_items(state.responses)
+        self._chat = Chat(state, body.as_chat(self._items), explain_cache=explain_cache)
         self._model = state.model_name(body.model)
-        self._id = new_id("resp")
+        self._id = _new_id("resp")
         self._created = int(time.time())
+        self._num_events = 0
+        self._writer = _ItemWriter(
+            holds_reasoning=ENCRYPTED in (body.include or []),
+            logprobs=self._chat.token_logprobs if body.wants_logprobs else None,
+        )
 
     async def prepare(self) -> None:
         await self._chat.prepare()
@@ -168,31 +269,36 @@ class Responses:
         return self._chat.tokens()
 
     async def response(self) -> dict[str, Any]:
-        await self._chat.generation.finish()
-        writer = _ItemWriter()
-        list(writer.write(self._chat.generation.choices[0].answer))
+        writer = self._writer
+        async with aclosing(self._chat.generation.pieces()) as pieces:
+            async for _, piece in pieces:
+                list(writer.write(parts_of(piece), piece.logprobs))
         list(writer.close())
         return self._whole(writer.items)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        writer = _ItemWriter()
-        number = 0
-
-        def encoded(kind: str, **values: Any) -> bytes:
-            nonlocal number
-            number += 1
-            return named_event(kind, {"type": kind, "sequence_number": number - 1, **values})
-
+        writer, encoded = self._writer, self._event
         yield encoded("response.created", response=self._head("in_progress", []))
         yield encoded("response.in_progress", response=self._head("in_progress", []))
         async with aclosing(self._chat.generation.pieces()) as pieces:
             async for _, piece in pieces:
-                data = b"".join(encoded(kind, **values) for kind, values in writer.write(parts_of(piece)))
+                data = b"".join(
+                    encoded(kind, **values) for kind, values in writer.write(parts_of(piece), piece.logprobs)
+                )
                 if data:
                     yield data
         yield b"".join(encoded(kind, **values) for kind, values in writer.close())
         whole = self._whole(writer.items)
         yield encoded(f"response.{whole['status']}", response=whole)
+
+    def failure(self, status: int, body: dict[str, Any]) -> bytes:
+        error = body["error"]
+        code = error["code"] or error["type"]
+        return self._event("error", code=code, message=error["message"], param=error["param"])
+
+    def _event(self, kind: str, **values: Any) -> bytes:
+        self._num_events += 1
+        return named_event(kind, {"type": kind, "sequence_number": self._num_events - 1, **values})
 
     def _whole(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         generation = self._chat.generation
@@ -206,10 +312,9 @@ class Responses:
         }
         details = {"reason": "max_output_tokens"} if cut else None
         whole = self._head("incomplete" if cut else "completed", items)
-        notes = self._chat.notes()
-        warnings = [*notes.pop("warnings", []), *self._body.warnings()]
-        notes.update({"warnings": warnings} if warnings else {})
-        return {**whole, "usage": usage, "incomplete_details": details, **notes}
+        if self._body.store is not False:
+            self._state.responses.keep(self._id, self._items, items)
+        return {**whole, "usage": usage, "incomplete_details": details, **self._chat.notes()}
 
     def _head(self, status: str, items: list[dict[str, Any]]) -> dict[str, Any]:
         body = self._body
@@ -227,11 +332,14 @@ class Responses:
             "model": self._model,
             "output": items,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
-            "store": False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": None, "summary": None} if body.reasoning is None else body.reasoning.model_dump(),
+            "store": body.store is not False,
             "temperature": body.temperature,
-            "tool_choice": choice.model_dump() if isinstance(choice, NamedFunctionTool) else choice or "auto",
-            "tools": [tool.model_dump() for tool in body.tools or []],
+            "tool_choice": choice.model_dump(exclude_none=True) if isinstance(choice, Body) else choice or "auto",
+            "text": {"format": {"type": "text"}} if body.text is None else body.text.model_dump(by_alias=True),
+            "tools": [_as_sent(tool) for tool in body.tools or []],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": body.top_p,
             "truncation": "disabled",
         }
@@ -243,15 +351,20 @@ Events = Iterator[tuple[str, dict[str, Any]]]
 class _ItemWriter:
     """Output items, and the events that tell how they grow."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, holds_reasoning: bool, logprobs: Callable[[dict[int, Logprob]], dict[str, Any]] | None
+    ) -> None:
         self.items: list[dict[str, Any]] = []
         self._open = ""
+        self._holds_reasoning = holds_reasoning
+        self._logprobs_of = logprobs
 
-    def write(self, parts: Parts) -> Events:
+    def write(self, parts: Parts, logprobs: list[dict[int, Logprob]] | None) -> Events:
         if parts.reasoning:
             yield from self._grow("reasoning", parts.reasoning)
         if parts.content:
-            yield from self._grow("message", parts.content)
+            listed = [self._logprobs_of(one) for one in logprobs or []] if self._logprobs_of is not None else []
+            yield from self._grow("message", parts.content, listed)
         for call in parts.calls:
             yield from self.close()
             yield from self._call(call)
@@ -262,35 +375,41 @@ class _ItemWriter:
         item, where = self.items[-1], self._where()
         part = item["content"][0]
         kind = "output_text" if self._open == "message" else "reasoning_text"
-        yield f"response.{kind}.done", {**where, "content_index": 0, "text": part["text"], **_logprobs(kind)}
+        logprobs = {"logprobs": part["logprobs"]} if kind == "output_text" else {}
+        if kind == "reasoning_text" and self._holds_reasoning:
+            item["encrypted_content"] = base64.b64encode(part["text"].encode()).decode()
+        yield f"response.{kind}.done", {**where, "content_index": 0, "text": part["text"], **logprobs}
         yield "response.content_part.done", {**where, "content_index": 0, "part": dict(part)}
         item["status"] = "completed"
         yield "response.output_item.done", {"output_index": where["output_index"], "item": dict(item)}
         self._open = ""
 
-    def _grow(self, kind: str, text: str) -> Events:
+    def _grow(self, kind: str, text: str, logprobs: list[dict[str, Any]] | None = None) -> Events:
         part_kind = "output_text" if kind == "message" else "reasoning_text"
         if self._open != kind:
             yield from self.close()
             self._open = kind
             head: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
-            item: dict[str, Any] = {"id": new_id(kind), "type": kind, "status": "in_progress", **head, "content": []}
+            prefix = "msg" if kind == "message" else "rs"
+            item: dict[str, Any] = {"id": _new_id(prefix), "type": kind, "status": "in_progress", **head, "content": []}
             self.items.append(item)
             yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": {**item, "content": []}}
-            part = {"type": part_kind, "text": "", **({"annotations": []} if kind == "message" else {})}
-            item["content"].append(part)
-            yield "response.content_part.added", {**self._where(), "content_index": 0, "part": dict(part)}
-        self.items[-1]["content"][0]["text"] += text
-        yield (
-            f"response.{part_kind}.delta",
-            {**self._where(), "content_index": 0, "delta": text, **_logprobs(part_kind)},
-        )
+            more: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "message" else {}
+            item["content"].append({"type": part_kind, "text": "", **more})
+            part = {"type": part_kind, "text": "", **more, **({"logprobs": []} if more else {})}
+            yield "response.content_part.added", {**self._where(), "content_index": 0, "part": part}
+        grown = self.items[-1]["content"][0]
+        grown["text"] += text
+        if kind == "message":
+            grown["logprobs"].extend(logprobs or [])
+        more = {"logprobs": logprobs or []} if kind == "message" else {}
+        yield f"response.{part_kind}.delta", {**self._where(), "content_index": 0, "delta": text, **more}
 
     def _call(self, call: Call) -> Events:
         item = {
-            "id": new_id("fc"),
+            "id": _new_id("fc"),
             "type": "function_call",
-            "call_id": new_id("call"),
+            "call_id": _new_id("call"),
             "name": call.name,
             "arguments": call.arguments,
             "status": "completed",
@@ -306,5 +425,9 @@ class _ItemWriter:
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
 
 
-def _logprobs(kind: str) -> dict[str, Any]:
-    return {"logprobs": []} if kind == "output_text" else {}
+def _as_sent(tool: FunctionTool) -> dict[str, Any]:
+    return tool.model_dump() if tool.is_function else tool.model_dump(exclude_defaults=True)
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"

@@ -1,38 +1,117 @@
-"""Request bodies. Every field acts, or is listed in ``WITHOUT_EFFECT`` and answered with a warning; others are refused."""
+"""Request bodies. Every field acts, or is answered with a warning: those in ``WITHOUT_EFFECT``, and those that nobody knows.
+
+Refused by name is what would change the meaning of the answer (``CHANGES_THE_ANSWER``), and with --strict-fields whatever is
+not known.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from fastqwen.errors import BadRequest
 from fastqwen.records import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, SamplingParams, StructuredOutputs
 from fastqwen.server.dialects.fail_fast import FailFastModel
+from fastqwen.server.dialects.warnings import Warnings
 from fastqwen.text.strict_json import StrictJsonError, loads
 
 # What has no meaning on a server of one's own.
 WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key"})
-MAX_TOOLS = 128
 PLAIN = frozenset({int, float, bool, type(None)})
+# Fields of other servers and older APIs that cannot be had here and without which the answer would be another one: the
+# values that mean nothing, and what to do instead of the others.
+CHANGES_THE_ANSWER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "functions": (([],), "send tools"),
+    "function_call": (("none", "auto"), "send tool_choice"),
+    "audio": ((), "this model writes text only"),
+    "modalities": (([], ["text"]), "this model writes text only"),
+    "prompt_embeds": (([],), "send text or token ids"),
+    "chat_template": ((), "start the server with --chat-template FILE"),
+    "grammar": (("",), "send structured_outputs"),
+    "json_schema": (({},), "send response_format"),
+    "truncate_prompt_tokens": ((), "shorten the prompt"),
+    "use_beam_search": ((False,), "answers are sampled"),
+    "bad_words": (([],), "send logit_bias"),
+    "allowed_token_ids": (([],), "send logit_bias or structured_outputs"),
+    "documents": (([],), "send them in messages"),
+    "echo": ((False,), "an answer holds what is new"),
+}
+MAX_TOOLS = 1024
+SMALLEST_TOP_P = 1e-6  # documented ranges begin at 0, which no set of tokens can have: the likeliest token alone
 
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 64, 64.0 and 6.4e1 are the same."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _whole_ids(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    kinds = set(map(type, value))
+    if float in kinds:
+        return [_whole(one) for one in value]
+    return [_whole_ids(one) for one in value] if list in kinds else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Temperature = Annotated[float, Field(ge=0.0, le=100.0)]
-TopK = Annotated[int, Field(ge=-1, lt=2**31)]
-Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+TopK = Annotated[Whole, Field(ge=-1, lt=2**31)]
+Priority = Annotated[Whole, Field(ge=-(2**31), lt=2**31)]
 CacheSalt = Annotated[str, Field(max_length=256)]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[Whole, Field(ge=0, lt=2**31)]
+Logprobs = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
+Seed = Annotated[Whole, Field(ge=-9223372036854776000, le=9223372036854776000)]  # OpenAI's range is that of a float
 
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound="Body")
 
 
-class Body(FailFastModel, extra="forbid", strict=True, allow_inf_nan=False):
-    def warnings(self) -> list[str]:
-        given = sorted(name for name in WITHOUT_EFFECT if getattr(self, name, None) is not None)
-        return [f"{name} has no effect on this server" for name in given]
+class Body(FailFastModel, extra="allow", strict=True, allow_inf_nan=False):
+    """An object of a request. What it does not know is kept in ``model_extra``."""
+
+    _warnings: Warnings = PrivateAttr(default_factory=Warnings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Clients send null for what they do not set."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+    @property
+    def warnings(self) -> Warnings:
+        return self._warnings
+
+    def look_through(self, *, strict: bool) -> None:
+        """List what has no effect. Raises BadRequest for what cannot be left out."""
+        self._warnings = Warnings(strict=strict)
+        for place, value in _unknown_fields(self):
+            neutral, advice = CHANGES_THE_ANSWER.get(place, (None, ""))
+            if neutral is None:
+                self._warnings.unknown(place)
+            elif not any(type(value) is type(one) and value == one for one in neutral):
+                raise BadRequest(f"{place} is not supported by this server: {advice}", place)
+        for name in sorted(name for name in WITHOUT_EFFECT if getattr(self, name, None) is not None):
+            self._warnings.tell(f"{name} has no effect on this server")
+
+
+def _unknown_fields(body: Body, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Places and values, also of the objects inside."""
+    if isinstance(body, AnyTool) and not body.is_function:
+        return
+    for name, value in (body.model_extra or {}).items():
+        yield where + name, value
+    for name in type(body).model_fields:
+        value = getattr(body, name)
+        if isinstance(value, Body):
+            yield from _unknown_fields(value, f"{where}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Body):
+            for index, one in enumerate(value):
+                yield from _unknown_fields(one, f"{where}{name}.{index}.")
 
 
 class StreamOptions(Body):
@@ -48,8 +127,11 @@ class JsonSchemaFormat(Body):
 
 
 class ResponseFormat(Body):
+    """``schema`` beside ``json_object`` is other servers' spelling of json_schema."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
 class StructuredFields(Body):
@@ -79,7 +161,7 @@ class SamplingFields(AccountFields):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MAX_N)] | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None
     top_k: TopK | None = None
@@ -88,15 +170,15 @@ class SamplingFields(AccountFields):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Whole] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_tokens: Count | None = None
     max_tokens: Count | None = None
     skip_special_tokens: bool | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Logprobs | None = None
     priority: Priority = 0
     cache_salt: CacheSalt = ""
     response_format: ResponseFormat | None = None
@@ -116,6 +198,12 @@ class SamplingFields(AccountFields):
         if self.logit_bias is not None:
             values["logit_bias"] = _token_keys(self.logit_bias)
         values.update(changes)
+        if values.get("seed") is not None:
+            values["seed"] = (values["seed"] + 2**63) % 2**64 - 2**63
+        if values.get("top_p") == 0:
+            values["top_p"] = SMALLEST_TOP_P
+        if values.get("max_tokens") == 0:
+            values["max_tokens"] = 1  # which Generation keeps for itself
         return SamplingParams(**values)
 
     def structured(self) -> StructuredOutputs | None:
@@ -135,77 +223,92 @@ class SamplingFields(AccountFields):
 
 
 class ChatMessage(FailFastModel, extra="allow", strict=True, allow_inf_nan=False):
-    """Templates look at more keys than any list could name, so unknown ones pass through to them."""
+    """Templates look at more keys than any list could name, so unknown ones pass through to them (``conversation.py``)."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        values = self.model_dump(exclude_none=True)
-        values["content"] = _plain_content(self.content)
-        if values["role"] == "developer":
-            values["role"] = "system"
-        if "reasoning" in values and "reasoning_content" not in values:
-            values["reasoning_content"] = values.pop("reasoning")
-        if "tool_calls" in values:
-            values["tool_calls"] = _calls_for_template(values["tool_calls"])
-        return values
+    content: str | list[str | dict[str, Any]] | None = None
 
 
 class Function(Body):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+    name: Annotated[str, Field(pattern=r"^[^\s<>\x00-\x1f]{1,256}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(Body):
-    type: Literal["function"]
-    function: Function
+class AnyTool(Body):
+    """Only functions can be called here; tools of other types are skipped with a warning, whatever they hold."""
+
+    type: str = "function"
+
+    @property
+    def is_function(self) -> bool:
+        return self.type == "function"
+
+
+class Tool(AnyTool):
+    function: Function | None = None
 
     def for_template(self) -> dict[str, Any]:
-        return self.model_dump(exclude_none=True)
+        assert self.function is not None
+        known = {name: getattr(self.function, name) for name in Function.model_fields}
+        function = {name: value for name, value in known.items() if value is not None}
+        return {"type": "function", "function": function}
 
 
 class NamedFunction(Body):
     name: str
 
 
-class NamedTool(Body):
-    type: Literal["function"]
-    function: NamedFunction
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: list[dict[str, Any]]
+
+
+class ChosenTool(Body):
+    """``function`` names the one to be called; ``allowed_tools`` are those of which one may be."""
+
+    type: str
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class ChatRequest(SamplingFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    add_generation_prompt: bool = True
+    top_logprobs: Logprobs | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
-    reasoning_effort: Effort | None = None
-    thinking_budget: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    reasoning_effort: str | None = None
+    thinking_budget: Count | None = None
+    thinking_token_budget: Count | None = None  # vLLM's name for it
+    include_reasoning: bool | None = None
     loop_recovery: bool = True
 
     @classmethod
-    def of(cls, **fields: Any) -> ChatRequest:
-        """From another API's words; None means not given. Raises BadRequest."""
+    def of(cls, warnings: Warnings, **fields: Any) -> ChatRequest:
+        """From another API's words; None means not given. ``warnings`` are that request's. Raises BadRequest."""
         try:
-            return cls.model_validate({name: value for name, value in fields.items() if value is not None})
+            found = cls.model_validate(fields)
         except ValidationError as error:
             raise _refusal(error) from None
+        found.warnings.include(warnings)
+        return found
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | list[int] | list[str] | list[list[int]]  # ids first: a kind tried before costs an error for each
+    # ids first: a kind tried before costs an error for each
+    prompt: Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_whole_ids)]
     suffix: str | None = None
     echo: bool = False
-    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Annotated[Whole, Field(ge=0, le=MAX_N)] | None = None
+    logprobs: Logprobs | None = None
     add_special_tokens: bool = True
 
 
@@ -213,9 +316,9 @@ class EmbeddingRequest(Body):
     """Token ids are used as they are; texts are closed as the tokenizer's post-processor says."""
 
     model: str | None = None
-    input: str | list[int] | list[str] | list[list[int]]
+    input: Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_whole_ids)]
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    dimensions: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     add_special_tokens: bool = True
     priority: Priority = 0
     cache_salt: CacheSalt = ""
@@ -228,13 +331,14 @@ class TokenizeRequest(Body):
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], BeforeValidator(_whole_ids)]
 
 
 def as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
@@ -244,14 +348,24 @@ def as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | 
     return list(given)  # type: ignore[arg-type]
 
 
-def parse(kind: type[B], body: bytes | bytearray) -> B:
+def parse(kind: type[B], body: bytes | bytearray, *, strict_fields: bool = False) -> B:
     """Raises BadRequest that names the first wrong field."""
     try:
         found = kind.model_validate_json(body)
+        if not _all_finite(found):
+            found = kind.model_validate(_exact(body))
     except ValidationError as error:
         raise _refusal(error) from None
-    _check_numbers(found)
+    found.look_through(strict=strict_fields)
     return found
+
+
+def _exact(body: bytes | bytearray) -> Any:
+    """With numbers that no float can hold as what they are. Raises BadRequest for NaN, which is no JSON."""
+    try:
+        return loads(body.decode())
+    except (StrictJsonError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the request body cannot be read: {error}") from None
 
 
 def _refusal(error: ValidationError) -> BadRequest:
@@ -263,33 +377,25 @@ def _refusal(error: ValidationError) -> BadRequest:
     return BadRequest(f"{where}: {first['msg']}" if where else first["msg"], where or None)
 
 
-def _check_numbers(value: Any) -> None:
-    """Fields without a type of their own, such as schemas, may hold numbers that nothing behind them can write."""
+def _all_finite(value: Any) -> bool:
+    """Fields without a type of their own, such as schemas, may hold numbers that a float cannot."""
     if isinstance(value, BaseModel):
         value = {**value.__dict__, **(value.model_extra or {})}
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadRequest("the request body contains NaN or an infinite number, which JSON does not have")
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        raise BadRequest("the request body contains a whole number of more than 64 bits")
-    if isinstance(value, list) and set(map(type, value)) <= PLAIN:
-        value = _extremes(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, list) and set(map(type, value)) <= PLAIN:  # a prompt's ids, say
+        return all(math.isfinite(one) for one in value if type(one) is float)
     if isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            if not isinstance(item, str):
-                _check_numbers(item)
-
-
-def _extremes(values: list[Any]) -> list[Any]:
-    """Of a long list of numbers, such as a prompt's ids, those that speak for all."""
-    whole = [one for one in values if type(one) is int]
-    strange = [one for one in values if type(one) is float and not math.isfinite(one)]
-    return [*strange[:1], *([min(whole), max(whole)] if whole else [])]
+        items = value.values() if isinstance(value, dict) else value
+        return all(_all_finite(item) for item in items if not isinstance(item, str))
+    return True
 
 
 def _is_union_label(part: int | str) -> bool:
     """pydantic puts the name of the union's branch into the place of an error; it is not a field."""
     return isinstance(part, str) and (
-        part in ("str", "int", "float", "bool", "NamedTool") or part.startswith(("list[", "dict[", "literal["))
+        part in ("str", "int", "float", "bool", "ChosenTool")
+        or part.startswith(("list[", "dict[", "literal[", "function-before["))
     )
 
 
@@ -301,35 +407,7 @@ def _token_keys(bias: dict[str, float]) -> dict[int, float]:
 
 def _of_format(asked: ResponseFormat) -> StructuredOutputs:
     if asked.type == "json_object":
-        return StructuredOutputs(json_object=True)
+        return StructuredOutputs(json_object=True) if asked.schema_ is None else StructuredOutputs(json=asked.schema_)
     if asked.json_schema is None or asked.json_schema.schema_ is None:
         raise BadRequest("response_format of type json_schema needs json_schema.schema", "response_format")
     return StructuredOutputs(json=asked.json_schema.schema_)
-
-
-def _plain_content(content: str | list[dict[str, Any]] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    parts = []
-    for part in content:
-        if part.get("type") not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-            raise BadRequest(f"content part of type {part.get('type')!r}: this model reads text only", "messages")
-        parts.append(part["text"])
-    return "".join(parts)
-
-
-def _calls_for_template(calls: Any) -> list[dict[str, Any]]:
-    """Templates want the arguments as an object; OpenAI's clients send them as text."""
-    found = []
-    for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRequest("each of a message's tool_calls needs function.name", "messages")
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            try:
-                arguments = loads(arguments)
-            except StrictJsonError as error:
-                raise BadRequest(f"the arguments of tool call {function['name']!r}: {error}", "messages") from None
-        found.append({**(call or {}), "function": {**function, "arguments": arguments}})
-    return found

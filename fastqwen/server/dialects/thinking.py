@@ -6,6 +6,7 @@ from fastqwen.server.answer.thinking_guard import ThinkingOptions
 from fastqwen.server.dialects.schema import ChatRequest
 from fastqwen.text.formats import Formats
 
+EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
 # For templates without an effort of their own.
 EFFORT_TOKENS = {"minimal": 512, "low": 1024, "medium": 8192}
 # Under the names that the templates with an effort accept.
@@ -18,8 +19,11 @@ def thinking_options(body: ChatRequest, formats: Formats) -> ThinkingOptions:
     warnings: list[str] = []
     if body.enable_thinking is not None:
         switches["enable_thinking"] = body.enable_thinking
-    budget = body.thinking_budget
+    budget = body.thinking_budget if body.thinking_budget is not None else body.thinking_token_budget
     effort = body.reasoning_effort
+    if effort is not None and effort not in EFFORTS:
+        body.warnings.unknown("reasoning_effort", f"{effort[:50]!r} is none of {', '.join(sorted(EFFORTS))}")
+        effort = None
     if effort == "none":
         switches["enable_thinking"] = False
     elif effort is not None and formats.has_switch("reasoning_effort"):
@@ -31,6 +35,6 @@ def thinking_options(body: ChatRequest, formats: Formats) -> ThinkingOptions:
     for name in [name for name in switches if not formats.has_switch(name)]:
         warnings.append(f"{name} has no effect: this model's chat template has no such switch")
         del switches[name]
-    if not formats.reasoning and (body.thinking_budget is not None or (effort is not None and effort != "none")):
+    if not formats.reasoning and (budget is not None or (effort is not None and effort != "none")):
         warnings.append("this model does not think in a marked block, so there is no thinking to limit")
     return ThinkingOptions(switches, budget, body.loop_recovery, warnings)

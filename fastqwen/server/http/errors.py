@@ -1,8 +1,9 @@
-"""Every failure in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Every failure in OpenAI's shape: {"error": {"message", "type", "param", "code"}}; on Anthropic's paths with its names."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,7 +23,7 @@ from fastqwen.errors import (
 )
 from fastqwen.server.http.door import Door
 
-STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408}
+STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408, "unsupported_content_encoding": 415}
 # Status, type, param and code of what is no field's fault; the whole tree's root comes last.
 DESCRIBED: dict[type[FastqwenError], tuple[Any, ...]] = {
     UnknownModelName: (404, "invalid_request_error", "model", "model_not_found"),
@@ -34,6 +35,12 @@ DESCRIBED: dict[type[FastqwenError], tuple[Any, ...]] = {
     FastqwenError: (400, "invalid_request_error"),
 }
 
+ANTHROPICS_PATH = "/v1/messages"
+ANTHROPICS_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+
 log = logging.getLogger("fastqwen.server")
 
 
@@ -41,8 +48,18 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | in
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(status: int, body: dict[str, Any]) -> JSONResponse:
-    headers = {}
+def in_anthropics_words(status: int, body: dict[str, Any]) -> dict[str, Any]:
+    kind = ANTHROPICS_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {**body["error"], "type": kind}}
+
+
+def error_response(
+    status: int, body: dict[str, Any], path: str = "", more: Mapping[str, str] | None = None
+) -> Response:
+    """As the API has it that was asked at ``path``."""
+    headers = dict(more or {})
+    if path.startswith(ANTHROPICS_PATH):
+        body = in_anthropics_words(status, body)
     if status in (429, 503):
         headers["Retry-After"] = "1"
     if status == 401:
@@ -65,18 +82,16 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def install(app: FastAPI, state: Door) -> None:
-    async def on_error(request: Request, error: Exception) -> JSONResponse:
+    async def on_error(request: Request, error: Exception) -> Response:
         status, body = describe(error)
         if status >= 500:
             state.note_error(body["error"]["message"])
-        if request.url.path.startswith("/v1/messages"):
-            body = {"type": "error", **body}  # Anthropic's clients look for this key
-        return error_response(status, body)
+        return error_response(status, body, request.url.path)
 
-    async def on_http(request: Request, error: Exception) -> JSONResponse:
+    async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse(error_body(str(error.detail), kind), error.status_code, error.headers)
+        return error_response(error.status_code, error_body(str(error.detail), kind), request.url.path, error.headers)
 
     async def on_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; it stands in the access log

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -23,14 +24,13 @@ OPEN_PATHS = frozenset({"/health", "/health/ready", "/favicon.ico"})
 COUNTED_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"}
 )
+UNVERSIONED = frozenset({*(path.removeprefix("/v1") for path in COUNTED_PATHS), "/models", "/messages/count_tokens"})
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # these compute nothing
 MAX_HEADERS = 128
-PREFLIGHT_HEADERS = {
-    "access-control-allow-methods": "GET, POST, OPTIONS",
-    "access-control-allow-headers": "authorization, content-type, x-api-key, x-explain-cache",
-    "access-control-max-age": "600",
-}
+ALLOWED_METHODS = "GET, HEAD, POST, OPTIONS"
+USUAL_HEADERS = "authorization, content-type, x-api-key, x-explain-cache"
+HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,4096}")
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -55,16 +55,21 @@ class Guard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        path: str = scope["path"]
+        path = routed(scope["path"])
+        scope = {**scope, "path": path}
         origin = _header(headers, b"origin")
         allowed_origin = origin if self._state.config.allows_origin(origin) else None
+        if scope["method"] == "HEAD":
+            send = scope[DIRECT_SEND] = _without_body(send)
         scope.setdefault(DIRECT_SEND, send)
         send = _with_headers(send, path, allowed_origin)
         refusal = self._refusal(scope, headers, path)
         if refusal is not None:
-            await error_response(*refusal)(scope, receive, send)
+            await error_response(*refusal, path)(scope, receive, send)
         elif scope["method"] == "OPTIONS" and allowed_origin is not None:
-            await Response(status_code=204, headers=PREFLIGHT_HEADERS)(scope, receive, send)
+            await Response(status_code=204, headers=_preflight_headers(headers))(scope, receive, send)
+        elif scope["method"] == "HEAD":
+            await self._app({**scope, "method": "GET"}, receive, send)
         elif path in COUNTED_PATHS and scope["method"] == "POST":
             await self._counted(scope, receive, send)
         else:
@@ -75,7 +80,7 @@ class Guard:
         try:
             self._state.admit()
         except FastqwenError as error:
-            await error_response(*describe(error))(scope, receive, send)
+            await error_response(*describe(error), scope["path"])(scope, receive, send)
             return
         self._state.num_active += 1
         try:
@@ -89,14 +94,17 @@ class Guard:
         if len(headers) > MAX_HEADERS:
             many = f"the request has {len(headers)} headers, at most {MAX_HEADERS} are allowed"
             return 431, error_body(many, "invalid_request_error")
-        if not self._host_allowed(_header(headers, b"host")):
+        num_hosts = sum(name == b"host" for name, _ in headers)
+        if num_hosts > 1 or (num_hosts == 0 and scope.get("http_version") == "1.1"):
+            return 400, error_body("the request needs exactly one Host header", "invalid_request_error")
+        if num_hosts and not self._host_allowed(_header(headers, b"host")):
             unknown = "this server does not answer to that Host name; --allowed-hosts adds names"
             return 403, error_body(unknown, "invalid_request_error", None, "host_not_allowed")
         if scope["method"] not in READING_METHODS:
             problem = self._problem_of_page(headers)
             if problem is not None:
                 return problem
-        if self._keys and not _is_open(scope, path) and not self._key_matches(headers):
+        if self._keys and not _is_open(scope, headers, path) and not self._key_matches(headers):
             missing = "a valid API key is needed: send the header Authorization: Bearer KEY"
             return 401, error_body(missing, "authentication_error", None, "invalid_api_key")
         return None
@@ -142,15 +150,44 @@ class Guard:
         return any([hmac.compare_digest(digest, key) for key in self._keys])  # a list: all are compared, whatever fits
 
 
-def _is_open(scope: Scope, path: str) -> bool:
-    """By the exact path as it will be routed; HEAD is not GET."""
+def routed(path: str) -> str:
+    """A slash at the end means the same, and so does OpenAI's path without its version, or with it twice."""
+    path = path.rstrip("/") or "/"
+    if path in UNVERSIONED:
+        return f"/v1{path}"
+    return path.removeprefix("/v1") if path.startswith("/v1/v1/") else path
+
+
+def _is_open(scope: Scope, headers: list[tuple[bytes, bytes]], path: str) -> bool:
+    """By the exact path as it will be routed. A browser's preflight cannot hold a key."""
+    if scope["method"] == "OPTIONS":
+        return bool(_header(headers, b"access-control-request-method")) and not scope.get("root_path")
     if scope["method"] not in ("GET", "HEAD") or scope.get("root_path"):
         return False
     return path in OPEN_PATHS or is_page(path)
 
 
+def _preflight_headers(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
+    """SDKs add headers of their own to what they send, so whatever is asked for is allowed: they decide nothing here."""
+    asked = _header(headers, b"access-control-request-headers")
+    return {
+        "access-control-allow-methods": ALLOWED_METHODS,
+        "access-control-allow-headers": asked if HEADER_NAMES.fullmatch(asked) else USUAL_HEADERS,
+        "access-control-max-age": "600",
+    }
+
+
 def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in headers if key == name), "")
+
+
+def _without_body(send: Send) -> Send:
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_head
 
 
 def _with_headers(send: Send, path: str, origin: str | None) -> Send:

@@ -49,7 +49,7 @@ EVERYWHERE = {
 WITH_BODY = {
     "408": "The body did not arrive in time (--body-timeout).",
     "413": "The body is larger than --max-body-bytes.",
-    "415": "A page asks, and what it sends is not said to be JSON.",
+    "415": "The body's Content-Encoding is not known here; or a page asks, and what it sends is not said to be JSON.",
     "429": "Too many requests are running or waiting; Retry-After says when to ask again.",
 }
 STREAMING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import anyio
@@ -40,7 +40,8 @@ def named_event(kind: str, value: Any) -> bytes:
 class EventStream(Response):
     """An ASGI response of ready-made events.
 
-    A failure after the first event becomes an error event, and then there is no [DONE]: a client can tell a broken
+    A failure after the first event becomes an error event, which ``failure(status, body)`` writes as its API has it, and
+    then there is no [DONE]: a client can tell a broken
     answer from a whole one. When the client is gone, or has not read for ``stall_timeout_s``, the iterator is closed,
     which aborts the work in the engine. Backpressure is the socket's: nothing is asked for while a write waits.
 
@@ -54,12 +55,12 @@ class EventStream(Response):
         *,
         stall_timeout_s: float,
         done: bytes = DONE,
-        error_name: str | None = None,
+        failure: Callable[[int, dict[str, Any]], bytes] = lambda status, body: event(body),
     ) -> None:
         self._events = events
         self._stall_timeout_s = stall_timeout_s
         self._done = done
-        self._error_name = error_name
+        self._failure = failure
         self._sending_since_s = 0.0
         self.status_code = 200  # what FastAPI looks at in a response
         self.background = None
@@ -102,9 +103,5 @@ class EventStream(Response):
                 await send_event({"type": "http.response.body", "body": body, "more_body": True})
                 self._sending_since_s = 0.0
         except Exception as error:
-            body_of_error = describe(error)[1]
-            if self._error_name is None:
-                last = event(body_of_error)
-            else:
-                last = named_event(self._error_name, {"type": "error", **body_of_error})
+            last = self._failure(*describe(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -1,0 +1,152 @@
+"""XML calls: typed by every construct of their schema, read as models write them, the same however the text was cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fastqwen.text.answer import AnswerParser, Parts
+from fastqwen.text.json_schema import (
+    embedded,
+    properties_of,
+    types_of,
+    values_of,
+    with_bounded_integers,
+    without_annotations,
+)
+from fastqwen.text.tool_calls import Xml
+
+ROOT = {
+    "type": "object",
+    "properties": {
+        "s": {"type": "string"}, "i": {"type": "integer"}, "n": {"type": "number"}, "b": {"type": "boolean"},
+        "o": {"type": "object"}, "l": {"type": "array"}, "any": {}, "e": {"enum": ["1", 2, None]}, "c": {"const": 3},
+        "ref": {"$ref": "#/$defs/P"}, "deep": {"$ref": "#/$defs/Q"}, "anchor": {"$ref": "#p"}, "self": {"$ref": "#"},
+        "both": {"allOf": [{"type": ["string", "integer"]}, {"type": ["integer", "null"]}]},
+        "either": {"oneOf": [{"$ref": "#/$defs/N"}, {"type": "boolean"}]},
+        "cyclic": {"$ref": "#/$defs/C"}, "words": {"enum": ["red", "blue"]}, "old": {"type": "dict"},
+    },
+    "additionalProperties": {"type": "integer"},
+    "$defs": {
+        "P": {"$anchor": "p", "type": "object", "properties": {"x": {"type": "number"}}}, "Q": {"$ref": "#/$defs/P"},
+        "N": {"type": "integer"}, "C": {"anyOf": [{"$ref": "#/$defs/C"}, {"type": "integer"}]},
+    },
+}  # fmt: skip
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": ROOT}}]
+
+
+def parse(pieces: list[str]) -> tuple[str, list[Any]]:
+    parser = AnswerParser(reasoning=False, calls=Xml(TOOLS), tool_names=["f"])
+    total = Parts()
+    for piece in pieces:
+        total.add(parser.push(piece))
+    total.add(parser.finish())
+    return total.content, [json.loads(call.arguments, parse_constant=pytest.fail) for call in total.calls]
+
+
+def cuts(text: str) -> Iterator[list[str]]:
+    yield list(text)
+    for size in (2, 3, 7):
+        yield [text[at : at + size] for at in range(0, len(text), size)]
+    for at in range(1, len(text)):
+        yield [text[:at], text[at:]]
+
+
+def read(text: str) -> list[Any]:
+    content, calls = parse([text])
+    assert all(parse(pieces) == (content, calls) for pieces in cuts(text))
+    return calls
+
+
+def call(key: str, value: str) -> str:
+    return f"<tool_call>\n<function=f>\n<parameter={key}>\n{value}\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("s", "12", "12"), ("s", "", ""), ("s", "a\n b \n", "a\n b \n"), ("i", "12", 12), ("i", "12.0", 12), ("n", "1e2", 100.0),
+        ("n", "1e400", 10**400), ("i", str(10**40), 10**40), ("b", "True", True), ("b", "false", False),
+        ("l", "['a', None, \"b\",]", ["a", None, "b"]),
+        ("o", "{'a': \"it's\", 'b': 'say \"x\"', 'c': True}", {"a": "it's", "b": 'say "x"', "c": True}),
+        ("o", '"{\\"a\\": 1}"', {"a": 1}), ("any", '{"x": 1}', {"x": 1}), ("any", "12", "12"),
+        ("e", "1", "1"), ("e", "2", 2), ("e", "null", None),
+        ("c", "3", 3), ("ref", '{"x": 1}', {"x": 1}), ("deep", '{"x": 1}', {"x": 1}), ("anchor", '{"x": 1}', {"x": 1}),
+        ("self", '{"i": 1}', {"i": 1}), ("both", "5", 5), ("either", "true", True), ("either", "7", 7), ("cyclic", "4", 4),
+        ("words", " red ", "red"), ("words", '"red"', "red"), ("old", '{"a": 1}', {"a": 1}), ("unlisted", "5", 5),
+        ("i", "many", "many"), ("n", "NaN", "NaN"),
+    ],
+)  # fmt: skip
+def test_a_value_is_what_its_schema_makes_of_it(key: str, text: str, value: Any):
+    [found] = read(call(key, text))
+    assert found == {key: value} and type(found[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</parameter>\n</function>",
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n<parameter=i>\n1\n</parameter>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</function>\n</tool_call>",
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</function>",
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</parameter>\n</tool_call>",
+        '<tool_call>\n<function="f">\n<parameter = "s">a</parameter><parameter name="i">1</parameter></function></tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"s": "a", "i": 1}}\n</tool_call>',
+    ],
+)
+def test_calls_are_read_as_models_write_them(text: str):
+    assert read(text) == [{"s": "a", "i": 1}]
+
+
+@pytest.mark.parametrize(
+    "value", ["x </parameter> y", "</function> <parameter=z>", "<tool_call>", "a\n<parameter=zz>\nb"]
+)
+def test_a_value_may_contain_the_marks(value: str):
+    assert read(call("s", value)) == [{"s": value}]
+
+
+def test_annotations_never_refuse_and_names_are_not_keywords():
+    schema = {
+        "$id": "not a name", "$comment": 5, "title": 1, "x-guidance": {"lenient": 1},
+        "type": "object", "minProperties": 1.0, "maxProperties": None,
+        "properties": {"title": {"type": "string", "format": "uint7", "default": []}, "format": {"type": "string", "format": "date"}},
+    }  # fmt: skip
+    assert without_annotations(schema) == {
+        "type": "object",
+        "minProperties": 1,
+        "properties": {"title": {"type": "string"}, "format": {"type": "string", "format": "date"}},
+    }
+
+
+def test_references_mean_the_root_wherever_a_part_is_embedded():
+    part = embedded({"items": {"$ref": "#/$defs/P"}, "const": {"$ref": "#"}}, ROOT)
+    assert part["items"] == {"$ref": "#/$defs/root/$defs/P"} and part["const"] == {"$ref": "#"}
+    assert part["$defs"]["root"]["properties"]["self"] == {"$ref": "#/$defs/root"}
+
+
+def test_whole_numbers_end():
+    assert with_bounded_integers({"type": ["integer", "null"], "minimum": 3})["minimum"] == 3
+    assert with_bounded_integers({"type": ["integer", "null"], "minimum": 3})["maximum"] == 10**18
+    assert with_bounded_integers({"type": "number"}) == {"type": "number"}
+
+
+def test_endless_references_say_nothing():
+    root = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
+    assert "string" in types_of({"$ref": "#/$defs/a"}, root)
+    assert "string" in types_of({"$ref": "#/nowhere"}, root)
+
+
+def test_parts_that_are_shared_are_looked_at_once():
+    """Else each level would double the work."""
+    parts = {f"d{level}": {"anyOf": [{"$ref": f"#/$defs/d{level + 1}"}] * 2} for level in range(40)}
+    twice = {
+        f"v{level}": {"anyOf": [{"$ref": f"#/$defs/v{level + 1}"}, {"$ref": f"#/$defs/v{level + 1}"}]}
+        for level in range(40)
+    }
+    root = {"$defs": {**parts, "d40": {"type": "integer"}, **twice, "v40": {"enum": [1, 2]}}, "$ref": "#/$defs/d0"}
+    assert types_of({"$ref": "#/$defs/d0"}, root) == {"integer"}
+    assert values_of({"$ref": "#/$defs/v0"}, root) is None
+    assert properties_of(root) == {}
