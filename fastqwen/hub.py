@@ -12,7 +12,7 @@ from typing import Any
 
 from fastqwen.config import EngineConfig
 from fastqwen.demo import demo_path
-from fastqwen.errors import BadConfig, ModelNotFound
+from fastqwen.errors import BadConfig, FastqwenError, ModelNotFound
 from fastqwen.model_config import ModelConfig, read_json
 from fastqwen.models import parse_config
 from fastqwen.names import DEMO, advice, is_hub_name, known_name, split_hub_name
@@ -68,11 +68,11 @@ def use_modelscope() -> bool:
 def _from_hugging_face(repository: str, choice: str | None, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    if choice is None and weights and published(repository) is None:
-        _check_served(repository, revision)
     with _hub_errors(repository, revision, choice):
         names = _listed(repository, revision)
         if choice is None and (names is None or _has_weights(names)):
+            if weights and published(repository) is None:
+                _check_served(repository, revision)
             patterns = _wanted_files(weights) if names is None else _needed(names, weights)
             return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
         if names is None:
@@ -187,7 +187,7 @@ def _hub_errors(model: str, revision: str | None = None, choice: str | None = No
     what = model if choice is None else f"the GGUF file {choice} from {model}"
     try:
         yield
-    except ModelNotFound:
+    except FastqwenError:
         raise
     except GatedRepoError:
         raise ModelNotFound(f"{model} asks for an account: accept its terms on the hub and set HF_TOKEN") from None

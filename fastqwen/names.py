@@ -227,7 +227,9 @@ def _host(text: str) -> str:
 
 
 def _looks_like_a_path(text: str) -> bool:
-    return text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or "\\" in text or text.endswith(".gguf")
+    if text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or "\\" in text:
+        return True
+    return text.endswith(".gguf") and not (is_hub_name(text) and ":" in text)  # owner/name:FILE.gguf is on the hub
 
 
 def _missing(text: str) -> str:

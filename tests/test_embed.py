@@ -107,7 +107,7 @@ def test_a_text_is_closed_once(made: tuple[Path, Any], tmp_path: Path):
 
 
 def test_what_a_post_processor_writes_before_a_text_is_not_its_end(made: tuple[Path, Any], tmp_path: Path):
-    from fastqwen.text.load import _json_tokenizer
+    from fastqwen.text.folder_tokenizer import from_tokenizer_json
 
     write_tokenizer(tmp_path, closes=True)
     inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -116,7 +116,9 @@ def test_what_a_post_processor_writes_before_a_text_is_not_its_end(made: tuple[P
         special_tokens=[("<|im_start|>", 257), ("<|im_end|>", 258), ("<|endoftext|>", END)],
     )
     inner.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = _json_tokenizer(tmp_path / "tokenizer.json")
+    found = from_tokenizer_json(tmp_path, {})
+    assert found is not None
+    tokenizer = found[0]
     assert tokenizer.closing_ids == [258, END]
     assert tokenizer.closed_once([257, 97, 258, END, 258, END]) == [257, 97, 258, END]
     assert tokenizer.closed_once([257, 97, 258, END]) == [257, 97, 258, END]

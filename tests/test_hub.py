@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from fastqwen import hub
 from fastqwen.errors import BadConfig, ModelNotFound
 from fastqwen.hub import resolve
 
@@ -34,6 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, st
     modelscope.snapshot_download = recorder("modelscope")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "modelscope", modelscope)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", recorder("hugging face"))
+    monkeypatch.setattr(hub, "_check_served", lambda model, revision: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unlisted)
     for name in ("FASTQWEN_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE"):
         monkeypatch.delenv(name, raising=False)
@@ -82,6 +84,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch):
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "_check_served", lambda model, revision: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unlisted)
     with pytest.raises(ModelNotFound, match="no route to host") as caught:
         resolve("Qwen/Qwen-7B-Chat")
@@ -109,6 +112,7 @@ def listing(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> list[str]:
         fetched.append(file)
         return f"/cache/{file}"
 
+    monkeypatch.setattr(hub, "_check_served", lambda model, revision: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, **options: names)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return fetched

@@ -23,6 +23,13 @@ PACKED_ROWS = 128  # products of up to so many rows read packed weights; larger 
 WIDE_BYTES = 200 * MIB  # activations of a step that are worth to be made in two parts
 CHUNK_ROWS = 4096
 GPU_BLOCK_SIZES = (16, 32, 64, 128, 256)  # of the KV cache, in tokens
+SMALL_BLOCK = (
+    32  # the usual size where a multiprocessor has 100 KiB or less, so that several programs run beside each other
+)
+DOTS_CAPABILITY = (
+    8,
+    0,
+)  # before it products are ordinary arithmetic, and larger blocks than SMALL_BLOCK leave the registers
 GPU_HEAD_DIMS = (16, 32, 64, 128, 256)  # the first in float32 only
 TILE_TOKENS = 64  # of the prompt kernel; steps with prompts beside streams have a multiple of so many tokens
 MAX_RECORDED_TOKENS = 2048
@@ -36,6 +43,16 @@ def shared_bytes(capability: tuple[int, int]) -> int:
     """Of shared memory for one program at most (CUDA C++ programming guide, technical specifications by capability); of a
     capability that is not known the least of today's."""
     return SHARED_KIB.get(capability, 99) * KIB
+
+
+def gpu_block_sizes(capability: tuple[int, int], head_dim: int, number_bytes: int) -> tuple[int, ...]:
+    """Of the KV cache, in tokens: those that attention takes on this card."""
+    sizes = (size for size in GPU_BLOCK_SIZES if decode_stages(size, head_dim, number_bytes, shared_bytes(capability)))
+    return tuple(size for size in sizes if capability >= DOTS_CAPABILITY or size <= SMALL_BLOCK)
+
+
+def usual_block_size(capability: tuple[int, int], most: int) -> int:
+    return SMALL_BLOCK if shared_bytes(capability) < 100 * KIB else most
 
 
 EMULATED = "FASTQWEN_EMULATED_CAPABILITY"  # for tests: compute as on a card of this capability, "8.6", on a newer one

@@ -7,7 +7,7 @@ import msgspec
 from fastqwen import quant
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit, Unsupported
-from fastqwen.kernels.limits import GPU_BLOCK_SIZES, GPU_HEAD_DIMS, decode_stages, shared_bytes
+from fastqwen.kernels.limits import GPU_HEAD_DIMS, gpu_block_sizes, usual_block_size
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import NamedModel, published
 from fastqwen.plan.changes import advise
@@ -56,12 +56,14 @@ def make_plan(
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
     notices = [*model.notices, *quant.notices(model.quantization), *notices]
     on_cpu = facts.kind == "cpu"
+    profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
+    block_size = config.block_size or profile.block_size
     if not on_cpu and generation_of(facts.compute_capability).is_torch_only:
         notices.append(f"{facts.name} computes by {TORCH_ONLY}")
     elif not on_cpu:
-        check_sizes(model.head_dim, config.block_size or FASTQWEN_GPU.block_size, dtype, facts)
-    profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
-    block_size = config.block_size or profile.block_size
+        capability = facts.compute_capability or (0, 0)
+        block_size = config.block_size or usual_block_size(capability, profile.block_size)
+        check_sizes(model.head_dim, block_size, dtype, facts)
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
     active = num_parameters(model, active=True)
     usual_tokens = CPU_STEP_TOKENS if on_cpu else step_tokens(active, facts)
@@ -107,8 +109,7 @@ def check_sizes(head_dim: int, block_size: int, dtype: str, facts: DeviceFacts) 
     heads = GPU_HEAD_DIMS if dtype == "float32" else GPU_HEAD_DIMS[1:]
     if head_dim not in heads:
         raise Unsupported(f"head_dim is {head_dim}, on a GPU in {dtype} it can be {str(heads)[1:-1]}: use --device cpu")
-    shared = shared_bytes(facts.compute_capability or (0, 0))
-    blocks = tuple(size for size in GPU_BLOCK_SIZES if decode_stages(size, head_dim, DTYPE_BYTES[dtype], shared))
+    blocks = gpu_block_sizes(facts.compute_capability or (0, 0), head_dim, DTYPE_BYTES[dtype])
     if block_size not in blocks:
         raise BadConfig(
             f"--block-size is {block_size}, with heads of {head_dim} numbers in {dtype} it can be {str(blocks)[1:-1]} "

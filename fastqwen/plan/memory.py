@@ -11,6 +11,7 @@ from fastqwen.errors import BadConfig
 from fastqwen.kernels.limits import (
     DECODE_PARTS,
     DECODE_ROWS,
+    DOTS_CAPABILITY,
     FUSED_ROWS,
     LIBRARY_ATTENTION_CAPABILITY,
     PACKED_SUMS,
@@ -180,7 +181,7 @@ def _fastqwen_terms(
 ) -> dict[str, int]:
     """Steps, graphs, kernels' scratch and what the allocator keeps."""
     model, element = same.model, DTYPE_BYTES[dtype]
-    by_library = capability >= LIBRARY_ATTENTION_CAPABILITY
+    by_library = capability >= LIBRARY_ATTENTION_CAPABILITY or capability < DOTS_CAPABILITY
     steps = most_taken(model, num_gpus, element, tokens, max_num_seqs, library_attention=by_library)
     cublas = CUBLAS_BYTES if capability >= CUBLAS_CAPABILITY else OLD_CUBLAS_BYTES
     graphs = 0

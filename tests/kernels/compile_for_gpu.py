@@ -91,6 +91,12 @@ class ShapesOnly(Weights):
     def has(self, name: str) -> bool:
         return not name.endswith(".bias") or "q_proj" in name
 
+    def is_same(self, name: str, other: str, shape: tuple[int, ...]) -> bool:
+        return True
+
+    def unread(self) -> list[str]:
+        return []
+
     def tensor(self, name: str, shape: tuple[int, ...], **_: Any) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=META)
 

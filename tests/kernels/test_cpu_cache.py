@@ -18,12 +18,12 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Where something was compiled; in place of the compiler."""
     targets: list[Path] = []
 
-    def compile_(target: Path) -> bool:
+    def compile_(compilers: list[str], target: Path) -> bool:
         with open(target, "wb"):
             targets.append(target)
         return True
 
-    monkeypatch.setattr(build, "_compile", compile_)
+    monkeypatch.setattr(build, "compile_kernels", compile_)
     monkeypatch.setattr(build.ctypes, "CDLL", lambda path: path)
     return targets
 

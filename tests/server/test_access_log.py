@@ -72,7 +72,7 @@ def test_every_answer_has_an_id_also_a_refusal(caplog: pytest.LogCaptureFixture)
     records = access_lines(caplog)
     assert [one.fields["request_id"] for one in records] == ids  # type: ignore[attr-defined]
     assert "400 Bad Request" in records[1].getMessage() and "tokens" not in records[1].getMessage()
-    assert "/nowhere?x=%0a" in records[3].getMessage()
+    assert "/nowhere?... " in records[3].getMessage(), "some clients put their key into the query"
 
 
 @pytest.mark.parametrize("given", [b"", b"a b", b"a\nb", b"x" * 129, "é".encode(), b'"'])

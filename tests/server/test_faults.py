@@ -169,7 +169,7 @@ def test_a_taken_port_is_found_before_anything_is_loaded(demo_gguf: Path):
         line = one_line(run("serve", str(demo_gguf), "--port", str(port)))
         assert time.monotonic() - start_s < 10
         # A model that is not there at all would be found first, if the port were looked at later.
-        assert one_line(run("serve", "/nowhere.gguf", "--port", str(port))) == line
+        assert one_line(run("serve", "demo", "--port", str(port))) == line
     assert f"port {port}" in line and "--port" in line
 
 
@@ -213,7 +213,7 @@ def test_truncated_gguf(tmp_path: Path, demo_gguf: Path, keep: float):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["serve", "/nowhere/at/all"], "demo"),
+        (["serve", "/nowhere/at/all"], "no folder /nowhere/at"),
         (["serve", "no/such-model"], "HF_HUB_OFFLINE"),
         (["serve", "demo", "--max-model-len", "9000"], "8192"),
         (["serve", "demo", "--kv-cache-memory-bytes", "100K"], "KV cache"),

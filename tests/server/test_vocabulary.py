@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fastqwen.server.dialects.schema import CompletionRequest, parse
 from tests.server.harness import QWEN3, ask, chat, make_state
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
@@ -238,3 +239,11 @@ def test_warnings_are_logged_once(caplog: pytest.LogCaptureFixture):
     for _ in range(3):
         ask(state, CHAT, chat(verbosity="low"))
     assert sum("verbosity has no effect" in record.message for record in caplog.records) == 1
+
+
+def test_a_form_that_nobody_knows_does_not_stand_in_the_way_of_the_one_that_is_known():
+    body = b'{"prompt": "x", "structured_outputs": {"choice": ["yes"], "in_verse": true}}'
+    found = parse(CompletionRequest, body)
+    forms = found.structured()
+    assert forms is not None and forms.choice == ["yes"]
+    assert any("structured_outputs.in_verse" in warning for warning in found.warnings.listed)

@@ -164,7 +164,7 @@ def test_heavy_work_leaves_a_worker_to_the_rest(tmp_path: Path):
         pool = TextPool(EngineConfig(model="x", chat_template=endless), tmp_path, model, timeout_s=1.0)
         try:
             await pool.start()
-            long = Render([{"role": "user", "content": "x" * 80_000}], {}, 10**6)
+            long = Render.of([{"role": "user", "content": "x" * 80_000}], {}, 10**6)
             heavy = [asyncio.create_task(pool.run(long)) for _ in range(6)]
             await asyncio.sleep(0.1)
             for _ in range(5):

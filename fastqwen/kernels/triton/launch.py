@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastqwen.kernels.limits import emulated_capability, shared_bytes
+from fastqwen.kernels.limits import DOTS_CAPABILITY, emulated_capability, shared_bytes
 
 
 @triton.jit
@@ -33,7 +33,7 @@ class Card:
     @property
     def has_dots(self) -> bool:
         """Whether Triton's products use tensor cores; on older cards they are ordinary arithmetic, for small tiles only."""
-        return self.capability >= (8, 0)
+        return self.capability >= DOTS_CAPABILITY
 
 
 INTERPRETED = Card((8, 0), 227 * 1024, 132)  # where there is no GPU: an H200's sizes

@@ -212,7 +212,9 @@ class SamplingFields(AccountFields):
         if self.response_format is not None and self.response_format.type != "text":
             forms["response_format"] = _of_format(self.response_format)
         if self.structured_outputs is not None:
-            forms["structured_outputs"] = StructuredOutputs(**self.structured_outputs.model_dump(by_alias=True))
+            known = set(type(self.structured_outputs).model_fields)  # others are warned of
+            given = self.structured_outputs.model_dump(by_alias=True, include=known)
+            forms["structured_outputs"] = StructuredOutputs(**given)
         for name in ("json", "regex", "choice", "grammar"):
             value = getattr(self, f"guided_{name}")
             if value is not None:

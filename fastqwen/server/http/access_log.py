@@ -49,6 +49,7 @@ class AccessLog:
                 message = {**message, "headers": [*message.get("headers", []), header]}
             await send(message)
 
+        scope[TOKENS] = []  # what stands between may copy the scope
         scope[DIRECT_SEND] = send  # a stream's events need no look at each
         try:
             await self._app(scope, receive, send_with_id)
@@ -63,7 +64,7 @@ def request_id_of(headers: list[tuple[bytes, bytes]]) -> str:
 
 
 def note_tokens(scope: Scope, tokens: Callable[[], tuple[int, int]]) -> None:
-    scope[TOKENS] = tokens
+    scope.setdefault(TOKENS, []).append(tokens)
 
 
 def _write(scope: Scope, status: int, request_id: str, seconds: float) -> None:
@@ -78,8 +79,8 @@ def _write(scope: Scope, status: int, request_id: str, seconds: float) -> None:
         "request_id": request_id,
     }
     used = ""
-    if TOKENS in scope:
-        prompt, generated = scope[TOKENS]()
+    for tokens in scope.get(TOKENS, []):
+        prompt, generated = tokens()
         fields |= {"prompt_tokens": prompt, "completion_tokens": generated}
         used = f", {prompt} + {generated} tokens"
     line = f'{fields["client"]} - "{scope["method"]} {path} HTTP/{scope.get("http_version", "1.1")}" {status}'
