@@ -10,11 +10,14 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import reaper
-from tests.server.live import LiveServer, eventually
+
+if TYPE_CHECKING:
+    from tests.server.live import LiveServer  # which needs client libraries that a machine with a GPU need not have
 
 # As the command line does: tests share the cores with the servers that they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -46,6 +49,8 @@ def demo_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def float32_server(demo_gguf: Path) -> Iterator[LiveServer]:
+    from tests.server.live import LiveServer
+
     with LiveServer("demo", "--dtype", "float32") as server:
         yield server
 
@@ -53,6 +58,8 @@ def float32_server(demo_gguf: Path) -> Iterator[LiveServer]:
 @pytest.fixture
 def server(float32_server: LiveServer) -> Iterator[LiveServer]:
     """The demo model in float32. Each test must leave the same engine behind, alive and empty."""
+    from tests.server.live import eventually
+
     pid = float32_server.engine_pid()
     yield float32_server
     eventually(float32_server.is_idle, 5, "an empty engine")
