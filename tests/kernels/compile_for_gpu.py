@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from fastqwen.build import build_decoder
 from fastqwen.config import EngineConfig
-from fastqwen.kernels.limits import shared_bytes
+from fastqwen.kernels.limits import shared_bytes, usual_block_size
 from fastqwen.kernels.triton import launch
 from fastqwen.model_config import ModelConfig
 from fastqwen.models import parse_config, read_config
@@ -169,16 +169,17 @@ def row(slot: int, count: int) -> Row:
 def models(capability: int) -> Iterator[tuple[str, ModelConfig, str, int]]:
     """Name, model, dtype, block size. One layer of each kind: the others have the same shapes."""
     half = "bfloat16" if capability >= 80 else "float16"
+    usual = usual_block_size(divmod(capability, 10), 64)
     for name in PUBLISHED:
         model = read_config(CONFIGS / name)
-        yield name, msgspec.structs.replace(model, num_layers=1), half, 64 if capability >= 80 else 32
+        yield name, msgspec.structs.replace(model, num_layers=1), half, usual
     small = msgspec.structs.replace(read_config(CONFIGS / "qwen3-0.6b"), num_layers=1)
     yield "large-blocks", small, half, 256 if capability >= 80 else 16
     yield (
         "partly-rotated",
         msgspec.structs.replace(small, head_dim=256, rotated=64),
         half,
-        64 if capability >= 80 else 32,
+        usual,
     )
     yield "wide-float32", msgspec.structs.replace(small, head_dim=256), "float32", 64 if capability >= 80 else 16
     odd = parse_config(ODD, "odd")
