@@ -77,6 +77,7 @@ class Script:
 
 class ScriptedExecutor:
     run_ahead = 1
+    late: Sequence[str] = ()  # it waits for each mask, so that no row steps aside
 
     def __init__(self, compiler: GrammarCompiler, text: TextTools, vocab_size: int, hidden_size: int) -> None:
         self._structured = StructuredOutput(compiler)
@@ -113,7 +114,8 @@ class ScriptedExecutor:
         if self._structured.constrains(row.slot):
             logits = torch.zeros((1, self._vocab_size))
             failed: dict[int, Failure] = {}
-            self._structured.mask(logits, choices_of([row]), failed)
+            while self._structured.mask(logits, choices_of([row]), failed):
+                pass
             if failed:
                 return SampledRow(request_id=row.request_id, error=failed[0])
             token = self._pick(logits[0], script, admission)
