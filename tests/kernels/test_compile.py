@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-UNUSUAL = ("odd", "wide-float32")  # sizes that nothing divides, float32 with wide heads: right, and slow
+UNUSUAL = (
+    "odd",
+    "wide-float32",
+    "large-blocks",
+)  # what nothing divides, and what no card has by itself: right, and slow
 
 
 def compiled(capability: int, folder: Path, *models: str) -> set[str]:
@@ -38,4 +42,6 @@ def test_what_steps_launch_compiles_for_a_gpu(tmp_path: Path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
 def test_what_each_model_launches_compiles_for_a_gpu(capability: int, tmp_path: Path):
-    assert len(compiled(capability, tmp_path)) == (18 if capability == 90 else 16)
+    assert len(compiled(capability, tmp_path)) == {75: 15, 90: 18}.get(
+        capability, 16
+    )  # before 8.0 cuBLAS for several rows
