@@ -30,6 +30,7 @@ DOTS_CAPABILITY = (
     8,
     0,
 )  # before it products are ordinary arithmetic, and larger blocks than SMALL_BLOCK leave the registers
+WIDEST_WITHOUT_DOTS = 128  # heads; a tile of prompts with wider ones does not fit into 64 KiB
 GPU_HEAD_DIMS = (16, 32, 64, 128, 256)  # the first in float32 only
 TILE_TOKENS = 64  # of the prompt kernel; steps with prompts beside streams have a multiple of so many tokens
 MAX_RECORDED_TOKENS = 2048
@@ -43,6 +44,11 @@ def shared_bytes(capability: tuple[int, int]) -> int:
     """Of shared memory for one program at most (CUDA C++ programming guide, technical specifications by capability); of a
     capability that is not known the least of today's."""
     return SHARED_KIB.get(capability, 99) * KIB
+
+
+def gpu_head_dims(capability: tuple[int, int], number_bytes: int) -> tuple[int, ...]:
+    sizes = GPU_HEAD_DIMS if number_bytes > 2 else GPU_HEAD_DIMS[1:]
+    return tuple(size for size in sizes if capability >= DOTS_CAPABILITY or size <= WIDEST_WITHOUT_DOTS)
 
 
 def gpu_block_sizes(capability: tuple[int, int], head_dim: int, number_bytes: int) -> tuple[int, ...]:

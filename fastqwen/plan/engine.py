@@ -7,7 +7,7 @@ import msgspec
 from fastqwen import quant
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, DoesNotFit, Unsupported
-from fastqwen.kernels.limits import GPU_HEAD_DIMS, gpu_block_sizes, usual_block_size
+from fastqwen.kernels.limits import gpu_block_sizes, gpu_head_dims, usual_block_size
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import NamedModel, published
 from fastqwen.plan.changes import advise
@@ -18,6 +18,9 @@ from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 from fastqwen.plan.question import PlanOptions, Question, beyond_training, is_fitting, too_long
 from fastqwen.plan.steps import mixed_tokens, step_tokens
 from fastqwen.plan.weights import num_parameters
+
+
+UNKNOWN_CAPABILITY = (8, 6)  # of a GPU that does not say: the least of today's usual ones
 
 
 class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +64,7 @@ def make_plan(
     if not on_cpu and generation_of(facts.compute_capability).is_torch_only:
         notices.append(f"{facts.name} computes by {TORCH_ONLY}")
     elif not on_cpu:
-        capability = facts.compute_capability or (0, 0)
+        capability = facts.compute_capability or UNKNOWN_CAPABILITY
         block_size = config.block_size or usual_block_size(capability, profile.block_size)
         check_sizes(model.head_dim, block_size, dtype, facts)
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
@@ -106,10 +109,10 @@ def make_plan(
 def check_sizes(head_dim: int, block_size: int, dtype: str, facts: DeviceFacts) -> None:
     """Raises Unsupported or BadConfig for what a GPU's kernels do not take: they hold a head as two halves, each of a size
     that tensor cores take, and whole blocks in a program's shared memory."""
-    heads = GPU_HEAD_DIMS if dtype == "float32" else GPU_HEAD_DIMS[1:]
+    heads = gpu_head_dims(facts.compute_capability or UNKNOWN_CAPABILITY, DTYPE_BYTES[dtype])
     if head_dim not in heads:
         raise Unsupported(f"head_dim is {head_dim}, on a GPU in {dtype} it can be {str(heads)[1:-1]}: use --device cpu")
-    blocks = gpu_block_sizes(facts.compute_capability or (0, 0), head_dim, DTYPE_BYTES[dtype])
+    blocks = gpu_block_sizes(facts.compute_capability or UNKNOWN_CAPABILITY, head_dim, DTYPE_BYTES[dtype])
     if block_size not in blocks:
         raise BadConfig(
             f"--block-size is {block_size}, with heads of {head_dim} numbers in {dtype} it can be {str(blocks)[1:-1]} "

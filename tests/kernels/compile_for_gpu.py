@@ -169,6 +169,7 @@ def row(slot: int, count: int) -> Row:
 def models(capability: int) -> Iterator[tuple[str, ModelConfig, str, int]]:
     """Name, model, dtype, block size. One layer of each kind: the others have the same shapes."""
     half = "bfloat16" if capability >= 80 else "float16"
+    widest = 256 if capability >= 80 else 128
     usual = usual_block_size(divmod(capability, 10), 64)
     for name in PUBLISHED:
         model = read_config(CONFIGS / name)
@@ -177,11 +178,11 @@ def models(capability: int) -> Iterator[tuple[str, ModelConfig, str, int]]:
     yield "large-blocks", small, half, 256 if capability >= 80 else 16
     yield (
         "partly-rotated",
-        msgspec.structs.replace(small, head_dim=256, rotated=64),
+        msgspec.structs.replace(small, head_dim=widest, rotated=64),
         half,
         usual,
     )
-    yield "wide-float32", msgspec.structs.replace(small, head_dim=256), "float32", 64 if capability >= 80 else 16
+    yield "wide-float32", msgspec.structs.replace(small, head_dim=widest), "float32", 64 if capability >= 80 else 16
     odd = parse_config(ODD, "odd")
     for dtype in ("float32", "float16"):
         yield f"odd-{dtype}", odd, dtype, 16
