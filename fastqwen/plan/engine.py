@@ -19,7 +19,6 @@ from fastqwen.plan.question import PlanOptions, Question, beyond_training, is_fi
 from fastqwen.plan.steps import mixed_tokens, step_tokens
 from fastqwen.plan.weights import num_parameters
 
-
 UNKNOWN_CAPABILITY = (8, 6)  # of a GPU that does not say: the least of today's usual ones
 
 
