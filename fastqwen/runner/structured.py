@@ -110,6 +110,8 @@ class _Constraint:
         self.job: Future[Mask] | None = None
 
     def take(self, token_ids: Sequence[int]) -> None:
+        if self.job is not None:
+            wait([self.job])  # whoever takes a token without its mask: the job has the matcher to itself
         self.job = None
         for index, token_id in enumerate(token_ids):
             if not self._awaited:

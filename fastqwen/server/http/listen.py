@@ -8,11 +8,11 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastqwen.errors import BadConfig
 from fastqwen.server.config import FrontConfig
@@ -57,6 +57,16 @@ def run_loop(main: Coroutine[Any, Any, Result]) -> Result:
     return uvloop.run(main)
 
 
+def _ends_with_the_server(app: ASGIApp) -> ASGIApp:
+    """Only the end of the server cancels a request from outside: a broken connection then, not a bug with a traceback."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return call
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn, but the first signal lets running requests finish while new ones are told to go elsewhere."""
 
@@ -64,7 +74,7 @@ class DrainingServer(uvicorn.Server):
         self._state = state
         super().__init__(
             uvicorn.Config(
-                AccessLog(app, writes=state.config.access_log),
+                _ends_with_the_server(AccessLog(app, writes=state.config.access_log)),
                 log_level="info",
                 access_log=False,  # uvicorn writes its line when an answer begins, and knows nothing of its tokens
                 log_config=None,
