@@ -148,6 +148,27 @@ class GroupedWeight:
         return self.codes.shape[1]
 
 
+@dataclass(frozen=True)
+class ScaledWeight:
+    """A matrix of 8-bit floating-point numbers (e4m3, arXiv 2209.05433) with a scale for each block of them.
+
+    weight[o, i] = numbers[o, i] * scales[o // block[0], i // block[1]]
+    """
+
+    numbers: Tensor  # float8_e4m3fn [out, in]
+    scales: Tensor  # float32 [blocks of outputs, blocks of inputs]; the last block of either may be cut
+    block: tuple[int, int]  # outputs, inputs
+    bias: Tensor | None = None  # [out]
+
+    @property
+    def in_size(self) -> int:
+        return self.numbers.shape[1]
+
+    @property
+    def out_size(self) -> int:
+        return self.numbers.shape[0]
+
+
 class Product(Protocol):
     """A matrix as a device's own kernels read it, and the forms in which a decoder multiplies by it (see layers/linear.py)."""
 
@@ -239,9 +260,12 @@ class Ops(Protocol):
     def grouped_linear(self, x: Tensor, weight: GroupedWeight) -> Tensor:
         """x [tokens, in] -> [tokens, out]"""
 
-    def packed(self, weight: GroupedWeight, dtype: dtype) -> Product | None:
-        """The same matrix for this device's own kernels; None: grouped_linear computes with it as it is. ``dtype`` is the
-        activations'."""
+    def scaled_linear(self, x: Tensor, weight: ScaledWeight) -> Tensor:
+        """x [tokens, in] -> [tokens, out]"""
+
+    def packed(self, weight: GroupedWeight | ScaledWeight, dtype: dtype) -> Product | None:
+        """The same matrix for this device's own kernels; None: grouped_linear or scaled_linear computes with it as it is.
+        ``dtype`` is the activations'."""
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[tokens, 2 * size] -> silu(first half) * second half, [tokens, size]"""

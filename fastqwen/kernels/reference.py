@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fastqwen.kernels import (
     LayerCache,
     Norm,
     Product,
+    ScaledWeight,
     StepTokens,
 )
 from fastqwen.kernels.limits import UNPACK_BYTES
@@ -48,16 +50,24 @@ class ReferenceOps:
         residual += self.linear(x, weight)
 
     def grouped_linear(self, x: Tensor, weight: GroupedWeight) -> Tensor:
-        """A few output columns are unpacked at a time, so that memory stays small."""
+        return self._in_pieces(x, weight, lambda start, stop: unpack_grouped(weight, start, stop))
+
+    def scaled_linear(self, x: Tensor, weight: ScaledWeight) -> Tensor:
+        return self._in_pieces(x, weight, lambda start, stop: unpack_scaled(weight, start, stop))
+
+    def _in_pieces(
+        self, x: Tensor, weight: GroupedWeight | ScaledWeight, unpack: Callable[[int, int], Tensor]
+    ) -> Tensor:
+        """A few outputs are unpacked at a time, so that memory stays small."""
         out = torch.empty((x.shape[0], weight.out_size), dtype=x.dtype, device=x.device)
         width = max(1, UNPACK_BYTES // (4 * weight.in_size))
         for start in range(0, weight.out_size, width):
             stop = min(start + width, weight.out_size)
             bias = None if weight.bias is None else weight.bias[start:stop]
-            out[:, start:stop] = self.linear(x, DenseWeight(unpack_grouped(weight, start, stop).to(x.dtype), bias))
+            out[:, start:stop] = self.linear(x, DenseWeight(unpack(start, stop).to(x.dtype), bias))
         return out
 
-    def packed(self, weight: GroupedWeight, dtype: torch.dtype) -> Product | None:
+    def packed(self, weight: GroupedWeight | ScaledWeight, dtype: torch.dtype) -> Product | None:
         return None
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -123,6 +133,14 @@ def unpack_grouped(weight: GroupedWeight, start: int, stop: int) -> Tensor:
     for group, inputs in enumerate(out.split(weight.group_size, dim=1)):
         inputs.sub_(zeros[:, group, None]).mul_(scales[:, group, None])
     return out
+
+
+def unpack_scaled(weight: ScaledWeight, start: int, stop: int) -> Tensor:
+    """Outputs ``start`` to ``stop`` as a plain matrix, float32 [stop - start, in]."""
+    height, width = weight.block
+    lines = weight.scales[start // height : -(-stop // height)].repeat_interleave(height, 0)[start % height :]
+    scales = lines[: stop - start].repeat_interleave(width, 1)[:, : weight.in_size]
+    return weight.numbers[start:stop].float().mul_(scales)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ see the step whose tokens x has; the output head, which reads some of them only,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastqwen.kernels import DenseWeight, GroupedWeight, Norm, Ops, Product, StepTokens
+from fastqwen.kernels import DenseWeight, GroupedWeight, Norm, Ops, Product, ScaledWeight, StepTokens
 from fastqwen.sharding import World
 
 if TYPE_CHECKING:
@@ -109,8 +110,39 @@ class GroupedLinear(Linear):
         return GroupedLinear(self.ops, weight)
 
 
+class ScaledLinear(Linear):
+    """Floating-point numbers of 8 bits with a scale for each block of them."""
+
+    def __init__(self, ops: Ops, weight: ScaledWeight) -> None:
+        super().__init__(ops)
+        self.weight = weight
+
+    @property
+    def num_bytes(self) -> int:
+        return _num_bytes(self.weight.numbers, self.weight.scales, self.weight.bias)
+
+    def __call__(self, x: Tensor, step: StepTokens | None) -> Tensor:
+        return self.ops.scaled_linear(x, self.weight)
+
+    def joined(self, other: Linear) -> Linear | None:
+        """One matrix if the blocks of both lie side by side; the lower block's scales are repeated for the higher one's."""
+        if not isinstance(other, ScaledLinear):
+            return None
+        a, b = self.weight, other.weight
+        height = math.gcd(a.block[0], b.block[0])
+        if a.block[1] != b.block[1] or a.out_size % height:
+            return None
+        weight = ScaledWeight(
+            numbers=_cat(a.numbers, b.numbers),
+            scales=_cat(_scales_by(a, height), _scales_by(b, height)),
+            block=(height, a.block[1]),
+            bias=_cat_biases(a.bias, b.bias),
+        )
+        return ScaledLinear(self.ops, weight)
+
+
 class PackedLinear(Linear):
-    """A grouped matrix as the device's own kernels read it."""
+    """A grouped or scaled matrix as the device's own kernels read it."""
 
     def __init__(self, ops: Ops, product: Product) -> None:
         super().__init__(ops)
@@ -202,10 +234,10 @@ def join(ops: Ops, parts: Sequence[Linear]) -> Linear:
 
 
 def packed(linear: Linear, dtype: dtype) -> Linear:
-    """With grouped matrices as the device's own kernels read them, if it has some; ``dtype`` is the activations'."""
+    """With grouped and scaled matrices as the device's own kernels read them, if it has some; ``dtype`` is the activations'."""
     if isinstance(linear, JoinedLinear):
         return JoinedLinear(linear.ops, [packed(part, dtype) for part in linear.parts])
-    product = linear.ops.packed(linear.weight, dtype) if isinstance(linear, GroupedLinear) else None
+    product = linear.ops.packed(linear.weight, dtype) if isinstance(linear, GroupedLinear | ScaledLinear) else None
     return linear if product is None else PackedLinear(linear.ops, product)
 
 
@@ -221,6 +253,12 @@ def _cat(*tensors: Tensor, dim: int = 0) -> Tensor:
 
 def _cat_biases(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return None if first is None or second is None else _cat(first, second)
+
+
+def _scales_by(weight: ScaledWeight, height: int) -> Tensor:
+    """The scales for blocks of fewer outputs."""
+    lines = weight.scales.repeat_interleave(weight.block[0] // height, 0)
+    return lines[: -(-weight.out_size // height)]
 
 
 def _same_order(first: Tensor | None, second: Tensor | None) -> bool:

@@ -21,7 +21,8 @@ from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.model_config import Fields, ModelConfig, read_json, short
 
 SCALINGS = ("rope_scaling", "rope_parameters")
-QUANTIZE_CONFIG = "quantize_config.json"
+# Files beside config.json that say how weights are stored, where it does not, and the method whose tools write them.
+QUANTIZE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 
 def supported() -> list[str]:
@@ -99,27 +100,33 @@ def _without_theta(scaling: Any) -> Any:
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
-    """A folder's config.json; early GPTQ checkpoints keep their quantization in quantize_config.json beside it."""
+    """A folder's config.json; some checkpoints keep their quantization in a file beside it."""
     path = folder / "config.json"
     values = read_json(path)
     beside = quantization_source(folder)
     if beside != path:
-        values["quantization_config"] = {"quant_method": "gptq", **read_json(beside)}
+        values["quantization_config"] = {"quant_method": QUANTIZE_CONFIGS[beside.name], **read_json(beside)}
     config = parse_config(values, str(path), overrides)
     return msgspec.structs.replace(config, notices=(*config.notices, *_contradictions(folder, config)))
 
 
 def _contradictions(folder: Path, config: ModelConfig) -> list[str]:
-    """Where quantize_config.json says something else than config.json, which counts."""
-    beside, counts = folder / QUANTIZE_CONFIG, config.quantization or {}
-    other = read_json(beside) if beside.is_file() else {}
-    keys = [
-        key for key in ("bits", "group_size", "desc_act") if key in other and other[key] != counts.get(key, other[key])
-    ]
-    return [f"{beside}: {', '.join(keys)} differ from config.json, which counts"] if keys else []
+    """Where a file beside config.json says something else than it, which counts."""
+    counts, found = config.quantization or {}, []
+    for name in QUANTIZE_CONFIGS:
+        other = read_json(folder / name) if (folder / name).is_file() else {}
+        keys = [
+            key
+            for key in ("bits", "group_size", "desc_act")
+            if key in other and other[key] != counts.get(key, other[key])
+        ]
+        if keys:
+            found.append(f"{folder / name}: {', '.join(keys)} differ from config.json, which counts")
+    return found
 
 
 def quantization_source(folder: Path) -> Path:
     """The file that says how a folder's weights are stored."""
-    path, beside = folder / "config.json", folder / QUANTIZE_CONFIG
-    return beside if beside.is_file() and read_json(path).get("quantization_config") is None else path
+    path = folder / "config.json"
+    beside = [folder / name for name in QUANTIZE_CONFIGS if (folder / name).is_file()]
+    return beside[0] if beside and read_json(path).get("quantization_config") is None else path

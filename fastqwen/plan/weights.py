@@ -14,8 +14,6 @@ from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.plan.allocator import rounded_up_bytes
 from fastqwen.plan.facts import DTYPE_BYTES
 
-FP8_SCALE_BYTES = 4
-
 
 class Matrix(msgspec.Struct, frozen=True):
     """``count`` equal matrices of a layer or of the model, as one GPU holds them."""
@@ -84,12 +82,13 @@ def _bytes_in_file(matrix: Matrix, quantization: dict[str, Any]) -> int:
     """Codes, scales, zeros and order, without a bias that the model has; of a method that the engine does not have yet,
     too."""
     method = quant.method_word(quantization)
-    if method == "fp8":
-        block = quantization.get("weight_block_size")
-        scales = ceil(matrix.inputs / block[1]) * ceil(matrix.outputs / block[0]) if block else 1
-        return matrix.entries + scales * FP8_SCALE_BYTES
-    if method not in ("gptq", "auto_round", "awq"):
-        raise Unsupported(f"the planner knows no quantization method {method!r}; it knows gptq, awq and fp8")
+    if method not in quant.supported():
+        raise Unsupported(
+            f"the planner knows no quantization method {method!r}; it knows {', '.join(quant.supported())}"
+        )
+    if method not in ("gptq", "auto_round", "awq"):  # held as it is stored
+        found = quant.find(quantization, "config.json")
+        return found.held_bytes(matrix.inputs, matrix.outputs, element=2, is_expert=False)
     fields = Fields(quantization, "quantization_config")
     bits = fields.int("bits", default=4, high=16)
     group = fields.int("group_size", default=128, low=-1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastqwen.errors import Unsupported
 from fastqwen.kernels import Ops
 from fastqwen.layers.linear import Linear
-from fastqwen.model_config import short
+from fastqwen.model_config import Fields, short
 from fastqwen.sharding import Ranges
 
 if TYPE_CHECKING:
@@ -96,3 +96,12 @@ def preferred_dtype(quantization: dict[str, Any] | None) -> str | None:
     if method_word(quantization) not in supported():
         return None
     return find(quantization, "config.json").preferred_dtype
+
+
+def tell_unknown(fields: Fields, silent: frozenset[str]) -> None:
+    """A notice of keys that nobody read; ``silent`` are those that change nothing, null and false are no others."""
+    unknown = sorted(
+        key for key, value in fields.values.items() if key not in fields.seen | silent and value not in (None, False)
+    )
+    if unknown:
+        fields.tell(f"not read: {', '.join(short(key) for key in unknown[:8])}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastqwen.kernels import DenseWeight, ExpertsWeight, Ops
-from fastqwen.layers.linear import DenseLinear, Linear, join
+from fastqwen.layers.linear import DenseLinear, Linear, join, packed
 from fastqwen.quant import ExpertsSpec, LinearSpec
 from fastqwen.sharding import Part, Ranges
 
@@ -27,14 +27,26 @@ class Dense:
         return in_size * out_size * element
 
     def linear(self, weights: Weights, spec: LinearSpec, ops: Ops) -> Linear:
-        parts = []
-        for index, name in enumerate(spec.names):
-            bias = read_bias(weights, spec, index) if spec.bias and spec.adds_bias else None
-            parts.append(DenseLinear(ops, DenseWeight(read_matrix(weights, spec, index, name), bias)))
-        return join(ops, parts)
+        return of_modules(weights, spec, ops, spec.bias and spec.adds_bias, lambda index, name, bias: None)
 
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
         return stacked(weights, spec, ops, lambda name, shape, part: weights.tensor(f"{name}.weight", shape, part=part))
+
+
+def of_modules(
+    weights: Weights,
+    spec: LinearSpec,
+    ops: Ops,
+    has_bias: bool,
+    make: Callable[[int, str, Tensor | None], Linear | None],
+) -> Linear:
+    """One linear of the spec's modules: those that ``make`` gives from index, name and bias, and plain ones for the others."""
+    parts: list[Linear] = []
+    for index, name in enumerate(spec.names):
+        bias = read_bias(weights, spec, index) if has_bias else None
+        made = make(index, name, bias)
+        parts.append(made or DenseLinear(ops, DenseWeight(read_matrix(weights, spec, index, name), bias)))
+    return packed(join(ops, parts), weights.dtype)
 
 
 def read_matrix(weights: Weights, spec: LinearSpec, index: int, name: str) -> Tensor:
@@ -42,7 +54,10 @@ def read_matrix(weights: Weights, spec: LinearSpec, index: int, name: str) -> Te
 
 
 def read_bias(weights: Weights, spec: LinearSpec, index: int) -> Tensor:
+    """Zeros where a module has none, and its neighbours have."""
     part = None if spec.outputs is None else Part(0, spec.outputs[index])
+    if not spec.bias and not weights.has(f"{spec.names[index]}.bias"):
+        return weights.zeros(spec.out_sizes[index] if part is None else part.size)
     return weights.tensor(f"{spec.names[index]}.bias", (spec.out_sizes[index],), part=part)
 
 

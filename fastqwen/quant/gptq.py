@@ -12,11 +12,11 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from fastqwen.errors import BadCheckpoint, Unsupported
-from fastqwen.kernels import DenseWeight, GroupedWeight, Ops
-from fastqwen.layers.linear import DenseLinear, GroupedLinear, Linear, join, packed
+from fastqwen.kernels import GroupedWeight, Ops
+from fastqwen.layers.linear import GroupedLinear, Linear
 from fastqwen.model_config import Fields, short
-from fastqwen.quant import ExpertsSpec, LinearSpec
-from fastqwen.quant.dense import read_bias, read_matrix, stacked
+from fastqwen.quant import ExpertsSpec, LinearSpec, tell_unknown
+from fastqwen.quant.dense import of_modules, stacked
 from fastqwen.sharding import Part, Ranges
 
 if TYPE_CHECKING:
@@ -65,17 +65,15 @@ class Gptq:
         return in_size * out_size * self.bits // 8 + groups * out_size * (SCALE_BYTES + ZERO_BYTES) + order
 
     def linear(self, weights: Weights, spec: LinearSpec, ops: Ops) -> Linear:
-        any_bias = spec.adds_bias and (spec.bias or any(weights.has(f"{name}.bias") for name in spec.names))
-        parts: list[Linear] = []
-        for index, name in enumerate(spec.names):
-            bias = self._bias(weights, spec, index) if any_bias else None
-            if weights.has(f"{name}.qweight") or not weights.has(f"{name}.weight"):
-                outputs = None if spec.outputs is None else spec.outputs[index]
-                sizes = spec.in_size, spec.out_sizes[index]
-                parts.append(GroupedLinear(ops, self._weight(weights, name, *sizes, spec.inputs, outputs, bias)))
-            else:
-                parts.append(DenseLinear(ops, DenseWeight(read_matrix(weights, spec, index, name), bias)))
-        return packed(join(ops, parts), weights.dtype)
+        def make(index: int, name: str, bias: Tensor | None) -> Linear | None:
+            if weights.has(f"{name}.weight") and not weights.has(f"{name}.qweight"):
+                return None
+            outputs = None if spec.outputs is None else spec.outputs[index]
+            sizes = spec.in_size, spec.out_sizes[index]
+            return GroupedLinear(ops, self._weight(weights, name, *sizes, spec.inputs, outputs, bias))
+
+        has_bias = spec.adds_bias and (spec.bias or any(weights.has(f"{name}.bias") for name in spec.names))
+        return of_modules(weights, spec, ops, has_bias, make)
 
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
         if not self._told and weights.has(f"{spec.down.format(expert=0)}.qweight"):
@@ -92,11 +90,6 @@ class Gptq:
         outputs, inputs = (part.ranges if part is not None and part.dim == dim else None for dim in (0, 1))
         weight = self._weight(weights, name, shape[1], shape[0], inputs, outputs, None)
         return unpack_grouped(weight, 0, weight.out_size).to(weights.dtype)
-
-    def _bias(self, weights: Weights, spec: LinearSpec, index: int) -> Tensor:
-        if spec.bias or weights.has(f"{spec.names[index]}.bias"):
-            return read_bias(weights, spec, index)
-        return weights.zeros(spec.out_sizes[index] if spec.outputs is None else Part(0, spec.outputs[index]).size)
 
     def _num_groups(self, in_size: int) -> int:
         return 1 if self.group_size == -1 else -(-in_size // self.group_size)
@@ -128,10 +121,10 @@ class Gptq:
             codes = scales = Part(1, outputs)
             zeros = weights.lines(zeros, scales)
         elif inputs is not None:
-            units = _divided(weights, name, inputs, unit, "numbers of a word")
+            units = divided(weights, name, inputs, unit, "numbers of a word")
             codes = Part(0, tuple((start * words, stop * words) for start, stop in units))
             if groups is None and self.group_size != -1:
-                scales = Part(0, _divided(weights, name, inputs, group_size, "inputs of a group"))
+                scales = Part(0, divided(weights, name, inputs, group_size, "inputs of a group"))
                 zeros = weights.lines(zeros, scales)
             elif groups is not None:
                 groups = weights.lines(groups, Part(0, inputs))
@@ -179,7 +172,7 @@ class Gptq:
         return None if groups.equal(in_order) else groups
 
 
-def _divided(weights: Weights, name: str, ranges: Ranges, unit: int, what: str) -> Ranges:
+def divided(weights: Weights, name: str, ranges: Ranges, unit: int, what: str) -> Ranges:
     if any(edge % unit for pair in ranges for edge in pair):
         raise weights.fault(
             f"{name}.qweight", f"cannot be split at {ranges}: the edges must be multiples of the {unit} {what}"
@@ -229,11 +222,7 @@ def from_fields(fields: Fields, zero_offset: int | None, *, desc_act: bool) -> G
     if group_size == 0:
         raise BadCheckpoint(f"{fields.source}: group_size is 0, expected -1 or at least 1")
     _check_rules(fields, bits, group_size, desc_act)
-    unknown = sorted(
-        key for key, value in fields.values.items() if key not in fields.seen | SILENT and value not in (None, False)
-    )
-    if unknown:
-        fields.tell(f"not read: {', '.join(short(key) for key in unknown[:8])}")
+    tell_unknown(fields, SILENT)
     return Gptq(
         bits=bits,
         group_size=group_size,

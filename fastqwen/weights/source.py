@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Protocol
 
@@ -59,6 +60,31 @@ class Weights:
         self.num_bytes += found.nbytes
         return found.to(self.device)
 
+    def eighths(self, name: str, shape: tuple[int, ...], *, part: Part | None = None) -> Tensor:
+        """A tensor of 8-bit floating-point numbers (float8_e4m3fn) on this model's device."""
+        found = self.raw(name, shape, part)
+        if found.dtype != torch.float8_e4m3fn:
+            raise self.fault(name, f"holds {_type_name(found)}, expected float8_e4m3fn")
+        found = found.to(self.device)
+        if not _is_finite(found):
+            raise self.fault(name, "contains NaN or infinity")
+        self.num_bytes += found.nbytes
+        return found
+
+    def scales(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Scales of a matrix, float32; [1, 1] and [n, 1] may be [] or [1] and [n] in the file."""
+        found = self.shape(name)
+        short = shape[: 1 if shape[-1] == 1 else None]
+        if found in (short, ()) and found != shape and math.prod(found) == math.prod(shape):
+            return self.tensor(name, found, keep_type=True).float().view(shape)
+        return self.tensor(name, shape, keep_type=True).float()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises BadCheckpoint if there is no such tensor."""
+        if name not in self._names:
+            raise self._missing(name)
+        return self._file.shape(name)
+
     def is_same(self, name: str, other: str, shape: tuple[int, ...]) -> bool:
         """Whether two tensors of one shape hold the same numbers."""
         return torch.equal(self.raw(name, shape), self.raw(other, shape))
@@ -78,10 +104,8 @@ class Weights:
 
     def raw(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
         """A tensor in the file's own type, on the CPU, possibly a view of the mapped file. ``shape`` is the whole one's."""
-        if name not in self._names:
-            raise self._missing(name)
+        found = self.shape(name)
         self._read.add(name)
-        found = self._file.shape(name)
         if found != shape:
             raise self.fault(name, f"has shape {list(found)}, config.json says {list(shape)}")
         read = self._file.read(name, part)
@@ -110,6 +134,14 @@ class Weights:
     def location(self, name: str) -> str:
         return self._file.location(name)
 
+    def skip(self, name: str) -> None:
+        """Counts as read, for it changes nothing of what is computed, whether it is there or not."""
+        self._read.add(name)
+
+    def is_of_bytes(self, name: str) -> bool:
+        """Whether a tensor is there and its numbers have 8 bits."""
+        return self.has(name) and self._file.read(name).element_size() == 1
+
     def is_zero(self, name: str) -> bool:
         return not bool(self._file.read(name).any())
 
@@ -121,9 +153,10 @@ FOREIGN_PREFIXES = {
     "base_model.model.": " (PEFT's)",
     "language_model.": " (a model with a vision part)",
 }
-# Buffers that older versions saved, which follow from config.json; and heads that guess several tokens ahead.
+# Buffers that older versions saved, which follow from config.json; heads that guess several tokens ahead; and what scales an
+# 8-bit cache that others fill with keys and values as they are.
 KNOWN_EXTRAS = re.compile(
-    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(masked_bias|rope\.freqs)$|^(model\.)?mtp\.|^mtp_"
+    r"\.(k_scale|v_scale|[kv]_proj\.output_scale)$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(masked_bias|rope\.freqs)$|^(model\.)?mtp\.|^mtp_"
 )
 
 
@@ -174,6 +207,12 @@ class DummyWeights(Weights):
     def unread(self) -> list[str]:
         return []
 
+    def skip(self, name: str) -> None:
+        pass
+
+    def is_of_bytes(self, name: str) -> bool:
+        return False
+
     def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False, part: Part | None = None) -> Tensor:
         dtype = torch.float16 if keep_type else self.dtype
         out = torch.empty(shape if part is None else part.shape(shape), dtype=dtype, device=self.device)
@@ -182,6 +221,15 @@ class DummyWeights(Weights):
             return out.fill_(1.0)
         spread = 2e-4 if name.endswith(".scales") else 0.02  # scales are multiplied by codes of up to 8 bits
         return out.normal_(0.0, spread, generator=self._generator)
+
+    def eighths(self, name: str, shape: tuple[int, ...], *, part: Part | None = None) -> Tensor:
+        out = torch.empty(shape if part is None else part.shape(shape), dtype=torch.float16, device=self.device)
+        out = out.normal_(0.0, 32.0, generator=self._generator).to(torch.float8_e4m3fn)
+        self.num_bytes += out.nbytes
+        return out
+
+    def scales(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.full(shape, 6e-4, dtype=torch.float32, device=self.device)
 
     def words(self, name: str, shape: tuple[int, ...], *, part: Part | None = None) -> Tensor:
         out = torch.zeros(shape if part is None else part.shape(shape), dtype=torch.int32, device=self.device)

@@ -32,8 +32,8 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """The other way, for sizes that share words evenly."""
-    shares = numbers.unflatten(0, (-1, 32 // bits)).to(torch.int32)
-    words = torch.zeros_like(shares[:, 0])
+    shares = numbers.unflatten(0, (-1, 32 // bits))
+    words = torch.zeros_like(shares[:, 0], dtype=torch.int32)
     for place in range(32 // bits):
-        words |= shares[:, place] << (bits * place)
+        words |= shares[:, place].to(torch.int32) << (bits * place)
     return words

@@ -198,7 +198,6 @@ def test_the_op_in_many_small_chunks(bits: int, monkeypatch: pytest.MonkeyPatch)
         ({"lm_head": True}, "lm_head"),
         ({"pack_dtype": "int16"}, "pack_dtype"),
         ({"dynamic": {"+:.*down": {"bits": 8}}}, "dynamic"),
-        ({"quant_method": "awq"}, "'awq'"),
         ({"quant_method": None}, "quantization method"),
     ],
 )

@@ -13,8 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fastqwen.kernels import GroupedWeight
+from fastqwen.kernels import GroupedWeight, ScaledWeight
 
 STEP_K = 32  # inputs; no group is smaller
 TILE_N = 16  # outputs
@@ -115,6 +116,43 @@ def pack_grouped(weight: GroupedWeight) -> PackedWeight:
     )
 
 
+def pack_scaled(weight: ScaledWeight) -> PackedWeight | None:
+    """The same numbers; None where a block has inputs that are no multiple of a step."""
+    height, width = weight.block
+    out_size, in_size = weight.numbers.shape
+    one_block = width >= in_size
+    if not one_block and width % STEP_K:
+        return None
+    tiles = -(-out_size // (2 * TILE_N)) * 2
+    codes = functional.pad(
+        weight.numbers.view(torch.uint8), (0, -in_size % unit_inputs(8), 0, tiles * TILE_N - out_size)
+    )
+    kind: Scales = "ROWS"
+    scales, group_size = weight.scales, _power_of_two(max(in_size, 2 * STEP_K))
+    if one_block:
+        scales = scales[:, 0].repeat_interleave(height)[:out_size].contiguous()
+    else:
+        steps = width // STEP_K
+        group_size = width if steps == _power_of_two(steps) else STEP_K
+        scales = scales.repeat_interleave(width // group_size, 1)
+        if height % TILE_N == 0:
+            kind, lines = "TILES", scales.repeat_interleave(height // TILE_N, 0)[:tiles]
+            scales = functional.pad(lines, (0, 0, 0, tiles - lines.shape[0])).contiguous()
+        else:
+            kind, scales = "FLOATS", by_tiles(scales.repeat_interleave(height, 0)[:out_size].t(), tiles)
+    return PackedWeight(
+        format="Fp8",
+        words=torch.cat([pack_codes(part, 8) for part in codes.split(PACK_COLUMNS)]),
+        scales=scales,
+        kind=kind,
+        zeros=None,
+        group_size=group_size,
+        in_size=in_size,
+        out_size=out_size,
+        bias=weight.bias,
+    )
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 [16 * tiles, inputs of whole units] -> int32 [tiles, units, 32, 4]"""
     unit = unit_inputs(bits)
@@ -144,7 +182,7 @@ def unpack_codes(words: Tensor, bits: int) -> Tensor:
 def by_tiles(numbers: Tensor, tiles: int) -> Tensor:
     """[groups, out] -> [tiles, groups, 8, 2]: the numbers of the outputs g and g + 8 are neighbours."""
     groups, out_size = numbers.shape
-    padded = torch.nn.functional.pad(numbers, (0, tiles * TILE_N - out_size))
+    padded = functional.pad(numbers, (0, tiles * TILE_N - out_size))
     return padded.view(groups, tiles, 2, 8).permute(1, 0, 3, 2).contiguous()
 
 
@@ -195,7 +233,7 @@ def _codes(weight: GroupedWeight, order: Tensor | None, start: int, stop: int) -
         codes = codes[order]  # any code does where there is no input: x is zero there
     unit = unit_inputs(weight.bits)
     missing = -(-codes.shape[0] // unit) * unit - codes.shape[0]
-    return torch.nn.functional.pad(codes.t(), (0, missing, 0, stop - start - columns.shape[1])).contiguous()
+    return functional.pad(codes.t(), (0, missing, 0, stop - start - columns.shape[1])).contiguous()
 
 
 def _power_of_two(number: int) -> int:

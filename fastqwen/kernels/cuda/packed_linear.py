@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastqwen.kernels import GroupedWeight, Norm
+from fastqwen.kernels import GroupedWeight, Norm, ScaledWeight
 from fastqwen.kernels.cuda import driver, nvrtc
-from fastqwen.kernels.cuda.pack import STEP_K, TILE_N, PackedWeight, pack_grouped, unit_inputs
+from fastqwen.kernels.cuda.pack import STEP_K, TILE_N, PackedWeight, pack_grouped, pack_scaled, unit_inputs
 from fastqwen.kernels.limits import PACKED_ROWS, PACKED_SUMS, PACKED_TILES, PLAIN_BYTES
 from fastqwen.kernels.triton import pointwise
 from fastqwen.kernels.triton.launch import Card, card_of
@@ -399,10 +399,12 @@ class PackedProduct:
             tile += part.tiles
 
 
-def make_product(weight: GroupedWeight, dtype: torch.dtype, space: PackedSpace) -> PackedProduct | None:
-    """None for activations that these kernels do not take: float32, and bfloat16 before 8.0."""
+def make_product(weight: GroupedWeight | ScaledWeight, dtype: torch.dtype, space: PackedSpace) -> PackedProduct | None:
+    """None for activations that these kernels do not take, float32, and bfloat16 before 8.0; and for odd blocks."""
     if dtype not in TYPES or (dtype == torch.bfloat16 and not space.card.has_dots):
         return None
-    packed = pack_grouped(weight)
+    packed = pack_grouped(weight) if isinstance(weight, GroupedWeight) else pack_scaled(weight)
+    if packed is None:
+        return None
     space.compile_for(packed, dtype)
     return PackedProduct(packed, space)

@@ -22,6 +22,7 @@ from fastqwen.kernels import (
     LayerCache,
     Norm,
     Product,
+    ScaledWeight,
     StepTokens,
 )
 from fastqwen.kernels.cuda.nvrtc import CannotCompile
@@ -102,7 +103,7 @@ class TritonOps(ReferenceOps):
         product = early.streamed_linear if early is not None and is_early else linear.skinny_linear
         return product(x, weight, self._linear_space, gated=gated, add_to=add_to)
 
-    def packed(self, weight: GroupedWeight, dtype: torch.dtype) -> Product | None:
+    def packed(self, weight: GroupedWeight | ScaledWeight, dtype: torch.dtype) -> Product | None:
         return None if self._packed_space is None else make_product(weight, dtype, self._packed_space)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
