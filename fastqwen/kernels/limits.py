@@ -20,6 +20,7 @@ PLAIN_BYTES = 64 * MIB  # of a packed matrix, as plain numbers for cuBLAS, at a 
 PACKED_SUMS = 16384  # float32: what a block leaves of products with packed weights, at most
 PACKED_TILES = 16384  # int32 counters for them
 PACKED_ROWS = 128  # products of up to so many rows read packed weights; larger ones unpack them first
+EIGHT_BIT_ROWS = 32  # the same, where a library multiplies 8-bit numbers as they are
 WIDE_BYTES = 200 * MIB  # activations of a step that are worth to be made in two parts
 CHUNK_ROWS = 4096
 GPU_BLOCK_SIZES = (16, 32, 64, 128, 256)  # of the KV cache, in tokens

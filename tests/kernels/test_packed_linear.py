@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastqwen.kernels import GroupedWeight, Norm
+from fastqwen.kernels import GroupedWeight, Norm, ScaledWeight
 from fastqwen.kernels.cuda import packed_linear
-from fastqwen.kernels.cuda.pack import PackedWeight, pack_codes, pack_grouped, unpack_codes
+from fastqwen.kernels.cuda.pack import PackedWeight, pack_codes, pack_grouped, pack_scaled, unpack_codes
 from fastqwen.kernels.cuda.packed_linear import (
     Args,
     PackedTiling,
@@ -27,7 +27,7 @@ from fastqwen.kernels.cuda.packed_linear import (
     some_launch,
     variant_of,
 )
-from fastqwen.kernels.reference import ReferenceOps, unpack_grouped
+from fastqwen.kernels.reference import ReferenceOps, unpack_grouped, unpack_scaled
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -176,18 +176,17 @@ def test_whole_tiles_are_one_blocks_work(build: Callable[[Variant], Run], rows: 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_number_of_8_bits_floating_point(build: Callable[[Variant], Run], dtype: torch.dtype):
-    codes = torch.arange(256, dtype=torch.uint8).repeat(32, 1).roll(7, 1)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(32, 1) + torch.arange(32, dtype=torch.uint8)[:, None]
     codes[codes % 128 == 127] = 0  # NaN
-    plain = codes.view(torch.float8_e4m3fn).float()
-    scales = torch.rand(2, 2)
-    packed = PackedWeight("Fp8", pack_codes(codes, 8), scales, "TILES", None, 128, 256, 32)
     x = torch.randn(2, 256).to(dtype)
-    each = scales.repeat_interleave(16, 0).repeat_interleave(128, 1)
-    found = compute(build, x, packed, 2)
-    torch.testing.assert_close(found.float(), x.float() @ (plain * each).t(), rtol=0.01, atol=0.5)
-    rows = replace(packed, scales=torch.rand(32), kind="ROWS", group_size=256)
-    found = compute(build, x, rows, 2)
-    torch.testing.assert_close(found.float(), x.float() @ (plain * rows.scales[:, None]).t(), rtol=0.01, atol=0.5)
+    for block in ((16, 128), (1, 256), (8, 64)):
+        counts = 32 // block[0], 256 // block[1]
+        weight = ScaledWeight(codes.view(torch.float8_e4m3fn), torch.rand(counts), block)
+        packed = pack_scaled(weight)
+        assert packed is not None
+        found = compute(build, x, packed, 2)
+        plain = unpack_scaled(weight, 0, 32)
+        torch.testing.assert_close(found.float(), x.float() @ plain.t(), rtol=0.01, atol=0.5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

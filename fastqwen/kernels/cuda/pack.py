@@ -2,7 +2,8 @@
 
 A tile is 16 outputs. A unit of it is as many inputs as 512 bytes hold, 64 of 4 bits or 32 of 8 bits, and each of a warp's 32
 lanes has 16 bytes of it: lane 4 * g + t those of the outputs g and g + 8, and of every 32 inputs the eight from 8 * t on. So
-its bytes are its operands of the tensor cores (PTX ISA, mma.m16n8k16), and its part of x is 16 bytes in a row.
+its bytes are its operands of the tensor cores (PTX ISA, mma.m16n8k16), and its part of x is 16 bytes in a row. Numbers of
+FP8 stay in their matrix, of which a lane fetches 8 bytes of two rows: so libraries can multiply by it as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastqwen.kernels import GroupedWeight, ScaledWeight
 
 STEP_K = 32  # inputs; no group is smaller
 TILE_N = 16  # outputs
+BLOCK = 128  # outputs and inputs of the blocks that libraries know
 PACK_COLUMNS = 4096  # outputs that are unpacked at once
 
 Format = Literal["Int4", "Int8", "Fp8"]
@@ -34,7 +36,7 @@ class PackedWeight:
     """
 
     format: Format
-    words: Tensor  # int32 [tiles, units, 32, 4]
+    words: Tensor  # int32 [tiles, units, 32, 4]; of Fp8 the matrix, 32 numbers in 8 words: [tiles, 16, units, 8]
     scales: Tensor  # see ``kind``
     kind: Scales  # PAIRS: float16 [tiles, groups, 8, 2]; FLOATS: float32 alike; TILES: float32 [tiles, groups]; ROWS: [out]
     zeros: Tensor | None  # int16 [tiles, groups, 8, 2]; None: 8 of 4 bits, 128 of 8 bits
@@ -43,6 +45,9 @@ class PackedWeight:
     out_size: int
     order: Tensor | None = None  # int64 [in_size]; -1: padding, where x is zero
     bias: Tensor | None = None  # [out]
+    blocks: Tensor | None = (
+        None  # float32 [out / 128, in / 128 and zeros]: the scales once more, where these are their blocks
+    )
 
     @property
     def num_bytes(self) -> int:
@@ -76,6 +81,7 @@ class PackedWeight:
             zeros=None if self.zeros is None else self.zeros[tiles],
             out_size=min(self.out_size, stop * TILE_N) - start * TILE_N,
             bias=None if self.bias is None else self.bias[outputs],
+            blocks=None,
         )
 
     @property
@@ -84,7 +90,7 @@ class PackedWeight:
 
     @property
     def units(self) -> int:
-        return self.words.shape[1]
+        return self.words.shape[2 if self.format == "Fp8" else 1]
 
 
 def unit_inputs(bits: int) -> int:
@@ -124,9 +130,8 @@ def pack_scaled(weight: ScaledWeight) -> PackedWeight | None:
     if not one_block and width % STEP_K:
         return None
     tiles = -(-out_size // (2 * TILE_N)) * 2
-    codes = functional.pad(
-        weight.numbers.view(torch.uint8), (0, -in_size % unit_inputs(8), 0, tiles * TILE_N - out_size)
-    )
+    missing = (0, -in_size % STEP_K, 0, tiles * TILE_N - out_size)
+    numbers = functional.pad(weight.numbers.view(torch.uint8), missing).contiguous()  # no copy where nothing is missing
     kind: Scales = "ROWS"
     scales, group_size = weight.scales, _power_of_two(max(in_size, 2 * STEP_K))
     if one_block:
@@ -142,7 +147,7 @@ def pack_scaled(weight: ScaledWeight) -> PackedWeight | None:
             kind, scales = "FLOATS", by_tiles(scales.repeat_interleave(height, 0)[:out_size].t(), tiles)
     return PackedWeight(
         format="Fp8",
-        words=torch.cat([pack_codes(part, 8) for part in codes.split(PACK_COLUMNS)]),
+        words=numbers.view(torch.int32).view(tiles, TILE_N, -1, STEP_K // 4),
         scales=scales,
         kind=kind,
         zeros=None,
@@ -150,6 +155,9 @@ def pack_scaled(weight: ScaledWeight) -> PackedWeight | None:
         in_size=in_size,
         out_size=out_size,
         bias=weight.bias,
+        blocks=functional.pad(weight.scales, (0, -weight.scales.shape[1] % 4))
+        if weight.block == (BLOCK, BLOCK)
+        else None,
     )
 
 

@@ -19,7 +19,7 @@ constexpr int TILE_N = 16;
 
 struct Args {
   const u16* x;          // [rows, k_size]
-  const uint4* words;    // [tiles, units, 32 lanes]
+  const uint4* words;    // [tiles, units, 32 lanes]; of a PLAIN format the matrix itself, [16 * tiles, units * 32] bytes
   const u32* scales;     // PAIRS: two float16 [tiles, groups, 8]; FLOATS: float32 [tiles, groups, 8, 2]; TILES: [tiles, groups]
   const u32* zeros;      // two 16-bit whole numbers [tiles, groups, 8]; if ZEROS
   const float* row_scales;  // [n_size], if SCALES is ROWS
@@ -43,6 +43,7 @@ struct Args {
 constexpr int PAIRS = 0, FLOATS = 1, TILES = 2, ROWS = 3;
 
 struct Int4 {
+  static constexpr bool PLAIN = false;
   static constexpr int STEPS = 2;  // of 32 inputs in a unit
   static constexpr int ZERO = 8;
 
@@ -87,6 +88,7 @@ __device__ inline u32 Int4::high_nibble<Fp16>(u32 w, Zero<Fp16> zero) {
 }
 
 struct Int8 {
+  static constexpr bool PLAIN = false;
   static constexpr int STEPS = 1;
   static constexpr int ZERO = 128;
 
@@ -128,6 +130,7 @@ struct Int8::Zero<Bf16> {
 };
 
 struct Fp8 {  // e4m3: sign, 4 bits of exponent, 3 of mantissa; the same value is made by moving them and a power of two
+  static constexpr bool PLAIN = true;  // libraries multiply many rows by the same bytes
   static constexpr int STEPS = 1;
   static constexpr int ZERO = 0;
 
@@ -139,9 +142,10 @@ struct Fp8 {  // e4m3: sign, 4 bits of exponent, 3 of mantissa; the same value i
   template <typename T>
   static __device__ inline u32 number(u32 high_bytes);
 
+  // Eight inputs of row g, and eight of row g + 8.
   template <typename T>
   static __device__ inline void unpack(const uint4& words, int, int half, Zero<T>, Zero<T>, u32 (&a)[4]) {
-    const u32 low = half == 0 ? words.x : words.z, high = half == 0 ? words.y : words.w;
+    const u32 low = half == 0 ? words.x : words.y, high = half == 0 ? words.z : words.w;
     a[0] = number<T>(__byte_perm(low, 0, 0x1404));
     a[1] = number<T>(__byte_perm(high, 0, 0x1404));
     a[2] = number<T>(__byte_perm(low, 0, 0x3424));
@@ -185,7 +189,14 @@ __device__ inline void ask_groups(Slot& slot, const Args& args, u32 group, int i
 
 // A unit of a tile.
 __device__ inline void ask_unit(Slot& slot, const Args& args, int tile, int unit, int lane) {
-  ask_16_bytes(&slot.words[lane], args.words + ((size_t)(tile * args.units + unit) * 32 + lane));
+  if (FORMAT::PLAIN) {
+    uint2* to = (uint2*)&slot.words[lane];
+    const uint2* from = (const uint2*)args.words + ((size_t)(tile * TILE_N + lane / 4) * args.units + unit) * 4 + lane % 4;
+    ask_8_bytes(to, from);
+    ask_8_bytes(to + 1, from + (size_t)8 * args.units * 4);
+  } else {
+    ask_16_bytes(&slot.words[lane], args.words + ((size_t)(tile * args.units + unit) * 32 + lane));
+  }
   if (GROUP_WORDS == 0) return;
   const int first = (unit * FORMAT::STEPS) >> args.group_shift;
 #pragma unroll

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from fastqwen.kernels import GroupedWeight, Norm, ScaledWeight
 from fastqwen.kernels.cuda import driver, nvrtc
+from fastqwen.kernels.cuda.eight_bit import eight_bit_product, multiplies
 from fastqwen.kernels.cuda.pack import STEP_K, TILE_N, PackedWeight, pack_grouped, pack_scaled, unit_inputs
-from fastqwen.kernels.limits import PACKED_ROWS, PACKED_SUMS, PACKED_TILES, PLAIN_BYTES
+from fastqwen.kernels.limits import EIGHT_BIT_ROWS, PACKED_ROWS, PACKED_SUMS, PACKED_TILES, PLAIN_BYTES
 from fastqwen.kernels.triton import pointwise
 from fastqwen.kernels.triton.launch import Card, card_of
 
@@ -333,6 +334,8 @@ class PackedProduct:
         self.weight, self._space = weight, space
         self.num_bytes = weight.num_bytes
         self._has_padding = weight.order is not None and bool((weight.order < 0).any())
+        self._by_bytes = multiplies(weight, space.card.capability)
+        self.most_rows = EIGHT_BIT_ROWS if self._by_bytes else PACKED_ROWS
 
     def plain(self, x: Tensor) -> Tensor:
         return self._product(self._inputs(x), None)
@@ -343,7 +346,7 @@ class PackedProduct:
         return self.plain(pointwise.rms_norm(x, norm))
 
     def gated_of_norm(self, x: Tensor, norm: Norm) -> Tensor:
-        if x.shape[0] > PACKED_ROWS or self.weight.out_size % (2 * TILE_N):
+        if x.shape[0] > self.most_rows or self.weight.out_size % (2 * TILE_N):
             return pointwise.silu_mul(self.of_norm(x, norm))
         if self._fuses_norm(x):
             return packed_product(x.contiguous(), self.weight, self._space, norm=norm, gated=True)
@@ -371,9 +374,12 @@ class PackedProduct:
 
     def _product(self, x: Tensor, add_to: Tensor | None) -> Tensor:
         out = add_to
+        if self._by_bytes and x.shape[0] > self.most_rows:
+            found = eight_bit_product(x, self.weight)
+            return found if out is None else out.add_(found)
         if out is None:
             out = torch.empty((x.shape[0], self.weight.out_size), dtype=x.dtype, device=x.device)
-        if x.shape[0] <= PACKED_ROWS:
+        if x.shape[0] <= self.most_rows:
             self._in_passes(x, out, gated=False, add=add_to is not None)
         else:
             self._by_library(x, out, add=add_to is not None)
