@@ -69,7 +69,7 @@ def random_weight(form: str, n: int, k: int, group: int = 128) -> PackedWeight:
     words = torch.randint(-(2**31), 2**31 - 1, (tiles, units, 32, 4), dtype=torch.int32, device="cuda")
     if form == "fp8":
         scales = torch.rand(tiles, -(-k // group), device="cuda") * 0.01
-        words &= 0x3F3F3F3F
+        words = (words & 0x3F3F3F3F).view(tiles, 16, units // 2, 16)
         return PackedWeight("Fp8", words, scales, "TILES", None, group, k, n)
     scales = (torch.rand(tiles, -(-k // group), 8, 2, device="cuda") * 0.01).half()
     return PackedWeight("Int4" if bits == 4 else "Int8", words, scales, "PAIRS", None, group, k, n)

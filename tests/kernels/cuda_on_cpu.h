@@ -19,14 +19,11 @@ typedef unsigned int u32;
 using std::min;
 
 #define __device__
+#define __host__
 #define __global__
 #define __shared__
 #define __CUDA_ARCH__ 800
 #define KERNEL(name) static void name
-
-struct alignas(8) uint2 {
-  u32 x, y;
-};
 
 struct alignas(16) uint4 {
   u32 x, y, z, w;
@@ -124,7 +121,6 @@ inline void let_kernel_behind_start() {}
 inline void ask(void* to, const void* from, int bytes) { threads[current].groups.back().push_back({to, from, bytes}); }
 inline void ask_16_bytes(uint4* to, const uint4* from) { ask(to, from, 16); }
 inline void ask_16_bytes_or_zeros(uint4* to, const uint4* from, bool given) { ask(to, given ? from : nullptr, 16); }
-inline void ask_8_bytes(uint2* to, const uint2* from) { ask(to, from, 8); }
 inline void ask_4_bytes(u32* to, const u32* from) { ask(to, from, 4); }
 inline void end_of_asking() { threads[current].groups.emplace_back(); }
 template <int PENDING>

@@ -3,7 +3,7 @@
 A tile is 16 outputs. A unit of it is as many inputs as 512 bytes hold, 64 of 4 bits or 32 of 8 bits, and each of a warp's 32
 lanes has 16 bytes of it: lane 4 * g + t those of the outputs g and g + 8, and of every 32 inputs the eight from 8 * t on. So
 its bytes are its operands of the tensor cores (PTX ISA, mma.m16n8k16), and its part of x is 16 bytes in a row. Numbers of
-FP8 stay in their matrix, of which a lane fetches 8 bytes of two rows: so libraries can multiply by it as well.
+FP8 stay in their matrix, of which a lane fetches 16 bytes of two rows: so libraries can multiply by it as well.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fastqwen.kernels import GroupedWeight, ScaledWeight
 
 STEP_K = 32  # inputs; no group is smaller
 TILE_N = 16  # outputs
+PLAIN_UNIT = 64  # inputs of Fp8's
 BLOCK = 128  # outputs and inputs of the blocks that libraries know
 PACK_COLUMNS = 4096  # outputs that are unpacked at once
 
@@ -36,7 +37,7 @@ class PackedWeight:
     """
 
     format: Format
-    words: Tensor  # int32 [tiles, units, 32, 4]; of Fp8 the matrix, 32 numbers in 8 words: [tiles, 16, units, 8]
+    words: Tensor  # int32 [tiles, units, 32, 4]; of Fp8 the matrix: [tiles, 16, units, 16]
     scales: Tensor  # see ``kind``
     kind: Scales  # PAIRS: float16 [tiles, groups, 8, 2]; FLOATS: float32 alike; TILES: float32 [tiles, groups]; ROWS: [out]
     zeros: Tensor | None  # int16 [tiles, groups, 8, 2]; None: 8 of 4 bits, 128 of 8 bits
@@ -85,6 +86,11 @@ class PackedWeight:
         )
 
     @property
+    def unit(self) -> int:
+        """Inputs that a warp takes at once."""
+        return PLAIN_UNIT if self.format == "Fp8" else unit_inputs(4 if self.format == "Int4" else 8)
+
+    @property
     def tiles(self) -> int:
         return self.words.shape[0]
 
@@ -123,22 +129,22 @@ def pack_grouped(weight: GroupedWeight) -> PackedWeight:
 
 
 def pack_scaled(weight: ScaledWeight) -> PackedWeight | None:
-    """The same numbers; None where a block has inputs that are no multiple of a step."""
+    """The same numbers; None where a block has inputs that are no multiple of a unit."""
     height, width = weight.block
     out_size, in_size = weight.numbers.shape
     one_block = width >= in_size
-    if not one_block and width % STEP_K:
+    if not one_block and width % PLAIN_UNIT:
         return None
     tiles = -(-out_size // (2 * TILE_N)) * 2
-    missing = (0, -in_size % STEP_K, 0, tiles * TILE_N - out_size)
+    missing = (0, -in_size % PLAIN_UNIT, 0, tiles * TILE_N - out_size)
     numbers = functional.pad(weight.numbers.view(torch.uint8), missing).contiguous()  # no copy where nothing is missing
     kind: Scales = "ROWS"
     scales, group_size = weight.scales, _power_of_two(max(in_size, 2 * STEP_K))
     if one_block:
         scales = scales[:, 0].repeat_interleave(height)[:out_size].contiguous()
     else:
-        steps = width // STEP_K
-        group_size = width if steps == _power_of_two(steps) else STEP_K
+        units = width // PLAIN_UNIT
+        group_size = width if units == _power_of_two(units) else PLAIN_UNIT
         scales = scales.repeat_interleave(width // group_size, 1)
         if height % TILE_N == 0:
             kind, lines = "TILES", scales.repeat_interleave(height // TILE_N, 0)[:tiles]
@@ -147,7 +153,7 @@ def pack_scaled(weight: ScaledWeight) -> PackedWeight | None:
             kind, scales = "FLOATS", by_tiles(scales.repeat_interleave(height, 0)[:out_size].t(), tiles)
     return PackedWeight(
         format="Fp8",
-        words=numbers.view(torch.int32).view(tiles, TILE_N, -1, STEP_K // 4),
+        words=numbers.view(torch.int32).view(tiles, TILE_N, -1, PLAIN_UNIT // 4),
         scales=scales,
         kind=kind,
         zeros=None,

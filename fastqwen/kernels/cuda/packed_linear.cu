@@ -19,7 +19,7 @@ constexpr int TILE_N = 16;
 
 struct Args {
   const u16* x;          // [rows, k_size]
-  const uint4* words;    // [tiles, units, 32 lanes]; of a PLAIN format the matrix itself, [16 * tiles, units * 32] bytes
+  const uint4* words;    // [tiles, units, 32 lanes]; of a PLAIN format the matrix, [16 * tiles, units, 64] bytes
   const u32* scales;     // PAIRS: two float16 [tiles, groups, 8]; FLOATS: float32 [tiles, groups, 8, 2]; TILES: [tiles, groups]
   const u32* zeros;      // two 16-bit whole numbers [tiles, groups, 8]; if ZEROS
   const float* row_scales;  // [n_size], if SCALES is ROWS
@@ -55,8 +55,8 @@ struct Int4 {
 
   // One operand is one word: nibbles 0, 4: row g; 1, 5: row g + 8; 2, 6: row g, two inputs on; 3, 7: row g + 8.
   template <typename T>
-  static __device__ inline void unpack(const uint4& words, int step, int half, Zero<T> z0, Zero<T> z1, u32 (&a)[4]) {
-    const u32 w = step == 0 ? (half == 0 ? words.x : words.y) : (half == 0 ? words.z : words.w);
+  static __device__ inline void unpack(const uint4 (&words)[1], int step, int half, Zero<T> z0, Zero<T> z1, u32 (&a)[4]) {
+    const u32 w = step == 0 ? (half == 0 ? words[0].x : words[0].y) : (half == 0 ? words[0].z : words[0].w);
     a[0] = low_nibble<T>(w, z0);
     a[1] = high_nibble<T>(w, z1);
     a[2] = low_nibble<T>(w >> 8, z0);
@@ -97,8 +97,8 @@ struct Int8 {
 
   // One operand is two words: four inputs of row g, four of row g + 8.
   template <typename T>
-  static __device__ inline void unpack(const uint4& words, int, int half, Zero<T> z0, Zero<T> z1, u32 (&a)[4]) {
-    const u32 low = half == 0 ? words.x : words.z, high = half == 0 ? words.y : words.w;
+  static __device__ inline void unpack(const uint4 (&words)[1], int, int half, Zero<T> z0, Zero<T> z1, u32 (&a)[4]) {
+    const u32 low = half == 0 ? words[0].x : words[0].z, high = half == 0 ? words[0].y : words[0].w;
     a[0] = Zero<T>::number(__byte_perm(low, 0, 0x4140), z0);
     a[1] = Zero<T>::number(__byte_perm(high, 0, 0x4140), z1);
     a[2] = Zero<T>::number(__byte_perm(low, 0, 0x4342), z0);
@@ -131,7 +131,7 @@ struct Int8::Zero<Bf16> {
 
 struct Fp8 {  // e4m3: sign, 4 bits of exponent, 3 of mantissa; the same value is made by moving them and a power of two
   static constexpr bool PLAIN = true;  // libraries multiply many rows by the same bytes
-  static constexpr int STEPS = 1;
+  static constexpr int STEPS = 2;
   static constexpr int ZERO = 0;
 
   template <typename T>
@@ -142,10 +142,14 @@ struct Fp8 {  // e4m3: sign, 4 bits of exponent, 3 of mantissa; the same value i
   template <typename T>
   static __device__ inline u32 number(u32 high_bytes);
 
-  // Eight inputs of row g, and eight of row g + 8.
+  static __device__ inline u32 word_of(const uint4& words, int index) {
+    return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
+  }
+
+  // 16 inputs of row g, and those of row g + 8; a step has eight of them.
   template <typename T>
-  static __device__ inline void unpack(const uint4& words, int, int half, Zero<T>, Zero<T>, u32 (&a)[4]) {
-    const u32 low = half == 0 ? words.x : words.y, high = half == 0 ? words.z : words.w;
+  static __device__ inline void unpack(const uint4 (&words)[2], int step, int half, Zero<T>, Zero<T>, u32 (&a)[4]) {
+    const u32 low = word_of(words[0], 2 * step + half), high = word_of(words[1], 2 * step + half);
     a[0] = number<T>(__byte_perm(low, 0, 0x1404));
     a[1] = number<T>(__byte_perm(high, 0, 0x1404));
     a[2] = number<T>(__byte_perm(low, 0, 0x3424));
@@ -166,13 +170,14 @@ __device__ inline u32 Fp8::number<Bf16>(u32 bytes) {  // from 127
 // ---- what comes with a unit ----
 
 constexpr int UNIT_K = FORMAT::STEPS * STEP_K;
+constexpr int UNIT_WORDS = FORMAT::PLAIN ? 2 : 1;  // of 16 bytes, for a lane
 constexpr int GROUPS_A_UNIT = SMALL_GROUPS ? FORMAT::STEPS : 1;  // a group of 32 inputs is half of an Int4 unit
 constexpr int SCALE_WORDS = SCALES == ROWS ? 0 : SCALES == FLOATS ? 2 : 1;
 constexpr int GROUP_WORDS = GROUPS_A_UNIT * (SCALE_WORDS + (ZEROS ? 1 : 0));  // for a lane
 
 // One tile's part of a stage of the ring. Each lane reads only what it asked for itself, so nobody waits for others.
 struct Slot {
-  uint4 words[32];
+  uint4 words[UNIT_WORDS][32];
   u32 groups[GROUP_WORDS == 0 ? 1 : GROUP_WORDS][32];
 };
 
@@ -190,12 +195,11 @@ __device__ inline void ask_groups(Slot& slot, const Args& args, u32 group, int i
 // A unit of a tile.
 __device__ inline void ask_unit(Slot& slot, const Args& args, int tile, int unit, int lane) {
   if (FORMAT::PLAIN) {
-    uint2* to = (uint2*)&slot.words[lane];
-    const uint2* from = (const uint2*)args.words + ((size_t)(tile * TILE_N + lane / 4) * args.units + unit) * 4 + lane % 4;
-    ask_8_bytes(to, from);
-    ask_8_bytes(to + 1, from + (size_t)8 * args.units * 4);
+    const uint4* row = args.words + ((size_t)(tile * TILE_N + lane / 4) * args.units + unit) * 4 + lane % 4;
+    ask_16_bytes(&slot.words[0][lane], row);
+    ask_16_bytes(&slot.words[UNIT_WORDS - 1][lane], row + (size_t)8 * args.units * 4);
   } else {
-    ask_16_bytes(&slot.words[lane], args.words + ((size_t)(tile * args.units + unit) * 32 + lane));
+    ask_16_bytes(&slot.words[0][lane], args.words + ((size_t)(tile * args.units + unit) * 32 + lane));
   }
   if (GROUP_WORDS == 0) return;
   const int first = (unit * FORMAT::STEPS) >> args.group_shift;
@@ -249,7 +253,9 @@ struct Operands {
   float scale0[GROUPS_A_UNIT], scale1[GROUPS_A_UNIT];
 
   __device__ inline Operands(const Slot& slot, int lane) {
-    const uint4 words = slot.words[lane];
+    uint4 words[UNIT_WORDS];
+#pragma unroll
+    for (int i = 0; i < UNIT_WORDS; ++i) words[i] = slot.words[i][lane];
 #pragma unroll
     for (int step = 0; step < FORMAT::STEPS; ++step) {
       const int group = GROUPS_A_UNIT == 1 ? 0 : step;
@@ -337,9 +343,13 @@ struct Owners {
 
 // ---- x ----
 
-__device__ inline int x_stride(int pieces) {  // of 16 bytes: rows of two neighbours g lie in different banks
-  return pieces % 8 == 0 ? pieces + 4 : pieces;
+// Pieces of 16 bytes between rows of x: what eight lanes read at once lies in different banks.
+__host__ __device__ constexpr int x_stride(int pieces) {
+  return pieces % 8 != 0 ? pieces : FORMAT::PLAIN ? pieces + 1 : pieces + 4;
 }
+
+// Which piece of a unit's inputs belongs to a lane's weights of a step.
+__device__ inline int x_piece(int step, int t) { return FORMAT::PLAIN ? 2 * t + step : step * 4 + t; }
 
 __device__ inline u32 normed_pair(u32 pair, u32 gain, float scale) {
   const float low = TYPE::to_float((u16)(pair & 0xFFFF)) * scale * TYPE::to_float((u16)(gain & 0xFFFF));
@@ -578,7 +588,7 @@ __device__ inline void few_rows(const Args& args) {
   fetch_x<COUNT>(args, x_shared, shared.squares);
   __syncthreads();
 
-  const uint4* x_row = x_shared + g * x_stride(args.units * UNIT_K / 8) + lane % 4;
+  const uint4* x_row = x_shared + g * x_stride(args.units * UNIT_K / 8);
   int place = part.begin + warp, slot = 0;
   for (int pair = part.begin / args.units; pair * args.units < part.end; ++pair) {
     const int first = pair * args.units, stop = min(part.end, first + args.units);
@@ -589,7 +599,7 @@ __device__ inline void few_rows(const Args& args) {
 #pragma unroll
       for (int step = 0; step < FORMAT::STEPS; ++step) {
         const uint4 none = {0, 0, 0, 0};
-        x[0][step] = g < COUNT ? x_row[((place - first) * FORMAT::STEPS + step) * 4] : none;
+        x[0][step] = g < COUNT ? x_row[(place - first) * (UNIT_K / 8) + x_piece(step, lane % 4)] : none;
       }
       const Operands low(ring[slot][0], lane), high(ring[slot][1], lane);
       add_unit<2, 1, 1>(total, low, high, x, 0);
@@ -607,7 +617,7 @@ template <int WN, int SLICES>
 struct SomeShared {
   static constexpr int WK = WARPS / WN;
   static constexpr int PIECES = WK * UNIT_K / 8;  // of a row of x, in a chunk
-  static constexpr int STRIDE = PIECES % 8 == 0 ? PIECES + 4 : PIECES;
+  static constexpr int STRIDE = x_stride(PIECES);
   Slot ring[STAGES][WARPS][2];
   uint4 x[STAGES][8 * SLICES][STRIDE];
   float4 sums[WARPS][2][32];
@@ -684,7 +694,7 @@ __device__ inline void some_rows(const Args& args) {
 #pragma unroll
           for (int i = 0; i < AT_ONCE * FORMAT::STEPS; ++i) {
             const int step = i % FORMAT::STEPS, row = (slice + i / FORMAT::STEPS) * 8 + g;
-            x[i / FORMAT::STEPS][step] = shared.x[stage][row][warp % WK * (UNIT_K / 8) + step * 4 + t];
+            x[i / FORMAT::STEPS][step] = shared.x[stage][row][warp % WK * (UNIT_K / 8) + x_piece(step, t)];
           }
           add_unit<1, AT_ONCE, SLICES>(total, low, high, x, slice);
         }
@@ -718,14 +728,14 @@ __device__ inline void unpack(const Args& args) {
     const Operands weights(slot, lane);
     for (int high = 0; high < 2; ++high) {
       const int n = tile * TILE_N + high * 8 + g;
-      uint4* row = (uint4*)args.out + (size_t)n * width + unit * (UNIT_K / 8) + t;
+      uint4* row = (uint4*)args.out + (size_t)n * width + unit * (UNIT_K / 8);
       for (int step = 0; step < FORMAT::STEPS; ++step) {
         const int group = GROUPS_A_UNIT == 1 ? 0 : step;
         float scale = high ? weights.scale1[group] : weights.scale0[group];
         if (SCALES == ROWS) scale = n < args.n_size ? args.row_scales[n] : 0.0f;
         const u32(&a)[2][4] = weights.a[step];
-        row[step * 4] = {scaled_pair(a[0][high], scale), scaled_pair(a[0][2 + high], scale),
-                         scaled_pair(a[1][high], scale), scaled_pair(a[1][2 + high], scale)};
+        row[x_piece(step, t)] = {scaled_pair(a[0][high], scale), scaled_pair(a[0][2 + high], scale),
+                                 scaled_pair(a[1][high], scale), scaled_pair(a[1][2 + high], scale)};
       }
     }
   }

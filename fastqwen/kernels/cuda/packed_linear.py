@@ -15,7 +15,7 @@ from torch.nn import functional
 from fastqwen.kernels import GroupedWeight, Norm, ScaledWeight
 from fastqwen.kernels.cuda import driver, nvrtc
 from fastqwen.kernels.cuda.eight_bit import eight_bit_product, multiplies
-from fastqwen.kernels.cuda.pack import STEP_K, TILE_N, PackedWeight, pack_grouped, pack_scaled, unit_inputs
+from fastqwen.kernels.cuda.pack import STEP_K, TILE_N, PackedWeight, pack_grouped, pack_scaled
 from fastqwen.kernels.limits import EIGHT_BIT_ROWS, PACKED_ROWS, PACKED_SUMS, PACKED_TILES, PLAIN_BYTES
 from fastqwen.kernels.triton import pointwise
 from fastqwen.kernels.triton.launch import Card, card_of
@@ -167,7 +167,7 @@ def few_launch(dtype: torch.dtype, rows: int, weight: PackedWeight, tiling: Pack
     variant = variant_of(f"few_rows<{count}>", dtype, weight, **tiling.tuned)
     ring = variant.warps * variant.depth * 2 * _slot_bytes(variant)
     end = 4 * (variant.warps * SLICE_SUMS + variant.warps + 1)
-    x_bytes = count * 16 * _spread(weight.units * unit_inputs(_bits(weight)) // 8)
+    x_bytes = count * 16 * _spread(variant, weight.units * weight.unit // 8)
     return Launch(variant, _aligned(ring + end) + x_bytes, 1, SLICE_SUMS)
 
 
@@ -176,8 +176,8 @@ def some_launch(dtype: torch.dtype, rows: int, weight: PackedWeight, tiling: Pac
     slices = next((slices for slices in (2, 4) if 8 * slices >= rows), 8)
     variant = variant_of(f"some_rows<{tiling.wide}, {slices}>", dtype, weight, **tiling.tuned)
     ring = variant.stages * variant.warps * 2 * _slot_bytes(variant)
-    pieces = variant.warps // tiling.wide * unit_inputs(_bits(weight)) // 8
-    x_bytes = variant.stages * 8 * slices * 16 * _spread(pieces)
+    pieces = variant.warps // tiling.wide * weight.unit // 8
+    x_bytes = variant.stages * 8 * slices * 16 * _spread(variant, pieces)
     end = 4 * (variant.warps * SLICE_SUMS + 1)
     return Launch(variant, _aligned(ring + x_bytes + end), tiling.wide, tiling.wide * slices * SLICE_SUMS)
 
@@ -196,6 +196,8 @@ NARROW: Tilings = (
 NARROW_LONG: Tilings = NARROW[1:]
 BROAD_ONE: Tilings = (PackedTiling(8, 4, blocks_each=3), PackedTiling(8, 2, blocks_each=3))
 BROAD: Tilings = (PackedTiling(16, 3, blocks_each=2), *NARROW[2:])
+BYTES_NARROW_ONE: Tilings = (PackedTiling(16, 2), PackedTiling(8, 2))  # of Fp8, whose units are twice as large
+BYTES: Tilings = (PackedTiling(8, 2, blocks_each=3),)
 SOME: Tilings = (PackedTiling(blocks_each=2), PackedTiling(wide=8), PackedTiling(wide=8, stages=2))
 LONG_UNITS = 128
 
@@ -203,7 +205,10 @@ LONG_UNITS = 128
 def choose(dtype: torch.dtype, rows: int, weight: PackedWeight, card: Card) -> tuple[Launch, PackedTiling]:
     """The fastest that fits into the card's shared memory; the last one fits every card from 7.5 on."""
     if rows <= FEW_ROWS:
-        if weight.tiles // 2 <= card.multiprocessors * 3 // 2:
+        narrow = weight.tiles // 2 <= card.multiprocessors * 3 // 2
+        if weight.format == "Fp8":
+            wanted = BYTES_NARROW_ONE if narrow and rows == 1 else BYTES
+        elif narrow:
             wanted = NARROW_LONG if weight.units >= LONG_UNITS or rows > 1 else NARROW
         else:
             wanted = BROAD_ONE if rows == 1 else BROAD
@@ -217,19 +222,15 @@ def choose(dtype: torch.dtype, rows: int, weight: PackedWeight, card: Card) -> t
     return next((one for one in launches if one[0].shared_bytes <= card.shared_bytes), launches[-1])
 
 
-def _bits(weight: PackedWeight) -> int:
-    return 4 if weight.format == "Int4" else 8
-
-
 def _slot_bytes(variant: Variant) -> int:
     groups = 2 if variant.small_groups else 1
     words = groups * ({"ROWS": 0, "FLOATS": 2}.get(variant.scales, 1) + int(variant.zeros))
-    return 512 + 128 * max(1, words)
+    return (1024 if variant.format == "Fp8" else 512) + 128 * max(1, words)
 
 
-def _spread(pieces: int) -> int:
-    """Pieces of 16 bytes between rows of x: rows of two neighbours lie in different banks."""
-    return pieces + 4 if pieces % 8 == 0 else pieces
+def _spread(variant: Variant, pieces: int) -> int:
+    """``x_stride``"""
+    return pieces if pieces % 8 else pieces + (1 if variant.format == "Fp8" else 4)
 
 
 def _aligned(size: int) -> int:
@@ -317,7 +318,7 @@ def unpacked(
     weight: PackedWeight, first_tile: int, space: PackedSpace, dtype: torch.dtype
 ) -> tuple[Tensor, PackedWeight]:
     """As many tiles from ``first_tile`` on as the scratch holds, as plain numbers [outputs, inputs], and what they are of."""
-    padded = weight.units * unit_inputs(_bits(weight))
+    padded = weight.units * weight.unit
     count = min(weight.tiles - first_tile, PLAIN_BYTES // (2 * TILE_N * padded))
     part = weight.part(first_tile, first_tile + count)
     plain = space.plain[: count * TILE_N * padded].view(dtype).view(count * TILE_N, padded)

@@ -42,14 +42,6 @@ __device__ inline void ask_16_bytes_or_zeros(uint4* to, const uint4* from, bool 
 #endif
 }
 
-__device__ inline void ask_8_bytes(uint2* to, const uint2* from) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
-#else
-  *to = __ldg(from);
-#endif
-}
-
 __device__ inline void ask_4_bytes(u32* to, const u32* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
