@@ -74,7 +74,7 @@ def check(case: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
 
 def check_packed(case: str, layout: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     """Against its own plain numbers: logits no further from float32's than twice what plain 16 bits are. Where activations
-    of many rows have 8 bits, too, by a few hundredths of a logit's spread more."""
+    of many rows have 8 bits, too, 16 times as far: their numbers have four bits less than bfloat16's."""
     make(folder, case, **HEADS)
     packed, plain = pack(folder, LAYOUTS[layout]) if layout in LAYOUTS else store_twice(folder, *STORED[layout])
     name = str(dtype).removeprefix("torch.")
@@ -85,7 +85,7 @@ def check_packed(case: str, layout: str, dtype: torch.dtype, folder: Path) -> di
     found = logits(packed, prompts[-1], enforce_eager=True, **wishes)
     error, allowed = float((found - exact).abs().mean()), 2 * float((rounded - exact).abs().mean()) + 1e-4
     if layout.startswith("fp8"):
-        allowed += 0.04 * float(exact.std())
+        allowed *= 8
     recorded = greedy(start(packed, **wishes), prompts, TOKENS)
     eager = greedy(start(packed, enforce_eager=True, **wishes), prompts, TOKENS)
     return {"case": f"{case} {layout}", "dtype": name, "error": error, "allowed": allowed, "logits": error <= allowed,
