@@ -25,6 +25,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     dtype: Annotated[Dtype, option("auto takes bfloat16 where the device supports it, else float16.")] = "auto"
+    quantization: Annotated[
+        str | None,
+        option(
+            "fp8, int8 or int4: quantize a plain checkpoint's weights while they are loaded. Default: as they are stored."
+        ),
+    ] = None
     device: Annotated[Device, option("auto takes the GPU if there is one.")] = "auto"
     load_format: Annotated[LoadFormat, option("dummy makes random weights from config.json alone, for benchmarks.")] = (
         "auto"

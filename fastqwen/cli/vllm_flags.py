@@ -121,9 +121,8 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "the KV cache has the weights' 16 or 32 bits: leave it out": {
         "kv-cache-dtype": ("auto", "bfloat16", "float16"), "kv-cache-dtype-skip-layers": (), "calculate-kv-scales": (),
     },
-    "a checkpoint's config.json says how its weights are quantized, and nothing is quantized at start: leave it out": {
-        "quantization": ("gptq", "gptq_marlin", "awq", "awq_marlin", "fp8", "None", "none"), "quantization-config": (),
-        "allow-deprecated-quantization": (),
+    "a checkpoint's config.json says how its weights are quantized: leave it out": {
+        "quantization-config": (), "allow-deprecated-quantization": (),
     },
     "nothing from outside is run in this process: leave it out": {
         "middleware": (), "logits-processors": (), "worker-cls": ("auto",), "worker-extension-cls": (), "scheduler-cls": (),

@@ -20,7 +20,7 @@ COMPILED_FOR = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 # Where a kernel computes on packed weights without unpacking them first: quantization method, and the least compute
 # capability. Elsewhere a speed would be a guess, so the planner names none.
 FAST_PACKED: dict[str, tuple[int, int]] = dict.fromkeys(
-    ("gptq", "auto_round", "awq", "fp8", "compressed_tensors", "modelopt"), (7, 5)
+    ("gptq", "auto_round", "awq", "fp8", "compressed_tensors", "modelopt", "online"), (7, 5)
 )
 
 

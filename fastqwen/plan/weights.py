@@ -14,6 +14,8 @@ from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.plan.allocator import rounded_up_bytes
 from fastqwen.plan.facts import DTYPE_BYTES
 
+PLAIN_BYTES = 2  # of a number in the files that are quantized while they are loaded
+
 
 class Matrix(msgspec.Struct, frozen=True):
     """``count`` equal matrices of a layer or of the model, as one GPU holds them."""
@@ -82,6 +84,8 @@ def _bytes_in_file(matrix: Matrix, quantization: dict[str, Any]) -> int:
     """Codes, scales, zeros and order, without a bias that the model has; of a method that the engine does not have yet,
     too."""
     method = quant.method_word(quantization)
+    if method == "online":
+        return matrix.entries * PLAIN_BYTES
     if method not in quant.supported():
         raise Unsupported(
             f"the planner knows no quantization method {method!r}; it knows {', '.join(quant.supported())}"

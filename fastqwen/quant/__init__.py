@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from fastqwen.errors import Unsupported
+from fastqwen.errors import BadConfig, Unsupported
 from fastqwen.kernels import Ops
 from fastqwen.layers.linear import Linear
 from fastqwen.model_config import Fields, short
@@ -84,6 +84,36 @@ def find(quantization: dict[str, Any] | None, source: str) -> QuantMethod:
         )
     method: QuantMethod = importlib.import_module(f"{__name__}.{word}").from_config(quantization or {}, source)
     return method
+
+
+ONLINE_FORMATS: tuple[Literal["fp8", "int8", "int4"], ...] = ("fp8", "int8", "int4")  # for plain weights (online.py)
+# What vLLM calls a checkpoint's method, where that is also a name of its kernel.
+ALIASES = {"gptq_marlin": "gptq", "awq_marlin": "awq", "auto_gptq": "gptq", "inc": "auto_round"}
+
+
+def wished(quantization: dict[str, Any] | None, wish: str | None, source: str) -> dict[str, Any] | None:
+    """How a model is stored, if the user wishes ``wish``: the checkpoint's own method, or a format for a plain one.
+
+    Raises BadConfig where these contradict each other.
+    """
+    if wish is None or wish.lower() == "none":
+        return quantization
+    word = wish.lower().replace("-", "_")
+    if quantization is not None:
+        own = method_word(quantization)
+        if ALIASES.get(word, word) != own:
+            raise BadConfig(f"--quantization is {wish}, but {source} says that the weights are {own}: leave it out")
+        return quantization
+    if source.endswith(".gguf"):
+        raise BadConfig(
+            f"--quantization is {wish}, but {source} is stored as it is: leave it out, or take another file"
+        )
+    if word not in ONLINE_FORMATS:
+        raise BadConfig(
+            f"--quantization is {wish}, but {source} says of no quantization; plain weights can be loaded as "
+            f"{', '.join(ONLINE_FORMATS)}"
+        )
+    return {"quant_method": "online", "format": word}
 
 
 def notices(quantization: dict[str, Any] | None) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -63,7 +63,9 @@ def start_engine(
         torch.set_num_threads(config.num_threads)
     dummy = config.load_format == "dummy"
     checkpoint = open_checkpoint(path, with_tensors=not dummy, overrides=config.overrides)
-    quant.find(checkpoint.model.quantization, checkpoint.source)  # refused by its file's name, before it is planned for
+    stored = quant.wished(checkpoint.model.quantization, config.quantization, checkpoint.source)
+    checkpoint = replace(checkpoint, model=msgspec.structs.replace(checkpoint.model, quantization=stored))
+    quant.find(stored, checkpoint.source)  # refused by its file's name, before it is planned for
     device = choose_device(config)
     plan = make_plan(checkpoint.model, config, device_facts(device))
     for notice in plan.notices:
