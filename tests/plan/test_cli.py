@@ -74,13 +74,11 @@ def test_what_is_not_served_yet_says_so_and_what_works_today():
     assert "what runs today: one GPU" in text
 
 
-def test_weights_that_are_not_served_are_replaced_by_some_that_are():
-    found = run_json("Qwen2.5-7B-Instruct-AWQ", "--gpu", "RTX 3090", "--max-model-len", "8K")
-    assert found["not_served_yet"] == ["AWQ weights"]
-    assert found["command"] == "fastqwen serve Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4 --max-model-len 8192"
-    assert run_json("Qwen3-8B-AWQ", "--gpu", "RTX 3090", "--max-model-len", "8K")["command"] == (
-        "fastqwen serve Qwen/Qwen3-8B --max-model-len 8192"
-    )
+@pytest.mark.parametrize("model", ["Qwen2.5-7B-Instruct-AWQ", "Qwen3-8B-AWQ", "Qwen3-8B-FP8"])
+def test_weights_of_four_and_eight_bits_are_served(model: str):
+    found = run_json(model, "--gpu", "RTX 3090", "--max-model-len", "8K")
+    assert found["served"] and found["fits"]
+    assert found["command"] == f"fastqwen serve Qwen/{model} --max-model-len 8192"
 
 
 def test_more_at_once_than_fit_wait_for_each_other():
@@ -129,7 +127,7 @@ def test_the_list_for_people():
     names, commands = [row.split()[0] for row in rows[::2]], rows[1::2]
     assert all(command.startswith("    fastqwen serve Qwen/") for command in commands)
     assert all(f"Qwen/{name}" in command.split() for name, command in zip(names, commands, strict=True))
-    assert names[0].startswith("Qwen3-4B") and names.index("Qwen3-1.7B") < names.index("Qwen3-1.7B-Base")
+    assert names[0] == "Qwen3-8B-AWQ" and names.index("Qwen3-1.7B") < names.index("Qwen3-1.7B-Base")
     assert names.index("Qwen3-0.6B") < names.index("Qwen2.5-3B-Instruct") < names.index("Qwen-1_8B-Chat")
     tight = ["tight" in row for row in rows[::2]]
     assert tight == sorted(tight), "what is tight comes after what fits"
@@ -138,10 +136,10 @@ def test_the_list_for_people():
 @pytest.mark.parametrize(
     ("card", "model"),
     [
-        ("24", "Qwen/Qwen3-8B"),
-        ("T4", "Qwen/Qwen3-4B-Instruct-2507"),
+        ("24", "Qwen/Qwen3-14B-AWQ"),
+        ("T4", "Qwen/Qwen3-14B-AWQ"),
         ("H200", "Qwen/Qwen3-32B"),
-        ("6", "Qwen/Qwen3-1.7B"),
+        ("6", "Qwen/Qwen3-4B-AWQ"),
     ],
 )
 def test_one_recommendation(card: str, model: str):
@@ -238,8 +236,7 @@ def test_a_version_that_nobody_has_published_is_planned_on_paper():
     found = run_json("Qwen3-8B", "--gpu", "12GB", "--quantization", "int4", "--max-model-len", "4K")
     assert found["fits"]
     assert found["not_served_yet"] == ["a version that nobody has published"]
-    assert found["command"] == "fastqwen serve Qwen/Qwen3-4B --max-model-len 4096"
-    assert found["changes"][0]["what"] == "the version Qwen/Qwen3-8B, a smaller model, Qwen/Qwen3-4B"
+    assert found["command"] == "fastqwen serve Qwen/Qwen3-8B-AWQ --max-model-len 4096"
 
 
 def test_a_folder_needs_only_its_config(tmp_path: Path):

@@ -81,7 +81,6 @@ def test_what_stands_in_the_way():
     assert not_served_yet(found.model, num_gpus=2, kv_cache_dtype="int8") == (
         "one model on several GPUs",
         "an 8-bit KV cache",
-        "FP8 weights",
     )
 
 
