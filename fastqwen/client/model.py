@@ -11,8 +11,8 @@ from fastqwen.client.loading_bar import LoadingBar
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, BadRequest
 from fastqwen.hub import find_checkpoint
+from fastqwen.ranks.start import start_engine
 from fastqwen.records import Grammar, SamplingParams
-from fastqwen.runner.start import start_engine
 from fastqwen.text.grammar import check_grammar, to_grammar
 from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text
 from fastqwen.text.template import Message
