@@ -14,6 +14,7 @@ from math import ceil
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Ranges = tuple[tuple[int, int], ...]  # from, to; (-n, 0) are n lines of zeros, which the whole does not have
@@ -51,6 +52,15 @@ class World(Protocol):
     def broadcast(self, x: Tensor) -> None:
         """x becomes what it is on the first shard, in place."""
 
+    def prepare(self, width: int, dtype: torch.dtype) -> None:
+        """Rows of so many numbers will be added up: find out how that goes fastest."""
+
+    def takes_parts(self, residual: Tensor) -> bool:
+        """Whether ``add_parts`` is there for so many rows."""
+
+    def add_parts(self, residual: Tensor, part: Tensor) -> None:
+        """residual, equal on all shards, += the sum of all shards' part, in place."""
+
 
 class Alone:
     """A world of one."""
@@ -64,6 +74,14 @@ class Alone:
         return x
 
     def broadcast(self, x: Tensor) -> None: ...
+
+    def prepare(self, width: int, dtype: torch.dtype) -> None: ...
+
+    def takes_parts(self, residual: Tensor) -> bool:
+        return False
+
+    def add_parts(self, residual: Tensor, part: Tensor) -> None:
+        residual += part
 
 
 def even_size(size: int, count: int, unit: int = 1) -> int:

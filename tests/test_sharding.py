@@ -55,6 +55,14 @@ class Shard:
     def broadcast(self, x: torch.Tensor) -> None:
         x.copy_(self._meet(x)[0])
 
+    def prepare(self, width: int, dtype: torch.dtype) -> None: ...
+
+    def takes_parts(self, residual: torch.Tensor) -> bool:
+        return False
+
+    def add_parts(self, residual: torch.Tensor, part: torch.Tensor) -> None:
+        raise AssertionError("not taken")
+
 
 def logits(folder: Path, ids: list[int], world: World) -> torch.Tensor:
     checkpoint = open_checkpoint(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastqwen.kernels.cuda.all_reduce import PeerSum
+from fastqwen.ranks.peers import open_peers, rows_faster
 from fastqwen.sharding import World
+
+log = logging.getLogger(__name__)
 
 
 def join(index: int, count: int, device: torch.device, meeting: Path) -> World:
@@ -21,7 +26,7 @@ def join(index: int, count: int, device: torch.device, meeting: Path) -> World:
     backend = "nccl" if device.type == "cuda" else "gloo"
     gpu = device if device.type == "cuda" else None
     dist.init_process_group(backend, store=store, rank=index, world_size=count, device_id=gpu)
-    return NcclWorld(index, count) if gpu is not None else GlooWorld(index, count)
+    return GlooWorld(index, count) if gpu is None else NcclWorld(index, count, gpu)
 
 
 class GlooWorld:
@@ -43,6 +48,15 @@ class GlooWorld:
     def broadcast(self, x: Tensor) -> None:
         dist.broadcast(x, 0)
 
+    def prepare(self, width: int, dtype: torch.dtype) -> None: ...
+
+    def takes_parts(self, residual: Tensor) -> bool:
+        return False
+
+    def add_parts(self, residual: Tensor, part: Tensor) -> None:
+        for one in self._parts(part):
+            residual += one
+
     def _parts(self, x: Tensor) -> list[Tensor]:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.count)]
@@ -51,8 +65,13 @@ class GlooWorld:
 
 
 class NcclWorld:
-    def __init__(self, index: int, count: int) -> None:
+    """NCCL's sums, and for few rows our own where the GPUs reach each other's memory and it is faster."""
+
+    def __init__(self, index: int, count: int, device: torch.device) -> None:
         self.index, self.count = index, count
+        self._device = device
+        self._peers: PeerSum | None = None
+        self._peer_rows = 0  # up to so many rows
 
     def all_reduce(self, x: Tensor) -> None:
         dist.all_reduce(x)
@@ -65,3 +84,17 @@ class NcclWorld:
 
     def broadcast(self, x: Tensor) -> None:
         dist.broadcast(x, 0)
+
+    def prepare(self, width: int, dtype: torch.dtype) -> None:
+        self._peers = open_peers(self, width, dtype, self._device)
+        if self._peers is not None:
+            self._peer_rows, told = rows_faster(self, self._peers, width, dtype, self._device)
+            if self.index == 0:
+                log.info("sums over %d GPUs, us by rows, ours and NCCL's: %s", self.count, told)
+
+    def takes_parts(self, residual: Tensor) -> bool:
+        return self._peers is not None and residual.shape[0] <= self._peer_rows and self._peers.takes(residual)
+
+    def add_parts(self, residual: Tensor, part: Tensor) -> None:
+        assert self._peers is not None
+        self._peers.add(residual, part)

@@ -129,6 +129,7 @@ def start_computer(
     if world.index == 0:
         for notice in plan.notices:
             log.warning("%s", notice)
+    world.prepare(checkpoint.model.hidden_size, TORCH_DTYPES[plan.dtype])
     paper = plan
     mapped = MappedFiles(checkpoint.tensor_files)
     decoder, weights_bytes = _load(config, checkpoint, plan, device, choose_ops(device), world, progress)
