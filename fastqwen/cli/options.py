@@ -42,6 +42,9 @@ GROUPS = {
     ),
 }  # fmt: skip
 
+# Other names of a field's flag.
+ALIASES = {"tensor_parallel_size": ("-tp",), "num_gpus": ("--tensor-parallel-size", "-tp")}
+
 # What several commands take.
 MODEL_HELP = "demo, a folder, a .gguf file, or a hub name like Qwen/Qwen3-0.6B."
 
@@ -170,6 +173,8 @@ def _parameter(config: type[msgspec.Struct], name: str) -> inspect.Parameter:
         extra = {"parser": whole_number, "metavar": "NUMBER"}
     if default is msgspec.NODEFAULT:
         default = []
-    info = typer.Option(text, help=meta.description, show_default=not optional, rich_help_panel=panel, **extra)
+    info = typer.Option(
+        text, *ALIASES.get(name, ()), help=meta.description, show_default=not optional, rich_help_panel=panel, **extra
+    )
     annotation: Any = Annotated[(kind | None) if optional else kind, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
