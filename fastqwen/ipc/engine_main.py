@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -56,7 +57,7 @@ def main(address: str, log_format: str = "text", start_engine: Starter | None = 
         _serve(socket, engine.core, Arrivals(engine.compiler), engine.check)
     except RankLost as error:
         log.error("%s", error)
-        return 1
+        os._exit(1)  # the server tells its requests once this process is gone, and Python takes its time to leave
     finally:
         socket.close()
         context.term()

@@ -145,5 +145,6 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
     question = Question.of(options, named, facts)
     if is_fitting(question):  # by the book it does, but less was measured free
         return shorter
-    first = next((change.command for change in advise(question) if change.command is not None), None)
+    here = (change for change in advise(question) if change.num_gpus == question.num_gpus)
+    first = next((change.command for change in here if change.command is not None), None)
     return f"use {first}" if first is not None else "use a smaller model or a larger GPU"
