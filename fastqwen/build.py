@@ -17,7 +17,7 @@ from fastqwen.layers.moe import Moe, SharedExpert
 from fastqwen.model_config import ModelConfig, MoeConfig
 from fastqwen.models.names import Names
 from fastqwen.quant import ExpertsSpec, LinearSpec
-from fastqwen.sharding import Alone, Part, Ranges, World, even_range, kv_head_range
+from fastqwen.sharding import VOCAB_UNIT, Alone, HeadSplit, Part, Ranges, World, behind, even_ranges, even_size
 from fastqwen.weights.source import Weights
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class _Builder:
     def decoder(self, layers: list[Layer]) -> Decoder:
         config, names, world = self.config, self.names, self.world
         shape = (config.vocab_size, config.hidden_size)
-        lines = even_range(config.vocab_size, world)
-        part = None if world.count == 1 else Part(0, (lines,))
+        part = None if world.count == 1 else Part(0, even_ranges(config.vocab_size, world, VOCAB_UNIT))
+        first_id = world.index * even_size(config.vocab_size, world.count, VOCAB_UNIT)
         embed, own_head = f"{names.embed}.weight", f"{names.head}.weight"
         if config.tie_word_embeddings and not self.weights.has(embed) and self.weights.has(own_head):
             embed = own_head  # either of two tensors that are one
@@ -68,7 +68,7 @@ class _Builder:
         linear: Linear = DenseLinear(self.ops, DenseWeight(head))
         return Decoder(
             ops=self.ops,
-            embed=Embedding(table, lines[0], world),
+            embed=Embedding(table, first_id, world),
             layers=layers,
             norm=self.norm(names.final_norm),
             head=linear if world.count == 1 else GatheredLinear(linear, world, config.vocab_size),
@@ -94,15 +94,13 @@ class _Builder:
 
     def attention(self, prefix: str, index: int) -> Attention:
         config, local, names = self.config, self.local, self.names
-        queries, keys = (
-            self.heads(even_range(config.num_heads, self.world)),
-            self.heads(kv_head_range(config.num_kv_heads, self.world)),
-        )
+        split = HeadSplit.of(config.num_heads, config.num_kv_heads, self.world.count)
+        queries, keys = (lines(self.world.index, config.head_dim) for lines in (split.queries, split.keys))
         sizes: tuple[int, ...] = (config.q_size, config.kv_size, config.kv_size)
-        outputs: tuple[Ranges, ...] = ((queries,), (keys,), (keys,))
+        outputs: tuple[Ranges, ...] = (queries, keys, keys)
         if len(names.qkv) == 1:
             q, k = config.q_size, config.kv_size
-            sizes, outputs = (sum(sizes),), ((queries, _behind(keys, q), _behind(keys, q + k)),)
+            sizes, outputs = (sum(sizes),), ((*queries, *behind(keys, q), *behind(keys, q + k)),)
         q_norm, k_norm = (
             self.weights.tensor(f"{prefix}{name}.weight", (config.head_dim,)) if config.qk_norm else None
             for name in (names.q_norm, names.k_norm)
@@ -115,10 +113,6 @@ class _Builder:
             o=self.summed(prefix + names.o, config.q_size, config.o_bias, queries),
             parts=AttentionParts(shape, q_norm, k_norm, config.rms_norm_eps, config.window(index)),
         )
-
-    def heads(self, which: tuple[int, int]) -> tuple[int, int]:
-        """The lines of a matrix that belong to these heads."""
-        return which[0] * self.config.head_dim, which[1] * self.config.head_dim
 
     def mlp(self, prefix: str) -> Mlp:
         config, names = self.config, self.names
@@ -141,7 +135,7 @@ class _Builder:
             num_experts=moe.num_experts,
             hidden_size=config.hidden_size,
             expert_size=moe.expert_size,
-            inner=None if self.world.count == 1 else (even_range(moe.expert_size, self.world),),
+            inner=None if self.world.count == 1 else even_ranges(moe.expert_size, self.world, config.expert_unit),
             top_k=moe.experts_per_token,
             normalize=moe.normalize_top_k,
         )
@@ -161,8 +155,8 @@ class _Builder:
 
     def gated(self, prefix: str, gate_up: tuple[str, str], down: str, size: int, bias: bool) -> tuple[Linear, Linear]:
         """A gated MLP's matrices; the second one's result is this shard's part of a sum."""
-        hidden, inner = self.config.hidden_size, even_range(size, self.world)
-        first = self.split(prefix, gate_up, hidden, (size, size), bias, ((inner,), (inner,)))
+        hidden, inner = self.config.hidden_size, even_ranges(size, self.world, self.config.inner_unit)
+        first = self.split(prefix, gate_up, hidden, (size, size), bias, (inner, inner))
         return first, self.linear(LinearSpec((prefix + down,), size, (hidden,), bias), inputs=inner)
 
     def split(
@@ -179,18 +173,14 @@ class _Builder:
         spec = LinearSpec(whole, in_size, out_sizes, bias, outputs=None if self.world.count == 1 else outputs)
         return self.method.linear(self.weights, spec, self.ops)
 
-    def summed(self, name: str, in_size: int, bias: bool, inputs: tuple[int, int]) -> Linear:
+    def summed(self, name: str, in_size: int, bias: bool, inputs: Ranges) -> Linear:
         """A matrix of which this shard holds some inputs, and whose results are added up."""
         return self.with_sum(self.linear(LinearSpec((name,), in_size, (self.config.hidden_size,), bias), inputs=inputs))
 
-    def linear(self, spec: LinearSpec, *, inputs: tuple[int, int]) -> Linear:
+    def linear(self, spec: LinearSpec, *, inputs: Ranges) -> Linear:
         if self.world.count > 1:
-            spec = replace(spec, inputs=(inputs,), adds_bias=self.world.index == 0)
+            spec = replace(spec, inputs=inputs, adds_bias=self.world.index == 0)
         return self.method.linear(self.weights, spec, self.ops)
 
     def with_sum(self, part: Linear) -> Linear:
         return part if self.world.count == 1 else SummedLinear(part, self.world)
-
-
-def _behind(which: tuple[int, int], offset: int) -> tuple[int, int]:
-    return which[0] + offset, which[1] + offset

@@ -42,11 +42,9 @@ class ChatModel:
                 raise BadConfig(f"{given}: a server has its own options, they cannot be set from here")
             self._partner: Partner = RemotePartner(model, api_key)
         else:
-            if tensor_parallel_size != 1:
-                raise BadConfig(f"tensor_parallel_size is {tensor_parallel_size}, but only 1 is supported so far")
             from fastqwen.client.local_partner import LocalPartner
 
-            self._partner = LocalPartner(model, options)
+            self._partner = LocalPartner(model, {**options, "tensor_parallel_size": tensor_parallel_size})
 
     def chat(
         self,

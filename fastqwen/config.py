@@ -70,6 +70,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: Annotated[bool, option("Reuse the KV blocks of equal prompt beginnings.")] = True
     enforce_eager: Annotated[bool, option("Do not use CUDA graphs.")] = False
     num_threads: Annotated[int | None, option("CPU threads for computing. Default: all cores.")] = None
+    tensor_parallel_size: Annotated[
+        int, option("GPUs that share the model, a process each; on a CPU so many processes.")
+    ] = 1
     tokenizer: Annotated[str | None, option("Folder or hub name of the tokenizer. Default: the model's own.")] = None
     skip_tokenizer_init: Annotated[bool, option("Work with token ids only.")] = False
     chat_template: Annotated[str | None, option("File with a Jinja chat template, or the template itself.")] = None
@@ -110,7 +113,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens")
-        check_positive(self, *positive, "num_threads", "kv_cache_memory_bytes")
+        check_positive(self, *positive, "num_threads", "kv_cache_memory_bytes", "tensor_parallel_size")
         if self.block_size is not None and (self.block_size < 8 or self.block_size & (self.block_size - 1)):
             raise BadConfig(f"--block-size is {self.block_size}, but must be a power of two, at least 8")
         check_utilization(self.gpu_memory_utilization)

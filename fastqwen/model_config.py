@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,12 @@ from typing import Any, Literal
 import msgspec
 
 from fastqwen.errors import BadCheckpoint, BadConfig, ModelNotFound, Unsupported
+from fastqwen.sharding import HeadSplit, even_size
 from fastqwen.text_files import decoded, what_instead
 
 RopeKind = Literal["default", "linear", "yarn", "llama3", "qwen1_ntk"]
 MAX_CONFIG_BYTES = 16 * 2**20
+MAX_SHARDS = 64
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,25 +92,37 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def rotary_dim(self) -> int:
         return self.head_dim if self.rotated is None else self.rotated
 
+    @property
+    def inner_unit(self) -> int:
+        """Feed-forward parts are cut for shards at multiples of so many: within no group or block of a packed matrix."""
+        found = self.quantization
+        return 32 if found is None else math.lcm(self.expert_unit, *_whole(found.get("group_size", 128)))
+
+    @property
+    def expert_unit(self) -> int:
+        """The same of routed experts, whose groups may be cut: they are unpacked while loading."""
+        blocks = (self.quantization or {}).get("weight_block_size")
+        return math.lcm(32, *(one for size in (blocks if isinstance(blocks, list) else []) for one in _whole(size)))
+
     def local(self, count: int) -> ModelConfig:
-        """The sizes of one of ``count`` shards; heads are split, or key-value heads held several times, inner sizes are
-        rounded up. The vocabulary is still the whole one. Raises BadConfig where heads do not split evenly."""
+        """The sizes of one of ``count`` shards, all of which are alike; see HeadSplit for the heads. The vocabulary is still
+        the whole one. Raises BadConfig for a number that cannot be."""
         if count == 1:
             return self
-        if count < 1 or self.num_heads % count or (self.num_kv_heads % count and count % self.num_kv_heads):
-            raise BadConfig(
-                f"--num-gpus is {count}, but {self.num_heads} heads with {self.num_kv_heads} key-value heads do not "
-                "split evenly over so many"
-            )
-        moe = self.moe
+        if not 1 <= count <= MAX_SHARDS:
+            raise BadConfig(f"--tensor-parallel-size is {count}, but must be at least 1 and at most {MAX_SHARDS}")
+        moe, heads = self.moe, HeadSplit.of(self.num_heads, self.num_kv_heads, count)
         if moe is not None:
-            sizes = {name: -(-getattr(moe, name) // count) for name in ("expert_size", "shared_size")}
-            moe = msgspec.structs.replace(moe, **sizes)
+            moe = msgspec.structs.replace(
+                moe,
+                expert_size=even_size(moe.expert_size, count, self.expert_unit),
+                shared_size=even_size(moe.shared_size, count, self.inner_unit),
+            )
         return msgspec.structs.replace(
             self,
-            num_heads=self.num_heads // count,
-            num_kv_heads=max(1, self.num_kv_heads // count),
-            intermediate_size=-(-self.intermediate_size // count),
+            num_heads=heads.each * heads.piece,
+            num_kv_heads=heads.each,
+            intermediate_size=even_size(self.intermediate_size, count, self.inner_unit),
             moe=moe,
         )
 
@@ -199,6 +214,11 @@ class Fields:
                 raise BadCheckpoint(f"{self.source}: {keys[0]} is missing")
             return default
         return value
+
+
+def _whole(value: Any) -> tuple[int, ...]:
+    """Whatever a quantization_config says; its method checks it."""
+    return (value,) if isinstance(value, int) and value > 0 else ()
 
 
 def short(value: Any) -> str:

@@ -129,7 +129,6 @@ def test_what_the_readme_calls_missing_is_missing():
     for word in ("qwen3_next", "qwen3_5"):
         assert f"`{word}`" in missing and word not in models.supported()
     assert "**AWQ and FP8**" in missing and quant.supported() == ["auto_round", "dense", "gptq"]
-    assert "--tensor-parallel-size" in missing and "tensor_parallel_size" not in EngineConfig.__struct_fields__
     assert "8-bit KV cache" in missing and "kv_cache_dtype" not in EngineConfig.__struct_fields__
 
 

@@ -1,4 +1,4 @@
-"""Two shards in two threads, a sum as the collective, give the tokens of one."""
+"""Shards in threads, a sum as the collective, give the tokens of one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from fastqwen.errors import BadCheckpoint
 from fastqwen.kernels import GroupedWeight, StateRoom
 from fastqwen.kernels.reference import ReferenceOps, unpack_grouped
 from fastqwen.layers.linear import GroupedLinear
+from fastqwen.models import parse_config
+from fastqwen.plan.shards import uneven_sizes
 from fastqwen.quant import LinearSpec
 from fastqwen.quant.gptq import Gptq
-from fastqwen.sharding import Alone, Part, Ranges, World
+from fastqwen.sharding import Alone, HeadSplit, Part, Ranges, World, even_size
 from fastqwen.weights.checkpoint import open_checkpoint
 from fastqwen.weights.source import Weights, cut
 from tests.kernels.batches import one_prompt
-from tests.models.tiny import MOE, make, prompt
+from tests.models.tiny import MOE, make, make_qwen1, prompt
+
+QWEN2 = {  # Qwen2-72B
+    "model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "vocab_size": 152064,
+    "num_attention_heads": 64, "num_key_value_heads": 8,
+}  # fmt: skip
 
 
 class Shard:
@@ -45,6 +52,17 @@ class Shard:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat(self._meet(x), dim=-1)
 
+    def broadcast(self, x: torch.Tensor) -> None:
+        x.copy_(self._meet(x)[0])
+
+    def prepare(self, width: int, dtype: torch.dtype) -> None: ...
+
+    def takes_parts(self, residual: torch.Tensor) -> bool:
+        return False
+
+    def add_parts(self, residual: torch.Tensor, part: torch.Tensor) -> None:
+        raise AssertionError("not taken")
+
 
 def logits(folder: Path, ids: list[int], world: World) -> torch.Tensor:
     checkpoint = open_checkpoint(folder)
@@ -57,25 +75,70 @@ def logits(folder: Path, ids: list[int], world: World) -> torch.Tensor:
     return decoder.logits(decoder.hidden(torch.tensor(ids, dtype=torch.int32), step, states))
 
 
+def in_shards(folder: Path, ids: list[int], count: int) -> list[torch.Tensor]:
+    """The logits that each shard has in the end."""
+    barrier, table = threading.Barrier(count), [None] * count
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(lambda index: logits(folder, ids, Shard(index, barrier, table)), range(count)))
+
+
 @pytest.mark.parametrize(
-    ("kind", "changes"),
+    ("kind", "changes", "counts"),
     [
-        ("Qwen2Config", {"tie_word_embeddings": True}),
-        ("Qwen3Config", {"head_dim": 32, "num_key_value_heads": 1, "vocab_size": 255}),
-        ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
-        ("Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 80}),
+        ("Qwen2Config", {"tie_word_embeddings": True}, (2, 3, 4)),
+        ("Qwen3Config", {"head_dim": 32, "num_key_value_heads": 1, "vocab_size": 255}, (2, 3, 8)),
+        # Groups of 5 query heads over 4 shards of 2 key heads: 3 and 2, filled up to 3.
+        ("Qwen3Config", {"head_dim": 32, "num_attention_heads": 10, "num_key_value_heads": 2}, (3, 4)),
+        ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, (2, 3)),
+        ("Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 80}, (2, 3)),
     ],
 )
-def test_two_shards_compute_what_one_does(tmp_path: Path, kind: str, changes: dict[str, Any]):
+def test_shards_compute_what_one_does(tmp_path: Path, kind: str, changes: dict[str, Any], counts: tuple[int, ...]):
     make(tmp_path, kind, num_hidden_layers=2, **changes)
     ids = prompt(20)
     expected = logits(tmp_path, ids, Alone())
-    barrier, table = threading.Barrier(2), [None, None]
-    with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(lambda index: logits(tmp_path, ids, Shard(index, barrier, table)), range(2)))
-    for one in found:
-        torch.testing.assert_close(one, expected, rtol=0, atol=1e-4)  # norms are float32 whatever the weights are
-        assert torch.equal(one.argmax(-1), expected.argmax(-1))
+    for count in counts:
+        for one in in_shards(tmp_path, ids, count):
+            torch.testing.assert_close(one, expected, rtol=0, atol=1e-4)  # norms are float32 whatever the weights are
+            assert torch.equal(one.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_one_matrix_of_queries_keys_and_values_is_split(tmp_path: Path, count: int):
+    make_qwen1(tmp_path)
+    ids = prompt(20)
+    expected = logits(tmp_path, ids, Alone())
+    for one in in_shards(tmp_path, ids, count):
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "count", "own", "own_kv"),
+    [(40, 40, 3, 14, 14), (40, 8, 2, 20, 4), (28, 4, 8, 4, 1), (64, 4, 8, 8, 1), (14, 2, 3, 7, 1), (2, 1, 4, 1, 1)],
+)
+def test_every_head_is_somewhere_once(heads: int, kv_heads: int, count: int, own: int, own_kv: int):
+    split = HeadSplit.of(heads, kv_heads, count)
+    assert (split.each * split.piece, split.each) == (own, own_kv)
+    found: list[int] = []
+    for index in range(count):
+        queries, keys = split.queries(index, 1), split.keys(index, 1)
+        assert Part(0, queries).size == own and Part(0, keys).size == own_kv
+        line = [one for start, stop in queries for one in range(start, stop)]  # zeros are negative
+        key_line = [one for start, stop in keys for one in range(start, stop)]
+        for place, head in enumerate(line):
+            if head >= 0:
+                found.append(head)
+                assert key_line[place // split.piece] == head // (heads // kv_heads)
+    assert sorted(found) == list(range(heads))
+
+
+def test_quantized_feed_forward_parts_are_cut_between_groups():
+    model = parse_config({**QWEN2, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, "x")
+    assert model.local(8).intermediate_size == 29 * 128  # 231 groups
+    assert [even_size(231 * 128, 8, model.inner_unit)] == [29 * 128]
+    [line] = uneven_sizes(model, 8)
+    assert "feed-forward size as 29696 instead of 29568 (+0%)" in line and "heads" not in line
+    assert uneven_sizes(model, 1) == [] and "heads as 72 instead of 64 (+12%)" in uneven_sizes(model, 3)[0]
 
 
 class Packed:
@@ -128,9 +191,18 @@ def test_packed_matrices_are_split_by_outputs_and_by_inputs(shuffled: bool):
     assert torch.equal(unpack_grouped(some, 0, 48), whole[:, 32:96]) and some.bias is None
 
 
-def test_a_split_inside_a_group_is_refused_by_name():
-    spec = LinearSpec(("m",), 128, (48,), bias=True, inputs=((0, 48),))
-    with pytest.raises(BadCheckpoint, match=r"m\.qweight cannot be split at .*32 inputs of a group"):
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_split_may_go_through_a_group_and_behind_the_end(shuffled: bool):
+    spec = LinearSpec(("m",), 128, (48,), bias=False)
+    whole = unpack_grouped(packed(spec, shuffled=shuffled), 0, 48)
+    some = packed(replace(spec, inputs=((80, 128), (-16, 0)), adds_bias=False), shuffled=shuffled)
+    found = unpack_grouped(some, 0, 48)
+    assert torch.equal(found[:, :48], whole[:, 80:128]) and not found[:, 48:].any()
+
+
+def test_a_split_inside_a_word_is_refused_by_name():
+    spec = LinearSpec(("m",), 128, (48,), bias=True, inputs=((0, 44),))
+    with pytest.raises(BadCheckpoint, match=r"m\.qweight cannot be split at .*8 numbers of a word"):
         packed(spec, shuffled=False)
 
 

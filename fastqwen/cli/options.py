@@ -30,6 +30,7 @@ GROUPS = {
     "Memory and speed": (
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens", "prompts_first", "block_size",
         "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching", "enforce_eager", "num_threads",
+        "tensor_parallel_size",
     ),
     "Who may ask, and how long it may take": (
         "insecure", "allowed_hosts", "allowed_origins", "header_timeout_s", "body_timeout_s", "stall_timeout_s",
@@ -40,6 +41,9 @@ GROUPS = {
         "text_timeout_s",
     ),
 }  # fmt: skip
+
+# Other names of a field's flag.
+ALIASES = {"tensor_parallel_size": ("-tp",), "num_gpus": ("--tensor-parallel-size", "-tp")}
 
 # What several commands take.
 MODEL_HELP = "demo, a folder, a .gguf file, or a hub name like Qwen/Qwen3-0.6B."
@@ -169,6 +173,8 @@ def _parameter(config: type[msgspec.Struct], name: str) -> inspect.Parameter:
         extra = {"parser": whole_number, "metavar": "NUMBER"}
     if default is msgspec.NODEFAULT:
         default = []
-    info = typer.Option(text, help=meta.description, show_default=not optional, rich_help_panel=panel, **extra)
+    info = typer.Option(
+        text, *ALIASES.get(name, ()), help=meta.description, show_default=not optional, rich_help_panel=panel, **extra
+    )
     annotation: Any = Annotated[(kind | None) if optional else kind, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

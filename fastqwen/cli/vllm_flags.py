@@ -87,9 +87,10 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Why it cannot hold, the flags, and for each of them the values at which it says what holds anyway.
 REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
-    "a model runs on one GPU or on the CPU, in one process: fastqwen plan shows what fits, and several servers stand "
-    "behind one proxy": {
-        "tensor-parallel-size": ("1",), "pipeline-parallel-size": ("1",), "data-parallel-size": ("1",), "nnodes": ("1",),
+    "use --tensor-parallel-size instead: each GPU then computes a part of every layer": {"pipeline-parallel-size": ("1",)},
+    "a model runs on the GPUs of one host, with --tensor-parallel-size: fastqwen plan shows what fits, and several servers "
+    "stand behind one proxy": {
+        "data-parallel-size": ("1",), "nnodes": ("1",),
         "decode-context-parallel-size": ("1",), "prefill-context-parallel-size": ("1",), "data-parallel-size-local": ("1",),
         "node-rank": ("0",), "data-parallel-start-rank": ("0",), "data-parallel-rank": ("0",), "master-addr": (),
         "master-port": (), "data-parallel-address": (), "data-parallel-rpc-port": (), "data-parallel-backend": ("mp",),

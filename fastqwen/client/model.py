@@ -11,8 +11,8 @@ from fastqwen.client.loading_bar import LoadingBar
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, BadRequest
 from fastqwen.hub import find_checkpoint
+from fastqwen.ranks.start import start_engine
 from fastqwen.records import Grammar, SamplingParams
-from fastqwen.runner.start import start_engine
 from fastqwen.text.grammar import check_grammar, to_grammar
 from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text
 from fastqwen.text.template import Message
@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 def batch_config(model: str, options: dict[str, Any]) -> EngineConfig:
     """``options`` are EngineConfig's fields. Raises BadConfig."""
+    if options.get("pipeline_parallel_size", 1) != 1:
+        raise BadConfig("pipeline_parallel_size cannot be more than 1: use tensor_parallel_size instead")
+    options = {name: value for name, value in options.items() if name != "pipeline_parallel_size"}
     unknown = set(options) - set(EngineConfig.__struct_fields__)
     if unknown:
         raise BadConfig(f"there is no engine option {', '.join(sorted(unknown))}")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from fastqwen.records import EngineRequest, Failure, RequestDelta
 
 if TYPE_CHECKING:
-    from fastqwen.runner.structured import GrammarCompiler
+    from fastqwen.runner.start import Compiler
 
 COMPILING_WAIT_MS = 2
 NO_GRAMMARS = Failure("grammar", "this engine cannot constrain answers: it has no tokenizer")
 
 
 class Arrivals:
-    def __init__(self, compiler: GrammarCompiler | None) -> None:
+    def __init__(self, compiler: Compiler | None) -> None:
         self._compiler = compiler
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._ready: list[EngineRequest] = []

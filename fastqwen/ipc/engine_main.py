@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ from fastqwen.ipc.arrivals import Arrivals
 from fastqwen.lifeline import watch_parent
 from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
+from fastqwen.ranks.group import RankLost
 
 log = logging.getLogger("fastqwen.engine")
 
@@ -48,10 +51,13 @@ def main(address: str, log_format: str = "text", start_engine: Starter | None = 
     try:
         start = wire.to_engine.decode(socket.recv())
         assert isinstance(start, wire.Start)
-        engine = _start(socket, start, start_engine or _start_real_engine)
+        engine = _start(socket, start, start_engine or partial(_start_real_engine, log_format=log_format))
         if engine is None:
             return 1
-        _serve(socket, engine.core, Arrivals(engine.compiler))
+        _serve(socket, engine.core, Arrivals(engine.compiler), engine.check)
+    except RankLost as error:
+        log.error("%s", error)
+        os._exit(1)  # the server tells its requests once this process is gone, and Python takes its time to leave
     finally:
         socket.close()
         context.term()
@@ -65,8 +71,8 @@ def _tidy(path: Path) -> None:
         path.parent.rmdir()
 
 
-def _start_real_engine(start: wire.Start, progress: Callable[[int, int], None]) -> Engine:
-    from fastqwen.runner.start import start_engine
+def _start_real_engine(start: wire.Start, progress: Callable[[int, int], None], *, log_format: str = "text") -> Engine:
+    from fastqwen.ranks.start import start_engine
     from fastqwen.text.load import load_text
 
     path = Path(start.path)
@@ -74,7 +80,7 @@ def _start_real_engine(start: wire.Start, progress: Callable[[int, int], None]) 
     def grammar_tokenizer(model: ModelConfig) -> LLTokenizer:
         return load_text(path, model, start.config).grammar_tokenizer(model)
 
-    return start_engine(start.config, path, progress, grammar_tokenizer=grammar_tokenizer)
+    return start_engine(start.config, path, progress, grammar_tokenizer=grammar_tokenizer, log_format=log_format)
 
 
 def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> Engine | None:
@@ -83,6 +89,8 @@ def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> En
 
     try:
         engine = starter(start, progress)
+    except RankLost:
+        raise
     except FastqwenError as error:
         socket.send(wire.encode(wire.Failed(str(error))))
         return None
@@ -90,14 +98,17 @@ def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> En
     return engine
 
 
-def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals) -> None:
+def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals, check: Callable[[], None]) -> None:
     told_s = 0.0
     while True:
         _take_messages(socket, core, arrivals, wait_ms=0 if core.has_work else arrivals.patience_ms(IDLE_WAIT_MS))
         for request in arrivals.ready():
             core.add(request)
+        check()
         try:
             deltas = arrivals.refused() + core.step()
+        except RankLost:
+            raise
         except FastqwenError as error:  # the weights were changed: no answer can be right any more
             socket.send(wire.encode(wire.Failed(str(error))))
             return

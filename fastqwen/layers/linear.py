@@ -203,6 +203,9 @@ class SummedLinear(ShardedLinear):
         return out
 
     def add_to(self, residual: Tensor, x: Tensor, step: StepTokens) -> None:
+        if self.world.takes_parts(residual):
+            self.world.add_parts(residual, self.part(x, step))
+            return
         if self.world.index == 0:
             self.part.add_to(residual, x, step)
         else:

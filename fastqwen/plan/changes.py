@@ -83,9 +83,6 @@ def _served(question: Question) -> tuple[Question, str]:
     if "an 8-bit KV cache" in obstacles(question):
         question = replace(question, kv_cache_dtype="auto")
         words.append("a KV cache in the model's own type")
-    if "one model on several GPUs" in obstacles(question):
-        question = replace(question, num_gpus=1)
-        words.append("one GPU")
     return question, ", ".join(words)
 
 

@@ -16,6 +16,7 @@ from fastqwen.plan.facts import CPU_STEP_TOKENS, DTYPE_BYTES, FASTQWEN_CPU, FAST
 from fastqwen.plan.generations import TORCH_ONLY, generation_of
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 from fastqwen.plan.question import PlanOptions, Question, beyond_training, is_fitting, too_long
+from fastqwen.plan.shards import uneven_sizes
 from fastqwen.plan.steps import mixed_tokens, step_tokens
 from fastqwen.plan.weights import num_parameters
 
@@ -57,6 +58,7 @@ def make_plan(
     if config.rope_per_request and model.rope.kind not in ("yarn", "qwen1_ntk"):
         raise BadConfig(f"--rope-per-request: the config.json of {config.model} asks for no YaRN scaling")
     notices = [*model.notices, *quant.notices(model.quantization), *notices]
+    notices += uneven_sizes(model, config.tensor_parallel_size)
     on_cpu = facts.kind == "cpu"
     profile = FASTQWEN_CPU if on_cpu else FASTQWEN_GPU
     block_size = config.block_size or profile.block_size
@@ -69,7 +71,7 @@ def make_plan(
     max_num_seqs = config.max_num_seqs or profile.max_num_seqs
     active = num_parameters(model, active=True)
     usual_tokens = CPU_STEP_TOKENS if on_cpu else step_tokens(active, facts)
-    per_token = kv_bytes_per_token(model, dtype)
+    per_token = kv_bytes_per_token(model, dtype, num_gpus=config.tensor_parallel_size)
     wished_len = config.max_model_len or model.default_max_len
     if wished_len > model.default_max_len:
         raise too_long(wished_len, config.model, model)
@@ -125,7 +127,9 @@ def need_of_engine(
     """What an engine with this configuration will hold, term by term, with a cache for one sequence."""
     profile = FASTQWEN_CPU if facts.kind == "cpu" else FASTQWEN_GPU
     definite = msgspec.structs.replace(config, dtype=dtype, max_model_len=max_model_len)
-    load = msgspec.convert(definite, Load, from_attributes=True)
+    load = msgspec.structs.replace(
+        msgspec.convert(definite, Load, from_attributes=True), num_gpus=config.tensor_parallel_size
+    )
     return predict(model, load, profile, facts)
 
 
@@ -134,10 +138,13 @@ def _remedy(model: ModelConfig, config: EngineConfig, facts: DeviceFacts, room: 
     shorter = f"use --max-model-len {room} or less" if room else "use a smaller model or more memory"
     if facts.kind == "cpu" or config.kv_cache_memory_bytes is not None:
         return shorter
-    options = msgspec.convert(config, PlanOptions, from_attributes=True)
+    options = msgspec.structs.replace(
+        msgspec.convert(config, PlanOptions, from_attributes=True), num_gpus=config.tensor_parallel_size
+    )
     named = NamedModel(model=model, name=config.model, entry=published(config.model))
     question = Question.of(options, named, facts)
     if is_fitting(question):  # by the book it does, but less was measured free
         return shorter
-    first = next((change.command for change in advise(question) if change.command is not None), None)
+    here = (change for change in advise(question) if change.num_gpus == question.num_gpus)
+    first = next((change.command for change in here if change.command is not None), None)
     return f"use {first}" if first is not None else "use a smaller model or a larger GPU"

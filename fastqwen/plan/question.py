@@ -184,7 +184,7 @@ def rounded(length: int, most: int) -> int:
 
 def obstacles(question: Question) -> tuple[str, ...]:
     """What stands in the way of serving this as it was asked."""
-    found = not_served_yet(question.model, num_gpus=question.num_gpus, kv_cache_dtype=question.kv_cache_dtype)
+    found = not_served_yet(question.model, kv_cache_dtype=question.kv_cache_dtype)
     return found if question.real is None else (UNPUBLISHED, *found)
 
 

@@ -24,11 +24,9 @@ def _refusal(model: ModelConfig) -> str | None:
     return None
 
 
-def not_served_yet(model: ModelConfig, *, num_gpus: int, kv_cache_dtype: str) -> tuple[str, ...]:
+def not_served_yet(model: ModelConfig, *, kv_cache_dtype: str) -> tuple[str, ...]:
     """What stands in the way; nothing if the engine takes it."""
     found = []
-    if num_gpus > 1 and "tensor_parallel_size" not in EngineConfig.__struct_fields__:
-        found.append("one model on several GPUs")
     if kv_cache_dtype != "auto" and "kv_cache_dtype" not in EngineConfig.__struct_fields__:
         found.append("an 8-bit KV cache")
     refusal = _refusal(model)

@@ -13,6 +13,7 @@ from fastqwen.errors import Unsupported
 from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.plan.allocator import rounded_up_bytes
 from fastqwen.plan.facts import DTYPE_BYTES
+from fastqwen.sharding import VOCAB_UNIT, even_size
 
 PLAIN_BYTES = 2  # of a number in the files that are quantized while they are loaded
 
@@ -57,7 +58,7 @@ def matrices(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
 
 def tables(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
     """The embedding, of which a step reads a row a token, and the head, unless it is the same tensor."""
-    rows = ceil(model.vocab_size / num_gpus)
+    rows = even_size(model.vocab_size, num_gpus, VOCAB_UNIT)
     head_packed = bool((model.quantization or {}).get("lm_head"))
     if model.tie_word_embeddings:
         yield Matrix(1, model.hidden_size, rows, packed=False)

@@ -109,18 +109,20 @@ class Fp8:
         for dim, own in enumerate(ranges):
             if own is not None:
                 part = Part(dim, own)
-                scales, size = _scales_of(weights, scales, part, block[dim], whole=block[dim] >= shape[dim])
+                scales, size = _scales_of(scales, part, block[dim], whole=block[dim] >= shape[dim])
                 block = (size, block[1]) if dim == 0 else (block[0], size)
         return ScaledWeight(weights.eighths(f"{name}.weight", shape, part=part), scales, block, bias)
 
 
-def _scales_of(weights: Weights, scales: Tensor, part: Part, size: int, *, whole: bool) -> tuple[Tensor, int]:
+def _scales_of(scales: Tensor, part: Part, size: int, *, whole: bool) -> tuple[Tensor, int]:
     """A shard's scales and the size of its blocks, where those of the file are ``size`` wide. ``whole``: there is one."""
+    from fastqwen.weights.source import cut  # torch, which the planner does without
+
     if whole:
         return scales, part.size
     common = math.gcd(size, *(edge for pair in part.ranges for edge in pair))
     ranges = tuple((start // common, stop // common) for start, stop in part.ranges)
-    return weights.lines(scales.repeat_interleave(size // common, part.dim), Part(part.dim, ranges)), common
+    return cut(scales.repeat_interleave(size // common, part.dim), Part(part.dim, ranges)), common
 
 
 # Keys of how activations were scaled, and of which modules stayed as they were, which the tensors show.

@@ -104,7 +104,8 @@ class Gptq:
         outputs: Ranges | None,
         bias: Tensor | None,
     ) -> GroupedWeight:
-        from fastqwen.weights.words import numbers_of_unit, words_of_unit  # torch, which the planner does without
+        from fastqwen.weights.source import cut  # torch, which the planner does without
+        from fastqwen.weights.words import numbers_of_unit, words_of_unit
 
         unit = numbers_of_unit(self.file_bits)
         group_size = in_size if self.group_size == -1 else self.group_size
@@ -119,19 +120,19 @@ class Gptq:
         codes = scales = None  # which part of them; None: all
         if outputs is not None:
             codes = scales = Part(1, outputs)
-            zeros = weights.lines(zeros, scales)
         elif inputs is not None:
             units = divided(weights, name, inputs, unit, "numbers of a word")
             codes = Part(0, tuple((start * words, stop * words) for start, stop in units))
-            if groups is None and self.group_size != -1:
+            if groups is None and self.group_size != -1 and not _is_whole(inputs, group_size):
+                groups = _in_order(zeros, in_size, group_size)  # a shard's edge is within a group: say which
+            if groups is not None:
+                groups, scales = _groups_of(groups, inputs, num_groups)
+            elif self.group_size != -1:
                 scales = Part(0, divided(weights, name, inputs, group_size, "inputs of a group"))
-                zeros = weights.lines(zeros, scales)
-            elif groups is not None:
-                groups = weights.lines(groups, Part(0, inputs))
         return GroupedWeight(
             codes=self._codes(weights.words(f"{name}.qweight", (in_size // unit * words, out_size), part=codes)),
             scales=weights.tensor(f"{name}.scales", (num_groups, out_size), keep_type=True, part=scales),
-            zeros=zeros,
+            zeros=cut(zeros, scales),
             group_of=groups,
             bits=self.bits,
             group_size=group_size if inputs is None or self.group_size != -1 else Part(0, inputs).size,
@@ -168,12 +169,34 @@ class Gptq:
         groups = weights.words(f"{name}.g_idx", (in_size,)).long()
         if int(groups.min()) < 0 or int(groups.max()) >= num_groups:
             raise weights.fault(f"{name}.g_idx", f"names groups outside 0 to {num_groups - 1}")
-        in_order = groups.new_ones(in_size).cumsum(0).sub_(1) // group_size
-        return None if groups.equal(in_order) else groups
+        return None if groups.equal(_in_order(groups, in_size, group_size)) else groups
+
+
+def _in_order(like: Tensor, in_size: int, group_size: int) -> Tensor:
+    """The group of each input where they are not shuffled, int64 [in]"""
+    import torch
+
+    return torch.arange(in_size, device=like.device) // group_size
+
+
+def _groups_of(groups: Tensor, inputs: Ranges, num_groups: int) -> tuple[Tensor, Part | None]:
+    """The groups of a shard's inputs, and which groups it must hold: all, and where inputs are filled up with zeros one more
+    group for them, whose scale is 0."""
+    import torch
+
+    pieces = [
+        groups[start:stop] if start >= 0 else groups.new_full((stop - start,), num_groups) for start, stop in inputs
+    ]
+    filled = any(start < 0 for start, _ in inputs)
+    return torch.cat(pieces), Part(0, ((0, num_groups), (-1, 0))) if filled else None
+
+
+def _is_whole(ranges: Ranges, unit: int) -> bool:
+    return all(edge % unit == 0 for pair in ranges for edge in pair)
 
 
 def divided(weights: Weights, name: str, ranges: Ranges, unit: int, what: str) -> Ranges:
-    if any(edge % unit for pair in ranges for edge in pair):
+    if not _is_whole(ranges, unit):
         raise weights.fault(
             f"{name}.qweight", f"cannot be split at {ranges}: the edges must be multiples of the {unit} {what}"
         )

@@ -23,7 +23,7 @@ from fastqwen.runner.pending import Extras, PendingStep
 from fastqwen.runner.pooling import PooledStep, last_vectors
 from fastqwen.runner.recording import Recording, alias, decode_layouts, prompt_layouts
 from fastqwen.runner.step_layout import Ints, StepInputs, StepLayout, count_decode_rows, cut_tiles
-from fastqwen.runner.structured import StructuredOutput
+from fastqwen.runner.structured import Constraints
 
 STEPS_IN_FLIGHT = 4  # host copies of a step's inputs and results; more than the steps that may be in flight
 
@@ -37,10 +37,9 @@ class CudaRunner(ModelRunner):
         decoder: Decoder,
         plan: EnginePlan,
         device: torch.device,
-        structured: StructuredOutput | None = None,
+        structured: Constraints | None = None,
     ) -> None:
         super().__init__(model, decoder, plan, device, structured)
-        assert decoder.embed.world.count == 1, "one GPU computes all of a step"
         # The last step's choices, tokens, and rows that stepped aside.
         self._untaken: tuple[list[Choice], Tensor, torch.cuda.Event, set[int]] | None = None
         self.slots.block_tables[self.slots.spare] = plan.num_blocks  # padding writes into a block of its own
@@ -85,7 +84,8 @@ class CudaRunner(ModelRunner):
             self._recorded_step(layout)  # compiles what this size needs, outside of the recording
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # The thread of a library of collectives may look at its events meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 hidden, logits, tokens = self._recorded_step(layout)
             recordings.append(Recording(layout, graph, alias(hidden), alias(logits), alias(tokens)))
             del hidden, logits, tokens
@@ -122,7 +122,7 @@ class CudaRunner(ModelRunner):
         pending = self._pending(batch, tokens, extras)
         return pending if vectors is None else PooledStep(pending, rows, vectors)
 
-    def _take_last_step(self, structured: StructuredOutput) -> None:
+    def _take_last_step(self, structured: Constraints) -> None:
         """A grammar must see a row's last token before it allows the next one: such rows cannot run ahead."""
         if self._untaken is not None:
             choices, tokens, done, late = self._untaken
@@ -178,8 +178,10 @@ class CudaRunner(ModelRunner):
             frequencies=slots.inverse_frequencies,
             rope_scale=slots.rope_scale,
             embed=decoder.embed.table,
+            first_id=decoder.embed.first_id,
             logn_len=self._model.logn_len,
         )
+        decoder.embed.world.all_reduce(residual)
         where = StepTokens(
             positions=inputs.positions,
             slots=inputs.slots,
@@ -201,7 +203,7 @@ class CudaRunner(ModelRunner):
 
     def _next_tokens(self, logits: Tensor, row_slots: Tensor, positions: Tensor) -> Tensor:
         slots = self.slots
-        return step.sample(
+        tokens = step.sample(
             logits,
             row_slots,
             positions,
@@ -212,6 +214,8 @@ class CudaRunner(ModelRunner):
             seed=slots.seed,
             token_ids=slots.token_ids,
         )
+        self._decoder.embed.world.broadcast(tokens)
+        return tokens
 
     def _needs_more(self, row: Row) -> bool:
         """Whether the row asks in this step for more than the recorded sampler does."""
@@ -223,10 +227,13 @@ class CudaRunner(ModelRunner):
         )
 
     def _choose_again(self, logits: Tensor, extras: Extras) -> Tensor:
-        adjusted = extras.bent(logits, self._structured)
+        adjusted = self._bent(logits, extras)
         host = np.array([(choice.slot, choice.position) for choice in extras.choices], dtype=np.int32)
         row_slots, positions = self.slots.upload(np.ascontiguousarray(host.T)).unbind(0)
         return self._next_tokens(adjusted, row_slots, positions)
+
+    def _bent(self, logits: Tensor, extras: Extras) -> Tensor:
+        return extras.bent(logits, self._structured)
 
     def _pending(self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None) -> PendingStep:
         place = self._num_steps % STEPS_IN_FLIGHT

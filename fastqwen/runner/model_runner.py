@@ -22,7 +22,7 @@ from fastqwen.runner.packing import pack
 from fastqwen.runner.pooling import PooledStep, last_vectors
 from fastqwen.runner.results import NOT_FINITE, only_this_row, step_output
 from fastqwen.runner.slots import Slots
-from fastqwen.runner.structured import StructuredOutput
+from fastqwen.runner.structured import Constraints
 
 
 class FinishedStep:
@@ -48,7 +48,7 @@ class ModelRunner:
         decoder: Decoder,
         plan: EnginePlan,
         device: torch.device,
-        structured: StructuredOutput | None = None,
+        structured: Constraints | None = None,
         check_weights: Callable[[], None] = lambda: None,
     ) -> None:
         """``check_weights`` raises where a mapped file was changed: then a step's tokens are worth nothing."""
@@ -130,7 +130,9 @@ class ModelRunner:
             for place, choice in enumerate(choices):
                 with only_this_row(choice.row, errors):
                     [chosen[place]] = self._draw(logits[place : place + 1], [choice])
-        self.slots.token_ids[_slots_of(choices), _positions_of(choices)] = torch.tensor(chosen, dtype=torch.int32)
+        told = torch.tensor(chosen, dtype=torch.int32)
+        self._decoder.embed.world.broadcast(told)
+        self.slots.token_ids[_slots_of(choices), _positions_of(choices)] = told
         if self._structured is not None:
             self._structured.take(*taken(choices, chosen, late))
         return chosen, late

@@ -14,7 +14,7 @@ from fastqwen.runner.choices import Choice, adjust
 from fastqwen.runner.logprobs import ChosenLogprobs, prompt_logprobs
 from fastqwen.runner.results import NOT_FINITE, only_this_row, step_output
 from fastqwen.runner.slots import Slots
-from fastqwen.runner.structured import StructuredOutput
+from fastqwen.runner.structured import Constraints
 
 
 class Extras:
@@ -44,7 +44,7 @@ class Extras:
                     self.prompt_logprobs[index] = prompt_logprobs(row, part, decoder, slots)
             start += row.num_tokens
 
-    def bent(self, logits: Tensor, structured: StructuredOutput | None) -> Tensor:
+    def bent(self, logits: Tensor, structured: Constraints | None) -> Tensor:
         """float32 [choices, vocab]; rows that cannot be bent, or whose grammar fails, become ``errors``"""
         adjusted = logits.to(torch.float32, copy=True)
         adjust(adjusted, self.choices, self._slots, self.errors)

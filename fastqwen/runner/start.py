@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import llguidance
 import msgspec
@@ -18,6 +19,7 @@ from fastqwen.build import build_decoder
 from fastqwen.config import EngineConfig
 from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
+from fastqwen.engine.executor import Executor
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
 from fastqwen.kernels import Ops
@@ -25,10 +27,12 @@ from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary_key import rope_key
 from fastqwen.model_config import ModelConfig
-from fastqwen.plan import EnginePlan, Line, Measured, compare, make_plan
+from fastqwen.plan import DeviceFacts, EnginePlan, Line, Measured, compare, make_plan
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts, has_own_kernels
+from fastqwen.runner.follower import Follower, GrammarMarks
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.sharding import Alone, World
 from fastqwen.weights.accounting import account
 from fastqwen.weights.checkpoint import Checkpoint, open_checkpoint
 from fastqwen.weights.source import DummyWeights, Weights
@@ -37,15 +41,38 @@ from fastqwen.weights.watch import MappedFiles
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+GrammarTokenizer = Callable[[ModelConfig], llguidance.LLTokenizer]
+
+
+class Compiler(Protocol):
+    """Of grammars, wherever they are followed. Both may be called from any thread."""
+
+    def tokenizer(self) -> llguidance.LLTokenizer: ...
+
+    def compile(self, grammar: str) -> object:
+        """Afterwards a request with this grammar begins without waiting."""
+
+
+@dataclass(frozen=True)
+class Computer:
+    """What computes steps, and what was found out while it was started."""
+
+    executor: Executor
+    compiler: Compiler | None  # None without a tokenizer
+    plan: EnginePlan
+    model: ModelConfig
+    comparison: list[Line]  # what was planned on paper against what was measured
+    tile_tokens: int  # steps that are multiples of this are no dearer than smaller ones
 
 
 @dataclass(frozen=True)
 class Engine:
     core: EngineCore
-    compiler: GrammarCompiler | None  # None without a tokenizer
+    compiler: Compiler | None
     plan: EnginePlan
     model: ModelConfig
-    comparison: list[Line] = field(default_factory=list)  # what was planned on paper against what was measured
+    comparison: list[Line] = field(default_factory=list)
+    check: Callable[[], None] = lambda: None  # raises where what computes is gone, also while there is nothing to do
 
 
 def start_engine(
@@ -53,12 +80,46 @@ def start_engine(
     path: Path,
     progress: Progress = lambda done, total: None,
     on_capture: Progress = lambda done, total: None,
-    grammar_tokenizer: Callable[[ModelConfig], llguidance.LLTokenizer] | None = None,
+    grammar_tokenizer: GrammarTokenizer | None = None,
 ) -> Engine:
-    """``progress`` is told after each layer how many of how many are loaded, ``on_capture`` the same of CUDA graphs.
+    """On one device. ``progress`` is told after each layer how many of how many are loaded, ``on_capture`` the same of CUDA
+    graphs.
 
     ``grammar_tokenizer`` is called upon the first request for structured output. Raises FastqwenError.
     """
+    device = choose_device(config)
+    return engine_of(config, start_computer(config, path, device, Alone(), progress, on_capture, grammar_tokenizer))
+
+
+def engine_of(config: EngineConfig, computer: Computer, check: Callable[[], None] = lambda: None) -> Engine:
+    plan, model = computer.plan, computer.model
+    scheduler = Scheduler(
+        BlockPool(plan.num_blocks, plan.block_size),
+        StepPolicy(
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_num_mixed_tokens=plan.max_num_mixed_tokens,
+            tile_tokens=computer.tile_tokens,
+            prompts_first=bool(config.prompts_first),
+        ),
+        max_num_seqs=plan.max_num_seqs,
+        enable_prefix_caching=config.enable_prefix_caching,
+        rope_key_of=partial(rope_key, model.rope, per_request=config.rope_per_request),
+        num_resumable=computer.executor.num_resumable,
+    )
+    core = EngineCore(scheduler, computer.executor)
+    return Engine(core, computer.compiler, plan, model, computer.comparison, check)
+
+
+def start_computer(
+    config: EngineConfig,
+    path: Path,
+    device: torch.device,
+    world: World,
+    progress: Progress = lambda done, total: None,
+    on_capture: Progress = lambda done, total: None,
+    grammar_tokenizer: GrammarTokenizer | None = None,
+) -> Computer:
+    """One shard on its device. All shards of a world are started at once, and get the same plan."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     dummy = config.load_format == "dummy"
@@ -66,40 +127,53 @@ def start_engine(
     stored = quant.wished(checkpoint.model.quantization, config.quantization, checkpoint.source)
     checkpoint = replace(checkpoint, model=msgspec.structs.replace(checkpoint.model, quantization=stored))
     quant.find(stored, checkpoint.source)  # refused by its file's name, before it is planned for
-    device = choose_device(config)
-    plan = make_plan(checkpoint.model, config, device_facts(device))
-    for notice in plan.notices:
-        log.warning("%s", notice)
+    plan = make_plan(checkpoint.model, config, _shared_facts(device, world))
+    if world.index == 0:
+        for notice in plan.notices:
+            log.warning("%s", notice)
+    world.prepare(checkpoint.model.hidden_size, TORCH_DTYPES[plan.dtype])
     paper = plan
     mapped = MappedFiles(checkpoint.tensor_files)
-    decoder, weights_bytes = _load(config, checkpoint, plan, device, choose_ops(device), progress)
+    decoder, weights_bytes = _load(config, checkpoint, plan, device, choose_ops(device), world, progress)
     mapped.check()
     compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
     structured = None if compiler is None else StructuredOutput(compiler)
+    executor: ModelRunner
     if has_own_kernels(device):
         plan, executor, step_bytes = _on_gpu(config, checkpoint.model, decoder, plan, device, structured, on_capture)
     else:
-        executor, step_bytes = ModelRunner(checkpoint.model, decoder, plan, device, structured, mapped.check), 0
-    scheduler = Scheduler(
-        BlockPool(plan.num_blocks, plan.block_size),
-        StepPolicy(
-            max_num_batched_tokens=plan.max_num_batched_tokens,
-            max_num_mixed_tokens=plan.max_num_mixed_tokens,
-            tile_tokens=TILE_TOKENS if has_own_kernels(device) else 1,
-            prompts_first=bool(config.prompts_first),
-        ),
-        max_num_seqs=plan.max_num_seqs,
-        enable_prefix_caching=config.enable_prefix_caching,
-        rope_key_of=partial(rope_key, checkpoint.model.rope, per_request=config.rope_per_request),
-        num_resumable=executor.num_resumable,
-    )
+        runner = ModelRunner if world.index == 0 else Follower
+        executor, step_bytes = runner(checkpoint.model, decoder, plan, device, structured, mapped.check), 0
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
     measured = Measured(
         weights_bytes=weights_bytes, peak_bytes=_peak_bytes(device, step_bytes), num_blocks=plan.num_blocks
     )
-    model = msgspec.structs.replace(checkpoint.model, has_head=decoder.has_head)
-    return Engine(EngineCore(scheduler, executor), compiler, plan, model, compare(paper, measured))
+    return Computer(
+        executor=executor,
+        compiler=compiler,
+        plan=plan,
+        model=msgspec.structs.replace(checkpoint.model, has_head=decoder.has_head),
+        comparison=compare(paper, measured),
+        tile_tokens=TILE_TOKENS if has_own_kernels(device) else 1,
+    )
+
+
+def _shared_facts(device: torch.device, world: World) -> DeviceFacts:
+    """The same for all shards, whose plans must be one: what the fullest of their devices has free. On a CPU they share the
+    memory."""
+    facts = device_facts(device)
+    if world.count == 1:
+        return facts
+    free_bytes, share = least(facts.free_bytes, device, world), 1 if device.type == "cuda" else world.count
+    return msgspec.structs.replace(
+        facts, free_bytes=free_bytes // share, total_bytes=least(facts.total_bytes, device, world) // share
+    )
+
+
+def least(number: int, device: torch.device, world: World) -> int:
+    """The least of all shards' numbers."""
+    return int(world.all_gather(torch.tensor([[number]], dtype=torch.int64, device=device)).min())
 
 
 def _peak_bytes(device: torch.device, step_bytes: int) -> int | None:
@@ -122,19 +196,31 @@ def _on_gpu(
     on_capture: Progress,
 ) -> tuple[EnginePlan, ModelRunner, int]:
     """The cache gets what the largest step leaves free; then the decode steps are recorded."""
+    from fastqwen.runner.cuda_follower import CudaFollower
     from fastqwen.runner.cuda_runner import CudaRunner
     from fastqwen.runner.measure import measure_room
 
+    world = decoder.embed.world
     room = measure_room(model, config, plan, decoder, device)
-    plan = make_plan(model, config, device_facts(device), available_kv_bytes=max(1, room.kv_bytes))
-    runner = CudaRunner(model, decoder, plan, device, structured)
+    available = least(max(1, room.kv_bytes), device, world)
+    plan = make_plan(model, config, _shared_facts(device, world), available_kv_bytes=available)
+    if world.index == 0:
+        runner = CudaRunner(model, decoder, plan, device, structured)
+    else:
+        runner = CudaFollower(model, decoder, plan, device, GrammarMarks())
     if not config.enforce_eager:
         runner.capture(on_capture)
     return plan, runner, room.step_bytes
 
 
 def _load(
-    config: EngineConfig, checkpoint: Checkpoint, plan: EnginePlan, device: torch.device, ops: Ops, progress: Progress
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    plan: EnginePlan,
+    device: torch.device,
+    ops: Ops,
+    world: World,
+    progress: Progress,
 ) -> tuple[Decoder, int]:
     """The decoder, and the bytes of its weights."""
     dtype = TORCH_DTYPES[plan.dtype]
@@ -142,6 +228,6 @@ def _load(
         weights: Weights = DummyWeights(dtype, device, config.seed or 0)
     else:
         weights = Weights(checkpoint.tensors, dtype, device)
-    decoder = build_decoder(checkpoint.model, weights, ops, source=checkpoint.source, progress=progress)
+    decoder = build_decoder(checkpoint.model, weights, ops, source=checkpoint.source, world=world, progress=progress)
     account(weights, checkpoint.model, checkpoint.source)
     return decoder, weights.num_bytes

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Lock
+from typing import Protocol
 
 import llguidance
 import numpy as np
@@ -138,6 +139,18 @@ class _Constraint:
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
         self.meter.note(time.thread_time() - begin_s, len(untaken))
         return allowed, error
+
+
+class Constraints(Protocol):
+    """What a runner asks about rows with grammars."""
+
+    def admit(self, admissions: Sequence[Admission]) -> None: ...
+
+    def constrains(self, slot: int) -> bool: ...
+
+    def mask(self, logits: Tensor, choices: Sequence[Choice], errors: dict[int, Failure]) -> set[int]: ...
+
+    def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None: ...
 
 
 class StructuredOutput:

@@ -24,7 +24,7 @@ class TensorFile(Protocol):
 
     def read(self, name: str, part: Part | None = None) -> Tensor:
         """The tensor, or part of it, in the file's own type, or float32 where that type is packed; a view of the file if
-        possible. Nothing else of the file is read; a part's lines behind the end are left out."""
+        possible. Nothing else of the file is read."""
 
 
 class Weights:
@@ -93,11 +93,6 @@ class Weights:
         """A vector that the checkpoint does not have, [size]"""
         return torch.zeros(size, dtype=self.dtype, device=self.device)
 
-    @staticmethod
-    def lines(tensor: Tensor, part: Part) -> Tensor:
-        """A part of a tensor that was read as a whole; lines behind its end are zeros."""
-        return _with_zeros(cut(tensor, part), part)
-
     def fault(self, name: str, what: str) -> BadCheckpoint:
         """The error for a tensor that cannot be right."""
         return BadCheckpoint(f"{self._file.location(name)}: tensor {name} {what}")
@@ -108,8 +103,7 @@ class Weights:
         self._read.add(name)
         if found != shape:
             raise self.fault(name, f"has shape {list(found)}, config.json says {list(shape)}")
-        read = self._file.read(name, part)
-        return read if part is None else _with_zeros(read, part)
+        return self._file.read(name, part)
 
     def _missing(self, name: str) -> BadCheckpoint:
         file = self._file.location(name)
@@ -161,23 +155,17 @@ KNOWN_EXTRAS = re.compile(
 
 
 def cut(tensor: Tensor, part: Part | None) -> Tensor:
-    """The part's lines that the tensor has."""
+    """A part of a tensor that is there as a whole, contiguous; a view of it where that can be."""
     if part is None:
         return tensor
-    size = tensor.shape[part.dim]
-    pieces = [
-        tensor.narrow(part.dim, start, min(stop, size) - start) for start, stop in part.ranges if start < size
-    ] or [tensor.narrow(part.dim, 0, 0)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=part.dim)
+    pieces = [_lines(tensor, part.dim, start, stop) for start, stop in part.ranges]
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=part.dim)
 
 
-def _with_zeros(found: Tensor, part: Part) -> Tensor:
-    """What is behind the end of the file's tensor is the end of the part, too: ranges are in order."""
-    missing = part.size - found.shape[part.dim]
-    if not missing:
-        return found
-    shape = (*found.shape[: part.dim], missing, *found.shape[part.dim + 1 :])
-    return torch.cat([found, torch.zeros(shape, dtype=found.dtype, device=found.device)], dim=part.dim)
+def _lines(tensor: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    if start >= 0:
+        return tensor.narrow(dim, start, stop - start)
+    return tensor.new_zeros((*tensor.shape[:dim], stop - start, *tensor.shape[dim + 1 :]))
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -94,9 +94,9 @@ def test_what_vllms_users_type(line: str, expected: dict[str, Any]):
 
 
 def test_what_has_no_effect_is_said():
-    found = translated(shlex.split("demo --enable-chunked-prefill -tp 1 --attention-backend FLASH_ATTN"), OURS, SEVERAL)
+    found = translated(shlex.split("demo --enable-chunked-prefill -pp 1 --attention-backend FLASH_ATTN"), OURS, SEVERAL)
     assert [notice.split(" of vLLM")[0] for notice in found.notices] == [
-        "--enable-chunked-prefill", "--tensor-parallel-size 1", "--attention-backend FLASH_ATTN",
+        "--enable-chunked-prefill", "--pipeline-parallel-size 1", "--attention-backend FLASH_ATTN",
     ]  # fmt: skip
 
 

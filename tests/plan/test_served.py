@@ -57,7 +57,7 @@ def test_every_line_that_is_advised_is_one_that_serve_takes(card: str, wishes: P
             entry = catalog().find(name)
             assert entry is not None
             model = catalog().model(entry)
-            assert not not_served_yet(model, num_gpus=1, kv_cache_dtype="auto")
+            assert not not_served_yet(model, kv_cache_dtype="auto")
             options = dict(pairwise(words))
             assert int(options.get("--max-model-len", "1")) <= model.default_max_len
             if wishes.concurrency > 256 and line == found.command and found.fits:
@@ -70,7 +70,7 @@ def test_every_line_that_is_advised_is_one_that_serve_takes(card: str, wishes: P
 
 def test_the_parser_of_these_tests_refuses_what_serve_refuses():
     with pytest.raises(Exception, match="No such option"):
-        parsed("fastqwen serve demo --tensor-parallel-size 2")
+        parsed("fastqwen serve demo --pipeline-parallel-size 2")
     with pytest.raises(BadConfig):
         parsed("fastqwen serve demo --enforce-eager --max-num-seqs 0")
 
@@ -78,15 +78,11 @@ def test_the_parser_of_these_tests_refuses_what_serve_refuses():
 def test_what_stands_in_the_way():
     found = find_published("Qwen3-8B-FP8")
     assert found is not None
-    assert not_served_yet(found.model, num_gpus=2, kv_cache_dtype="int8") == (
-        "one model on several GPUs",
-        "an 8-bit KV cache",
-    )
+    assert not_served_yet(found.model, kv_cache_dtype="int8") == ("an 8-bit KV cache",)
 
 
 def test_an_engine_that_has_the_flags_is_advised_to_use_them(monkeypatch: pytest.MonkeyPatch):
     class Later(EngineConfig, frozen=True, kw_only=True):
-        tensor_parallel_size: int = 1
         kv_cache_dtype: str = "auto"
 
     monkeypatch.setattr("fastqwen.plan.served.EngineConfig", Later)

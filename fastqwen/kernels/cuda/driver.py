@@ -75,6 +75,42 @@ def load(machine_code: bytes) -> ctypes.c_void_p:
     return module
 
 
+class _Handle(ctypes.Structure):
+    """CUipcMemHandle"""
+
+    _fields_ = [("content", ctypes.c_ubyte * 64)]
+
+
+def allocate(num_bytes: int) -> int:
+    """Memory of its own, which other processes may open; it is kept for as long as this one lives."""
+    address = ctypes.c_uint64()
+    _check(_driver().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(num_bytes)))
+    return address.value
+
+
+def fill(address: int, word: int, count: int) -> None:
+    """``count`` words of 32 bits."""
+    _check(_driver().cuMemsetD32_v2(ctypes.c_uint64(address), ctypes.c_uint(word & 0xFFFFFFFF), ctypes.c_size_t(count)))
+
+
+def handle_of(address: int) -> bytes:
+    """By which another process of this host opens the memory."""
+    handle = _Handle()
+    _check(_driver().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(address)))
+    return bytes(handle.content)
+
+
+def open_handle(handle: bytes) -> int:
+    """Its address here; raises RuntimeError where the GPUs cannot reach each other."""
+    address, access_when_needed = ctypes.c_uint64(), 1
+    _check(
+        _driver().cuIpcOpenMemHandle_v2(
+            ctypes.byref(address), _Handle((ctypes.c_ubyte * 64)(*handle)), ctypes.c_uint(access_when_needed)
+        )
+    )
+    return address.value
+
+
 @cache
 def _driver() -> ctypes.CDLL:
     torch.cuda.current_stream()  # torch makes the device's context

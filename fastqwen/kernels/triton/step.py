@@ -25,6 +25,8 @@ def _prepare(
     q_scale_ptr,  # float32 [rows]
     length,
     hidden,
+    first_id,  # the embedding's lines are of the ids from here on;
+    num_ids,  # so many: those of others are zeros
     inverse_log,  # 1 / ln(logn_len)
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
@@ -34,9 +36,10 @@ def _prepare(
     row = tl.program_id(0)
     slot = tl.load(row_slots_ptr + row).to(tl.int64)
     position = tl.load(starts_ptr + row)
-    token = tl.load(token_ids_ptr + slot * length + position).to(tl.int64)
+    token = tl.load(token_ids_ptr + slot * length + position).to(tl.int64) - first_id
+    here = (token >= 0) & (token < num_ids)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    vector = tl.load(embed_ptr + token * hidden + at, mask=at < hidden, other=0.0)
+    vector = tl.load(embed_ptr + token * hidden + at, mask=here & (at < hidden), other=0.0)
     tl.store(residual_ptr + row.to(tl.int64) * hidden + at, vector, mask=at < hidden)
     if tl.program_id(1) == 0:
         half = tl.arange(0, HALF_BLOCK)
@@ -58,6 +61,7 @@ def prepare(
     frequencies: Tensor,
     rope_scale: Tensor,
     embed: Tensor,
+    first_id: int = 0,
     logn_len: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows of one token each: embeddings [rows, hidden], cos_sin [rows, head_dim], logN's q_scale [rows] or None"""
@@ -67,7 +71,7 @@ def prepare(
     q_scale = None if logn_len is None else torch.empty(rows, dtype=torch.float32, device=embed.device)
     _prepare[(rows, triton.cdiv(hidden, 1024))](
         row_slots, starts, token_ids, frequencies, rope_scale, embed, residual, cos_sin, q_scale,
-        token_ids.shape[1], hidden, 1.0 / math.log(logn_len) if logn_len else 0.0,
+        token_ids.shape[1], hidden, first_id, embed.shape[0], 1.0 / math.log(logn_len) if logn_len else 0.0,
         HALF=half, HALF_BLOCK=triton.next_power_of_2(half), BLOCK=1024, LOGN=logn_len is not None, num_warps=4,
     )  # fmt: skip
     return residual, cos_sin, q_scale

@@ -1,0 +1,157 @@
+"""A rank's process: ``python -m fastqwen.ranks.rank_main ADDRESS GRAMMARS PIPE``. It ends with the one that started it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import zmq
+
+from fastqwen.config import EngineConfig
+from fastqwen.engine.executor import Executor, StepHandle
+from fastqwen.errors import BadConfig, FastqwenError, Unsupported
+from fastqwen.kernels import LayerCache
+from fastqwen.lifeline import end_with_parent
+from fastqwen.logs import configure_logging
+from fastqwen.ranks import wire
+from fastqwen.ranks.pulse import beat
+from fastqwen.ranks.world import join
+from fastqwen.runner.device import choose_device
+from fastqwen.runner.start import Computer, start_computer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+    from fastqwen.model_config import ModelConfig
+    from fastqwen.runner.start import Compiler, GrammarTokenizer
+
+log = logging.getLogger("fastqwen.engine")
+
+# A GPU computes a step in about a second at most, and all that it needs is compiled before the first one, unless nothing is
+# recorded. On a CPU a step may take any time.
+PATIENCE_S, PATIENCE_WITHOUT_GRAPHS_S = 15.0, 120.0
+
+
+def main(address: str, grammars: str, pipe: str) -> int:
+    end_with_parent()
+    beat(int(pipe))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the scheduler's process decides
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.connect(address)
+    begin = wire.to_rank.decode(socket.recv())
+    assert isinstance(begin, wire.Begin)
+    configure_logging(begin.log_format, f"rank {begin.index}")
+    try:
+        computer = _start(socket, begin)
+    except FastqwenError as error:
+        socket.send(wire.encode(wire.Failed(str(error))))
+        signal.pause()  # the others wait for this one: whoever started all of them ends them
+        return 1
+    if begin.index:
+        _follow(socket, computer.executor)
+    if computer.compiler is not None:
+        _serve_grammars(context, grammars, computer.compiler)
+    _lead(socket, computer.executor)
+    return 0
+
+
+def _start(socket: zmq.Socket[bytes], begin: wire.Begin) -> Computer:
+    def told(recording: bool, done: int, total: int) -> None:
+        socket.send(wire.encode(wire.Loading(done, total, recording)))
+
+    config = begin.config
+    device = shard_device(config, begin.index, begin.count)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (config.num_threads or torch.get_num_threads()) // begin.count))
+    world = join(begin.index, begin.count, device, Path(begin.meeting))
+    socket.send(wire.encode(wire.Joined()))
+    computer = start_computer(
+        config,
+        Path(begin.path),
+        device,
+        world,
+        lambda done, total: told(False, done, total),
+        lambda done, total: told(True, done, total),
+        None if begin.index or config.skip_tokenizer_init else _tokenizer_of(config, Path(begin.path)),
+    )
+    _check_states(computer)
+    facts = computer.plan, computer.model, computer.comparison, computer.tile_tokens, computer.executor.run_ahead
+    patience_s = None
+    if device.type == "cuda":
+        patience_s = PATIENCE_WITHOUT_GRAPHS_S if config.enforce_eager else PATIENCE_S
+    socket.send(wire.encode(wire.Started(*facts, str(device), patience_s)))
+    return computer
+
+
+def shard_device(config: EngineConfig, index: int, count: int) -> torch.device:
+    """Raises BadConfig where there are GPUs, but not enough of them."""
+    if config.device != "cpu" and index < torch.cuda.device_count():
+        torch.cuda.set_device(index)  # first of all: else each rank would hold a context on the first GPU
+    device = choose_device(config)
+    if device.type == "cuda" and torch.cuda.device_count() < count:
+        raise BadConfig(f"--tensor-parallel-size is {count}, but torch sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def _tokenizer_of(config: EngineConfig, path: Path) -> GrammarTokenizer:
+    def grammar_tokenizer(model: ModelConfig) -> LLTokenizer:
+        from fastqwen.text.load import load_text
+
+        return load_text(path, model, config).grammar_tokenizer(model)
+
+    return grammar_tokenizer
+
+
+def _check_states(computer: Computer) -> None:
+    """The scheduler, in its own process, asks nobody where a sequence can go on: it must be behind any block."""
+    states = getattr(computer.executor, "states", [])
+    if not all(isinstance(state, LayerCache) for state in states):
+        raise Unsupported(f"--tensor-parallel-size: {computer.model.model_type} runs on one device only so far")
+
+
+def _lead(socket: zmq.Socket[bytes], executor: Executor) -> None:
+    """The first rank: submit what comes, and give each result when it is asked for."""
+    submitted: deque[StepHandle] = deque()
+    while True:
+        message = wire.to_rank.decode(socket.recv())
+        try:
+            if isinstance(message, wire.Step):
+                submitted.append(executor.submit(message.batch))
+                if message.tells_late:
+                    socket.send(wire.encode(wire.Submitted(list(submitted[-1].late))))
+            elif isinstance(message, wire.Read):
+                socket.send(wire.encode(wire.Result(submitted.popleft().result())))
+        except FastqwenError as error:  # the weights were changed
+            socket.send(wire.encode(wire.Failed(str(error))))
+
+
+def _follow(socket: zmq.Socket[bytes], executor: Executor) -> None:
+    while True:
+        message = wire.to_rank.decode(socket.recv())
+        assert isinstance(message, wire.Step)
+        executor.submit(message.batch)
+
+
+def _serve_grammars(context: zmq.Context[zmq.Socket[bytes]], address: str, compiler: Compiler) -> None:
+    socket = context.socket(zmq.REP)
+    socket.connect(address)
+
+    def serve() -> None:
+        while True:
+            compiler.compile(socket.recv().decode())
+            socket.send(b"")
+
+    threading.Thread(target=serve, name="grammars", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
