@@ -205,7 +205,13 @@ def test_texts_hold_what_their_schema_says(schema: Any, good: str, bad: str):
 
 def test_texts_of_which_nothing_is_said_are_free():
     cyclic: dict[str, Any] = {"$defs": {"c": {"anyOf": [{"$ref": "#/$defs/c"}, {"minLength": 2}]}}}
-    for schema in ({}, {"type": "string"}, True, {"anyOf": [{"pattern": "^a"}, {"type": "string"}]}, {"format": "color"}):
+    for schema in (
+        {},
+        {"type": "string"},
+        True,
+        {"anyOf": [{"pattern": "^a"}, {"type": "string"}]},
+        {"format": "color"},
+    ):
         assert text_expression(schema, {}) is None
     assert text_expression({"$ref": "#/$defs/c"}, cyclic) is None
 

@@ -46,9 +46,7 @@ MAX_REPAIRED_BYTES = 8 * 2**20
 MAX_REPAIRS = 10_000
 # Escapes, so not behind an odd number of backslashes: halves of a pair without the other one.
 HALF_HIGH = re.compile(rb"(?<!\\)((?:\\\\)*+)\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})")
-HALF_LOW = re.compile(
-    rb"(?<!\\)(?<!\\u[dD][89abAB][0-9a-fA-F]{2})((?:\\\\)*+)\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-)
+HALF_LOW = re.compile(rb"(?<!\\)(?<!\\u[dD][89abAB][0-9a-fA-F]{2})((?:\\\\)*+)\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 SMALLEST_TOP_P = 1e-6  # documented ranges begin at 0, which no set of tokens can have: the likeliest token alone
 
 

@@ -15,6 +15,7 @@ WINDOW_BITS = {
 
 
 MAX_CODINGS = 3  # one over the other
+MAX_MEMBERS = 16  # gzip's files one behind the other (RFC 1952, 2.2); what is left is copied for each
 
 
 def decoded(body: bytes | bytearray, codings: str, max_bytes: int) -> bytes | bytearray | None:
@@ -39,7 +40,7 @@ def decoded(body: bytes | bytearray, codings: str, max_bytes: int) -> bytes | by
 def _decoded_once(body: bytes | bytearray, name: str, max_bytes: int) -> bytearray | None:
     for bits in WINDOW_BITS[name]:
         found, rest = bytearray(), bytes(body)
-        while rest:  # gzip's files may follow each other (RFC 1952, 2.2)
+        for _ in range(1 if name == "deflate" else MAX_MEMBERS):
             decoder = zlib.decompressobj(bits)
             try:
                 found += decoder.decompress(rest, max_bytes + 1 - len(found))
@@ -47,10 +48,9 @@ def _decoded_once(body: bytes | bytearray, name: str, max_bytes: int) -> bytearr
                 break
             if len(found) > max_bytes:
                 return None
-            if not decoder.eof or (decoder.unused_data and name == "deflate"):
-                break
             rest = decoder.unused_data
-        else:
-            if body:
-                return found
+            if not decoder.eof or not rest:
+                break
+        if decoder.eof and not rest:
+            return found
     raise BadRequest(f"the request body is not valid {name}")
