@@ -65,7 +65,8 @@ def test_head_is_get_without_a_body(path: str):
     [
         ("/v1/models/", "/v1/models"), ("/chat/completions", CHAT), ("/v1/v1/messages", MESSAGES), ("/", "/"),
         ("/models", "/v1/models"),
-        ("/v1/models/a/b", "/v1/models/a/b"), ("//health", "/health"), ("//v1//messages/", MESSAGES), ("/messages/count_tokens", "/v1/messages/count_tokens"),
+        ("/v1/models/a/b", "/v1/models/a/b"), ("//health", "/health"), ("//v1//messages/", MESSAGES),
+        ("/messages/count_tokens", "/v1/messages/count_tokens"),
     ],
 )  # fmt: skip
 def test_paths_as_clients_put_them_together(asked: str, path: str):

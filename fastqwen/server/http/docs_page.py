@@ -37,7 +37,8 @@ def page(schema: dict[str, Any]) -> str:
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
         f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{escape(info.get('description', ''))}. "
         'For programs: <a href="openapi.json">openapi.json</a>. A field that is not listed has no effect and is named in '
-        f"the answer's <code>warnings</code>; a value out of range is refused with an error that names it.</p><pre>{escape(example)}</pre>"
+        f"the answer's <code>warnings</code>; a value out of range is refused with an error that names it.</p>"
+        f"<pre>{escape(example)}</pre>"
         f"{''.join(parts)}</body></html>\n"
     )
 
