@@ -103,7 +103,8 @@ def nearest(text: str) -> list[str]:
     wanted, keys = _key(text), {_key(entry.name): entry.name for entry in catalog().models}
     shorter = sorted((key for key in keys if wanted.startswith(f"{key}-")), key=len, reverse=True)
     similar = difflib.get_close_matches(wanted, keys, MAX_NEAREST, NEAR)
-    return [keys[key] for key in dict.fromkeys([*shorter, *similar])][:MAX_NEAREST]
+    itself = [wanted] if wanted in keys else []
+    return [keys[key] for key in dict.fromkeys([*itself, *shorter, *similar])][:MAX_NEAREST]
 
 
 def advice(text: str) -> str:
