@@ -25,7 +25,7 @@ STOPPED_S = 1.0  # a timer that is so late says that this process was stopped, n
 _HEAD_END = re.compile(rb"\n\r?\n")
 _OFFER = re.compile(rb"(?i)\nupgrade:")
 _REQUEST_LINE = re.compile(rb"(?P<method>[^ \r\n]+) [^\r\n]* HTTP/(?P<major>\d)\.(?P<minor>\d)(?=\r?\n)")
-_TRANSFER_CODING = re.compile(rb"(?i)\ntransfer-encoding:[ \t]*(?!chunked[ \t]*\r?\n)")
+_TRANSFER_CODING = re.compile(rb"(?i)\ntransfer-encoding:[ \t]*+(?!chunked[ \t]*\r?\n)")
 METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT"})
 
 
