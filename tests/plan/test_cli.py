@@ -64,13 +64,13 @@ def test_more_gpus_are_an_answer_on_paper():
 
 def test_what_is_not_served_yet_says_so_and_what_works_today():
     found = run_json("Qwen3-8B", "--gpu", "RTX 3090", "--num-gpus", "2", "--kv-cache-dtype", "fp8")
-    assert found["fits"]
+    assert found["would_fit"] and not found["fits"]
     assert not found["served"]
     assert found["not_served_yet"] == ["one model on several GPUs", "an 8-bit KV cache"]
     assert found["changes"][0]["what"] == "a KV cache in the model's own type, one GPU, a context of 34816 tokens"
     assert found["command"] == found["changes"][0]["command"]
     text = run("Qwen3-8B", "--gpu", "RTX 3090", "--num-gpus", "2").stdout
-    assert "fits on paper; one model on several GPUs is not served yet" in text
+    assert "would fit; one model on several GPUs is not served yet" in text
     assert "what runs today: one GPU" in text
 
 
@@ -236,7 +236,7 @@ def test_a_quantized_version_can_be_asked_for():
 
 def test_a_version_that_nobody_has_published_is_planned_on_paper():
     found = run_json("Qwen3-8B", "--gpu", "12GB", "--quantization", "int4", "--max-model-len", "4K")
-    assert found["fits"]
+    assert found["would_fit"] and not found["fits"]
     assert found["not_served_yet"] == ["a version that nobody has published"]
     assert found["command"] == "fastqwen serve Qwen/Qwen3-4B --max-model-len 4096"
     assert found["changes"][0]["what"] == "the version Qwen/Qwen3-8B, a smaller model, Qwen/Qwen3-4B"
