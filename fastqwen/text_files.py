@@ -15,7 +15,7 @@ PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head")
 ERRORS = (
     b"entry not found", b"repository not found", b"revision not found", b"invalid username or password", b"not found",
     b"access to model ", b"invalid credentials", b"unauthorized", b"forbidden", b"access denied", b"bad gateway",
-    b"error code: ", b"too many requests", b'{"error":', b'{"detail":', b"{'error':",
+    b"error code: ", b"too many requests",
 )  # fmt: skip
 HEAD_BYTES = 512
 

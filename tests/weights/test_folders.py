@@ -251,7 +251,7 @@ HTML = "\n<!DOCTYPE html>\n<html><head><title>Access denied</title></head></html
     ("text", "word"),
     [
         (LFS, "Git LFS pointer"), (HTML, "web page"), ("Entry not found", "'Entry not found'"),
-        ('{"error":"Repository not found"}', "an error of the hub"), ("Invalid username or password.", "an error of the hub"),
+        ("Invalid username or password.", "an error of the hub"),
     ],
 )  # fmt: skip
 def test_what_a_download_left_instead(
