@@ -45,7 +45,7 @@ fuzz: $(DEV_STAMP)  ## Fuzz every parser for SECONDS (default: 60) in all
 test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use, each installed in a room of its own; LOAD=1 adds guidellm
 	PYTHON=$(BIN)/python scripts/test_clients
 
-test-agents: $(DEV_STAMP)  ## Run Claude Code, Codex and qwen-code against a scripted model (needs npm)
+test-agents: $(DEV_STAMP)  ## Run Claude Code, Codex, qwen-code, opencode and aider against a scripted model (needs npm)
 	PYTHON=$(BIN)/python scripts/test_agents
 
 test-page: $(DEV_STAMP)  ## Test the chat page in headless Chromium (needs Debian's chromium on the PATH)

@@ -99,9 +99,12 @@ def server_address(text: str) -> str | None:
 
 
 def nearest(text: str) -> list[str]:
-    """Published names that are spelled like this one, the nearest first."""
-    keys = {_key(entry.name): entry.name for entry in catalog().models}
-    return [keys[key] for key in difflib.get_close_matches(_key(text), keys, MAX_NEAREST, NEAR)]
+    """Published names that are spelled like this one, the nearest first: before all, those of which it is a longer form."""
+    wanted, keys = _key(text), {_key(entry.name): entry.name for entry in catalog().models}
+    shorter = sorted((key for key in keys if wanted.startswith(f"{key}-")), key=len, reverse=True)
+    similar = difflib.get_close_matches(wanted, keys, MAX_NEAREST, NEAR)
+    itself = [wanted] if wanted in keys else []
+    return [keys[key] for key in dict.fromkeys([*itself, *shorter, *similar])][:MAX_NEAREST]
 
 
 def advice(text: str) -> str:

@@ -11,6 +11,12 @@ GGUF = b"GGUF"
 LFS = b"version https://git-lfs.github.com/spec/"
 XET = b"# xet version"
 PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head")
+# What hubs answer instead of a file, and `curl` without --fail or `wget -O` saves under its name.
+ERRORS = (
+    b"entry not found", b"repository not found", b"revision not found", b"invalid username or password", b"not found",
+    b"access to model ", b"invalid credentials", b"unauthorized", b"forbidden", b"access denied", b"bad gateway",
+    b"error code: ", b"too many requests",
+)  # fmt: skip
 HEAD_BYTES = 512
 
 
@@ -43,6 +49,9 @@ def what_head_is(head: bytes) -> str | None:
         return "is a Xet pointer, not the file itself: download the file again"
     if text.lower().startswith(PAGES):
         return "is a web page (HTML), not the file itself: the download got an error or a login page; download it again"
+    if len(head) < HEAD_BYTES and text.lower().startswith(ERRORS):
+        said = text[:60].decode(errors="replace").splitlines()[0]
+        return f"holds an error of the hub ({said!r}), not the file itself: download it again"
     if not head:
         return "is empty: the download did not come through; download it again"
     return None

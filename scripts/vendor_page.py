@@ -24,6 +24,7 @@ class Package:
     version: str
     purpose: str
     files: dict[str, str]  # path in the package (may end in a * pattern) -> path under vendor/
+    map_of_parts: str = ""  # the source map of a bundle, which names the packages that it was made of
 
 
 PACKAGES = [
@@ -84,14 +85,19 @@ PACKAGES = [
         "11.17.2",
         "diagrams; loaded with the first one, in a frame of its own",
         {"dist/mermaid.min.js": "mermaid/mermaid.js", "LICENSE": "mermaid/LICENSE"},
+        map_of_parts="dist/mermaid.min.js.map",
     ),
 ]
 
 
-def unpack(package: Package, into: Path) -> Path:
+LICENCE_FILE = re.compile(r"(?:licen[cs]e|copying|notice)(?:[-.](?:md|txt|mpl))?", re.I)
+PART = re.compile(r"\.pnpm/(@?[^/@]+)@([^/_]+)")  # in a source map: name@version, with a + for the slash of a scope
+
+
+def unpack(name: str, version: str, into: Path) -> Path:
     """Downloads one package with npm and returns the folder that holds its files."""
     packed = subprocess.run(
-        ["npm", "pack", f"{package.name}@{package.version}", "--json", "--silent"],
+        ["npm", "pack", f"{name}@{version}", "--json", "--silent"],
         cwd=into,
         check=True,
         capture_output=True,
@@ -99,7 +105,7 @@ def unpack(package: Package, into: Path) -> Path:
     )
     reply = json.loads(packed.stdout)
     entry = reply[0] if isinstance(reply, list) else next(iter(reply.values()))
-    folder = into / package.name.replace("/", "-")
+    folder = into / f"{name.replace('/', '-')}-{version}"
     with tarfile.open(into / Path(entry["filename"]).name) as archive:
         archive.extractall(folder, filter="data")
     return folder / "package"
@@ -129,22 +135,52 @@ def copy_files(package: Package, folder: Path) -> int:
     return total
 
 
+def parts_of(source_map: Path) -> list[tuple[str, str]]:
+    """Names and versions of what a bundle was made of."""
+    sources = json.loads(source_map.read_text(encoding="utf-8"))["sources"]
+    found = {(one[1].replace("+", "/"), one[2]) for source in sources if (one := PART.search(source))}
+    return sorted(found)
+
+
+def write_parts(package: Package, folder: Path, scratch: Path) -> None:
+    """Every licence of what is in a bundle, in a file beside it."""
+    rows, texts = [], []
+    for name, version in parts_of(folder / package.map_of_parts):
+        place = unpack(name, version, scratch)
+        about = json.loads((place / "package.json").read_text(encoding="utf-8"))
+        files = sorted(one for one in place.iterdir() if LICENCE_FILE.fullmatch(one.name))
+        said = "\n\n".join(one.read_text(encoding="utf-8", errors="replace").strip() for one in files)
+        licence = about.get("license") or (said.splitlines() or ["not said"])[0].strip("# ")
+        rows.append(f"| {name} | {version} | {licence} |")
+        texts.append(f"## {name} {version}\n\n" + (said or f"No text of its licence ({licence}) is in the package."))
+        print(rows[-1])
+    head = (
+        f"# What is in {package.name} {package.version}\n\n"
+        f"Its bundle holds code of these packages, as its source map names them; their licences follow.\n\n"
+        "| npm package | version | licence |\n|---|---|---|\n"
+    )
+    target = VENDOR / package.name / "PARTS.md"
+    target.write_text(head + "\n".join(rows) + "\n\n" + "\n\n".join(texts) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     shutil.rmtree(VENDOR, ignore_errors=True)
     VENDOR.mkdir(parents=True)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for package in PACKAGES:
-            folder = unpack(package, Path(scratch))
+            folder = unpack(package.name, package.version, Path(scratch))
             licence = json.loads((folder / "package.json").read_text(encoding="utf-8"))["license"]
             size = copy_files(package, folder)
+            if package.map_of_parts:
+                write_parts(package, folder, Path(scratch))
             rows.append(f"| {package.name} | {package.version} | {licence} | {package.purpose} | {size:,} |")
             print(rows[-1])
     head = (
         "# Libraries of the chat page\n\n"
         "Copied from npm by `scripts/vendor_page.py`, which pins the versions and writes this file. Not edited, except that\n"
         "bare import names became paths, and references to files that are not shipped (source maps, older font formats) went.\n"
-        "Each licence lies beside its library.\n\n"
+        "Each licence lies beside its library; those of what is inside a bundle are in its PARTS.md.\n\n"
         "| npm package | version | licence | what for | bytes |\n|---|---|---|---|---|\n"
     )
     (VENDOR / "README.md").write_text(head + "\n".join(rows) + "\n", encoding="utf-8")

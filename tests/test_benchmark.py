@@ -7,11 +7,13 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastqwen.benchmark import progress
 from fastqwen.benchmark.curves import plot_decode
 from fastqwen.benchmark.http_load import Stream
 from fastqwen.benchmark.latency import host_ms
@@ -243,3 +245,21 @@ def test_long_work_says_how_far_it_is(capsys, monkeypatch: pytest.MonkeyPatch):
         progress.tick(2)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "decode: 6 of 40 steps, 3.0 a second so far" and len(lines) == 4
+
+
+def test_work_of_one_call_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "FIRST_AFTER_S", 0.01)
+    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    told = threading.Event()
+
+    def line(seconds: float) -> str:
+        told.set()
+        return f"{seconds >= 0.01} so far"
+
+    with progress.watched("work", line):
+        assert told.wait(30)
+    assert capsys.readouterr().err.startswith("work: True so far\n")
+    num_threads = threading.active_count()
+    with pytest.raises(ZeroDivisionError), progress.watched("work", line):
+        raise ZeroDivisionError
+    assert threading.active_count() == num_threads

@@ -170,3 +170,8 @@ def test_every_error_is_one_of_ours():
     ):
         with pytest.raises(FastqwenError):
             known_name(typed)
+
+
+def test_a_name_with_more_than_there_is_leads_to_what_there_is():
+    assert nearest("Qwen3-8b-instruct")[0] == "Qwen/Qwen3-8B"
+    assert nearest("qwen3-4b-instruct-2507-gguf")[0] == "Qwen/Qwen3-4B-Instruct-2507"

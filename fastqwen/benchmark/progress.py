@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 FIRST_AFTER_S, EVERY_S = 2.0, 5.0
 
@@ -29,6 +32,27 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
+
+
+@contextmanager
+def watched(work: str, line: Callable[[float], str]) -> Iterator[None]:
+    """For work that is one call: ``line`` says how far it is, from the seconds that it took so far."""
+    over = threading.Event()
+    start_s = time.perf_counter()
+
+    def watch() -> None:
+        pause_s = FIRST_AFTER_S
+        while not over.wait(pause_s):
+            print(f"{work}: {line(time.perf_counter() - start_s)}", file=sys.stderr, flush=True)
+            pause_s = EVERY_S
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def say(text: str) -> None:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from fastqwen.benchmark.latency import machine_for
+from fastqwen.benchmark.progress import say, watched
 from fastqwen.benchmark.report import describe, finish, percent, shares, table
 from fastqwen.benchmark.work import Needs, Span, decode_step, prefill, random_ids
 from fastqwen.config import EngineConfig
@@ -19,6 +20,7 @@ from fastqwen.records import SamplingParams
 def run(config: EngineConfig, *, num_prompts: int, input_len: Span, output_len: Span) -> None:
     machine, _ = machine_for(config)
     print(describe(machine), flush=True)
+    say("loading the model")
     llm = LLM(**{name: getattr(config, name) for name in config.__struct_fields__})
     generator = random.Random(config.seed or 0)  # noqa: S311 not a secret
     vocab = llm.model.vocab_size
@@ -29,8 +31,16 @@ def run(config: EngineConfig, *, num_prompts: int, input_len: Span, output_len: 
     ]
     llm.generate(prompts[:1], SamplingParams(max_tokens=2), use_tqdm=False)
     steps = llm.stats().num_steps
+
+    def so_far(seconds: float) -> str:
+        now = llm.stats()
+        done = num_prompts - now.num_running - now.num_waiting
+        rate = (now.num_steps - steps) / seconds
+        return f"{done} of {num_prompts} prompts are done, {now.num_running} run; {rate:.1f} steps a second so far"
+
     start_s = time.perf_counter()
-    outputs = llm.generate(prompts, params)
+    with watched(f"{num_prompts} prompts", so_far):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start_s
     results = _results(outputs, seconds, llm.stats().num_steps - steps)
     needs = _needs(llm.model, machine.dtype, outputs, int(results["steps"]))

@@ -29,6 +29,7 @@ def own_server(config: EngineConfig) -> Iterator[str]:
             [*command, *_flags(config)],
             stdin=subprocess.DEVNULL,
             stderr=log,
+            start_new_session=True,  # Ctrl-C is for whoever asks, and its end is ours to tell
             env={
                 **os.environ,
                 **{"FASTQWEN_API_KEY": "", "VLLM_API_KEY": "", UNLISTED: "1", PARENT_VARIABLE: str(os.getpid())},

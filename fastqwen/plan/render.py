@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PLOT_POINTS = 48
 PLAIN_FIELDS = (
-    "model", "device", "engine", "fits", "tight", "not_served_yet", "command", "dtype", "kv_cache_dtype", "num_gpus",
+    "model", "device", "engine", "tight", "not_served_yet", "command", "dtype", "kv_cache_dtype", "num_gpus",
     "max_model_len", "concurrency", "gpu_memory_utilization", "largest_context", "most_sequences", "notices",
 )  # fmt: skip
 
@@ -43,6 +43,8 @@ def as_json(answer: Answer) -> dict[str, Any]:
     need = answer.need
     return {
         **{name: getattr(answer, name) for name in PLAIN_FIELDS},
+        "fits": answer.fits and not answer.not_served_yet and answer.hindrance is None,
+        "would_fit": answer.fits,
         "served": not answer.not_served_yet,
         "kv_bytes_per_token": need.kv_bytes_per_token,
         "per_gpu_gib": {name: gib(getattr(need, name)) for name, _ in TERMS},
@@ -200,11 +202,11 @@ def _verdict(answer: Answer) -> str:
     if answer.with_context is not None:
         length = answer.with_context.max_model_len
         return f"fits with a context of {length:,} tokens, not with its own {answer.max_model_len:,}"
-    verdict = ("fits, but tight" if answer.tight else "fits") if answer.fits else "does not fit"
     if answer.not_served_yet:
         missing = answer.not_served_yet
-        return f"{verdict}{' on paper' if answer.fits else ''}; {' and '.join(missing)} {_is(missing)} not served yet"
-    return verdict
+        verdict = "would fit" if answer.fits else "would not fit"
+        return f"{verdict}; {' and '.join(missing)} {_is(missing)} not served yet"
+    return ("fits, but tight" if answer.tight else "fits") if answer.fits else "does not fit"
 
 
 def _allowed(answer: Answer) -> str:

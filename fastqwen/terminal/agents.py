@@ -9,24 +9,24 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from fastqwen.client.own_server import own_server
 from fastqwen.client.remote import RemotePartner, is_address
+from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, FastqwenError
-from fastqwen.server.http.listen import bind
 
 NO_KEY = "none"  # the programs want one where the server wants none
 FOLDER = "{folder}"  # stands for the folder of this run
 MAX_OUTPUT_TOKENS = 32_000
-START_WITHIN_S = 1800.0
-STOP_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,13 @@ def launch(name: str, model: str, arguments: Sequence[str], *, api_key: str | No
         place = _place(url, api_key)
         settings = agent.settings(place)
         if only_print:
+            if not is_address(model):
+                print(
+                    f"# first, and as long as it is used: fastqwen serve {shlex.quote(model)} --port {urlsplit(url).port}"
+                )
             print(as_text(agent, settings, arguments))
             return 0
-        with tempfile.TemporaryDirectory(prefix="fastqwen-") as folder:
+        with tempfile.TemporaryDirectory(prefix="fastqwen-") as folder, _interrupts_are_the_agents():
             for file, text in settings.files.items():
                 (Path(folder) / file).write_text(text)
             told = [word.replace(FOLDER, folder) for word in settings.arguments]
@@ -172,35 +176,17 @@ def _server(model: str) -> Iterator[str]:
     if is_address(model):
         yield model
         return
-    with bind("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "fastqwen.cli.main", "serve", model, "--port", str(port), "--no-access-log"]
-    log = tempfile.TemporaryFile()  # noqa: SIM115 closed below, when the server has ended
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    print(f"INFO:     Starting a server for {model} ...", file=sys.stderr)
+    with own_server(EngineConfig(model=model)) as url:
+        yield url
+
+
+@contextmanager
+def _interrupts_are_the_agents() -> Iterator[None]:
+    """Ctrl-C goes to all processes of a terminal; the agent alone knows what it means. (A handler, because the agent would
+    inherit that a signal is ignored.)"""
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
-        _wait_until_ready(f"http://127.0.0.1:{port}", process, model)
-        yield f"http://127.0.0.1:{port}"
+        yield
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_WITHIN_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        log.close()
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], model: str) -> None:
-    import httpx
-
-    print(f"Starting a server for {model} ...", file=sys.stderr)
-    deadline_s = time.monotonic() + START_WITHIN_S
-    while time.monotonic() < deadline_s:
-        if process.poll() is not None:
-            raise FastqwenError(f"the server for {model} ended at once: `fastqwen serve {model}` says why")
-        try:
-            if httpx.get(f"{url}/health/ready", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.3)
-    raise FastqwenError(f"the server for {model} was not ready within {START_WITHIN_S:g} s")
+        signal.signal(signal.SIGINT, before)

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
 
+from pydantic_core import SchemaError, SchemaValidator, ValidationError
+from pydantic_core.core_schema import str_schema
+
 ALL_TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 MAX_INTEGER = 10**18  # the compiler knows 64 bits
 MAX_DEPTH = 32  # of references that lead to references
@@ -268,6 +271,36 @@ def properties_of(root: Schema) -> dict[str, Schema]:
         for name, value in (listed if isinstance(listed, dict) else {}).items():
             found.setdefault(name, value)
     return found
+
+
+def property_of(key: str, root: Schema) -> Schema:
+    """Of a property that may not be listed; None where nothing is said of it."""
+    listed = properties_of(root)
+    if key in listed:
+        return listed[key]
+    others = [schema for schema in _combined(root, ("allOf", "anyOf", "oneOf"))]
+    fitting = [one for schema in others for one in _fitting(key, schema.get("patternProperties"))]
+    if fitting:
+        return fitting[0] if len(fitting) == 1 else {"allOf": fitting}
+    for schema in others:
+        for name in ("additionalProperties", "unevaluatedProperties"):
+            if isinstance(schema.get(name), dict) and schema[name]:
+                return schema[name]
+    return None
+
+
+def _fitting(key: str, patterns: Any) -> list[Schema]:
+    named = patterns.items() if isinstance(patterns, dict) else ()
+    return [schema for pattern, schema in named if _matches(pattern, key)]
+
+
+def _matches(pattern: str, key: str) -> bool:
+    """In a time that grows with the key alone, whatever the pattern; one that needs more than that fits nothing."""
+    try:
+        SchemaValidator(str_schema(pattern=pattern, regex_engine="rust-regex")).validate_python(key)
+    except (SchemaError, ValidationError):
+        return False
+    return True
 
 
 def _combined(root: Schema, names: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from fastqwen.text.json_schema import ALL_TYPES, TYPE_OF, properties_of, types_of, values_of
+from fastqwen.text.json_schema import ALL_TYPES, TYPE_OF, properties_of, property_of, types_of, values_of
 from fastqwen.text.strict_json import MAX_DEPTH, StrictJsonError, loads
 
 CLOSER = "</tool_call>"
@@ -283,9 +283,8 @@ class _XmlReader(CallReader):
 
     def _arguments(self, name: str) -> dict[str, Any]:
         root, known = self._schemas.get(name, (None, {}))
-        rest = root.get("additionalProperties") if isinstance(root, dict) else None
-        rest = rest if isinstance(rest, dict) and rest else None
-        return {key: typed_value(text, known.get(key, rest), root) for key, text in self._values.items()}
+        schemas = {key: known[key] if key in known else property_of(key, root) for key in self._values}
+        return {key: typed_value(text, schemas[key], root) for key, text in self._values.items()}
 
 
 def typed_value(text: str, schema: Any, root: Any = None) -> Any:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
 from fastqwen.errors import FastqwenError
 from fastqwen.terminal.agents import AGENTS, Place, launch
+from tests.server.live import one_line, run
 
 PLACE = Place("http://localhost:8000", "my-model", 40_960, "abcdefgh12")
 
@@ -50,6 +53,22 @@ def test_print_shows_the_settings_and_starts_nothing(url: str, capsys: pytest.Ca
     assert launch("aider", url, ["--yes"], api_key=None, only_print=True) == 0
     said = capsys.readouterr().out
     assert f"export OPENAI_API_BASE={url}/v1" in said and said.rstrip().endswith("--yes")
+
+
+@pytest.mark.slow
+def test_a_server_of_its_own_ends_with_the_agent(tmp_path: Path):
+    program = tmp_path / "aider"
+    program.write_text(
+        '#!/bin/sh\necho "$OPENAI_API_BASE"\nkill -INT "$PPID"\nsleep 0.5\nexec curl -fs "$OPENAI_API_BASE/models"\n'
+    )
+    program.chmod(0o755)
+    result = run("launch", "aider", "--model", "demo", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    address, models = result.stdout.split("\n", 1)
+    assert result.returncode == 0 and json.loads(models)["data"][0]["id"] == "demo", result
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address}/models")
+    missing = one_line(run("launch", "aider", "--model", str(tmp_path / "missing"), "--print"))
+    assert "missing" in missing
 
 
 def test_the_agent_gets_settings_and_arguments_and_its_status_is_ours(

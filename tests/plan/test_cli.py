@@ -63,7 +63,7 @@ def test_more_gpus_are_an_answer():
 
 def test_what_is_not_served_yet_says_so_and_what_works_today():
     found = run_json("Qwen3-8B", "--gpu", "RTX 3090", "--num-gpus", "2", "--kv-cache-dtype", "fp8")
-    assert found["fits"]
+    assert found["would_fit"] and not found["fits"]
     assert not found["served"]
     assert found["not_served_yet"] == ["an 8-bit KV cache"]
     assert found["changes"][0]["what"] == "a KV cache in the model's own type"
@@ -232,7 +232,7 @@ def test_a_quantized_version_can_be_asked_for():
 
 def test_a_version_that_nobody_has_published_is_planned_on_paper():
     found = run_json("Qwen3-8B", "--gpu", "12GB", "--quantization", "int4", "--max-model-len", "4K")
-    assert found["fits"]
+    assert found["would_fit"] and not found["fits"]
     assert found["not_served_yet"] == ["a version that nobody has published"]
     assert found["command"] == "fastqwen serve Qwen/Qwen3-8B-AWQ --max-model-len 4096"
 

@@ -156,6 +156,48 @@ def test_an_offer_of_another_protocol_is_ignored(mock_server: Server, offer: byt
         assert found.count(b"HTTP/1.1 200") == 2
 
 
+@pytest.mark.parametrize("coding", [b": chunked", b":chunked", b":\t Chunked"])
+def test_chunked_bodies_are_read(mock_server: Server, coding: bytes):
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (BODY[:7], BODY[7:], b""))
+    found = answers(mock_server, POST + b"Transfer-Encoding" + coding + b"\r\n\r\n" + chunks + GET + b"\r\n", 2)
+    assert found.count(b"HTTP/1.1 200") == 2
+
+
+@pytest.mark.parametrize("more", [b"", b"Connection: keep-alive\r\n", b"Expect: 100-continue\r\n"])
+@pytest.mark.parametrize("streams", [True, False])
+def test_an_answer_in_http_1_0_ends_with_the_connection(mock_server: Server, more: bytes, streams: bool):
+    body = json.dumps({**json.loads(BODY), "stream": streams}).encode()
+    found = b""
+    with connected(mock_server) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.0\r\n" + more + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        )
+        while part := connection.recv(65536):
+            found += part
+    head, _, answer = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b"transfer-encoding" not in head.lower()
+    if streams:
+        assert answer.startswith(b"data: {") and answer.endswith(b"data: [DONE]\n\n")
+    else:
+        assert len(answer) == int(
+            httpx.Headers([line.split(b": ", 1) for line in head.split(b"\r\n")[1:]])["content-length"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (b"GET /health HTTP/1.2", 200), (b"GET /health HTTP/2.0", 505), (b"GET /health HTTP/0.9", 505), (b"GET /health HTTP/3.1", 505),
+        (b"PRI * HTTP/2.0", 505), (b"GET /health", 400), (b"GET /health http/1.1", 400), (b"BREW /health HTTP/1.1", 501),
+        (b"GET http://127.0.0.1/health HTTP/1.1", 200), (b"GET /" + b"a" * 70_000 + b" HTTP/1.1", 414),
+        (b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: gzip, chunked", 501),
+    ],
+)  # fmt: skip
+def test_versions_methods_and_codings_that_are_not_known(mock_server: Server, line: bytes, status: int):
+    found = answers(mock_server, line + b"\r\n" + HOST + b"Connection: close\r\n\r\n")
+    assert found.startswith(b"HTTP/1.1 %d " % status), found
+
+
 PAGE = {"origin": "https://evil.example", "sec-fetch-site": "cross-site"}
 
 

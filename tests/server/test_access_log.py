@@ -81,6 +81,19 @@ def test_an_id_that_a_log_cannot_hold_is_replaced(given: bytes):
     assert request_id_of([(b"x-request-id", b"9d2f-11:ab/cd=")]) == "9d2f-11:ab/cd="
 
 
+def test_probes_and_scrapes_get_a_line_where_their_answer_changes(caplog: pytest.LogCaptureFixture):
+    polled = [("GET", path, {}) for path in ("/health", "/metrics", "/health/ready", "/health/")] * 3
+    strange = ("GET", "/health", {"headers": {"Host": "evil.example"}})
+    answers = ask(*polled, strange, strange, polled[0], ("GET", "/v1/models", {}), ("GET", "/v1/models", {}))
+    assert all(one.headers["x-request-id"] for one in answers)
+    lines = [(one.fields["path"], one.fields["status"]) for one in access_lines(caplog)]  # type: ignore[attr-defined]
+    ready = answers[2].status_code
+    assert lines == [
+        ("/health", 200), ("/metrics", 200), ("/health/ready", ready), ("/health", 403), ("/health", 200),
+        ("/v1/models", 200), ("/v1/models", 200),
+    ]  # fmt: skip
+
+
 def test_without_the_log_there_are_ids_and_no_lines(caplog: pytest.LogCaptureFixture):
     [response] = ask(("GET", "/v1/models", {}), writes=False)
     assert response.headers["x-request-id"] and access_lines(caplog) == []

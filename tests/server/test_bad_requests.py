@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, str | bytes, str | None, str]] = {
     "empty prompt among others": (COMPLETIONS, completion(prompt=["Hi", ""]), "prompt", "empty"),
     "token outside the vocabulary": (COMPLETIONS, completion(prompt=[49152]), "prompt", "49152"),
     "negative token": (COMPLETIONS, completion(prompt=[-1]), "prompt", "0"),
-    "lone surrogate": (COMPLETIONS, b'{"model": "demo", "prompt": "\\ud800"}', None, ""),
+    "an escape without its end": (COMPLETIONS, b'{"model": "demo", "prompt": "\\ud80"}', None, "Invalid JSON"),
     "temperature too low": (CHAT, chat(temperature=-0.01), "temperature", "0"),
     "temperature too high": (CHAT, chat(temperature=100.5), "temperature", "100"),
     "top_p too high": (CHAT, chat(top_p=1.01), "top_p", "1"),

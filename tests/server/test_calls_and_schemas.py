@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -86,6 +87,28 @@ def test_xml_values_hold_in_a_required_call(color: str):
     [(_, found)] = calls(answer(said, XML, tools=[tool("plan", PLAN)], tool_choice="required"))
     assert found["period"] == {"kind": "week"} and found["color"] in ("red", "blue")
     assert found["count"] is None or isinstance(found["count"], int)
+
+
+@pytest.mark.parametrize(("code", "name"), [("AB12", "Al"), ("ab", "x"), ("AB12", "line\n</parameter>\nmore")])
+def test_xml_texts_hold_in_a_required_call(code: str, name: str):
+    schema = {
+        "type": "object",
+        "properties": {
+            "code": {"type": "string", "pattern": "^[A-Z]{2}[0-9]{2}$"},
+            "name": {"type": ["string", "null"], "minLength": 2, "maxLength": 8},
+        },
+        "patternProperties": {"^n_": {"type": "integer"}},
+        "required": ["code", "name", "n_1"],
+    }
+    said = (
+        f"<tool_call>\n<function=plan>\n<parameter=code>\n{code}\n</parameter>\n<parameter=name>\n{name}\n</parameter>\n"
+        "<parameter=n_1>\n5\n</parameter>\n</function>\n</tool_call>"
+    )
+    [(_, found)] = calls(answer(said, XML, tools=[tool("plan", schema)], tool_choice="required"))
+    assert re.fullmatch("[A-Z]{2}[0-9]{2}", found["code"]) and isinstance(found["n_1"], int)
+    assert found["name"] is None or 2 <= len(found["name"]) <= 8
+    if (code, name) == ("AB12", "Al"):
+        assert found == {"code": code, "name": name, "n_1": 5}
 
 
 BROKEN = [

@@ -65,7 +65,8 @@ def test_head_is_get_without_a_body(path: str):
     [
         ("/v1/models/", "/v1/models"), ("/chat/completions", CHAT), ("/v1/v1/messages", MESSAGES), ("/", "/"),
         ("/models", "/v1/models"),
-        ("/v1/models/a/b", "/v1/models/a/b"), ("//health", "//health"), ("/messages/count_tokens", "/v1/messages/count_tokens"),
+        ("/v1/models/a/b", "/v1/models/a/b"), ("//health", "/health"), ("//v1//messages/", MESSAGES),
+        ("/messages/count_tokens", "/v1/messages/count_tokens"),
     ],
 )  # fmt: skip
 def test_paths_as_clients_put_them_together(asked: str, path: str):
@@ -76,7 +77,8 @@ def test_paths_as_clients_put_them_together(asked: str, path: str):
 @pytest.mark.parametrize(
     ("coding", "encode"),
     [("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes),
-     ("deflate", lambda data: zlib.compress(data, wbits=-15))],
+     ("deflate", lambda data: zlib.compress(data, wbits=-15)), ("deflate, gzip", lambda data: gzip.compress(zlib.compress(data))),
+     ("gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]))],
 )  # fmt: skip
 def test_a_body_may_be_compressed(coding: str, encode: Any):
     body = encode(json.dumps(chat()).encode())
@@ -85,11 +87,19 @@ def test_a_body_may_be_compressed(coding: str, encode: Any):
 
 @pytest.mark.parametrize(
     ("coding", "body", "status"),
-    [("br", b"x", 415), ("gzip", b"{}", 400), ("gzip, gzip", b"x", 415), ("gzip", gzip.compress(b" " * 5000), 413),
+    [("br", b"x", 415), ("gzip", b"{}", 400), ("gzip, gzip", b"x", 400),
+     ("gzip, br", b"x", 415), (", ".join(["gzip"] * 4), b"x", 415), ("gzip", gzip.compress(b"") * 100, 400),
+     ("gzip, gzip", gzip.compress(gzip.compress(b" " * 5000)), 413), ("gzip", gzip.compress(b" " * 5000), 413),
      ("gzip", gzip.compress(b"{}" * 40)[:-9], 400)],
 )  # fmt: skip
 def test_compressed_bodies_are_bounded_and_whole(coding: str, body: bytes, status: int):
     assert ask(make_state(max_body_bytes=4096), CHAT, body, **{"Content-Encoding": coding}).status_code == status
+
+
+def test_what_a_resource_can_is_told_with_the_refusal():
+    assert send("DELETE", "/v1/models").headers["allow"] == "GET, HEAD"
+    refused = ask(make_state(), CHAT, b"x", **{"Content-Encoding": "br"})
+    assert "gzip" in refused.headers["accept-encoding"]
 
 
 def test_exactly_one_host():

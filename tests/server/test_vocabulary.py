@@ -247,3 +247,46 @@ def test_a_form_that_nobody_knows_does_not_stand_in_the_way_of_the_one_that_is_k
     forms = found.structured()
     assert forms is not None and forms.choice == ["yes"]
     assert any("structured_outputs.in_verse" in warning for warning in found.warnings.listed)
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (r"a\ud83d b", "a\ufffd b"), (r"\ude00", "\ufffd"), (r"\ud83d\ude00 \uD83D", "\U0001f600 \ufffd"),
+        (r"\\\ud83d", "\\\ufffd"), (r"\ude00\ud83d\ud83d\ude00", "\ufffd\ufffd\U0001f600"), (r"\\ud83d \ud83d", "\\ud83d \ufffd"),
+    ],
+)  # fmt: skip
+def test_half_a_surrogate_pair_does_not_end_a_conversation(sent: str, told: str):
+    body = b'{"messages":[{"role":"user","content":"%b"}],"max_tokens":5,"x":1}' % sent.encode()
+    state = make_state()
+    for path in (CHAT, "/v1/messages"):
+        response = ask(state, path, body)
+        assert response.status_code == 200 and "surrogate" in " ".join(response.json()["warnings"])
+        assert told in state.text.tokenizer.decode(state.engine.requests[-1].prompt_token_ids)
+    assert ask(make_state(), CHAT, b"\xef\xbb\xbf" + json.dumps(chat()).encode()).status_code == 200
+
+
+def test_a_failed_tool_says_so_and_no_key_of_a_block_is_lost():
+    use = {"type": "tool_use", "id": "a", "name": "f", "input": {}, "caller": {"type": "direct"}}
+    results = [{"type": "tool_result", "tool_use_id": "a", "content": content, "is_error": True, "mood": "bad"}
+               for content in (None, "", "no such file", [{"type": "text", "text": "in a list"}])]  # fmt: skip
+    turns = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": [use]},
+        {"role": "user", "content": results},
+    ]
+    state = make_state()
+    response = ask(state, "/v1/messages", {"messages": turns, "max_tokens": 5})
+    prompt = state.text.tokenizer.decode(state.engine.requests[-1].prompt_token_ids)
+    assert (
+        prompt.count("[the tool failed]") == 4 and "failed]\nno such file" in prompt and "failed]\nin a list" in prompt
+    )
+    warnings = response.json()["warnings"]
+    assert [one.split(" ")[0] for one in warnings[:2]] == ["messages.1.content.0.caller", "messages.2.content.0.mood"]
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "namespace": "n", "id": "i"}
+    output = {"type": "function_call_output", "call_id": "c", "output": "r", "mood": "bad"}
+    found = ask(
+        make_state(), "/v1/responses", {"input": [call, output, {"role": "user", "content": "x", "phase": "p"}]}
+    )
+    named = [one.split(" ")[0] for one in found.json()["warnings"]]
+    assert named == ["input.0.namespace", "input.1.mood", "input.2.phase"]

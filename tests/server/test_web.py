@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -19,7 +20,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fastqwen.errors import BadConfig
+from fastqwen.errors import BadConfig, UpstreamGone
+from fastqwen.server.web import upstream
 from fastqwen.server.web.upstream import Upstream, Upstreams
 from tests.server.live import ROOT, LiveServer, command, environment, events, eventually, one_line, run
 
@@ -365,3 +367,22 @@ def test_keys_are_given_one_for_each_server():
 def test_the_address_may_end_as_people_write_it(url: str):
     found = Upstream(url, None)
     assert (found._root, found._api) == ("http://host:1", "http://host:1/v1")
+
+
+def test_a_server_that_only_ever_says_continue_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(upstream, "ANSWER_WITHIN_S", 0.5)
+
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await asyncio.sleep(0.02)
+
+    async def run() -> None:
+        listening = await asyncio.start_server(trickle, "127.0.0.1", 0)
+        async with listening:
+            port = listening.sockets[0].getsockname()[1]
+            with pytest.raises(UpstreamGone, match=r"no answer within 0\.5 s"):
+                await asyncio.wait_for(Upstream(f"http://127.0.0.1:{port}/v1", None).open("GET", "/v1/models"), 30)
+
+    asyncio.run(run())

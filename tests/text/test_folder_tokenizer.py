@@ -113,12 +113,14 @@ def test_what_is_not_read_is_named(tmp_path: Path):
         ours(path)
 
 
-@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\noid", "<!DOCTYPE html><html></html>"])
+@pytest.mark.parametrize(
+    "text", ["version https://git-lfs.github.com/spec/v1\noid", "<!DOCTYPE html><html></html>", "Entry not found"]
+)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"])
 def test_what_a_download_left_instead(name: str, text: str, tmp_path: Path):
     path = folder(tmp_path, slow=name == "merges.txt")
     (path / name).write_text(text)
-    with pytest.raises(BadCheckpoint, match=r"Git LFS pointer|web page"):
+    with pytest.raises(BadCheckpoint, match=r"Git LFS pointer|web page|error of the hub"):
         ours(path)
 
 

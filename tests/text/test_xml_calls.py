@@ -6,17 +6,21 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import llguidance
 import pytest
 
+from fastqwen.errors import BadRequest
 from fastqwen.text.answer import AnswerParser, Parts
 from fastqwen.text.json_schema import (
     embedded,
     properties_of,
+    property_of,
     types_of,
     values_of,
     with_bounded_integers,
     without_annotations,
 )
+from fastqwen.text.text_schema import text_expression
 from fastqwen.text.tool_calls import Xml
 
 ROOT = {
@@ -150,3 +154,71 @@ def test_parts_that_are_shared_are_looked_at_once():
     assert types_of({"$ref": "#/$defs/d0"}, root) == {"integer"}
     assert values_of({"$ref": "#/$defs/v0"}, root) is None
     assert properties_of(root) == {}
+
+
+def test_properties_that_are_only_described_by_a_pattern_have_their_types():
+    root = {
+        "type": "object",
+        "patternProperties": {"^n_": {"type": "integer"}, "_b$": {"type": "boolean"}, "(?=x)": {"type": "integer"}},
+        "additionalProperties": {"type": "array"},
+        "allOf": [{"patternProperties": {"^deep": {"type": "object"}}}],
+    }
+    found = {key: property_of(key, root) for key in ("n_1", "is_b", "n_b", "deep_1", "x")}
+    assert found == {
+        "n_1": {"type": "integer"}, "is_b": {"type": "boolean"}, "deep_1": {"type": "object"}, "x": {"type": "array"},
+        "n_b": {"allOf": [{"type": "integer"}, {"type": "boolean"}]},
+    }  # fmt: skip
+    slow = {"patternProperties": {"(a+)+$": {"type": "integer"}}}  # exponential where a search may go back
+    assert property_of("a" * 200 + "b", slow) is None
+
+
+TEXTS = [
+    ({"minLength": 3}, "abc", "ab"),
+    ({"maxLength": 2}, "öß", "abc"),
+    ({"pattern": "^[a-z]+$"}, "abc", "ab1"),
+    ({"pattern": "b"}, "abc", "axc"),
+    ({"pattern": "^a|b$"}, "xb", "xa"),
+    ({"pattern": "^(a|b)$"}, "a", "ab"),
+    ({"pattern": r"^/v\d/\$$"}, "/v1/$", "/v1/"),
+    ({"pattern": r"\$"}, "a$b", "ab"),
+    ({"pattern": "[|(]"}, "a|", "a"),
+    ({"format": "uuid"}, "123e4567-e89b-12d3-a456-426614174000", "123e4567"),
+    ({"format": "date-time"}, "2026-11-26T20:00:00Z", "2026-13-26T20:00:00Z"),
+    ({"format": "ipv4"}, "192.168.0.1", "192.168.0.256"),
+    ({"format": "email"}, "a@b.example", "a b@c"),
+    ({"allOf": [{"minLength": 2}, {"pattern": "^a"}]}, "ab", "a"),
+    ({"anyOf": [{"pattern": "^a$"}, {"pattern": "^b$"}, {"type": "integer"}]}, "b", "c"),
+    ({"$ref": "#/$defs/word"}, "word", "w d"),
+]
+
+
+@pytest.mark.parametrize(("schema", "good", "bad"), TEXTS)
+def test_texts_hold_what_their_schema_says(schema: Any, good: str, bad: str):
+    expression = text_expression({"type": "string", **schema}, {"$defs": {"word": {"pattern": r"^\w+$"}}})
+    grammar = llguidance.LLMatcher.grammar_from_lark(f"start: T\nT: {expression}")
+    for text, fits in ((good, True), (bad, False)):
+        matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar)
+        assert not matcher.is_error(), matcher.get_error()
+        ids = list(text.encode())
+        assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == fits, text
+
+
+def test_texts_of_which_nothing_is_said_are_free():
+    cyclic: dict[str, Any] = {"$defs": {"c": {"anyOf": [{"$ref": "#/$defs/c"}, {"minLength": 2}]}}}
+    for schema in (
+        {},
+        {"type": "string"},
+        True,
+        {"anyOf": [{"pattern": "^a"}, {"type": "string"}]},
+        {"format": "color"},
+    ):
+        assert text_expression(schema, {}) is None
+    assert text_expression({"$ref": "#/$defs/c"}, cyclic) is None
+
+
+def test_patterns_that_double_themselves_are_refused():
+    defs: dict[str, Any] = {"d0": {"pattern": "abcdefgh"}}
+    for at in range(1, 30):
+        defs[f"d{at}"] = {"allOf": [{"$ref": f"#/$defs/d{at - 1}"}, {"$ref": f"#/$defs/d{at - 1}"}]}
+    with pytest.raises(BadRequest):
+        text_expression({"$ref": "#/$defs/d29"}, {"$defs": defs})

@@ -247,7 +247,13 @@ HTML = "\n<!DOCTYPE html>\n<html><head><title>Access denied</title></head></html
 
 
 @pytest.mark.parametrize("file", ["config.json", WHOLE, "generation_config.json"])
-@pytest.mark.parametrize(("text", "word"), [(LFS, "Git LFS pointer"), (HTML, "web page")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (LFS, "Git LFS pointer"), (HTML, "web page"), ("Entry not found", "'Entry not found'"),
+        ("Invalid username or password.", "an error of the hub"),
+    ],
+)  # fmt: skip
 def test_what_a_download_left_instead(
     file: str, text: str, word: str, models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -54,6 +54,7 @@ class ServerState:
     history: History = field(default_factory=History)
     responses: ResponseStore = field(default_factory=ResponseStore)
     started_s: float = field(default_factory=time.time)
+    _born_s: float = field(default_factory=time.monotonic)  # the other may be set back or forward meanwhile
     draining: bool = False
     num_active: int = 0
     recent_errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_ERRORS))
@@ -100,6 +101,10 @@ class ServerState:
         return {"restarting": "the engine is restarting", "failed": "the engine failed; the server's log says why"}.get(
             self.engine.state, f"the engine is {self.engine.state}"
         )
+
+    @property
+    def uptime_s(self) -> float:
+        return time.monotonic() - self._born_s
 
     def note_error(self, message: str) -> None:
         """For the operator's page: what went wrong lately on this side."""

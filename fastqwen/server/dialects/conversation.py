@@ -31,6 +31,7 @@ MESSAGE_KEYS = frozenset(
 PART_KEYS = frozenset(
     {"type", "text", "cache_control", "annotations", "logprobs", "citations", "prompt_cache_breakpoint"}
 )
+CALL_KEYS = frozenset({"id", "type", "function", "custom", "index", "cache_control"})
 RAW_ARGUMENTS = "arguments"  # the key for what was no object, because templates want one
 
 
@@ -126,9 +127,7 @@ def _part(part: Any, place: str, warnings: Warnings, thoughts: list[str], *, ref
     if kind in TEXT_PARTS:
         if not isinstance(text, str):
             raise BadRequest(f"{place}: a part of type {kind!r} needs a text", "messages")
-        for name in part.keys() - PART_KEYS:
-            if part[name] is not None:
-                warnings.unknown(f"{place}.{name}")
+        note_rest(part, PART_KEYS, place, warnings)
         return text
     if kind == "refusal" and isinstance(part.get("refusal"), str):
         return str(part["refusal"])
@@ -139,6 +138,13 @@ def _part(part: Any, place: str, warnings: Warnings, thoughts: list[str], *, ref
         place, f"content of type {str(kind)[:100]!r} is not known here" + (", but its text" if text else "")
     )
     return text if isinstance(text, str) else ""
+
+
+def note_rest(given: dict[str, Any], known: frozenset[str], place: str, warnings: Warnings) -> None:
+    """What else a client wrote into a part of which ``known`` is used, or says nothing by itself."""
+    for name in sorted(given.keys() - known):
+        if given[name] not in (None, [], {}, ""):
+            warnings.unknown(f"{place}.{name}")
 
 
 def left_out(kind: Any) -> str:
@@ -182,6 +188,7 @@ def _calls(calls: Any, place: str, warnings: Warnings) -> list[dict[str, Any]]:
         if not isinstance(name, str) or not name:
             name = "unknown"
             warnings.tell(f"{where} has no name, so the prompt calls it {name!r}")
+        note_rest(call, CALL_KEYS, where, warnings)
         function = {**given, "name": name, "arguments": _arguments(given.get("arguments"), where, warnings)}
         found.append({"type": "function", **{key: call[key] for key in ("id",) if key in call}, "function": function})
     return found

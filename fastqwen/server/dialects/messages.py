@@ -16,7 +16,7 @@ from fastqwen.errors import BadRequest
 from fastqwen.server.answer.generation import Choice, Generation, parts_of
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
-from fastqwen.server.dialects.conversation import MEDIA_PARTS, left_out
+from fastqwen.server.dialects.conversation import MEDIA_PARTS, left_out, note_rest
 from fastqwen.server.dialects.openai import noted
 from fastqwen.server.dialects.schema import AnyTool, Body, ChatRequest, Count, Probability, Temperature, TopK
 from fastqwen.server.dialects.warnings import Warnings
@@ -26,6 +26,15 @@ from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+# What is used of a block, or says nothing by itself: equal beginnings are always cached.
+BLOCK_KEYS = {
+    "thinking": frozenset({"type", "thinking", "signature", "cache_control"}),
+    "tool_use": frozenset({"type", "id", "name", "input", "cache_control"}),
+    "tool_result": frozenset({"type", "tool_use_id", "content", "is_error", "cache_control"}),
+    "document": frozenset({"type", "source", "title", "context", "cache_control"}),
+    "search_result": frozenset({"type", "source", "title", "content", "cache_control"}),
+}
+FAILED = "[the tool failed]"  # templates have no word of their own for it
 HELD_THINKING = "text:"  # a signature that holds the thinking itself, where the client asked not to see it
 
 
@@ -322,6 +331,7 @@ def _assistant_turn(blocks: Sequence[str | dict[str, Any]], place: str, warnings
     turn: dict[str, Any] = {"role": "assistant", "content": []}
     for index, block in enumerate(blocks):
         kind = "text" if isinstance(block, str) else block.get("type")
+        _note_keys(block, f"{place}.{index}", warnings)
         if isinstance(block, str) or kind == "text":
             turn["content"].append(block)
         elif kind == "thinking":
@@ -345,8 +355,11 @@ def _user_turn(blocks: Sequence[str | dict[str, Any]], place: str, warnings: War
     has_results = any(isinstance(block, dict) and block.get("type") == "tool_result" for block in blocks)
     for index, block in enumerate(blocks):
         kind = "text" if isinstance(block, str) else block.get("type")
+        _note_keys(block, f"{place}.{index}", warnings)
         if isinstance(block, dict) and kind == "tool_result":
             told = _told(block.get("content"))
+            if block.get("is_error") is True:
+                told = [FAILED, *(["\n"] if told else []), *(told if isinstance(told, list) else [told or ""])]
             turns.append({"role": "tool", "tool_call_id": str(block.get("tool_use_id")), "content": told})
         else:
             [part] = _told([block])
@@ -355,6 +368,11 @@ def _user_turn(blocks: Sequence[str | dict[str, Any]], place: str, warnings: War
                 part = left_out(kind)
             parts.append(part)
     return turns + ([{"role": "user", "content": parts}] if parts or not turns else [])
+
+
+def _note_keys(block: str | dict[str, Any], place: str, warnings: Warnings) -> None:
+    if isinstance(block, dict) and (known := BLOCK_KEYS.get(str(block.get("type")))) is not None:
+        note_rest(block, known, place, warnings)
 
 
 def _told(content: Any) -> Any:

@@ -16,6 +16,7 @@ from fastqwen.server.answer.generation import parts_of
 from fastqwen.server.answer.response_store import ResponseStore
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
+from fastqwen.server.dialects.conversation import note_rest
 from fastqwen.server.dialects.schema import (
     AccountFields,
     AnyTool,
@@ -43,6 +44,16 @@ REFUSED = {
 }
 ENCRYPTED = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
+# What is used of an item, or says nothing by itself.
+CALL_KEYS = frozenset({"type", "id", "call_id", "name", "arguments", "input", "action", "status"})
+ITEM_KEYS = {
+    "message": frozenset({"type", "id", "role", "content", "status"}),
+    "reasoning": frozenset({"type", "id", "content", "summary", "encrypted_content", "status"}),
+    **dict.fromkeys(("function_call", "custom_tool_call", "local_shell_call", "shell_call"), CALL_KEYS),
+    **dict.fromkeys(
+        ("function_call_output", "custom_tool_call_output"), frozenset({"type", "id", "call_id", "output", "status"})
+    ),
+}
 
 SAME_IN_CHAT = {
     "model", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
@@ -200,6 +211,8 @@ def _chat_choice(choice: str | ChosenFunction | None) -> Any:
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str, warnings: Warnings) -> None:
     kind = str(item.get("type", "message"))
+    if kind in ITEM_KEYS:
+        note_rest(item, ITEM_KEYS[kind], place, warnings)
     if kind == "message":
         message = {"role": item.get("role", "user"), "content": item.get("content")}
         if message["role"] == "assistant" and messages and messages[-1].get("content", "") is None:

@@ -7,6 +7,8 @@ not known.
 from __future__ import annotations
 
 import math
+import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -40,6 +42,11 @@ CHANGES_THE_ANSWER: dict[str, tuple[tuple[Any, ...], str]] = {
     "echo": ((False,), "an answer holds what is new"),
 }
 MAX_TOOLS = 1024
+MAX_REPAIRED_BYTES = 8 * 2**20
+MAX_REPAIRS = 10_000
+# Escapes, so not behind an odd number of backslashes: halves of a pair without the other one.
+HALF_HIGH = re.compile(rb"(?<!\\)((?:\\\\)*+)\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})")
+HALF_LOW = re.compile(rb"(?<!\\)(?<!\\u[dD][89abAB][0-9a-fA-F]{2})((?:\\\\)*+)\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 SMALLEST_TOP_P = 1e-6  # documented ranges begin at 0, which no set of tokens can have: the likeliest token alone
 
 
@@ -95,7 +102,8 @@ class Body(FailFastModel, extra="allow", strict=True, allow_inf_nan=False):
                 self._warnings.unknown(place)
             elif not any(type(value) is type(one) and value == one for one in neutral):
                 raise BadRequest(f"{place} is not supported by this server: {advice}", place)
-        for name in sorted(name for name in WITHOUT_EFFECT if getattr(self, name, None) is not None):
+        known = WITHOUT_EFFECT & type(self).model_fields.keys()
+        for name in sorted(name for name in known if getattr(self, name) is not None):
             self._warnings.tell(f"{name} has no effect on this server")
 
 
@@ -127,7 +135,7 @@ class JsonSchemaFormat(Body):
 
 
 class ResponseFormat(Body):
-    """``schema`` beside ``json_object`` is other servers' spelling of json_schema."""
+    """``schema`` beside the type is other servers' spelling of json_schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
@@ -352,14 +360,36 @@ def as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | 
 
 def parse(kind: type[B], body: bytes | bytearray, *, strict_fields: bool = False) -> B:
     """Raises BadRequest that names the first wrong field."""
+    if body.startswith(BOM_UTF8):
+        body = body[len(BOM_UTF8) :]
     try:
-        found = kind.model_validate_json(body)
-        if not _all_finite(found):
-            found = kind.model_validate(_exact(body))
+        return _parsed(kind, body, strict_fields)
+    except ValidationError as error:
+        repaired = _without_half_pairs(body) if error.errors(include_url=False)[0]["type"] == "json_invalid" else body
+        if repaired == body:
+            raise _refusal(error) from None
+    try:
+        found = _parsed(kind, repaired, strict_fields)
     except ValidationError as error:
         raise _refusal(error) from None
+    found.warnings.tell("the body has half of a surrogate pair, which is no character: U+FFFD stands in its place")
+    return found
+
+
+def _parsed(kind: type[B], body: bytes | bytearray, strict_fields: bool) -> B:
+    found = kind.model_validate_json(body)
+    if not _all_finite(found):
+        found = kind.model_validate(_exact(body))
     found.look_through(strict=strict_fields)
     return found
+
+
+def _without_half_pairs(body: bytes | bytearray) -> bytes | bytearray:
+    """Programs in JavaScript cut a text between the two escapes of an emoji, and from then on send that in every turn."""
+    if len(body) > MAX_REPAIRED_BYTES:
+        return body
+    body, _ = HALF_HIGH.subn(rb"\1\\ufffd", body, MAX_REPAIRS)
+    return HALF_LOW.sub(rb"\1\\ufffd", body, MAX_REPAIRS)
 
 
 def _exact(body: bytes | bytearray) -> Any:
@@ -410,6 +440,7 @@ def _token_keys(bias: dict[str, float]) -> dict[int, float]:
 def _of_format(asked: ResponseFormat) -> StructuredOutputs:
     if asked.type == "json_object":
         return StructuredOutputs(json_object=True) if asked.schema_ is None else StructuredOutputs(json=asked.schema_)
-    if asked.json_schema is None or asked.json_schema.schema_ is None:
+    schema = asked.schema_ if asked.json_schema is None else asked.json_schema.schema_
+    if schema is None:
         raise BadRequest("response_format of type json_schema needs json_schema.schema", "response_format")
-    return StructuredOutputs(json=asked.json_schema.schema_)
+    return StructuredOutputs(json=schema)

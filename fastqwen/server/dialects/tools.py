@@ -13,8 +13,11 @@ from fastqwen.server.dialects.warnings import Warnings
 from fastqwen.text import react
 from fastqwen.text.formats import Formats
 from fastqwen.text.grammar import json_grammar_part, quoted
-from fastqwen.text.json_schema import embedded, properties_of, required_of, types_of, values_of
+from fastqwen.text.json_schema import embedded, properties_of, property_of, required_of, types_of, values_of
+from fastqwen.text.text_schema import text_expression
 
+TEXT_END = '[suffix="\\n</parameter>\\n"]'
+NO_TEXT_END = "~/(?s:.*)\\n<\\/parameter>\\n(?s:.*)/"
 MAX_CALLS = 16  # where a grammar requires calls, so that a model cannot repeat them forever
 
 
@@ -117,10 +120,11 @@ def _hermes_rules(tools: list[dict[str, Any]]) -> list[str]:
 
 
 def _xml_rules(tools: list[dict[str, Any]]) -> list[str]:
-    rules = ['text[suffix="\\n</parameter>\\n"]: /(.|\\n)*/']
+    rules = [f"text{TEXT_END}: /(.|\\n)*/"]
     for index, tool in enumerate(tools):
         root = _parameters(tool)
-        properties, needed = properties_of(root), required_of(root)
+        needed, properties = required_of(root), properties_of(root)
+        properties |= {key: property_of(key, root) for key in sorted(needed - properties.keys())}
         name = tool["function"]["name"]
         parts = [f"p_{index}_{at}" + ("" if key in needed else "?") for at, key in enumerate(properties)]
         opening, closing = quoted(f"<tool_call>\n<function={name}>\n"), quoted("</function>\n</tool_call>")
@@ -135,15 +139,22 @@ def _xml_rules(tools: list[dict[str, Any]]) -> list[str]:
 def _xml_value(rule: str, schema: Any, root: Any, rules: list[str]) -> str:
     """A value and its end: a text stands there as it is, everything else as JSON. Adds ``rule`` where it needs one."""
     types, values = types_of(schema, root), values_of(schema, root)
+    forms: list[str] = []
     if not types or ("string" in types and values is None):
-        return '"\\n" text'
+        expression = text_expression(schema, root) if types else None
+        if expression is None:
+            return '"\\n" text'
+        rules += [f"{rule}_text{TEXT_END}: {rule.upper()}", f"{rule.upper()}: ({expression}) & {NO_TEXT_END}"]
+        forms.append(f"{rule}_text")
     allowed = [quoted(one) for one in values or [] if isinstance(one, str)]
     others = types - {"string"}
     if others:
         more = {"type": sorted(others)} if "string" in types else {}
         allowed.append(json_grammar_part(embedded(schema, root, **more)))
-    rules.append(f"{rule}: {' | '.join(allowed)}")
-    return f'"\\n" {rule} "\\n</parameter>\\n"'
+    if allowed:
+        rules.append(f"{rule}: {' | '.join(allowed)}")
+        forms.append(f'{rule} "\\n</parameter>\\n"')
+    return f'"\\n" ({" | ".join(forms)})'
 
 
 def _react_rules(tools: list[dict[str, Any]]) -> list[str]:

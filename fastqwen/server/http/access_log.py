@@ -1,5 +1,6 @@
 """One line for each request once it is over, and an id for each: the client's own, or a new one. Pure ASGI, in front of all.
 
+Probes and scrapes, which come every few seconds, get a line where their answer changes: else they are all that a log holds.
 An id that a client or a proxy sends as X-Request-Id is returned and logged; so one request can be followed through both logs.
 """
 
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastqwen.server.http.sse import DIRECT_SEND
 
 TOKENS = "fastqwen.tokens"  # in a request's scope: tells how many tokens its prompts and its answers have so far
+POLLED = frozenset({"/health", "/health/ready", "/metrics"})
 CLIENT_LEFT = 499  # as nginx writes it: nobody waited for the answer
 _ID = re.compile(r"[\w.:/+=@-]{1,128}", re.A)  # what a log and a header can hold as it is
 _PHRASES = {CLIENT_LEFT: "Client Left", **{status.value: status.phrase for status in HTTPStatus}}
@@ -32,6 +34,7 @@ class AccessLog:
     def __init__(self, app: ASGIApp, *, writes: bool) -> None:
         self._app = app
         self._writes = writes
+        self._last_status: dict[str, int] = {}  # of what is polled, by its path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,8 +57,16 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            if self._writes:
+            if self._writes and self._is_news(scope, status):
                 _write(scope, status, request_id, time.monotonic() - start_s)
+
+    def _is_news(self, scope: Scope, status: int) -> bool:
+        path = scope["path"].rstrip("/")
+        if path not in POLLED:
+            return True
+        before = self._last_status.get(path)
+        self._last_status[path] = status
+        return status != before
 
 
 def request_id_of(headers: list[tuple[bytes, bytes]]) -> str:

@@ -36,8 +36,9 @@ def page(schema: dict[str, Any]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(info["title"])} API</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
         f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{escape(info.get('description', ''))}. "
-        'For programs: <a href="openapi.json">openapi.json</a>. A field that is not listed is refused, and so is a '
-        f"value out of range, with an error that names it.</p><pre>{escape(example)}</pre>"
+        'For programs: <a href="openapi.json">openapi.json</a>. A field that is not listed has no effect and is named in '
+        f"the answer's <code>warnings</code>; a value out of range is refused with an error that names it.</p>"
+        f"<pre>{escape(example)}</pre>"
         f"{''.join(parts)}</body></html>\n"
     )
 

@@ -21,6 +21,7 @@ from fastqwen.errors import (
     UnknownModelName,
     UpstreamGone,
 )
+from fastqwen.server.http.codings import WINDOW_BITS
 from fastqwen.server.http.door import Door
 
 STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408, "unsupported_content_encoding": 415}
@@ -64,6 +65,8 @@ def error_response(
         headers["Retry-After"] = "1"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if status == 415 and body["error"].get("code") == "unsupported_content_encoding":
+        headers["Accept-Encoding"] = ", ".join(WINDOW_BITS)
     return JSONResponse(body, status, headers)
 
 
@@ -91,7 +94,10 @@ def install(app: FastAPI, state: Door) -> None:
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return error_response(error.status_code, error_body(str(error.detail), kind), request.url.path, error.headers)
+        headers = dict(error.headers or {})
+        if headers.get("Allow") == "GET":
+            headers["Allow"] = "GET, HEAD"  # as the guard has it
+        return error_response(error.status_code, error_body(str(error.detail), kind), request.url.path, headers)
 
     async def on_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; it stands in the access log

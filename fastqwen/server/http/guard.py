@@ -151,8 +151,8 @@ class Guard:
 
 
 def routed(path: str) -> str:
-    """A slash at the end means the same, and so does OpenAI's path without its version, or with it twice."""
-    path = path.rstrip("/") or "/"
+    """A slash at the end or twice means the same, and so does OpenAI's path without its version, or with it twice."""
+    path = re.sub("/{2,}", "/", path).rstrip("/") or "/"
     if path in UNVERSIONED:
         return f"/v1{path}"
     return path.removeprefix("/v1") if path.startswith("/v1/v1/") else path

@@ -10,7 +10,7 @@ import asyncio
 import re
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fastqwen.server.config import FrontConfig
 
@@ -24,6 +24,9 @@ STOPPED_S = 1.0  # a timer that is so late says that this process was stopped, n
 
 _HEAD_END = re.compile(rb"\n\r?\n")
 _OFFER = re.compile(rb"(?i)\nupgrade:")
+_REQUEST_LINE = re.compile(rb"(?P<method>[^ \r\n]+) [^\r\n]* HTTP/(?P<major>\d)\.(?P<minor>\d)(?=\r?\n)")
+_TRANSFER_CODING = re.compile(rb"(?i)\ntransfer-encoding:[ \t]*+(?!chunked[ \t]*\r?\n)")
+METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT"})
 
 
 def _raw_answer(status: str, message: str) -> bytes:
@@ -34,7 +37,38 @@ def _raw_answer(status: str, message: str) -> bytes:
 
 
 TOO_LARGE = _raw_answer("431 Request Header Fields Too Large", "the headers are larger than 64 KiB")
+LONG_ADDRESS = _raw_answer("414 URI Too Long", "the address is larger than 64 KiB")
 NOT_HTTP = _raw_answer("400 Bad Request", "this is not a valid HTTP request")
+OTHER_VERSION = _raw_answer("505 HTTP Version Not Supported", "this server speaks HTTP/1.1 and HTTP/1.0")
+UNKNOWN_METHOD = _raw_answer("501 Not Implemented", "this server does not know that method")
+UNKNOWN_CODING = _raw_answer("501 Not Implemented", "Transfer-Encoding: only chunked is known here")
+
+
+def _problem_of(head: bytes) -> bytes | None:
+    """The answer to a head that the parser would misunderstand, or call no HTTP where it is."""
+    line = _REQUEST_LINE.match(head)
+    if line is None:
+        return NOT_HTTP
+    if line["major"] != b"1":
+        return OTHER_VERSION
+    if line["method"] not in METHODS:
+        return UNKNOWN_METHOD
+    return UNKNOWN_CODING if _TRANSFER_CODING.search(head) else None
+
+
+def _end_with_the_connection(cycle: RequestResponseCycle) -> None:
+    """HTTP/1.0 knows no chunks and no 100 Continue (RFC 9112, 6.1; RFC 9110, 10.1.1): an answer of unknown length is over
+    when the connection is."""
+    send = cycle.send
+    cycle.chunked_encoding = False
+    cycle.waiting_for_100_continue = False
+
+    async def send_as_it_is(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_as_it_is  # type: ignore[method-assign]
 
 
 class _TooMany(Exception):
@@ -94,10 +128,21 @@ class BoundedHttp(HttpToolsProtocol):
         size = len(self._held) if end is None else end.end()
         self._searched = 0 if end is not None else max(0, size - 2)
         if size > MAX_HEADER_BYTES:
-            self._refuse(TOO_LARGE)
+            self._refuse(TOO_LARGE if b"\n" in self._held[:MAX_HEADER_BYTES] else LONG_ADDRESS)
             return b""
-        # An offer of another protocol may be ignored (RFC 9110, 7.8), but the parser would stop at it.
-        return b"" if end is None else _OFFER.sub(b"\nx-ignored-upgrade:", self._taken(size))
+        return b"" if end is None else self._checked(self._taken(size))
+
+    def _checked(self, head: bytes) -> bytes:
+        """As the parser reads it; nothing if the answer went out already."""
+        problem = _problem_of(head)
+        if problem is not None:
+            self._refuse(problem)
+            return b""
+        # An offer of another protocol may be ignored (RFC 9110, 7.8), but the parser would stop at it; and it does not
+        # know that a later minor version means the last one it knows (2.5).
+        head = _OFFER.sub(b"\nx-ignored-upgrade:", head)
+        line, rest = head.split(b"\n", 1)
+        return re.sub(rb"HTTP/1\.[2-9](?=\r?$)", b"HTTP/1.1", line) + b"\n" + rest
 
     def _taken(self, size: int) -> bytes:
         piece = bytes(self._held[:size])
@@ -143,6 +188,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._start_timer(self.front.body_timeout_s + self.front.header_timeout_s)
         super().on_headers_complete()
         self._open.add(self.cycle)
+        if self.parser.get_http_version() == "1.0":
+            _end_with_the_connection(self.cycle)
 
     def on_message_complete(self) -> None:
         self._in_body = False

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import sys
 from typing import Any
 
 import msgspec
 
 from fastqwen.errors import FastqwenError
-from fastqwen.plan.advice import Answer, gib, list_models
+from fastqwen.plan.advice import Answer, best_model, gib, list_models
 from fastqwen.plan.gpus import Target, find_target
-from fastqwen.plan.question import PlanOptions
 
 MODULE = "fastqwen.server.operator.planner"
 TIMEOUT_S = 60.0
-READING_TOKENS_PER_S = 5.0
 
 
 class Planner:
@@ -56,26 +53,18 @@ async def _planned(held_bytes: int) -> dict[str, Any]:
 
 
 def plan_this_machine(held_bytes: int) -> dict[str, Any]:
-    """Models that fit and are served, the likeliest wish first."""
+    """Models that fit and are served: what `fastqwen plan --best` recommends, then the others as `fastqwen plan` lists them."""
     target = _without_us(find_target("auto"), held_bytes)
-    running = [one for one in list_models(target, PlanOptions()) if one.fits and one.command and not one.not_served_yet]
-    return {"device": target.label, "models": [_row(one) for one in sorted(running, key=_wish, reverse=True)]}
+    best = best_model(target)
+    running = [one for one in list_models(target) if one.fits and one.command and not one.not_served_yet]
+    others = [one for one in running if best is None or one.model != best.model]
+    return {"device": target.label, "models": [_row(one) for one in ([] if best is None else [best]) + others]}
 
 
 def _without_us(target: Target, held_bytes: int) -> Target:
     facts = target.facts
     free_bytes = min(facts.total_bytes, facts.free_bytes + held_bytes)
     return msgspec.structs.replace(target, facts=msgspec.structs.replace(facts, free_bytes=free_bytes))
-
-
-def _wish(one: Answer) -> tuple[bool, bool, bool, float, int]:
-    """Those that answer, as fast as one reads, of anything; then later generations, then large ones."""
-    name = one.model.rsplit("/", 1)[-1]
-    numbered = re.match(r"Qwen(\d(?:\.\d)?)", name)
-    generation = float(numbered[1]) if numbered else 1.0
-    answers = bool(re.search(r"Chat|Instruct|Thinking", name)) or (generation >= 3 and not name.endswith("-Base"))
-    is_quick = one.speed_single is None or one.speed_single.low >= READING_TOKENS_PER_S
-    return answers, is_quick, not re.search(r"Math|Coder|Guard|1M", name), generation, one.need.weights
 
 
 def _row(one: Answer) -> dict[str, Any]:

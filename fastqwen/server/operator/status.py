@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgspec
@@ -110,7 +109,7 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
             **{name: getattr(stats, name) for name in ENGINE_FIGURES},
             "prompt_tokens_total": state.metrics.prompt_tokens,
             "generation_tokens_total": state.metrics.generation_tokens,
-            "uptime_s": time.time() - state.started_s,
+            "uptime_s": state.uptime_s,
             "model": state.names[0],
             "state": "draining" if state.draining else engine.state,
             "active_requests": state.num_active,

@@ -66,9 +66,14 @@ class Upstream:
             headers["authorization"] = key
         request = self._client.build_request(method, address, content=body, headers=headers)
         try:
-            response = await self._client.send(request, stream=True)
+            async with asyncio.timeout(
+                ANSWER_WITHIN_S
+            ):  # httpx counts from byte to byte, and 100 Continue may come for ever
+                response = await self._client.send(request, stream=True)
         except httpx.HTTPError as error:
             raise self._silent(error) from None
+        except TimeoutError:
+            raise UpstreamGone(f"{self.url} gave no answer within {ANSWER_WITHIN_S:g} s") from None
         problem = self._problem(response)
         if problem is not None:
             await response.aclose()
