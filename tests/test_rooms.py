@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastqwen"
 # From the ground up. A room may import itself and those before it.
 ORDER = [
-    "version", "errors", "logs", "lifeline", "paths", "plot", "text_files", "records", "outputs", "config", "model_config",
-    "config_keys", "sharding", "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
-    "names", "demo", "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
+    "version", "errors", "logs", "lifeline", "paths", "plot", "text_files", "records", "outputs", "config", "vllm_names",
+    "model_config", "config_keys", "sharding", "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
+    "names", "demo", "hub", "text", "client", "ipc", "llm", "chat_model", "vllm", "server", "terminal", "benchmark", "cli",
 ]  # fmt: skip
 # The same inside server/: app.py and run.py join what stands below them.
 SERVER_ORDER = ["config", "http", "mcp", "answer", "dialects", "operator", "web", "app", "run"]
