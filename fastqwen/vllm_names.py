@@ -143,7 +143,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "send it with each request: chat_template_kwargs, or the sampling parameters": {
         "default-chat-template-kwargs": ("{}",), "reasoning-effort-map": (),
-        "reasoning-config": (), "chat-template-content-format": ("auto", "string"), "trust-request-chat-template": (),
+        "reasoning-config": (), "chat-template-content-format": ("auto", "string"),
         "response-role": ("assistant",), "enable-force-include-usage": (), "logprobs-mode": ("raw_logprobs",),
         "tool-strict-level": (), "return-sampling-mask": (), "enable-return-routed-experts": (),
     },
@@ -169,7 +169,7 @@ _SWITCHES = (  # flags that stand alone, beside all that begin with enable- and 
     "language-model-only", "log-error-stack", "long-prefill-token-threshold-adaptive", "mm-device-do-normalize",
     "mm-encoder-only", "monokernel", "numa-bind", "ray-workers-use-nsight", "return-sampling-mask",
     "return-tokens-as-token-ids", "scheduler-reserve-full-isl", "skip-mm-profiling", "sleep-mode-offload-cudagraph",
-    "specialize-active-lora", "swa-bounded-replay", "tokens-only", "trust-request-chat-template",
+    "specialize-active-lora", "swa-bounded-replay", "tokens-only",
     "trust-request-mm-kwargs", "use-fp64-gumbel", "use-replayssm", "use-tqdm-on-load", "use-v2-block-manager",
 )  # fmt: skip
 

@@ -35,6 +35,7 @@ GROUPS = {
     "Who may ask, and how long it may take": (
         "insecure", "allowed_hosts", "allowed_origins", "header_timeout_s", "body_timeout_s", "stall_timeout_s",
         "drain_timeout_s", "max_body_bytes", "max_concurrent_requests", "strict_model_name", "strict_fields",
+        "trust_request_chat_template",
     ),
     "What a request may ask for": (
         "max_n", "max_logprobs", "max_logit_bias", "max_stop_strings", "max_stop_chars", "max_grammar_chars",

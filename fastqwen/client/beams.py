@@ -6,6 +6,7 @@ Slow and exact: a step of the search is a request of one token for each beam, wh
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -55,13 +56,14 @@ class BeamSearch:
         params: BeamSearchParams,
         facts: ModelFacts,
         *,
+        stop_token_ids: Sequence[int] = (),
         priority: int = 0,
         cache_salt: str = "",
     ) -> None:
         check_prompt(prompt_ids, facts)
         self.prompt_ids = prompt_ids
         self._id, self._params, self._priority, self._salt = request_id, params, priority, cache_salt
-        self._ends = frozenset() if params.ignore_eos else frozenset(facts.stop_token_ids)
+        self._ends = frozenset(stop_token_ids) | frozenset(() if params.ignore_eos else facts.stop_token_ids)
         self._steps_left = min(params.max_tokens, facts.max_model_len - len(prompt_ids))
         self._num_steps = 0
         self._beams = [Beam()]
@@ -93,7 +95,7 @@ class BeamSearch:
         for index, beam in enumerate(self._beams):
             told = found[self._name(index)]
             for rank, (token_id, logprob) in enumerate(zip(told.top_ids, told.top_logprobs, strict=True), start=1):
-                one = TokenLogprobs(token_id, logprob, rank, [], [])
+                one = TokenLogprobs(token_id, logprob, rank, told.top_ids, told.top_logprobs)
                 total = beam.cum_logprob + logprob
                 if token_id in self._ends:
                     self._ended.append(
@@ -128,12 +130,20 @@ def _sequence(beam: Beam, prompt_ids: list[int], tokenizer: Tokenizer | None, in
     tokens = [*prompt_ids, *kept]
     return BeamSearchSequence(
         tokens=tokens,
-        logprobs=[
-            {one.token_id: Logprob(one.logprob, one.rank, tokenizer.token_text(one.token_id) if tokenizer else None)}
-            for one in beam.logprobs[: len(kept)]
-        ],
+        logprobs=[_named(one, tokenizer) for one in beam.logprobs[: len(kept)]],
         cum_logprob=beam.cum_logprob,
         text=None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True),
         finish_reason=beam.finish_reason,
         stop_reason=beam.stop_reason,
     )
+
+
+def _named(one: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """The chosen token first, then the likeliest."""
+    listed = [(one.token_id, one.logprob, one.rank)]
+    listed += [(*pair, rank) for rank, pair in enumerate(zip(one.top_ids, one.top_logprobs, strict=True), start=1)]
+    text = (lambda _: None) if tokenizer is None else tokenizer.token_text
+    found: dict[int, Logprob] = {}
+    for token_id, logprob, rank in listed:
+        found.setdefault(token_id, Logprob(logprob, rank, text(token_id)))
+    return found

@@ -81,10 +81,13 @@ def _for_engine(sampling: SamplingParams, facts: ModelFacts, tokenizer: Tokenize
 
 
 def word_ids(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    found = [tokenizer.encode(one, add_special_tokens=False) for one in spellings(words)]
+    return [ids for ids in found if ids]
+
+
+def spellings(words: list[str]) -> list[str]:
     """As each word may stand in a text: where it begins one, and behind a space."""
-    spelled = [spelling for word in words for spelling in (word, f" {word.lstrip()}")]
-    found = [tokenizer.encode(one, add_special_tokens=False) for one in dict.fromkeys(spelled)]
-    return [list(ids) for ids in dict.fromkeys(map(tuple, found)) if ids]
+    return list(dict.fromkeys(spelled for word in words for spelled in (word, f" {word.lstrip()}")))
 
 
 def prepare(

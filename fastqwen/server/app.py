@@ -24,7 +24,7 @@ from fastqwen.server.dialects.schema import (
     TokenizeRequest,
     parse,
 )
-from fastqwen.server.dialects.tokens import detokenize, tokenize
+from fastqwen.server.dialects.tokens import detokenize, tokenize, tokenizer_info
 from fastqwen.server.http import docs_page, errors, openapi
 from fastqwen.server.http.access_log import note_tokens
 from fastqwen.server.http.body import read_body, unless_gone
@@ -113,6 +113,11 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
     add_post("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
     add_post("/tokenize", "tokenize", TokenizeRequest, lambda _, body: tokenize(state, body))
     add_post("/detokenize", "detokenize", DetokenizeRequest, lambda _, body: detokenize(state, body))
+
+    @app.get("/tokenizer_info")
+    async def info() -> dict[str, Any]:
+        """What a client must know to make prompts of its own."""
+        return tokenizer_info(state)
 
 
 def _max_numbers(state: ServerState) -> int:

@@ -71,7 +71,7 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
     """``fastqwen serve``, as opposed to its engine. No bound of a request can be above the schema's own."""
 
     max_n: Annotated[int, option("Most answers to one prompt.", ge=1, le=MAX_N)] = MAX_N
-    max_logprobs: Annotated[int, option("Most alternatives for each token.", ge=0, le=MAX_LOGPROBS)] = MAX_LOGPROBS
+    max_logprobs: Annotated[int, option("Most alternatives for each token; -1: all.", ge=-1)] = MAX_LOGPROBS
     max_logit_bias: Annotated[int, option("Most entries of logit_bias.", ge=0, le=MAX_LOGIT_BIAS)] = MAX_LOGIT_BIAS
     max_stop_strings: Annotated[int, option("Most stop strings.", ge=0, le=MAX_STOP_STRINGS)] = MAX_STOP_STRINGS
     max_stop_chars: Annotated[int, option("Longest stop string.", ge=1, le=MAX_STOP_CHARS)] = MAX_STOP_CHARS
@@ -85,6 +85,10 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
     mcp: Annotated[
         str | None, option("FILE of MCP servers (docs/page.md) whose tools the page offers; it asks before each call.")
     ] = None
+    trust_request_chat_template: Annotated[
+        bool,
+        option("Accept templates that come with a request; they run in a sandbox, within the text workers' limits."),
+    ] = False
     strict_fields: Annotated[
         bool,
         option("Refuse fields that this server does not know, which are else answered with a warning.", one_way=True),

@@ -155,6 +155,10 @@ class Speaker:
         sampling = admission.sampling
         for token_id, bias in (sampling.logit_bias or {}).items():
             logits[0, token_id] += bias
+        if sampling.allowed_token_ids is not None:
+            kept = logits[0, sampling.allowed_token_ids]
+            logits.fill_(FORBIDDEN)
+            logits[0, sampling.allowed_token_ids] = kept
         if len(said) < sampling.min_tokens:
             logits[0, admission.stop_token_ids] = FORBIDDEN
         return logits

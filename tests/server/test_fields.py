@@ -57,6 +57,14 @@ SAMPLING: dict[str, tuple[Any, dict[str, Any], str]] = {
     "guided_grammar": ('start: "yes"', {}, "Hello"),
     "stream": (True, {}, "Hello"),
     "stream_options": ({"include_usage": True}, {"stream": True}, "Hello"),
+    "bad_words": (["H"], {}, "Hello"),
+    "allowed_token_ids": ([72], {}, "Hello"),
+    "truncate_prompt_tokens": (1, {}, "Hello"),
+    "use_beam_search": (True, {}, "Hello"),
+    "length_penalty": (10.0, {"use_beam_search": True, "n": 2}, ""),
+    "return_token_ids": (True, {}, "Hello"),
+    "return_tokens_as_token_ids": (True, {"logprobs": True}, "Hello"),
+    "request_id": ("mine", {}, "Hello"),
     **{
         name: ({"a": "b"} if name == "metadata" else name in ("store",) or "x", {}, "Hello")
         for name in sorted(WITHOUT_EFFECT)
@@ -80,6 +88,10 @@ CHAT = {
     "thinking_token_budget": (3, {}, "<think>" + "abc" * 30),
     "include_reasoning": (False, {}, "<think>Hm</think>Hello"),
     "loop_recovery": (False, {"max_tokens": 900}, "<think>" + "abc" * 300),
+    "echo": (True, {"messages": BEGUN, "continue_final_message": True}, "Hello"),
+    # Refused: templates of requests are not trusted, and this model's has no place for documents.
+    "chat_template": ("x", {}, "Hello"),
+    "documents": ([{"text": "x"}], {}, "Hello"),
 }
 COMPLETIONS = {
     **SAMPLING,
@@ -89,11 +101,13 @@ COMPLETIONS = {
     "best_of": (3, {}, "Hello"),
     "logprobs": (2, {}, "Hello"),
     "add_special_tokens": (False, {}, "Hello"),
+    "return_tokens_as_token_ids": (True, {"logprobs": 1}, "Hello"),
 }
 EMBEDDINGS = {
     "input": ("other", {}, ""),
     "encoding_format": ("base64", {}, ""),
     "dimensions": (3, {}, ""),
+    "truncate_prompt_tokens": (1, {}, ""),
     "add_special_tokens": (False, {}, ""),
     "priority": (-3, {}, ""),
     "cache_salt": ("x", {}, ""),
@@ -154,6 +168,8 @@ TOKENIZE = {
     "continue_final_message": (True, {"prompt": None, "messages": BEGUN}, ""),
     "chat_template_kwargs": ({"extra": "x"}, {"prompt": None, "messages": [{"role": "user", "content": "hi"}]}, ""),
     "add_special_tokens": (False, {}, ""),
+    "chat_template": ("x", {}, ""),
+    "return_token_strs": (True, {}, ""),
 }
 USER = [{"role": "user", "content": "hi"}]
 # The only value that is accepted is what happens anyhow.
@@ -214,7 +230,7 @@ def outcome(route: str, body: dict[str, Any], said: str) -> Any:
 def unnamed(value: Any) -> Any:
     if isinstance(value, dict):
         drawn = ("id", "created", "created_at", "call_id")
-        return {key: unnamed(item) for key, item in value.items() if key not in drawn}
+        return {key: unnamed(item) for key, item in value.items() if key not in drawn or str(item).endswith("-mine")}
     return [unnamed(item) for item in value] if isinstance(value, list) else value
 
 

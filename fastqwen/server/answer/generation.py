@@ -85,7 +85,7 @@ class Generation:
             facts,
             seeds=state.seeds,
             priority=options.priority,
-            cache_salt=options.cache_salt,
+            cache_salt=state.salted(options.cache_salt),
             grammar=options.grammar,
         )
         self._max_model_len, self._max_tokens = facts.max_model_len, requests[0].max_tokens

@@ -56,6 +56,7 @@ class ServerState:
     started_s: float = field(default_factory=time.time)
     draining: bool = False
     num_active: int = 0
+    num_cache_resets: int = 0
     recent_errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_ERRORS))
     _logged_warnings: set[str] = field(default_factory=set)
     _checked_grammars: OrderedDict[str, None] = field(default_factory=OrderedDict)
@@ -80,6 +81,10 @@ class ServerState:
     @property
     def block_size(self) -> int:
         return self.engine.ready.plan.block_size if self.engine.ready is not None else 1
+
+    def salted(self, salt: str) -> str:
+        """The request's own, and how often the prefix cache was reset: prompts of another salt share nothing."""
+        return f"reset {self.num_cache_resets} {salt}" if self.num_cache_resets else salt
 
     def admit(self) -> None:
         """Raises Overloaded or EngineGone where a new request cannot be taken."""
@@ -123,9 +128,10 @@ class ServerState:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        template: str | None = None,
     ) -> list[int]:
-        """Raises BadRequest for what cannot be rendered, or not in time."""
-        if self.text.template is None:
+        """``template`` in place of the model's own. Raises BadRequest for what cannot be rendered, or not in time."""
+        if self.text.template is None and template is None:
             raise BadRequest("this model has no chat template: start the server with --chat-template FILE", "messages")
         reserved = RESERVED_OPTIONS & options.keys()
         if reserved:
@@ -136,7 +142,7 @@ class ServerState:
         options = {**options, "add_generation_prompt": add_generation_prompt}
         if continue_final_message:
             options["continue_final_message"] = True
-        return await self.workers.run(Render.of(messages, options, self.text.tokenizer.max_chars))
+        return await self.workers.run(Render.of(messages, options, self.text.tokenizer.max_chars, template))
 
     async def check_grammar(self, grammar: str) -> None:
         """Compile it once, outside. Raises BadRequest with the compiler's reason."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastqwen.errors import BadRequest
 from fastqwen.server.answer.thinking_guard import ThinkingOptions
 from fastqwen.server.dialects.schema import ChatRequest
 from fastqwen.text.formats import Formats
@@ -32,7 +33,14 @@ def thinking_options(body: ChatRequest, formats: Formats) -> ThinkingOptions:
         budget = EFFORT_TOKENS.get(effort)
     if budget == 0 and formats.has_switch("enable_thinking"):
         switches["enable_thinking"] = False
-    for name in [name for name in switches if not formats.has_switch(name)]:
+    if body.documents:
+        switches["documents"] = body.documents
+        if body.chat_template is None and not formats.has_switch("documents"):
+            raise BadRequest(
+                "this model's chat template has no place for documents: send them in messages", "documents"
+            )
+    own = body.chat_template is not None  # which may have any switches
+    for name in [name for name in switches if not own and not formats.has_switch(name)]:
         warnings.append(f"{name} has no effect: this model's chat template has no such switch")
         del switches[name]
     if not formats.reasoning and (budget is not None or (effort is not None and effort != "none")):
