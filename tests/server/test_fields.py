@@ -19,6 +19,7 @@ from fastqwen.server.dialects.schema import (
     EmbeddingRequest,
     TokenizeRequest,
 )
+from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from tests.server.harness import QWEN3, ask, get, make_state
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
@@ -171,6 +172,22 @@ TOKENIZE = {
     "chat_template": ("x", {}, ""),
     "return_token_strs": (True, {}, ""),
 }
+SCORES = {
+    "instruction": ("Judge.", {}, ""),
+    "truncate_prompt_tokens": (3, {}, ""),
+    "priority": (-3, {}, ""),
+    "cache_salt": ("x", {}, ""),
+    "user": ("x", {}, ""),
+}
+SCORE = {**SCORES, "text_1": ("other", {}, ""), "text_2": (["other"], {}, "")}
+RERANK = {
+    **SCORES,
+    "query": ("other", {}, ""),
+    "documents": (["other"], {}, ""),
+    "top_n": (1, {}, ""),
+    "max_tokens_per_doc": (1, {}, ""),
+    "return_documents": (False, {}, ""),
+}
 USER = [{"role": "user", "content": "hi"}]
 # The only value that is accepted is what happens anyhow.
 ONE_VALUE = {route: {"cache_control"} for route in ("/v1/messages", "/v1/messages/count_tokens")}
@@ -178,6 +195,8 @@ ROUTES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "/v1/chat/completions": (ChatRequest, CHAT, {"messages": USER, "max_tokens": 60}),
     "/v1/completions": (CompletionRequest, COMPLETIONS, {"prompt": "hi", "max_tokens": 60}),
     "/v1/embeddings": (EmbeddingRequest, EMBEDDINGS, {"input": "hi"}),
+    "/v1/score": (ScoreRequest, SCORE, {"text_1": "hi", "text_2": ["you", "them"]}),
+    "/v1/rerank": (RerankRequest, RERANK, {"query": "hi", "documents": ["you", "them"]}),
     "/v1/responses": (ResponsesRequest, RESPONSES, {"input": "hi"}),
     "/v1/messages": (MessagesRequest, MESSAGES, {"messages": USER, "max_tokens": 60}),
     "/v1/messages/count_tokens": (CountRequest, COUNTED, {"messages": USER}),
@@ -189,7 +208,7 @@ CASES = [(route, name) for route, (_, table, _) in ROUTES.items() for name in ta
 
 def test_every_route_that_reads_a_body_is_here():
     paths = get(make_state(), "/openapi.json").json()["paths"]
-    assert {path for path, verbs in paths.items() if "post" in verbs} == set(ROUTES)
+    assert {path for path, verbs in paths.items() if "requestBody" in verbs.get("post", {})} == set(ROUTES)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -102,9 +102,11 @@ class ServerState:
         if self.engine.state == "loading":
             return f"the model is loading ({done} of {total or '?'} layers)"
         # Why it failed is in the log and ends the server: it may name files, which are nobody else's business.
-        return {"restarting": "the engine is restarting", "failed": "the engine failed; the server's log says why"}.get(
-            self.engine.state, f"the engine is {self.engine.state}"
-        )
+        return {
+            "restarting": "the engine is restarting",
+            "asleep": "the model sleeps: POST /wake_up",
+            "failed": "the engine failed; the server's log says why",
+        }.get(self.engine.state, f"the engine is {self.engine.state}")
 
     def note_error(self, message: str) -> None:
         """For the operator's page: what went wrong lately on this side."""

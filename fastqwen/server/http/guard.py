@@ -20,10 +20,13 @@ from fastqwen.server.http.errors import describe, error_body, error_response
 from fastqwen.server.http.pages import is_page, policy_of
 from fastqwen.server.http.sse import DIRECT_SEND
 
-OPEN_PATHS = frozenset({"/health", "/health/ready", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping", "/favicon.ico"})
 COUNTED_PATHS = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"}
-)
+    {
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/score",
+        "/v1/rerank",
+    }
+)  # fmt: skip
 UNVERSIONED = frozenset({*(path.removeprefix("/v1") for path in COUNTED_PATHS), "/models", "/messages/count_tokens"})
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # these compute nothing
@@ -155,6 +158,8 @@ def routed(path: str) -> str:
     path = path.rstrip("/") or "/"
     if path in UNVERSIONED:
         return f"/v1{path}"
+    if path == "/v2/rerank":  # Cohere's, with the same fields
+        return "/v1/rerank"
     return path.removeprefix("/v1") if path.startswith("/v1/v1/") else path
 
 
