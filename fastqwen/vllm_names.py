@@ -38,7 +38,7 @@ VALUES: dict[str, dict[str, str | None]] = {
 ACCEPTED: dict[str, tuple[str, ...]] = {
     "it is always so here": (
         "enable-auto-tool-choice", "enable-chunked-prefill", "async-scheduling", "enable-prompt-tokens-details",
-        "enable-request-id-headers", "enable-server-load-tracking", "enable-offline-docs",
+        "enable-request-id-headers", "enable-tokenizer-info-endpoint", "enable-server-load-tracking", "enable-offline-docs",
         "enable-reasoning", "disable-log-requests", "enable-log-deltas",
         "scheduler-reserve-full-isl", "skip-mm-profiling", "language-model-only",
         "exclude-tools-when-tool-choice-none",
@@ -130,11 +130,10 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "text goes in and out as tokens of the model's own tokenizer": {
         "tokenizer-mode": ("auto", "hf", "slow"), "tokenizer-revision": (), "enable-prompt-embeds": (), "enable-mm-embeds": (),
-        "tokens-only": (), "hf-config-path": (), "return-tokens-as-token-ids": (), "enable-tokenizer-info-endpoint": (),
+        "tokens-only": (), "hf-config-path": (), "return-tokens-as-token-ids": (),
     },
     "put a proxy in front for that (docs/operate.md)": {
-        "ssl-certfile": (), "ssl-keyfile": (), "ssl-ca-certs": (), "ssl-cert-reqs": ("0",), "ssl-ciphers": (),
-        "enable-ssl-refresh": (), "root-path": ("", "/"), "uds": (), "grpc": (), "grpc-port": (), "allow-credentials": (),
+        "enable-ssl-refresh": (), "grpc": (), "grpc-port": (), "allow-credentials": (),
         "allowed-methods": ("*", '["*"]'), "allowed-headers": ("*", '["*"]'), "h11-max-header-count": (),
         "h11-max-incomplete-event-size": (),
     },
@@ -142,9 +141,9 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "hf-token": (), "ignore-patterns": (),
     },
     "send it with each request: chat_template_kwargs, or the sampling parameters": {
-        "default-chat-template-kwargs": ("{}",), "reasoning-effort-map": (),
-        "reasoning-config": (), "chat-template-content-format": ("auto", "string"),
-        "response-role": ("assistant",), "enable-force-include-usage": (), "logprobs-mode": ("raw_logprobs",),
+         "reasoning-effort-map": (),
+        "reasoning-config": (),
+        "response-role": ("assistant",), "logprobs-mode": ("raw_logprobs",),
         "tool-strict-level": (), "return-sampling-mask": (), "enable-return-routed-experts": (),
     },
     "requests are served in the order of their priority, then as they came, and --max-concurrent-requests bounds them": {
@@ -153,6 +152,9 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vectors come from /v1/embeddings with the model's own pooling": {
         "pooler-config": (), "convert": ("auto",), "task": ("auto", "generate", "embed"),
+    },
+    "templates of text models get each message's text in one piece: leave it out": {
+        "chat-template-content-format": ("auto", "string"),
     },
     "full attention is what the model was trained with: leave it out": {"disable-sliding-window": ()},
     "no traces are written; each request has an id and a line of the log": {

@@ -33,7 +33,8 @@ GROUPS = {
         "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching", "enforce_eager", "num_threads",
     ),
     "Who may ask, and how long it may take": (
-        "insecure", "allowed_hosts", "allowed_origins", "header_timeout_s", "body_timeout_s", "stall_timeout_s",
+        "insecure", "uds", "root_path", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers",
+        "allowed_hosts", "allowed_origins", "header_timeout_s", "body_timeout_s", "stall_timeout_s",
         "drain_timeout_s", "max_body_bytes", "max_concurrent_requests", "strict_model_name", "strict_fields",
         "trust_request_chat_template",
     ),

@@ -49,6 +49,7 @@ def create_app(state: ServerState) -> ASGIApp:
         description="OpenAI-compatible API for Qwen models",
         docs_url=None,  # FastAPI's own pages load their scripts from elsewhere; docs_page.py does not
         redoc_url=None,
+        servers=[{"url": state.config.root_path}] if state.config.root_path else None,
     )
     app.router.redirect_slashes = False
     errors.install(app, state)

@@ -47,7 +47,7 @@ class Chat(OpenAIWork):
         check_logprobs(state.config, "top_logprobs", body.top_logprobs)
         facts, formats = state.facts(), state.formats
         tools = tool_options(body, formats, self.warnings)
-        thinking = thinking_options(body, formats)
+        thinking = thinking_options(body, formats, state.config.default_chat_template_kwargs)
         messages = tools.messages(for_template(body.messages, formats, self.warnings), formats)
         template_options = {**thinking.template_options, **tools.template_options(formats)}
         token_ids = await rendered(

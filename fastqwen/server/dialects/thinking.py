@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastqwen.errors import BadRequest
 from fastqwen.server.answer.thinking_guard import ThinkingOptions
 from fastqwen.server.dialects.schema import ChatRequest
@@ -14,9 +16,10 @@ EFFORT_TOKENS = {"minimal": 512, "low": 1024, "medium": 8192}
 EFFORT_ALIASES = {"minimal": "low", "high": "xhigh", "max": "xhigh"}
 
 
-def thinking_options(body: ChatRequest, formats: Formats) -> ThinkingOptions:
-    """Also chat_template_kwargs, which is where other servers' users put the same switches."""
-    switches = dict(body.chat_template_kwargs or {})
+def thinking_options(body: ChatRequest, formats: Formats, usual: dict[str, Any] | None = None) -> ThinkingOptions:
+    """Also chat_template_kwargs, which is where other servers' users put the same switches; ``usual`` are the operator's."""
+    switches = {name: value for name, value in (usual or {}).items() if formats.has_switch(name)}
+    switches.update(body.chat_template_kwargs or {})
     warnings: list[str] = []
     if body.enable_thinking is not None:
         switches["enable_thinking"] = body.enable_thinking

@@ -20,7 +20,7 @@ async def tokenize(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
         if body.prompt is not None and getattr(body, name):
             raise BadRequest(f"{name} belongs to messages and has no effect on a prompt", name)
     if body.messages is not None:
-        options = dict(body.chat_template_kwargs or {})
+        options = {**(state.config.default_chat_template_kwargs or {}), **(body.chat_template_kwargs or {})}
         tools = function_tools(body.tools, body.warnings)
         if tools:
             options["tools"] = tools

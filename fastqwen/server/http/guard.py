@@ -58,7 +58,7 @@ class Guard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        path = routed(scope["path"])
+        path = routed(scope["path"], self._state.config.root_path)
         scope = {**scope, "path": path}
         origin = _header(headers, b"origin")
         allowed_origin = origin if self._state.config.allows_origin(origin) else None
@@ -153,8 +153,12 @@ class Guard:
         return any([hmac.compare_digest(digest, key) for key in self._keys])  # a list: all are compared, whatever fits
 
 
-def routed(path: str) -> str:
-    """A slash at the end means the same, and so does OpenAI's path without its version, or with it twice."""
+def routed(path: str, root: str = "") -> str:
+    """A slash at the end means the same, and so does OpenAI's path without its version, or with it twice. ``root`` is what a
+    proxy may leave in front."""
+    root = root.rstrip("/")
+    if root and (path == root or path.startswith(f"{root}/")):
+        path = path[len(root) :]
     path = path.rstrip("/") or "/"
     if path in UNVERSIONED:
         return f"/v1{path}"
