@@ -126,7 +126,7 @@ def with_options(
         added = [_parameter(configs[name], field) for name, fields in names.items() for field in fields]
 
         def run(**values: Any) -> None:
-            if isinstance(values.get("model"), str):
+            if isinstance(values.get("model"), str) and not values.get("base_url"):
                 values["model"] = named(values["model"])
             made = {name: {field: values.pop(field) for field in fields} for name, fields in names.items()}
             _check_a_server_is_left_alone(values.get("model"), made.get("engine_options", {}))

@@ -39,7 +39,8 @@ class BeamGeneration(Generation):
     ) -> None:
         for name, neutral in BENDING.items():
             if getattr(sampling, name) not in neutral:
-                raise BadRequest(f"{name} cannot be combined with use_beam_search", name)
+                asked = "bad_words" if name == "bad_word_ids" else name
+                raise BadRequest(f"{asked} cannot be combined with use_beam_search", asked)
         if options.grammar is not None:
             raise BadRequest(
                 "structured output and tool choices cannot be combined with use_beam_search", "use_beam_search"

@@ -34,6 +34,10 @@ CHANGES_THE_ANSWER: dict[str, tuple[tuple[Any, ...], str]] = {
     "json_schema": (({},), "send response_format"),
     "truncate_prompt_tokens": ((), "shorten the prompt"),
     "documents": (([],), "they belong to a chat's messages"),
+    "normalize": ((True,), "vectors have length 1 here"),
+    "use_activation": ((True,), "vectors have length 1 here"),
+    "embed_dtype": (("float32",), "numbers have 32 bits here"),
+    "endianness": (("native", "little"), "base64 holds little-endian numbers"),
     "logits_processors": (([],), "send logit_bias, bad_words or allowed_token_ids"),
     "repetition_detection": ((), "send repetition_penalty or frequency_penalty"),
 }
