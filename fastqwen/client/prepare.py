@@ -60,9 +60,12 @@ def check_sampling(sampling: SamplingParams, facts: ModelFacts) -> None:
 
 
 def truncated(token_ids: list[int], wanted: int | None, facts: ModelFacts, *, answers: bool = True) -> list[int]:
-    """The last ``wanted`` tokens; ALL: as many as the context takes, and one for an answer if one ``answers``."""
+    """The last ``wanted`` tokens; ALL: as many as the context takes, and one for an answer if one ``answers``. Raises BadRequest
+    for none."""
     if wanted is None:
         return token_ids
+    if wanted == 0:
+        raise BadRequest("truncate_prompt_tokens is 0, which leaves nothing", "truncate_prompt_tokens")
     return token_ids[-(facts.max_model_len - answers if wanted == ALL else wanted) :]
 
 
