@@ -202,6 +202,13 @@ def is_switch(name: str) -> bool:
     )
 
 
+# An engine's options with vLLM that are a server's here.
+OF_A_SERVER = {
+    "max-logprobs": "a script gets as many log-probabilities as it asks for",
+    "shutdown-timeout": "a script ends when it has its answers",
+}
+
+
 class Keywords(NamedTuple):
     ours: dict[str, Any]
     notices: list[str]
@@ -216,7 +223,8 @@ def keywords(given: dict[str, Any]) -> Keywords:
     for word, value in given.items():
         name = RENAMED.get(word.replace("_", "-"), word.replace("_", "-"))
         field = name.replace("-", "_")
-        decided = fate(name)
+        served = OF_A_SERVER.get(word.replace("_", "-"))
+        decided = fate(name) if served is None else Fate(False, served)
         if field in EngineConfig.__struct_fields__:
             value = _as_ours(name, value)
             if value is not None:
@@ -240,7 +248,7 @@ def _says_nothing(value: Any, decided: Fate) -> bool:
 
 def _as_ours(name: str, value: Any) -> Any:
     """None: as if it were not given."""
-    if name == "dtype":
+    if name == "dtype" and value is not None:
         value = str(value).removeprefix("torch.")  # a torch.dtype is taken as well as its name
     if name == "served-model-name" and isinstance(value, str):
         return [value]

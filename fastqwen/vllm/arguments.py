@@ -8,7 +8,7 @@ import sys
 from typing import Any, Self
 
 from fastqwen.config import EngineConfig, options_of
-from fastqwen.vllm_names import ACCEPTED, REFUSED, SHORT, is_switch
+from fastqwen.vllm_names import ACCEPTED, OF_A_SERVER, REFUSED, SHORT, is_switch
 
 
 class EngineArgs:
@@ -32,6 +32,7 @@ class EngineArgs:
             parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=help_text, **takes)
         short = {name: letters for letters, name in SHORT.items()}
         listed = [
+            *OF_A_SERVER,
             *(name for names in ACCEPTED.values() for name in names),
             *(n for names in REFUSED.values() for n in names),
         ]
@@ -47,6 +48,7 @@ class EngineArgs:
         """Those of a namespace that are an engine's; a script's own are left out."""
         tables = [*ACCEPTED.values(), *(list(names) for names in REFUSED.values())]
         known = {
+            *(name.replace("-", "_") for name in OF_A_SERVER),
             "model",
             *EngineConfig.__struct_fields__,
             *(name.replace("-", "_") for names in tables for name in names),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastqwen.errors import BadConfig, BadRequest
+from fastqwen.server.config import ServerConfig
 from fastqwen.vllm import (
     LLM,
     AsyncEngineArgs,
@@ -26,7 +27,7 @@ from fastqwen.vllm import (
     TokensPrompt,
 )
 from fastqwen.vllm.utils.argparse_utils import FlexibleArgumentParser
-from fastqwen.vllm_names import keywords
+from fastqwen.vllm_names import RENAMED, keywords
 from tests.models.tiny import make, prompt
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
@@ -81,6 +82,21 @@ def test_keywords_are_ours_or_say_what_holds_or_are_refused():
             keywords(wrong)
     with pytest.raises(BadConfig, match="max_num_seqs"):
         LLM("demo", max_num_seqs="many")
+
+
+def test_each_option_of_an_engine_is_a_keyword_that_may_be_left_unsaid():
+    """``LLM(**vars(args))`` passes a default for each."""
+    flags = (Path(__file__).parents[1] / "cli" / "vllm_flags.txt").read_text().split()
+    names = [name.removeprefix("--").replace("-", "_") for name in flags if name.startswith("--")]
+    of_servers = {name for name in ServerConfig.__struct_fields__ if name != "max_logprobs"} | {
+        "config",
+        "api_key",
+        "no_access_log",
+    }
+    listed = {
+        name: None for name in names if RENAMED.get(name.replace("_", "-"), name).replace("-", "_") not in of_servers
+    }
+    assert len(listed) > 250 and keywords({**listed, "max_logprobs": 20}).ours == {}
 
 
 def test_arguments_of_an_example_reach_the_engine(tiny: LLM):
