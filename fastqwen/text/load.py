@@ -199,13 +199,18 @@ def _chosen_generation_config(path: Path, config: EngineConfig) -> tuple[Path, d
 
 
 def _overrides(config: EngineConfig) -> dict[str, Any]:
-    """Raises BadConfig for a key that would change nothing."""
+    """Raises BadConfig for a key that would change nothing, and for a value that cannot be."""
+    flag = "--override-generation-config"
     given = config.override_generation_config or {}
     known = (*SAMPLING_KEYS, "max_new_tokens", "do_sample", "eos_token_id")
     for key in given:
         if key not in known:
-            raise BadConfig(f"--override-generation-config: {key[:60]!r} is none of {', '.join(known)}")
-    return given
+            raise BadConfig(f"{flag}: {key[:60]!r} is none of {', '.join(known)}")
+    try:
+        _default_sampling(given, Path(flag))
+    except BadCheckpoint as error:
+        raise BadConfig(str(error)) from None
+    return {"do_sample": True, **given} if "temperature" in given else given
 
 
 def _default_sampling(generation: dict[str, Any], file: Path) -> dict[str, Any]:
