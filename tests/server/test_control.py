@@ -35,6 +35,8 @@ def test_a_reset_prefix_cache_helps_nobody():
     assert cached() == 0 and cached() > 0
     assert ask(state, "/reset_prefix_cache", {}).json() == {"success": True}
     assert cached() == 0 and cached() > 0
+    assert ask(state, "/sleep", {}).status_code == ask(state, "/wake_up", {}).status_code == 200
+    assert cached() == 0 and cached() > 0
 
 
 @pytest.mark.parametrize("path", ["/sleep", "/wake_up", "/reset_prefix_cache"])

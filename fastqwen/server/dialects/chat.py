@@ -88,7 +88,7 @@ class Chat(OpenAIWork):
         self.generations = [self.generated(0, token_ids, sampling, options)]
         self._story = state.cache_stories.begin(
             token_ids,
-            body.cache_salt,
+            state.salted(body.cache_salt),
             messages=[(message.role, message.content) for message in body.messages],
             tools=tools.tools,
         )

@@ -67,7 +67,7 @@ class Completion(OpenAIWork):
         if self._explain_cache and len(prompts) > 1:
             raise BadRequest("explain_cache explains one prompt: send the prompts one by one", "explain_cache")
         if len(prompts) == 1:
-            self._story = self._state.cache_stories.begin(prompts[0], body.cache_salt)
+            self._story = self._state.cache_stories.begin(prompts[0], self._state.salted(body.cache_salt))
 
     def _check(self) -> None:
         if self._best_of < self._n:

@@ -61,6 +61,7 @@ def _add_acts(app: FastAPI, state: ServerState) -> None:
         if state.num_active:
             raise Overloaded(f"{state.num_active} requests are running: wait for them, then let the model sleep")
         await state.engine.sleep()
+        state.num_cache_resets += 1
         return JSONResponse({"is_sleeping": True})
 
     @app.post("/wake_up")
