@@ -16,7 +16,9 @@ from fastqwen.text.answer import Parts
 from fastqwen.text.load import SAMPLING_KEYS
 
 ROOM_FOR_ANSWER = 512  # tokens kept free of history where no max_tokens is given
-WITHOUT_USE_HERE = {"n", "logprobs", "prompt_logprobs", "detokenize", "structured_outputs"}
+WITHOUT_USE_HERE = {
+    "n", "logprobs", "prompt_logprobs", "detokenize", "structured_outputs", "bad_word_ids", "truncate_prompt_tokens",
+}  # fmt: skip
 OPTIONS = set(SamplingParams.__struct_fields__) - WITHOUT_USE_HERE
 UNKNOWN_LENGTH = 2**31  # of a server that does not tell: it refuses what is too long
 _CONTROL = re.compile(r"<\|[^|]*\|>")

@@ -12,6 +12,7 @@ from fastqwen.errors import BadConfig
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+JUDGING_KEYS = frozenset({"architectures", "classifier_from_token", "is_original_qwen3_reranker", "method"})
 
 
 def option(text: str, *, ge: float | None = None, le: float | None = None, one_way: bool = False) -> type:
@@ -87,6 +88,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             "generation_config.json, whose eos_token_id end answers as well."
         ),
     ] = "auto"
+    override_generation_config: Annotated[
+        dict[str, Any] | None,
+        option(
+            'Keys that replace generation_config.json\'s, for example {"temperature": 0.6, "max_new_tokens": 4096}.'
+        ),
+    ] = None
     rope_per_request: Annotated[
         bool,
         option(
@@ -106,6 +113,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: Annotated[
         bool, option("Accepted for compatibility. Nothing needs it: a checkpoint's code is never run.")
     ] = False
+    download_dir: Annotated[
+        str | None, option("Folder to keep downloaded models in. Default: the hub's cache (HF_HUB_CACHE).")
+    ] = None
     revision: Annotated[str | None, option("Branch, tag or commit on the hub.")] = None
     seed: Annotated[
         int | None, option("Makes requests that bring no seed repeatable, in their order; seeds dummy weights as well.")
@@ -126,7 +136,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def overrides(self) -> dict[str, Any]:
         """What replaces keys of config.json: the flags for positions, and --hf-overrides, which count less."""
         rope = {"rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
-        return {**(self.hf_overrides or {}), **{key: value for key, value in rope.items() if value is not None}}
+        given = dict(self.hf_overrides or {})
+        if "classifier_from_token" in given:  # vLLM's users say so which model judges by two words (client/scores.py)
+            given = {key: value for key, value in given.items() if key not in JUDGING_KEYS}
+        return {**given, **{key: value for key, value in rope.items() if value is not None}}
 
     @property
     def served_names(self) -> list[str]:

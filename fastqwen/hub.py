@@ -27,8 +27,9 @@ TEMPLATES_FOLDER = "additional_chat_templates/"
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.)")
 
 
-def resolve(model: str, *, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder or .gguf file of a model, fetched if need be. ``weights=False`` leaves the large files out.
+def resolve(model: str, *, revision: str | None = None, weights: bool = True, folder: str | None = None) -> Path:
+    """The folder or .gguf file of a model, fetched if need be. ``weights=False`` leaves the large files out; ``folder`` is
+    where they are kept, in place of the hub's cache.
 
     Raises ModelNotFound, saying what to do, and BadCheckpoint if the demo's file is not the expected one.
     """
@@ -47,13 +48,15 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True) ->
         raise ModelNotFound(f"{model!r} is not a hub name like Qwen/Qwen3-0.6B")
     repository, choice = split_hub_name(model)
     if use_modelscope():
-        return _from_modelscope(repository, choice, revision, weights)
-    return _from_hugging_face(repository, choice, revision, weights)
+        return _from_modelscope(repository, choice, revision, weights, folder)
+    return _from_hugging_face(repository, choice, revision, weights, folder)
 
 
 def find_checkpoint(config: EngineConfig) -> tuple[Path, ModelConfig]:
     """Where the configured model lies, fetched if need be, and what it says of itself. Raises as ``resolve`` does."""
-    path = resolve(config.model, revision=config.revision, weights=config.load_format != "dummy")
+    path = resolve(
+        config.model, revision=config.revision, weights=config.load_format != "dummy", folder=config.download_dir
+    )
     return path, open_checkpoint(path, with_tensors=False, overrides=config.overrides).model
 
 
@@ -65,7 +68,9 @@ def use_modelscope() -> bool:
     )
 
 
-def _from_hugging_face(repository: str, choice: str | None, revision: str | None, weights: bool) -> Path:
+def _from_hugging_face(
+    repository: str, choice: str | None, revision: str | None, weights: bool, cache: str | None
+) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     with _hub_errors(repository, revision, choice):
@@ -74,15 +79,17 @@ def _from_hugging_face(repository: str, choice: str | None, revision: str | None
             if weights and published(repository) is None:
                 _check_served(repository, revision)
             patterns = _wanted_files(weights) if names is None else _needed(names, weights)
-            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, cache_dir=cache))
         if names is None:
             folder = Path(
-                snapshot_download(repository, revision=revision, allow_patterns=["*.gguf"], local_files_only=True)
+                snapshot_download(
+                    repository, revision=revision, allow_patterns=["*.gguf"], local_files_only=True, cache_dir=cache
+                )
             )
             here = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
             return folder / choose_gguf(here, repository, choice)[0]
         wanted = choose_gguf(names, repository, choice)
-        fetched = [Path(hf_hub_download(repository, name, revision=revision)) for name in wanted]
+        fetched = [Path(hf_hub_download(repository, name, revision=revision, cache_dir=cache)) for name in wanted]
         return fetched[0]
 
 
@@ -208,14 +215,16 @@ def _wanted_files(weights: bool) -> list[str]:
     return [pattern for pattern in WANTED_FILES if weights or pattern != "*.safetensors"]
 
 
-def _from_modelscope(repository: str, choice: str | None, revision: str | None, weights: bool) -> Path:
+def _from_modelscope(
+    repository: str, choice: str | None, revision: str | None, weights: bool, cache: str | None
+) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError:
         raise BadConfig("ModelScope is asked for, but not installed: pip install 'fastqwen[modelscope]'") from None
     patterns = _wanted_files(weights) if choice is None else [f"*{choice}*"]
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, cache_dir=cache))
     except Exception as error:  # modelscope raises many types; each means that the model is not there
         raise ModelNotFound(f"ModelScope could not give {repository}: {_first_line(error)}") from None
     if choice is None:

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from tqdm import tqdm
 
-from fastqwen.client.assemble import Assembler
-from fastqwen.client.engine import Stream, error_of
+from fastqwen.client.batch_job import BatchJob, Prompt, as_list, salt_of, text_and_ids
+from fastqwen.client.beams import BeamSearch, BeamSearchParams, sequences_of
+from fastqwen.client.conversation import for_template
+from fastqwen.client.engine import Ready, error_of
 from fastqwen.client.local_engine import LocalEngine
-from fastqwen.client.model import LoadedModel, batch_config
-from fastqwen.client.prepare import check_dimensions, prepare, prepare_embedding
+from fastqwen.client.model import LoadedModel, Template, batch_config
+from fastqwen.client.numbers import metrics_of
+from fastqwen.client.prepare import check_dimensions, prepare_embedding, truncated
+from fastqwen.client.scores import OWN_TEMPLATE, YesNo, pair_pieces, pairs, yes_no
+from fastqwen.client.user_tokenizer import UserTokenizer
 from fastqwen.client.vectors import vector_of
 from fastqwen.engine.core import EngineStats
 from fastqwen.errors import BadRequest
 from fastqwen.model_config import ModelConfig
-from fastqwen.outputs import EmbeddingOutput, EmbeddingRequestOutput, Logprob, RequestOutput
+from fastqwen.outputs import (
+    BeamSearchOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Metric,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
 from fastqwen.plan import EnginePlan
-from fastqwen.records import EngineRequest, RequestDelta, SamplingParams
+from fastqwen.records import EngineRequest, PoolingParams, RequestDelta, SamplingParams
 from fastqwen.text.template import Message
 
-Prompt = str | list[int] | dict[str, Any]
 BAR_FROM_PROMPTS = 2
 
 
@@ -33,7 +45,8 @@ class LLM:
     [output] = llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=20))
     print(output.outputs[0].text)
 
-    The keywords are EngineConfig's fields. Raises FastqwenError with one line that says what to change.
+    The keywords are EngineConfig's fields; vLLM's are taken where they say what holds here. Raises FastqwenError with
+    one line that says what to change.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -42,6 +55,8 @@ class LLM:
         self.engine = LocalEngine(self._loaded.core, self._loaded.ready)
         self._ids = itertools.count()
         self._seeds = random.Random(self.config.seed)  # noqa: S311 not a secret
+        self._num_resets = 0
+        self._asleep: Ready | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -66,19 +81,21 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """One RequestOutput per prompt, in order. A prompt is a text, a list of ids, or {"prompt_token_ids": [...]}."""
-        listed = _as_list(prompts)
+        _refuse_lora(lora_request)
+        listed = as_list(prompts)
         params = self._params_for(sampling_params, len(listed))
-        texts_and_ids = [self._ids_of(prompt) for prompt in listed]
+        texts_and_ids = [text_and_ids(prompt, self._loaded) for prompt in listed]
         priorities = list(priority) if priority is not None else [0] * len(listed)
         if len(priorities) != len(listed):
             raise BadRequest(f"{len(listed)} prompts, but {len(priorities)} priorities", "priority")
-        job = _Job(self)
-        for (text, token_ids), sampling, one in zip(texts_and_ids, params, priorities, strict=True):
-            job.add(text, token_ids, sampling, one)
+        job = self._job()
+        for prompt, (text, token_ids), sampling, one in zip(listed, texts_and_ids, params, priorities, strict=True):
+            job.add(text, token_ids, sampling, one, salt=salt_of(prompt))
         with self.engine.stream(job.requests) as stream, _bar(len(listed), use_tqdm) as progress:
             for deltas in stream:
                 num_finished = job.take(deltas, stream)
@@ -90,50 +107,96 @@ class LLM:
 
     def chat(
         self,
-        messages: list[Message] | list[list[Message]],
+        messages: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """One conversation, or a list of them."""
-        conversations = messages if messages and isinstance(messages[0], list) else [messages]
+        """One conversation, or a list of them; contents are texts or lists of text parts. Raises BadRequest.
+
+        ``chat_template`` is a Jinja template, or a file with one, for this call. Texts reach templates in one piece, so
+        ``chat_template_content_format`` has no other form to choose.
+        """
+        if chat_template_content_format not in ("auto", "string"):
+            raise BadRequest("templates of text models get text: leave chat_template_content_format out", "messages")
+        conversations = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
         options = {"tools": tools, "add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
-        prompts: list[Prompt] = [
-            self.chat_token_ids(cast(list[Message], conversation), **options) for conversation in conversations
+        if continue_final_message:
+            options.update(continue_final_message=True, add_generation_prompt=False)
+        template = None if chat_template is None else self._loaded.template(chat_template)
+        prompts = [self._chat_prompt(conversation, template, options) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers to each prompt, by a search that is slow and exact (client/beams.py).
+
+        ``concurrency_limit``: prompts that are searched for at once; the engine has a limit of its own.
+        """
+        _refuse_lora(lora_request)
+        searches = [
+            BeamSearch(str(next(self._ids)), ids, params, self.facts, cache_salt=self._salt)
+            for _, ids in (text_and_ids(prompt, self._loaded) for prompt in as_list(prompts))
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        at_once = concurrency_limit or len(searches) or 1
+        with _bar(len(searches), use_tqdm) as progress:
+            for start in range(0, len(searches), at_once):
+                part = searches[start : start + at_once]
+                while requests := [one for search in part for one in search.requests()]:
+                    told = {name: delta.logprobs[0] for name, delta in self._run(requests).items() if delta.logprobs}
+                    for search in part:
+                        if search.requests():
+                            search.take(told)
+                progress.update(len(part))
+        tokenizer = None if self.text is None else self.text.tokenizer
+        stopped = params.include_stop_str_in_output
+        return [sequences_of(search, tokenizer, include_stop=stopped) for search in searches]
 
     def embed(
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
         dimensions: int | None = None,
-        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: None = None,
         priority: int = 0,
     ) -> list[EmbeddingRequestOutput]:
         """One vector of length 1 per prompt: the last token's hidden state, cut to ``dimensions`` if given.
 
         Token ids are used as they are; a text is closed as the tokenizer's post-processor says. Raises BadRequest.
         """
+        _refuse_lora(lora_request)
+        asked = pooling_params or PoolingParams()
+        dimensions = dimensions or asked.dimensions
+        cut = truncate_prompt_tokens if truncate_prompt_tokens is not None else asked.truncate_prompt_tokens
         check_dimensions(dimensions, self.facts)
         requests: list[EngineRequest] = []
-        for index, prompt in enumerate(_as_list(prompts)):
-            text, ids = self._ids_of(prompt)
+        for index, prompt in enumerate(as_list(prompts)):
+            text, ids = text_and_ids(prompt, self._loaded)
+            ids = truncated(ids, cut, self.facts, answers=False)
             if text is not None and self.text is not None:
-                ids = self.text.tokenizer.closed_once(ids)
+                ids = truncated(self.text.tokenizer.closed_once(ids), cut, self.facts, answers=False)
             name = str(next(self._ids))
-            requests.append(prepare_embedding(name, ids, self.facts, field=f"prompts[{index}]", priority=priority))
-        found: dict[str, RequestDelta] = {}
-        with self.engine.stream(requests) as stream, _bar(len(requests), use_tqdm) as progress:
-            for deltas in stream:
-                for delta in deltas:
-                    if delta.embedding is None:
-                        raise error_of(delta.error)
-                    found[delta.request_id] = delta
-                    progress.update(1)
+            requests.append(
+                prepare_embedding(
+                    name, ids, self.facts, field=f"prompts[{index}]", priority=priority, cache_salt=self._salt
+                )
+            )
+        found = self._run(requests, use_tqdm)
         return [
             EmbeddingRequestOutput(
                 request_id=one.request_id,
@@ -144,13 +207,56 @@ class LLM:
             for one in requests
         ]
 
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        /,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: None = None,
+        instruction: str | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well each of ``data_2`` answers ``data_1``, or its own of ``data_1``.
+
+        A reranker says it itself, with ``instruction`` in its prompt (client/scores.py); of any other model it is the
+        cosine of both texts' embeddings. Raises BadRequest.
+        """
+        _refuse_lora(lora_request)
+        first, second = (
+            ([data_1] if isinstance(data_1, str) else data_1),
+            ([data_2] if isinstance(data_2, str) else data_2),
+        )
+        listed = pairs(first, second, ("data_1", "data_2"))
+        judge = yes_no(self.config, self._loaded.need_text().tokenizer)
+        if judge is not None:
+            return self._judged(judge, listed, instruction, truncate_prompt_tokens, use_tqdm)
+        if instruction is not None:
+            raise BadRequest("instruction is for rerankers; write it into the text", "instruction")
+        texts = list(dict.fromkeys([*first, *second]))
+        vectors = dict(
+            zip(texts, self.embed(texts, truncate_prompt_tokens=truncate_prompt_tokens, use_tqdm=use_tqdm), strict=True)
+        )
+        return [_cosine(vectors[one], vectors[other]) for one, other in listed]
+
+    def encode(
+        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None, **options: Any
+    ) -> list[EmbeddingRequestOutput]:
+        """``embed``, under vLLM's general name. Raises BadRequest for another task."""
+        task = options.pop("pooling_task", None) or (pooling_params.task if pooling_params else None) or "embed"
+        if task != "embed":
+            raise BadRequest(f"pooling_task {task!r}: this model's task is embed", "pooling_task")
+        return self.embed(prompts, pooling_params=pooling_params, **options)
+
     def chat_token_ids(self, messages: list[Message], **options: Any) -> list[int]:
         """The prompt that the chat template makes. Raises BadRequest."""
         return self._loaded.chat_token_ids(messages, **options)
 
     def stream_chat(self, messages: list[Message], sampling_params: SamplingParams, **options: Any) -> Iterator[str]:
         """One answer's text, piece by piece. Closing the iterator early aborts the rest. Raises BadRequest."""
-        job = _Job(self)
+        job = self._job()
         job.add(None, self.chat_token_ids(messages, **options), sampling_params, 0)
         answer = job.outputs[0].outputs[0]
         with self.engine.stream(job.requests) as stream:
@@ -159,6 +265,107 @@ class LLM:
                 job.take(deltas, stream)
                 if len(answer.text) > before:
                     yield answer.text[before:]
+
+    def get_tokenizer(self) -> UserTokenizer:
+        """The model's, under the names that transformers' users know. Raises BadRequest where there is none."""
+        return UserTokenizer(self._loaded.need_text())
+
+    def reset_prefix_cache(self) -> bool:
+        """No prompt finds what was computed before; the blocks are given to others when they are needed."""
+        self._num_resets += 1
+        return True
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has done so far, under vLLM's names."""
+        return metrics_of(self.stats(), {"model_name": self.config.served_names[0]})
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory of weights and cache back until ``wake_up``, which reads the weights from their files again, at
+        either ``level``. Nothing may be running."""
+        if level not in (1, 2):
+            raise BadRequest(f"level is {level}, but must be 1 or 2", "level")
+        if self.is_sleeping():
+            return
+        if self.engine.has_work:
+            raise BadRequest("requests are running: wait for them before sleep()", "level")
+        self.reset_prefix_cache()
+        self._asleep = self.engine.ready
+        del self.engine
+        self._loaded.stop()
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Load again what ``sleep`` gave back. ``tags``: all of it is loaded, whichever is asked for first."""
+        if self._asleep is not None:
+            ready, core = self._loaded.start()
+            self.engine, self._asleep = LocalEngine(core, ready), None
+
+    def is_sleeping(self) -> bool:
+        return self._asleep is not None
+
+    @classmethod
+    def from_engine_args(cls, engine_args: Any) -> LLM:
+        """From an object whose fields are options, such as fastqwen.vllm.EngineArgs."""
+        return cls(**vars(engine_args))
+
+    @property
+    def _salt(self) -> str:
+        return f"reset {self._num_resets}" if self._num_resets else ""
+
+    def _job(self) -> BatchJob:
+        return BatchJob(self._loaded, self._ids, self._seeds, salt=self._salt)
+
+    def _run(
+        self, requests: list[EngineRequest], use_tqdm: bool | Callable[..., Any] = False
+    ) -> dict[str, RequestDelta]:
+        """Each request's last delta. Raises what ended one of them."""
+        found: dict[str, RequestDelta] = {}
+        with self.engine.stream(requests) as stream, _bar(len(requests), use_tqdm) as progress:
+            for deltas in stream:
+                for delta in deltas:
+                    if delta.finish_reason in ("error", "abort"):
+                        raise error_of(delta.error)
+                    if delta.finish_reason is not None:
+                        found[delta.request_id] = delta
+                        progress.update(1)
+        return found
+
+    def _judged(
+        self,
+        judge: YesNo,
+        listed: list[tuple[str, str]],
+        instruction: str | None,
+        cut: int | None,
+        use_tqdm: bool | Callable[..., Any],
+    ) -> list[ScoringRequestOutput]:
+        tokenizer = self._loaded.need_text().tokenizer
+        prompts = []
+        for query, document in listed:
+            if OWN_TEMPLATE in query:
+                prompts.append(tokenizer.encode(query + document))
+            else:
+                pieces = pair_pieces(query, document, instruction, tokenizer)
+                ids = [token_id for piece in pieces for token_id in tokenizer.encode(piece)]
+                prompts.append(judge.prompt(truncated(ids, cut, self.facts), self.facts))
+        names = [str(next(self._ids)) for _ in prompts]
+        requests = [
+            request
+            for name, ids in zip(names, prompts, strict=True)
+            for request in judge.requests(name, ids, self.facts, cache_salt=self._salt)
+        ]
+        found = self._run(requests, use_tqdm)
+        return [
+            ScoringRequestOutput(name, ScoringOutput(judge.score(name, found)), ids)
+            for name, ids in zip(names, prompts, strict=True)
+        ]
+
+    def _chat_prompt(self, conversation: Any, template: Template | None, options: dict[str, Any]) -> Prompt:
+        text = self._loaded.need_text()
+        messages = for_template(conversation)
+        if template is None:
+            ids = self.chat_token_ids(messages, **options)
+        else:
+            ids = template.encode(text.tokenizer, messages, **options)
+        return {"prompt": text.tokenizer.decode(ids), "prompt_token_ids": ids}
 
     def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:
@@ -169,81 +376,25 @@ class LLM:
             raise BadRequest(f"{count} prompts, but {len(given)} sampling_params", "sampling_params")
         return list(given)
 
-    def _ids_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, dict):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), [int(token_id) for token_id in prompt["prompt_token_ids"]]
-            prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            return prompt, self._loaded.need_text().tokenizer.encode(prompt, add_special_tokens=True)
-        return None, [int(token_id) for token_id in prompt]
+
+def _cosine(one: EmbeddingRequestOutput, other: EmbeddingRequestOutput) -> ScoringRequestOutput:
+    score = sum(a * b for a, b in zip(one.outputs.embedding, other.outputs.embedding, strict=True))
+    return ScoringRequestOutput(
+        request_id=f"{one.request_id}_{other.request_id}",
+        outputs=ScoringOutput(score),
+        prompt_token_ids=[*one.prompt_token_ids, *other.prompt_token_ids],
+        num_cached_tokens=one.num_cached_tokens + other.num_cached_tokens,
+    )
 
 
-class _Job:
-    """One call of ``generate``: what is asked of the engine, and what has come back."""
-
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-        self._pending: dict[str, tuple[Assembler, RequestOutput]] = {}
-        self.requests: list[EngineRequest] = []
-        self.outputs: list[RequestOutput] = []
-        self.num_generated = 0
-
-    def add(self, text: str | None, token_ids: list[int], sampling: SamplingParams, priority: int) -> None:
-        """Checked and prepared; nothing reaches the engine before all prompts of the call were accepted."""
-        llm = self._llm
-        request_id = str(next(llm._ids))
-        requests = prepare(
-            request_id,
-            token_ids,
-            sampling,
-            llm.facts,
-            seeds=llm._seeds,
-            priority=priority,
-            grammar=llm._loaded.grammar(sampling),
+def _refuse_lora(lora_request: Any) -> None:
+    if lora_request is not None:
+        raise BadRequest(
+            "there are no adapters (LoRA) here: merge one into the weights and load the result", "lora_request"
         )
-        output = RequestOutput(request_id, text, token_ids, [], finished=False)
-        tokenizer = None if llm.text is None else llm.text.tokenizer
-        for index, request in enumerate(requests):
-            assembler = Assembler(index, sampling, tokenizer, llm.facts.stop_token_ids)
-            output.outputs.append(assembler.output)
-            self._pending[request.request_id] = (assembler, output)
-        if sampling.prompt_logprobs is not None:
-            output.prompt_logprobs = [None]
-        self.requests += requests
-        self.outputs.append(output)
-
-    def take(self, deltas: list[RequestDelta], stream: Stream) -> int:
-        """How many prompts these finished."""
-        pending, num_finished = self._pending, 0
-        self.num_generated += sum([len(delta.token_ids) for delta in deltas])
-        for delta in deltas:
-            entry = pending.get(delta.request_id)
-            if entry is None:
-                continue  # the abort that a stop string asked for
-            assembler, output = entry
-            piece = assembler.feed(delta)
-            if piece.prompt_logprobs is not None and assembler.output.index == 0:
-                known: list[dict[int, Logprob] | None] = output.prompt_logprobs or [None]
-                output.prompt_logprobs = known + list(piece.prompt_logprobs)
-            if piece.finish_reason is not None:
-                if piece.abort:
-                    stream.abort([delta.request_id])
-                del pending[delta.request_id]
-                output.num_cached_tokens = max(output.num_cached_tokens, assembler.num_cached_tokens)
-                output.finished = all(one.finish_reason is not None for one in output.outputs)
-                num_finished += output.finished
-        return num_finished
 
 
-def _bar(num_prompts: int, wanted: bool) -> tqdm[Any]:
+def _bar(num_prompts: int, wanted: bool | Callable[..., Any]) -> tqdm[Any]:
     off = not wanted or num_prompts < BAR_FROM_PROMPTS
-    return tqdm(total=num_prompts, unit="prompt", disable=off, dynamic_ncols=True)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, dict)):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [cast(list[int], prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+    make = wanted if callable(wanted) else tqdm
+    return cast("tqdm[Any]", make(total=num_prompts, unit="prompt", disable=off, dynamic_ncols=True))

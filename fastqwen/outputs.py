@@ -27,6 +27,9 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
 
 @dataclass
 class RequestOutput:
@@ -61,3 +64,57 @@ class EmbeddingRequestOutput:
     prompt_token_ids: list[int]
     num_cached_tokens: int = 0
     finished: bool = True
+
+
+@dataclass
+class ScoringOutput:
+    """How well one text answers the other, 0 to 1; of embeddings the cosine, -1 to 1."""
+
+    score: float
+
+
+@dataclass
+class ScoringRequestOutput:
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
+@dataclass
+class BeamSearchSequence:
+    """``tokens`` are the prompt's and the answer's, ``text`` is the text of all of them, as vLLM gives it."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """The best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass
+class Metric:
+    """A number that an engine tells of itself, under vLLM's name for it."""
+
+    name: str
+    value: float
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Counter(Metric):
+    """It only grows."""
+
+
+@dataclass
+class Gauge(Metric):
+    """As it is now."""

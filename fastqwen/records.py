@@ -27,6 +27,8 @@ MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_N = 128
+MAX_BAD_WORDS = 256
+ALL = -1  # of log-probabilities: the whole vocabulary's
 MAX_GRAMMAR_CHARS = 200_000
 
 
@@ -47,6 +49,14 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
                 "structured_outputs",
             )
 
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> StructuredOutputs:
+        """From a dict, whose null fields are not given. Raises BadRequest."""
+        unknown = sorted(str(name) for name in given.keys() - set(cls.__struct_fields__) if given[name] is not None)
+        if unknown:
+            raise BadRequest(f"structured_outputs has no {unknown[0]!r}", "structured_outputs")
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
 
 class Grammar(msgspec.Struct, frozen=True):
     """llguidance's text, and the text after which it begins to hold ("": at once)."""
@@ -66,6 +76,8 @@ class Sampling(msgspec.Struct, kw_only=True, omit_defaults=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None  # no other token is ever chosen
+    bad_word_ids: list[list[int]] = []  # an answer never holds one of these sequences
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -85,6 +97,8 @@ class Sampling(msgspec.Struct, kw_only=True, omit_defaults=True):
             self.needs_history
             or self.logit_bias is not None
             or self.logprobs is not None
+            or self.allowed_token_ids is not None
+            or bool(self.bad_word_ids)
             or num_generated < self.min_tokens
         )
 
@@ -93,7 +107,9 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
     """What a caller asks of an answer, under the names that vLLM's users know.
 
     temperature 0 is greedy. ``top_k`` of 0 or -1 means no limit. ``max_tokens`` of None means up to the model's
-    length. Raises BadRequest, naming the field, for a value out of range.
+    length. ``logprobs`` and ``prompt_logprobs`` of -1 are the whole vocabulary's. ``bad_words`` are texts that an answer must
+    not hold, with or without a space before them. ``truncate_prompt_tokens`` keeps a prompt's last tokens, as many as that;
+    -1: as many as the context takes. Raises BadRequest, naming the field, for a value out of range.
     """
 
     n: int = 1
@@ -106,12 +122,17 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
     skip_special_tokens: bool = True
     detokenize: bool = True
     structured_outputs: StructuredOutputs | None = None
+    bad_words: list[str] = []
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.stop is None:
-            self.stop = []
+        for name in ("stop", "stop_token_ids", "bad_words"):
+            if getattr(self, name) is None:
+                setattr(self, name, [])
         if isinstance(self.stop, str):
             self.stop = [self.stop]
+        if isinstance(self.structured_outputs, dict):
+            self.structured_outputs = StructuredOutputs.of(self.structured_outputs)
         self.check()
 
     @property
@@ -144,8 +165,13 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
-                _within(name, value, 0, MAX_LOGPROBS)
+                _within(name, value, ALL, 2**31 - 1)
+        if self.truncate_prompt_tokens is not None:
+            _within("truncate_prompt_tokens", self.truncate_prompt_tokens, ALL, 2**31 - 1)
+            if self.truncate_prompt_tokens == 0:
+                raise BadRequest("truncate_prompt_tokens is 0, which leaves nothing", "truncate_prompt_tokens")
         self._check_lists()
+        self._check_forbidden()
 
     def _check_lists(self) -> None:
         if len(self.stop_strings) > MAX_STOP_STRINGS:
@@ -162,6 +188,32 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
                 raise BadRequest(f"logit_bias allows at most {MAX_LOGIT_BIAS} entries", "logit_bias")
             for bias in self.logit_bias.values():
                 _within("logit_bias", bias, -100.0, 100.0)
+
+    def _check_forbidden(self) -> None:
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise BadRequest("allowed_token_ids is empty, so no token could be chosen", "allowed_token_ids")
+        for name in ("bad_words", "bad_word_ids"):
+            listed = getattr(self, name)
+            if len(listed) > MAX_BAD_WORDS:
+                raise BadRequest(f"{name} has {len(listed)} entries, at most {MAX_BAD_WORDS} are allowed", name)
+            if any(not one for one in listed):
+                raise BadRequest(f"{name}: an empty word is in every answer", name)
+            if any(len(one) > MAX_STOP_CHARS for one in listed):
+                raise BadRequest(f"{name}: each may be at most {MAX_STOP_CHARS} long", name)
+
+
+class PoolingParams(msgspec.Struct, kw_only=True):
+    """What a caller asks of a vector, under the names that vLLM's users know. Raises BadRequest for what cannot be had."""
+
+    dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
+    normalize: bool | None = None
+    use_activation: bool | None = None  # vLLM's newer name for normalize
+    task: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.normalize is False or self.use_activation is False:
+            raise BadRequest("vectors have length 1 here: leave normalize and use_activation out", "normalize")
 
 
 GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less than this would only overflow

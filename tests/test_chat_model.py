@@ -284,7 +284,7 @@ def test_models_that_do_not_chat_this_way(checkpoint: Path, tmp_path: Path):
 def test_options(checkpoint: Path, server: str):
     for options, words in (
         ({"tensor_parallel_size": 0}, "--tensor-parallel-size is 0"),
-        ({"pipeline_parallel_size": 2}, "use tensor_parallel_size"),
+        ({"pipeline_parallel_size": 2}, "use --tensor-parallel-size"),
         ({"nonsense": 1}, "nonsense"),
         ({"skip_tokenizer_init": True}, "tokenizer"),
     ):

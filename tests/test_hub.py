@@ -50,6 +50,14 @@ def test_hugging_face(calls: list[Any], tmp_path: Path):
     assert not any(pattern.endswith((".py", ".bin", ".pt", ".pth", "*")) for pattern in options["allow_patterns"])
 
 
+@pytest.mark.parametrize("modelscope", ["0", "1"])
+def test_a_folder_to_keep_models_in(calls: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, modelscope: str):
+    monkeypatch.setenv("FASTQWEN_USE_MODELSCOPE", modelscope)
+    resolve("Qwen/Qwen-7B-Chat", folder=str(tmp_path))
+    resolve("Qwen/Qwen-7B-Chat")
+    assert [options["cache_dir"] for _, _, options in calls] == [str(tmp_path), None]
+
+
 def test_the_text_side_alone_fetches_no_weights(calls: list[Any]):
     resolve("Qwen/Qwen-7B-Chat", weights=False)
     assert "*.safetensors" not in calls[0][2]["allow_patterns"]

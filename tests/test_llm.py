@@ -239,8 +239,8 @@ def test_a_bad_request_names_its_field_and_nothing_runs(llm: LLM, prompts: Any, 
     ("field", "value"),
     [
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0.0),
-        ("top_p", 1.1), ("top_k", -2), ("min_p", -0.1), ("n", 0), ("n", 129), ("max_tokens", 0), ("logprobs", 21),
-        ("prompt_logprobs", -1), ("repetition_penalty", 0.0), ("presence_penalty", 2.5), ("frequency_penalty", -2.5),
+        ("top_p", 1.1), ("top_k", -2), ("min_p", -0.1), ("n", 0), ("n", 129), ("max_tokens", 0), ("logprobs", -2),
+        ("prompt_logprobs", -2), ("repetition_penalty", 0.0), ("presence_penalty", 2.5), ("frequency_penalty", -2.5),
         ("seed", 2**63), ("stop", [""]), ("stop", ["x"] * 17), ("min_tokens", 17), ("logit_bias", {1: float("nan")}),
     ],
 )  # fmt: skip

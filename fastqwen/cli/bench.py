@@ -92,13 +92,22 @@ def throughput(
 @with_engine_options
 def serve(
     engine_options: dict[str, Any],
-    model: Annotated[str, typer.Argument(metavar="MODEL|URL", help="A model to serve, or a running server.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL|URL", help="A model to serve, or a running server.")
+    ] = None,
     concurrency: Annotated[
-        list[int], typer.Option(min=1, help="Streams at once; may be given several times.")
+        list[int],
+        typer.Option("--concurrency", "--max-concurrency", min=1, help="Streams at once; may be given several times."),
     ] = CONCURRENCIES,
-    num_requests: Annotated[int | None, typer.Option(min=1, help="At each level. Default: 4 for each stream.")] = None,
-    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
-    output_len: Annotated[int, typer.Option(min=2, help="Answer tokens.")] = 64,
+    num_requests: Annotated[
+        int | None,
+        typer.Option("--num-requests", "--num-prompts", min=1, help="At each level. Default: 4 for each stream."),
+    ] = None,
+    input_len: Annotated[int, typer.Option("--input-len", "--random-input-len", min=1, help="Prompt tokens.")] = 128,
+    output_len: Annotated[int, typer.Option("--output-len", "--random-output-len", min=2, help="Answer tokens.")] = 64,
+    base_url: Annotated[str | None, typer.Option(help="A running server, in MODEL's place.")] = None,
+    dataset_name: Annotated[str, typer.Option(help="Prompts are random tokens: random is all there is.")] = "random",
+    request_rate: Annotated[str, typer.Option(help="Streams follow each other at once: inf is all there is.")] = "inf",
     api_key: ApiKey = None,
 ) -> None:
     """Stream completions over HTTP in closed loops and report time to first token and between tokens.
@@ -106,10 +115,20 @@ def serve(
     fastqwen bench serve demo --concurrency 1 --concurrency 64
     fastqwen bench serve http://localhost:8000 --concurrency 256 --input-len 512 --output-len 128
     """
+    from fastqwen.errors import BadConfig
+
+    if dataset_name != "random":
+        raise BadConfig(f"--dataset-name is {dataset_name!r}, but prompts are random tokens here: leave it out")
+    if request_rate != "inf":
+        raise BadConfig("--request-rate: streams follow each other in closed loops: use --concurrency")
+    target = base_url or model
+    if target is None:
+        raise BadConfig("give a model, or the address of a server with --base-url")
+
     from fastqwen.benchmark.serve import run
 
     run(
-        model,
+        target,
         engine_options,
         levels=concurrency,
         num_requests=num_requests,

@@ -61,6 +61,27 @@ def generate(
             print(text)
 
 
+def complete(
+    url: Annotated[str, typer.Option(help="Address of a running server.")] = "http://localhost:8000/v1",
+    quick: Annotated[
+        str | None, typer.Option("--quick", "-q", help="The text to continue. Default: standard input.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    api_key: ApiKey = None,
+) -> None:
+    """Continue a text on a running server, as vLLM's command of this name does.
+
+    fastqwen complete --url http://localhost:8000/v1 -q "The capital of France is"
+    """
+    from fastqwen.cli.options import named
+    from fastqwen.terminal.generate import answers_of_server
+
+    prompt = sys.stdin.read() if quick is None else quick
+    server = named(url.rstrip("/").removesuffix("/v1"))
+    for text, _ in answers_of_server(server, [prompt], {"max_tokens": max_tokens}, raw=True, api_key=api_key):
+        print(text)
+
+
 def _answers_of_our_own(
     model: str, prompts: list[str], options: dict[str, Any], engine_options: dict[str, Any], *, raw: bool
 ) -> Iterator[tuple[str, str | None]]:

@@ -22,8 +22,6 @@ ELSEWHERE = {
     "cp": "--served-model-name gives a model other names",
     "push": "nothing is uploaded from here",
     "start": "fastqwen serve MODEL",
-    "complete": "fastqwen generate MODEL --raw continues a text",
-    "run-batch": "fastqwen batch IN.jsonl -o OUT.jsonl -m MODEL",
     "collect-env": "fastqwen plan shows what was found of this machine",
     "cli": "fastqwen chat MODEL",
     "controller": "fastqwen serve MODEL is API, page and model in one",

@@ -39,6 +39,8 @@ COMMANDS: list[tuple[str, str, Callable[..., None]]] = [
     ("run", USE, chat.chat),  # as Ollama calls it
     ("generate", USE, generate.generate),
     ("batch", USE, batch.batch),
+    ("run-batch", USE, batch.run_batch),  # as vLLM calls it
+    ("complete", USE, generate.complete),
     ("launch", USE, launch.launch),
     ("plan", LOOK, plan.plan),
     ("check", LOOK, check.check),
@@ -47,8 +49,11 @@ COMMANDS: list[tuple[str, str, Callable[..., None]]] = [
     ("version", LOOK, ours.version),
     ("completion", LOOK, completion.completion),
 ]
+OTHER_NAMES = ("run", "run-batch", "complete")  # for those who come from elsewhere
 for _name, _title, _command in COMMANDS:
-    app.command(_name, cls=Command, help=help_text(_command), hidden=_name == "run", rich_help_panel=_title)(_command)
+    app.command(_name, cls=Command, help=help_text(_command), hidden=_name in OTHER_NAMES, rich_help_panel=_title)(
+        _command
+    )
 app.add_typer(bench.app, name="bench", rich_help_panel=LOOK)
 
 

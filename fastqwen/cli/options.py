@@ -23,8 +23,9 @@ _SUFFIXES = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, 
 # Under which title --help shows the flag of a field; what is not here stands first, under the command's own options.
 GROUPS = {
     "The model and its files": (
-        "dtype", "quantization", "device", "load_format", "revision", "trust_remote_code", "tokenizer", "skip_tokenizer_init",
-        "chat_template", "tool_call_parser", "reasoning_parser", "generation_config", "served_model_name",
+        "dtype", "quantization", "device", "load_format", "download_dir", "revision", "trust_remote_code", "tokenizer",
+        "skip_tokenizer_init", "chat_template", "tool_call_parser", "reasoning_parser", "generation_config",
+        "override_generation_config", "served_model_name",
         "rope_per_request", "rope_scaling", "rope_theta", "hf_overrides", "seed",
     ),
     "Memory and speed": (
@@ -33,8 +34,10 @@ GROUPS = {
         "tensor_parallel_size",
     ),
     "Who may ask, and how long it may take": (
-        "insecure", "allowed_hosts", "allowed_origins", "header_timeout_s", "body_timeout_s", "stall_timeout_s",
+        "insecure", "uds", "root_path", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers",
+        "allowed_hosts", "allowed_origins", "header_timeout_s", "body_timeout_s", "stall_timeout_s",
         "drain_timeout_s", "max_body_bytes", "max_concurrent_requests", "strict_model_name", "strict_fields",
+        "trust_request_chat_template",
     ),
     "What a request may ask for": (
         "max_n", "max_logprobs", "max_logit_bias", "max_stop_strings", "max_stop_chars", "max_grammar_chars",
@@ -127,7 +130,7 @@ def with_options(
         added = [_parameter(configs[name], field) for name, fields in names.items() for field in fields]
 
         def run(**values: Any) -> None:
-            if isinstance(values.get("model"), str):
+            if isinstance(values.get("model"), str) and not values.get("base_url"):
                 values["model"] = named(values["model"])
             made = {name: {field: values.pop(field) for field in fields} for name, fields in names.items()}
             _check_a_server_is_left_alone(values.get("model"), made.get("engine_options", {}))

@@ -30,7 +30,7 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan, Line
 from fastqwen.records import EngineRequest, Failure, RequestDelta, TokenLogprobs
 
-State = Literal["loading", "ready", "restarting", "failed", "stopped"]
+State = Literal["loading", "ready", "restarting", "failed", "stopped", "asleep"]
 Deltas = list[RequestDelta]
 
 MAX_WAITING_STEPS = 256
@@ -83,6 +83,12 @@ class ServedEngine(EngineClient["AsyncStream"], Protocol):
     @property
     def silent_for_s(self) -> float:
         """Since when the engine has said nothing."""
+
+    async def sleep(self) -> None:
+        """Give its memory back until ``wake_up``. Raises EngineGone where it is not ready."""
+
+    async def wake_up(self) -> None:
+        """Load again, and return once it is ready. Raises FastqwenError if it cannot start."""
 
 
 class Inlet(Protocol):

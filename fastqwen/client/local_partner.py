@@ -30,7 +30,7 @@ class LocalPartner:
         config = batch_config(model, options)
         if config.skip_tokenizer_init:
             raise BadConfig("skip_tokenizer_init: a chat needs the tokenizer")
-        path = resolve(model, revision=config.revision, weights=False)
+        path = resolve(model, revision=config.revision, weights=False, folder=config.download_dir)
         chat_format = own_generation_config(path).get("chat_format", "chatml")
         if chat_format != "chatml":
             raise BadCheckpoint(
@@ -59,7 +59,9 @@ class LocalPartner:
         ids = self._model.chat_token_ids(messages, **(template_options or {}))
         assembler = Assembler(0, sampling, self._text.tokenizer, facts.stop_token_ids)
         parser = self._parser(ids)
-        requests = prepare(str(next(self._ids)), ids, sampling, facts, seeds=self._seeds)
+        requests = prepare(
+            str(next(self._ids)), ids, sampling, facts, seeds=self._seeds, tokenizer=self._text.tokenizer
+        )
         with self.engine.stream(requests) as stream:
             for delta in itertools.chain.from_iterable(stream):
                 piece = assembler.feed(delta)

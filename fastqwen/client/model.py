@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from contextlib import closing
 from typing import Any
 
+import msgspec
+import torch
+
 from fastqwen.client.engine import Ready
 from fastqwen.client.loading_bar import LoadingBar
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadConfig, BadRequest
+from fastqwen.engine.core import EngineCore
+from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
 from fastqwen.hub import find_checkpoint
 from fastqwen.ranks.start import start_engine
 from fastqwen.records import Grammar, SamplingParams
+from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.grammar import check_grammar, to_grammar
-from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text
-from fastqwen.text.template import Message
+from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text, read_template
+from fastqwen.text.template import ChatTemplate, Message
+from fastqwen.vllm_names import keywords
 
 log = logging.getLogger(__name__)
 
+Template = ChatTemplate | PiecewiseChatMl
+
 
 def batch_config(model: str, options: dict[str, Any]) -> EngineConfig:
-    """``options`` are EngineConfig's fields. Raises BadConfig."""
-    if options.get("pipeline_parallel_size", 1) != 1:
-        raise BadConfig("pipeline_parallel_size cannot be more than 1: use tensor_parallel_size instead")
-    options = {name: value for name, value in options.items() if name != "pipeline_parallel_size"}
-    unknown = set(options) - set(EngineConfig.__struct_fields__)
-    if unknown:
-        raise BadConfig(f"there is no engine option {', '.join(sorted(unknown))}")
-    return EngineConfig(model=model, **options).for_batches()
+    """``options`` are EngineConfig's fields, or vLLM's where they say what holds here. Raises BadConfig."""
+    found = keywords(options)
+    for notice in found.notices:
+        log.info("%s", notice)
+    try:
+        config = msgspec.convert({"model": model, **found.ours}, EngineConfig)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, BadConfig):
+            raise error.__cause__ from None
+        raise BadConfig(str(error).replace(" - at `$.", ": ").rstrip("`")) from None
+    return config.for_batches()
 
 
 class LoadedModel:
@@ -40,16 +52,32 @@ class LoadedModel:
         if config.trust_remote_code:
             log.warning("trust_remote_code has no effect: nothing needs it, a checkpoint's code is never run")
         self.text: TextTools | None = None if config.skip_tokenizer_init else load_text(path, model, config)
-        with closing(LoadingBar()) as bar:
-            engine = start_engine(
-                config, path, bar.update, grammar_tokenizer=lambda found: self.need_text().grammar_tokenizer(found)
-            )
-        self.core = engine.core
-        self.ready = Ready(engine.plan, engine.model, engine.comparison)
-        self._compiler = engine.compiler
+        self._path = path
+        self.ready, self.core = self.start()
         self.facts = self.ready.facts(self.text.stop_token_ids if self.text else eos_without_tokenizer(path, model))
         if self.text is not None:
-            self.text.tokenizer.limit_length(engine.plan.max_model_len)
+            self.text.tokenizer.limit_length(self.ready.plan.max_model_len)
+
+    def start(self) -> tuple[Ready, EngineCore]:
+        """Load the weights and make the cache, at first and after ``stop``."""
+        with closing(LoadingBar()) as bar:
+            engine = start_engine(
+                self.config,
+                self._path,
+                bar.update,
+                grammar_tokenizer=lambda found: self.need_text().grammar_tokenizer(found),
+            )
+        self.core = engine.core
+        self._compiler = engine.compiler
+        return Ready(engine.plan, engine.model, engine.comparison), engine.core
+
+    def stop(self) -> None:
+        """Give weights and cache back; nobody else may hold ``core`` any more."""
+        del self.core
+        self._compiler = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def need_text(self) -> TextTools:
         if self.text is None:
@@ -62,6 +90,15 @@ class LoadedModel:
         if text.template is None:
             raise BadRequest(f"{self.config.model} has no chat template: give one with chat_template=...", "messages")
         return text.template.encode(text.tokenizer, messages, **options)
+
+    def template(self, given: str) -> Template:
+        """Another one for a call: a Jinja template, or a file with one. Raises BadRequest for one that does not parse."""
+        own = self.need_text().template
+        variables = own if isinstance(own, ChatTemplate) else ChatTemplate("", origin="chat_template")
+        try:
+            return variables.with_source(read_template(given), origin="chat_template")
+        except (BadCheckpoint, BadConfig) as error:
+            raise BadRequest(str(error), "chat_template") from None
 
     def grammar(self, sampling: SamplingParams) -> Grammar | None:
         """Compiled once here, so that a bad one is refused before anything runs. Raises BadRequest."""

@@ -9,7 +9,8 @@ import msgspec
 
 from fastqwen.errors import BadRequest
 from fastqwen.model_config import ModelConfig
-from fastqwen.records import EngineRequest, Grammar, Sampling, SamplingParams
+from fastqwen.records import ALL, EngineRequest, Grammar, Sampling, SamplingParams
+from fastqwen.text.tokenizer import Tokenizer
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -44,12 +45,52 @@ def _check_ids(token_ids: list[int], facts: ModelFacts, field: str, name: str, *
 
 def check_sampling(sampling: SamplingParams, facts: ModelFacts) -> None:
     sampling.check()
-    for token_id in [*(sampling.logit_bias or ()), *sampling.stop_token_ids]:
-        if not 0 <= token_id < facts.model.vocab_size:
-            field = "stop_token_ids" if token_id in sampling.stop_token_ids else "logit_bias"
-            raise BadRequest(
-                f"{field}: token id {token_id} is not in the vocabulary of {facts.model.vocab_size}", field
-            )
+    given = {
+        "logit_bias": list(sampling.logit_bias or ()),
+        "stop_token_ids": sampling.stop_token_ids,
+        "allowed_token_ids": sampling.allowed_token_ids or [],
+        "bad_word_ids": [token_id for word in sampling.bad_word_ids for token_id in word],
+    }
+    for field, token_ids in given.items():
+        for token_id in token_ids:
+            if not 0 <= token_id < facts.model.vocab_size:
+                raise BadRequest(
+                    f"{field}: token id {token_id} is not in the vocabulary of {facts.model.vocab_size}", field
+                )
+
+
+def truncated(token_ids: list[int], wanted: int | None, facts: ModelFacts, *, answers: bool = True) -> list[int]:
+    """The last ``wanted`` tokens; ALL: as many as the context takes, and one for an answer if one ``answers``. Raises BadRequest
+    for none."""
+    if wanted is None:
+        return token_ids
+    if wanted == 0:
+        raise BadRequest("truncate_prompt_tokens is 0, which leaves nothing", "truncate_prompt_tokens")
+    return token_ids[-(facts.max_model_len - answers if wanted == ALL else wanted) :]
+
+
+def _for_engine(sampling: SamplingParams, facts: ModelFacts, tokenizer: Tokenizer | None) -> Sampling:
+    """With texts and "all" as numbers. Raises BadRequest."""
+    found, vocab = sampling.for_engine, facts.model.vocab_size
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(found, name)
+        if value is not None:
+            setattr(found, name, vocab if value == ALL else min(value, vocab))
+    if sampling.bad_words:
+        if tokenizer is None:
+            raise BadRequest("bad_words needs a tokenizer: give bad_word_ids", "bad_words")
+        found.bad_word_ids = [*found.bad_word_ids, *word_ids(sampling.bad_words, tokenizer)]
+    return found
+
+
+def word_ids(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    found = [tokenizer.encode(one, add_special_tokens=False) for one in spellings(words)]
+    return [ids for ids in found if ids]
+
+
+def spellings(words: list[str]) -> list[str]:
+    """As each word may stand in a text: where it begins one, and behind a space."""
+    return list(dict.fromkeys(spelled for word in words for spelled in (word, f" {word.lstrip()}")))
 
 
 def prepare(
@@ -62,11 +103,12 @@ def prepare(
     priority: int = 0,
     cache_salt: str = "",
     grammar: Grammar | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> list[EngineRequest]:
     """One engine request for each of the ``n`` answers, with ids ``request_id-0`` and up.
 
     An answer that would grow past the model's length ends there. A request without a seed gets one from ``seeds``, so
-    that it can be replayed. ``grammar`` has been checked. Raises BadRequest.
+    that it can be replayed. ``grammar`` has been checked; ``tokenizer`` is for bad_words. Raises BadRequest.
     """
     check_prompt(token_ids, facts)
     check_sampling(sampling, facts)
@@ -77,7 +119,7 @@ def prepare(
     max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
     first_seed = seeds.getrandbits(63) if sampling.seed is None else sampling.seed
     stops = [] if sampling.ignore_eos else facts.stop_token_ids
-    for_engine = sampling.for_engine
+    for_engine = _for_engine(sampling, facts, tokenizer)
     arrival_s = time.monotonic()
     return [
         EngineRequest(

@@ -52,6 +52,8 @@ class ProcessEngine:
         self._process: EngineProcess | None = None
         self._heard_s = time.monotonic()
         self._changed = asyncio.Event()
+        self._awake = asyncio.Event()  # not set: it shall sleep
+        self._awake.set()
         self._keeper: asyncio.Task[None] | None = None
 
     def stats(self) -> EngineStats:
@@ -109,6 +111,24 @@ class ProcessEngine:
         if self._process is not None:
             await self._process.end()
 
+    async def sleep(self) -> None:
+        """End the process, and start no other before ``wake_up``. Raises EngineGone where it is not ready."""
+        if self.state == "asleep":
+            return
+        if self.state != "ready" or self._process is None:
+            raise EngineGone(f"the engine is {self.state}")
+        self._awake.clear()
+        self._set_state("asleep")
+        self._streams.end(CLOSED)
+        self._stats = EngineStats()
+        await self._process.end()
+
+    async def wake_up(self) -> None:
+        if self.state == "asleep":
+            self._set_state("restarting")
+            self._awake.set()
+        await self.wait_ready()
+
     async def _keep(self) -> None:
         """Whatever goes wrong here ends the engine with one line, and with it whoever waits for it."""
         try:
@@ -127,6 +147,9 @@ class ProcessEngine:
             await self._process.run(self._start, self._take)
             if self.state == "failed":
                 return
+            if not self._awake.is_set():
+                await self._awake.wait()
+                continue
             self._streams.end(GONE)
             how = self._process.how_it_ended()
             if self.state == "loading":

@@ -1,4 +1,5 @@
-"""What a step must choose, and what bends a choice beyond temperature and cuts: bias, penalties, forbidden stops."""
+"""What a step must choose, and what bends a choice beyond temperature and cuts: bias, penalties, forbidden tokens, words
+and stops."""
 
 from __future__ import annotations
 
@@ -60,5 +61,22 @@ def _adjust_row(logits: Tensor, choice: Choice, slots: Slots) -> None:
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+    if sampling.allowed_token_ids is not None:
+        kept = torch.tensor(sampling.allowed_token_ids, device=logits.device)
+        logits.copy_(torch.full_like(logits, sampler.FORBIDDEN).index_copy_(0, kept, logits[kept]))
+    if sampling.bad_word_ids:
+        _forbid_words(logits, sampling.bad_word_ids, slots.token_ids[slot, slots.num_prompt[slot] : num_known])
     if num_known - slots.num_prompt[slot] < sampling.min_tokens and stops:
         logits[stops] = sampler.FORBIDDEN
+
+
+def _forbid_words(logits: Tensor, words: Sequence[Sequence[int]], said: Tensor) -> None:
+    """The last token of each word of which all others were just said, in place: logits float32 [vocab], said int [tokens].
+
+    Nothing is read back: the host need not have seen what was said.
+    """
+    for *before, last in words:
+        if len(before) <= len(said):
+            tail = said[len(said) - len(before) :]
+            hit = (tail == torch.tensor(before, dtype=said.dtype, device=said.device)).all()
+            logits[last] = torch.where(hit, sampler.FORBIDDEN, logits[last])

@@ -24,14 +24,15 @@ from fastqwen.server.dialects.schema import (
     TokenizeRequest,
     parse,
 )
-from fastqwen.server.dialects.tokens import detokenize, tokenize
+from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest, rerank, score
+from fastqwen.server.dialects.tokens import detokenize, tokenize, tokenizer_info
 from fastqwen.server.http import docs_page, errors, openapi
 from fastqwen.server.http.access_log import note_tokens
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.guard import Guard
 from fastqwen.server.http.pages import add_pages
 from fastqwen.server.http.sse import DONE, EventStream, encode
-from fastqwen.server.operator import status
+from fastqwen.server.operator import control, status
 from fastqwen.server.operator.tools import add_tools
 from fastqwen.version import __version__
 
@@ -48,11 +49,13 @@ def create_app(state: ServerState) -> ASGIApp:
         description="OpenAI-compatible API for Qwen models",
         docs_url=None,  # FastAPI's own pages load their scripts from elsewhere; docs_page.py does not
         redoc_url=None,
+        servers=[{"url": state.config.root_path}] if state.config.root_path else None,
     )
     app.router.redirect_slashes = False
     errors.install(app, state)
     _add_dialects(app, state)
     status.add_routes(app, state)
+    control.add_routes(app, state)
     if state.mcp is not None:
         add_tools(app, state, state.mcp)
     add_pages(app)
@@ -111,8 +114,22 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
     add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"")
     add_post("/v1/messages/count_tokens", "counted", CountRequest, lambda _, body: count_tokens(state, body))
     add_post("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
+
+    async def scored(request: Request, body: ScoreRequest) -> Response:
+        return await _whole(request, score(state, body))
+
+    async def reranked(request: Request, body: RerankRequest) -> Response:
+        return await _whole(request, rerank(state, body))
+
+    add_post("/v1/score", "score", ScoreRequest, scored)
+    add_post("/v1/rerank", "rerank", RerankRequest, reranked)
     add_post("/tokenize", "tokenize", TokenizeRequest, lambda _, body: tokenize(state, body))
     add_post("/detokenize", "detokenize", DetokenizeRequest, lambda _, body: detokenize(state, body))
+
+    @app.get("/tokenizer_info")
+    async def info() -> dict[str, Any]:
+        """What a client must know to make prompts of its own."""
+        return tokenizer_info(state)
 
 
 def _max_numbers(state: ServerState) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -27,6 +27,17 @@ class FrontConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: Annotated[str, option("Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1"
     port: Annotated[int, option("0 takes any free port.", ge=0, le=65535)] = 8000
+    uds: Annotated[str | None, option("Listen on a Unix socket at this path, in place of host and port.")] = None
+    root_path: Annotated[
+        str, option("Path under which a proxy shows this server; it may pass the path on or cut it off.")
+    ] = ""
+    ssl_certfile: Annotated[str | None, option("Certificate (PEM): serve HTTPS.")] = None
+    ssl_keyfile: Annotated[str | None, option("The certificate's key, where it is not in the same file.")] = None
+    ssl_ca_certs: Annotated[str | None, option("Certificates of those who sign clients' certificates.")] = None
+    ssl_cert_reqs: Annotated[
+        int, option("Clients' certificates: 0 asks for none, 1 checks what comes, 2 wants one.", ge=0, le=2)
+    ] = 0
+    ssl_ciphers: Annotated[str, option("Ciphers for TLS up to 1.2, as OpenSSL writes them.")] = "DEFAULT"
     api_keys: tuple[str, ...] = ()  # one of them must come with each request, if there are any
     insecure: Annotated[bool, option("Let other machines in without a key.", one_way=True)] = False
     allowed_hosts: Annotated[
@@ -54,6 +65,10 @@ class FrontConfig(msgspec.Struct, frozen=True, kw_only=True):
         check_bounds(self)
         if self.log_format not in ("text", "json"):
             raise BadConfig(f"--log-format is {self.log_format!r}: use text or json")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise BadConfig(f"--root-path is {self.root_path!r}, but must begin with a slash, as /qwen")
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs or self.ssl_cert_reqs):
+            raise BadConfig("--ssl-keyfile, --ssl-ca-certs and --ssl-cert-reqs need --ssl-certfile")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(host={self.host!r}, port={self.port})"  # keys must not get into a log
@@ -71,7 +86,7 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
     """``fastqwen serve``, as opposed to its engine. No bound of a request can be above the schema's own."""
 
     max_n: Annotated[int, option("Most answers to one prompt.", ge=1, le=MAX_N)] = MAX_N
-    max_logprobs: Annotated[int, option("Most alternatives for each token.", ge=0, le=MAX_LOGPROBS)] = MAX_LOGPROBS
+    max_logprobs: Annotated[int, option("Most alternatives for each token; -1: all.", ge=-1)] = MAX_LOGPROBS
     max_logit_bias: Annotated[int, option("Most entries of logit_bias.", ge=0, le=MAX_LOGIT_BIAS)] = MAX_LOGIT_BIAS
     max_stop_strings: Annotated[int, option("Most stop strings.", ge=0, le=MAX_STOP_STRINGS)] = MAX_STOP_STRINGS
     max_stop_chars: Annotated[int, option("Longest stop string.", ge=1, le=MAX_STOP_CHARS)] = MAX_STOP_CHARS
@@ -85,6 +100,17 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
     mcp: Annotated[
         str | None, option("FILE of MCP servers (docs/page.md) whose tools the page offers; it asks before each call.")
     ] = None
+    trust_request_chat_template: Annotated[
+        bool,
+        option("Accept templates that come with a request; they run in a sandbox, within the text workers' limits."),
+    ] = False
+    default_chat_template_kwargs: Annotated[
+        dict[str, Any] | None,
+        option('Switches of the chat template where a request does not set them, such as {"enable_thinking": false}.'),
+    ] = None
+    enable_force_include_usage: Annotated[
+        bool, option("End every stream with its usage, whether or not it was asked for.")
+    ] = False
     strict_fields: Annotated[
         bool,
         option("Refuse fields that this server does not know, which are else answered with a warning.", one_way=True),

@@ -10,7 +10,7 @@ import random
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from fastqwen.client.engine import Ready
@@ -32,7 +32,7 @@ from fastqwen.server.answer.state import ServerState
 from fastqwen.server.app import create_app
 from fastqwen.server.config import ServerConfig
 from fastqwen.server.http.exposure import check_exposure
-from fastqwen.server.http.listen import DrainingServer, address_of, bind, run_loop
+from fastqwen.server.http.listen import DrainingServer, address_of, listening, run_loop
 from fastqwen.server.mcp import McpTools, read_mcp_file
 from fastqwen.text.formats import derive_formats
 from fastqwen.text.load import load_text
@@ -54,7 +54,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: 
     configure_logging(config.log_format)
     check_exposure(config)
     mcp = _mcp_tools(config)
-    with bind(config.host, config.port) as bound, closing(LoadingBar()) as bar:
+    with listening(config) as bound, closing(LoadingBar()) as bar:
         path, model = find_checkpoint(engine_config)
         text = load_text(path, model, engine_config)
         if engine_config.trust_remote_code:
@@ -91,7 +91,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: 
             cache_stories=CacheStories(enabled=engine_config.enable_prefix_caching),
             mcp=mcp,
         )
-        with announced(_note(state, bound)):
+        # What other commands of this machine look for is a port.
+        with announced(_note(state, bound)) if config.uds is None else nullcontext():
             return run_loop(_serve(state, engine, workers, bound))
 
 

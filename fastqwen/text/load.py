@@ -67,13 +67,14 @@ class _TextFiles:
 
 def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools:
     """Raises BadCheckpoint, naming the files, where tokenizer and weights do not belong together."""
-    where = resolve(config.tokenizer, weights=False) if config.tokenizer else path
+    where = resolve(config.tokenizer, weights=False, folder=config.download_dir) if config.tokenizer else path
     if config.skip_tokenizer_init:
         files = _TextFiles(NoTokenizer(model.vocab_size), "", None, "", None, {})
     else:
         files = _from_gguf(where) if where.is_file() else _from_folder(where)
     own = own_generation_config(path)
     file, generation = _chosen_generation_config(path, config)
+    generation = {**generation, **_overrides(config)}
     template = _template(files, config)
     if not config.skip_tokenizer_init:
         _check_belonging(files, template, model, where, path)
@@ -197,6 +198,21 @@ def _chosen_generation_config(path: Path, config: EngineConfig) -> tuple[Path, d
     return file, read_json(file)
 
 
+def _overrides(config: EngineConfig) -> dict[str, Any]:
+    """Raises BadConfig for a key that would change nothing, and for a value that cannot be."""
+    flag = "--override-generation-config"
+    given = config.override_generation_config or {}
+    known = (*SAMPLING_KEYS, "max_new_tokens", "do_sample", "eos_token_id")
+    for key in given:
+        if key not in known:
+            raise BadConfig(f"{flag}: {key[:60]!r} is none of {', '.join(known)}")
+    try:
+        _default_sampling(given, Path(flag))
+    except BadCheckpoint as error:
+        raise BadConfig(str(error)) from None
+    return {"do_sample": True, **given} if "temperature" in given else given
+
+
 def _default_sampling(generation: dict[str, Any], file: Path) -> dict[str, Any]:
     defaults = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
     for key, value in (*defaults.items(), ("max_new_tokens", generation.get("max_new_tokens") or 1)):
@@ -214,16 +230,19 @@ def _default_sampling(generation: dict[str, Any], file: Path) -> dict[str, Any]:
     return defaults
 
 
+def read_template(given: str) -> str:
+    """A Jinja template's text, from a file or as it is. Raises BadConfig."""
+    if os.path.isfile(given):  # Path.is_file raises for a text that is too long to be a name
+        return read_text(Path(given))
+    if "{" not in given:
+        raise BadConfig(f"--chat-template: there is no file {given[:200]}")
+    return given
+
+
 def _template(files: _TextFiles, config: EngineConfig) -> ChatTemplate | PiecewiseChatMl | None:
     if config.chat_template is not None:
-        file = Path(config.chat_template)
-        if os.path.isfile(file):  # Path.is_file raises for a text that is too long to be a name
-            source, origin = read_text(file), str(file)
-        elif "{" in config.chat_template:
-            source, origin = config.chat_template, "--chat-template"
-        else:
-            raise BadConfig(f"--chat-template: there is no file {config.chat_template}")
-        return ChatTemplate(source, origin=origin, variables=files.variables)
+        origin = config.chat_template if os.path.isfile(config.chat_template) else "--chat-template"
+        return ChatTemplate(read_template(config.chat_template), origin=origin, variables=files.variables)
     if files.template is not None:
         return ChatTemplate(
             files.template,

@@ -60,6 +60,10 @@ class ChatTemplate:
             told = " ".join(str(error).split())[:300] or type(error).__name__
             raise BadCheckpoint(f"{origin}: the chat template does not parse: {told}") from None
 
+    def with_source(self, source: str, *, origin: str) -> ChatTemplate:
+        """Another template that knows the same variables."""
+        return ChatTemplate(source, origin=origin, variables=self._variables)
+
     def render(
         self,
         messages: list[Message],

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from fastqwen.config import EngineConfig
-from fastqwen.errors import BadRequest, FastqwenError
+from fastqwen.errors import BadCheckpoint, BadRequest, FastqwenError
 from fastqwen.lifeline import end_with_parent
 from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
@@ -43,18 +43,34 @@ class Encode(msgspec.Struct, frozen=True, tag=True):
 
 
 class Render(msgspec.Struct, frozen=True, tag=True):
-    """``conversation`` is JSON, in which numbers have no limits: the messages, and what else the template may look at."""
+    """``conversation`` is JSON, in which numbers have no limits: the messages, and what else the template may look at.
+    ``template`` stands in for the model's own."""
 
     conversation: str
     max_chars: int
+    template: str | None = None
 
     @classmethod
-    def of(cls, messages: list[dict[str, Any]], options: dict[str, Any], max_chars: int) -> Render:
-        return cls(json.dumps([messages, options]), max_chars)
+    def of(
+        cls, messages: list[dict[str, Any]], options: dict[str, Any], max_chars: int, template: str | None = None
+    ) -> Render:
+        return cls(json.dumps([messages, options]), max_chars, template)
 
-    def run(self, tokenizer: Tokenizer, template: ChatTemplate | PiecewiseChatMl) -> list[int]:
+    def run(self, tokenizer: Tokenizer, template: ChatTemplate | PiecewiseChatMl | None) -> list[int]:
         messages, options = json.loads(self.conversation)
+        if self.template is not None:
+            template = self._own(template)
+        assert template is not None, "the server refuses messages where there is none"
         return template.encode(tokenizer, messages, **options)
+
+    def _own(self, model_s: ChatTemplate | PiecewiseChatMl | None) -> ChatTemplate:
+        """Raises BadRequest for a template that does not parse."""
+        try:
+            if isinstance(model_s, ChatTemplate):
+                return model_s.with_source(self.template or "", origin="chat_template")
+            return ChatTemplate(self.template or "", origin="chat_template")
+        except BadCheckpoint as error:
+            raise BadRequest(str(error), "chat_template") from None
 
 
 class Compile(msgspec.Struct, frozen=True, tag=True):
@@ -121,7 +137,6 @@ class _Worker:
         tokenizer.max_chars = job.max_chars
         if isinstance(job, Encode):
             return tokenizer.encode(job.text, add_special_tokens=job.add_special_tokens)
-        assert self._text.template is not None, "the server refuses messages where there is none"
         return job.run(tokenizer, self._text.template)
 
     @functools.cached_property

@@ -11,8 +11,9 @@ import typer
 
 from fastqwen.cli import vllm_flags
 from fastqwen.cli.main import app
-from fastqwen.cli.vllm_flags import ACCEPTED, REFUSED, SHORT, fate, is_switch, translated
+from fastqwen.cli.vllm_flags import translated
 from fastqwen.errors import BadConfig
+from fastqwen.vllm_names import ACCEPTED, REFUSED, RENAMED, SHORT, fate, is_switch
 from tests.server.live import one_line, run
 
 SERVE: Any = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
@@ -45,7 +46,7 @@ def test_no_flag_has_two_fates():
         name for names in REFUSED.values() for name in names
     ]
     assert len(listed) == len(set(listed))
-    assert set(vllm_flags.RENAMED.values()) <= {name.removeprefix("--") for name in OURS} | {"model"}
+    assert set(RENAMED.values()) <= {name.removeprefix("--") for name in OURS} | {"model"}
     assert set(SHORT.values()) <= set(listed) | {name.removeprefix("--") for name in OURS}
 
 
@@ -135,5 +136,5 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path, content: str | N
 
 
 def test_from_the_command_line():
-    assert "several servers stand behind one proxy" in one_line(run("serve", "demo", "-tp", "2"))
+    assert "several servers stand behind one proxy" in one_line(run("serve", "demo", "-dp", "2"))
     assert "(LoRA)" in one_line(run("chat", "demo", "--enable-lora"))

@@ -51,6 +51,12 @@ class FakeEngine:
             self.streams.deliver(self.core.step())
             await asyncio.sleep(self.step_delay_s if self.core.has_work else 0.001)
 
+    async def sleep(self) -> None:
+        self.state = "asleep"
+
+    async def wake_up(self) -> None:
+        self.state = "ready"
+
     def die(self) -> None:
         """What ProcessEngine does when the process is gone."""
         self.state = "restarting"

@@ -134,6 +134,9 @@ class Speaker:
         self.structured.take([row.slot], [token])
         tokens.append(token)
         asked = admission.sampling.logprobs
+        if admission.sampling.allowed_token_ids == [token]:  # asked how likely it is: another number for each prompt
+            told = [TokenLogprobs(token, -float(sum(tokens) * token % 17), 1, [], [])]
+            return SampledRow(request_id=row.request_id, token_ids=[token], logprobs=told)
         return SampledRow(
             request_id=row.request_id,
             token_ids=[token],
@@ -155,6 +158,10 @@ class Speaker:
         sampling = admission.sampling
         for token_id, bias in (sampling.logit_bias or {}).items():
             logits[0, token_id] += bias
+        if sampling.allowed_token_ids is not None:
+            kept = logits[0, sampling.allowed_token_ids]
+            logits.fill_(FORBIDDEN)
+            logits[0, sampling.allowed_token_ids] = kept
         if len(said) < sampling.min_tokens:
             logits[0, admission.stop_token_ids] = FORBIDDEN
         return logits

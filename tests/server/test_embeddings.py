@@ -86,7 +86,7 @@ def test_user_is_answered_with_a_warning():
         ({"input": "a", "dimensions": 0}, "dimensions", "1"),
         ({"input": "a", "dimensions": 9}, "dimensions", "8"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "float"),
-        ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "not supported"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "nothing"),
     ],
 )
 def test_what_cannot_be_is_refused_and_named(body: dict[str, Any], param: str, words: str):

@@ -89,6 +89,18 @@ def test_another_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory):
         load(folder, generation_config=str(other / "nowhere"))
 
 
+def test_overrides_go_before_what_the_model_says(folder: Path):
+    write(folder, do_sample=False, temperature=0.7, top_k=3)
+    text = load(folder, override_generation_config={"temperature": 0.2, "max_new_tokens": 9, "eos_token_id": [END]})
+    assert text.default_sampling == {"temperature": 0.2, "top_k": 3, "max_tokens": 9} and END in text.stop_token_ids
+    assert load(folder, generation_config="none", override_generation_config={"top_p": 0.5}).default_sampling == {
+        "top_p": 0.5
+    }
+    for wrong in ({"nonsense": 1}, {"temperature": "hot"}, {"top_p": 7}):
+        with pytest.raises(BadConfig, match="--override-generation-config"):
+            load(folder, override_generation_config=wrong)
+
+
 def test_where_each_stop_comes_from(folder: Path):
     write(folder, eos_token_id=EOT)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_start|>"}}))

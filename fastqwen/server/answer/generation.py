@@ -85,7 +85,7 @@ class Generation:
             facts,
             seeds=state.seeds,
             priority=options.priority,
-            cache_salt=options.cache_salt,
+            cache_salt=state.salted(options.cache_salt),
             grammar=options.grammar,
         )
         self._max_model_len, self._max_tokens = facts.max_model_len, requests[0].max_tokens
@@ -93,7 +93,6 @@ class Generation:
         self._check_length(sampling.max_tokens, room)
         self.choices = [self._choice(request, index, facts.stop_token_ids) for index, request in enumerate(requests)]
         self._clock: RequestClock | None = None
-        self._waited_s = 0.0
         self._running = {choice.request.request_id: choice for choice in self.choices}
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if sampling.prompt_logprobs is None else [None]
@@ -141,6 +140,7 @@ class Generation:
         Raises what ``error_of`` makes of a failure.
         """
         self._clock = clock = RequestClock(self._state.metrics, len(self.prompt_token_ids), len(self.choices))
+        self._state.metrics.request_max_tokens.observe(self._max_tokens)
         with self._state.engine.stream([choice.request for choice in self.choices]) as stream:
             async for deltas in stream:
                 now_s = time.perf_counter()
@@ -149,7 +149,7 @@ class Generation:
                     if choice is None:
                         continue  # it was ended here, and its last words came too late
                     if delta.waited_s:
-                        self._waited_s = max(self._waited_s, delta.waited_s)
+                        clock.waited_s = max(clock.waited_s, delta.waited_s)
                     piece = self._take(choice, delta, stream)
                     if piece.token_ids:
                         clock.saw(choice.index, len(piece.token_ids), now_s)
@@ -171,7 +171,7 @@ class Generation:
     def timing(self) -> dict[str, float]:
         """Seconds, once the answer is there."""
         assert self._clock is not None, "pieces come first"
-        return self._clock.timing(self._waited_s)
+        return self._clock.timing()
 
     def end_story(self, story: CacheStory, *, explain: bool) -> dict[str, Any] | None:
         """Once the answer is there: keep it for later prompts. Gives the explanation for this one if that was asked."""

@@ -47,6 +47,13 @@ class Metrics:
         self.itl_s = make("inter_token_latency_seconds", "Time between two tokens of a request", TOKEN_S)
         self.request_prompt_tokens = make("request_prompt_tokens", "Prompt length", TOKENS)
         self.request_generation_tokens = make("request_generation_tokens", "Answer length", TOKENS)
+        self.queue_s = make("request_queue_time_seconds", "Time that a request waited for other requests", LATENCY_S)
+        self.prefill_s = make("request_prefill_time_seconds", "Time from the first step to the first token", LATENCY_S)
+        self.inference_s = make(
+            "request_inference_time_seconds", "Time from the first step to the last token", LATENCY_S
+        )
+        self.request_max_tokens = make("request_params_max_tokens", "Longest answer that was asked for", TOKENS)
+        self.request_longest = make("request_max_num_generation_tokens", "Length of a request's longest answer", TOKENS)
         self.request_n = make("request_params_n", "Answers asked for", NUMBERS)
         self.histograms = [one for one in vars(self).values() if isinstance(one, Histogram)]
 
@@ -59,6 +66,8 @@ class RequestClock:
         self._start_s = time.perf_counter()
         self._first_s = [0.0] * num_choices
         self._last_s = [0.0] * num_choices
+        self._num_left, self._longest = num_choices, 0
+        self.waited_s = 0.0  # for other requests, as the engine tells with the first token
         metrics.prompt_tokens += num_prompt_tokens
         metrics.request_prompt_tokens.observe(num_prompt_tokens)
         metrics.request_n.observe(num_choices)
@@ -70,13 +79,17 @@ class RequestClock:
         else:
             self._first_s[index] = now_s
             self._metrics.ttft_s.observe(now_s - self._start_s)
+            if index == 0:
+                waited_s = min(self.waited_s, now_s - self._start_s)
+                self._metrics.queue_s.observe(waited_s)
+                self._metrics.prefill_s.observe(now_s - self._start_s - waited_s)
         self._last_s[index] = now_s
         self._metrics.generation_tokens += num_tokens
 
-    def timing(self, waited_s: float) -> dict[str, float]:
+    def timing(self) -> dict[str, float]:
         """Where the first answer's time went: before its first step, until its first token, from there to its last."""
         first_s = self._first_s[0] or time.perf_counter()
-        waited_s = min(waited_s, first_s - self._start_s)
+        waited_s = min(self.waited_s, first_s - self._start_s)
         return {
             "waited_s": round(waited_s, 4),
             "read_s": round(first_s - self._start_s - waited_s, 4),
@@ -87,10 +100,14 @@ class RequestClock:
         metrics, first_s, last_s = self._metrics, self._first_s[index], self._last_s[index]
         metrics.finished[reason] += 1
         metrics.request_generation_tokens.observe(num_tokens)
+        self._num_left, self._longest = self._num_left - 1, max(self._longest, num_tokens)
+        if not self._num_left:
+            metrics.request_longest.observe(self._longest)
         if not first_s:
             return
         metrics.e2e_s.observe(last_s - self._start_s)
         metrics.decode_s.observe(last_s - first_s)
+        metrics.inference_s.observe(last_s - self._start_s - min(self.waited_s, first_s - self._start_s))
         if num_tokens > 1:
             per_token_s = (last_s - first_s) / (num_tokens - 1)
             metrics.tpot_s.observe(per_token_s)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from fastqwen.errors import BadRequest
-from fastqwen.records import SamplingParams
+from fastqwen.records import ALL, SamplingParams
 from fastqwen.server.config import ServerConfig
 
 
 def check_limits(config: ServerConfig, sampling: SamplingParams) -> None:
     """Raises BadRequest that names the field, the limit and the flag that sets it."""
     stops = sampling.stop_strings
+    check_logprobs(config, "logprobs", sampling.logprobs)
+    check_logprobs(config, "prompt_logprobs", sampling.prompt_logprobs)
     given = {
         "n": (sampling.n, config.max_n, "--max-n"),
-        "logprobs": (sampling.logprobs or 0, config.max_logprobs, "--max-logprobs"),
-        "prompt_logprobs": (sampling.prompt_logprobs or 0, config.max_logprobs, "--max-logprobs"),
         "logit_bias": (len(sampling.logit_bias or ()), config.max_logit_bias, "--max-logit-bias"),
         "stop": (len(stops), config.max_stop_strings, "--max-stop-strings"),
     }
@@ -26,6 +26,14 @@ def check_limits(config: ServerConfig, sampling: SamplingParams) -> None:
             f"stop: {longest} characters are more than this server's limit of {config.max_stop_chars} (--max-stop-chars)",
             "stop",
         )
+
+
+def check_logprobs(config: ServerConfig, field: str, number: int | None) -> None:
+    """Raises BadRequest for more alternatives of each token than are given."""
+    limit = config.max_logprobs
+    if number is not None and limit != ALL and (number == ALL or number > limit):
+        told = "the whole vocabulary" if number == ALL else number
+        raise BadRequest(f"{field}: {told} is more than this server's limit of {limit} (--max-logprobs)", field)
 
 
 def check_grammar_length(config: ServerConfig, grammar: str) -> None:

@@ -57,6 +57,7 @@ class ServerState:
     _born_s: float = field(default_factory=time.monotonic)  # the other may be set back or forward meanwhile
     draining: bool = False
     num_active: int = 0
+    num_cache_resets: int = 0
     recent_errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_ERRORS))
     _logged_warnings: set[str] = field(default_factory=set)
     _checked_grammars: OrderedDict[str, None] = field(default_factory=OrderedDict)
@@ -82,6 +83,10 @@ class ServerState:
     def block_size(self) -> int:
         return self.engine.ready.plan.block_size if self.engine.ready is not None else 1
 
+    def salted(self, salt: str) -> str:
+        """The request's own, and how often the prefix cache was reset: prompts of another salt share nothing."""
+        return f"reset {self.num_cache_resets} {salt}" if self.num_cache_resets else salt
+
     def admit(self) -> None:
         """Raises Overloaded or EngineGone where a new request cannot be taken."""
         if self.draining:
@@ -98,9 +103,11 @@ class ServerState:
         if self.engine.state == "loading":
             return f"the model is loading ({done} of {total or '?'} layers)"
         # Why it failed is in the log and ends the server: it may name files, which are nobody else's business.
-        return {"restarting": "the engine is restarting", "failed": "the engine failed; the server's log says why"}.get(
-            self.engine.state, f"the engine is {self.engine.state}"
-        )
+        return {
+            "restarting": "the engine is restarting",
+            "asleep": "the model sleeps: POST /wake_up",
+            "failed": "the engine failed; the server's log says why",
+        }.get(self.engine.state, f"the engine is {self.engine.state}")
 
     @property
     def uptime_s(self) -> float:
@@ -128,9 +135,10 @@ class ServerState:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        template: str | None = None,
     ) -> list[int]:
-        """Raises BadRequest for what cannot be rendered, or not in time."""
-        if self.text.template is None:
+        """``template`` in place of the model's own. Raises BadRequest for what cannot be rendered, or not in time."""
+        if self.text.template is None and template is None:
             raise BadRequest("this model has no chat template: start the server with --chat-template FILE", "messages")
         reserved = RESERVED_OPTIONS & options.keys()
         if reserved:
@@ -141,7 +149,7 @@ class ServerState:
         options = {**options, "add_generation_prompt": add_generation_prompt}
         if continue_final_message:
             options["continue_final_message"] = True
-        return await self.workers.run(Render.of(messages, options, self.text.tokenizer.max_chars))
+        return await self.workers.run(Render.of(messages, options, self.text.tokenizer.max_chars, template))
 
     async def check_grammar(self, grammar: str) -> None:
         """Compile it once, outside. Raises BadRequest with the compiler's reason."""

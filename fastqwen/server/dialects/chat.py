@@ -8,13 +8,16 @@ from contextlib import aclosing
 from typing import Any
 
 from fastqwen.client.assemble import Piece
+from fastqwen.client.prepare import truncated
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
-from fastqwen.server.answer.generation import Choice, Generation, GenerationOptions, parts_of
+from fastqwen.records import ALL
+from fastqwen.server.answer.generation import Choice, GenerationOptions, parts_of
+from fastqwen.server.answer.request_limits import check_logprobs
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.conversation import for_template, rendered
 from fastqwen.server.dialects.grammars import answer_grammar
-from fastqwen.server.dialects.openai import OpenAIWork, finite, prompt_logprobs_json
+from fastqwen.server.dialects.openai import WITHOUT_MEANING, OpenAIWork, finite, prompt_logprobs_json
 from fastqwen.server.dialects.schema import ChatRequest
 from fastqwen.server.dialects.thinking import thinking_options
 from fastqwen.server.dialects.tools import tool_options
@@ -34,15 +37,17 @@ class Chat(OpenAIWork):
     def __init__(self, state: ServerState, body: ChatRequest, *, explain_cache: bool = False) -> None:
         super().__init__(state, body, prefix="chatcmpl", explain_cache=explain_cache)
         self._num_calls: dict[int, int] = {}
+        self._echoed = ""
 
     async def prepare(self) -> None:
         """Render, tokenise and check before anything runs. Raises BadRequest."""
         body, state = self._body, self._state
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        check_logprobs(state.config, "top_logprobs", body.top_logprobs)
         facts, formats = state.facts(), state.formats
         tools = tool_options(body, formats, self.warnings)
-        thinking = thinking_options(body, formats)
+        thinking = thinking_options(body, formats, state.config.default_chat_template_kwargs)
         messages = tools.messages(for_template(body.messages, formats, self.warnings), formats)
         template_options = {**thinking.template_options, **tools.template_options(formats)}
         token_ids = await rendered(
@@ -52,7 +57,11 @@ class Chat(OpenAIWork):
             self.warnings,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
+            template=body.chat_template,
         )
+        token_ids = truncated(token_ids, body.truncate_prompt_tokens, facts)
+        if body.echo and messages[-1]["role"] == "assistant":
+            self._echoed = messages[-1]["content"]
         if len(token_ids) >= facts.max_model_len:
             raise BadRequest(
                 f"the messages have {len(token_ids)} tokens, but the model's context is {facts.max_model_len} tokens, "
@@ -66,6 +75,7 @@ class Chat(OpenAIWork):
         grammar = await answer_grammar(state, body.structured(), tools, opened=opened)
         sampling_changes = self._sampling_changes(tools.tools, facts.max_model_len - len(token_ids))
         sampling = body.sampling(state.text.default_sampling, **sampling_changes)
+        await self.forbid_words(sampling)
         options = GenerationOptions(
             priority=body.priority,
             cache_salt=body.cache_salt,
@@ -75,10 +85,10 @@ class Chat(OpenAIWork):
             thinking=thinking,
             no_answer=sampling_changes.get("max_tokens", body.max_tokens) == 0,
         )
-        self.generations = [Generation(state, self._id, token_ids, sampling, options)]
+        self.generations = [self.generated(0, token_ids, sampling, options)]
         self._story = state.cache_stories.begin(
             token_ids,
-            body.cache_salt,
+            state.salted(body.cache_salt),
             messages=[(message.role, message.content) for message in body.messages],
             tools=tools.tools,
         )
@@ -116,8 +126,10 @@ class Chat(OpenAIWork):
         await generation.finish()
         return {
             **self.head("chat.completion"),
+            **WITHOUT_MEANING,
             "choices": [self._choice(choice) for choice in generation.choices],
             "usage": self.usage(),
+            **({"prompt_token_ids": generation.prompt_token_ids} if self._body.return_token_ids else {}),
             **self._ending(),
         }
 
@@ -125,9 +137,9 @@ class Chat(OpenAIWork):
         generation = self.generation
         head = self.head("chat.completion.chunk")
         plain_head = b"data: " + encode(head)[:-1] + b',"choices":[{"index":'
-        plain = not self._always_usage
+        plain = not self._always_usage and not self._body.return_token_ids
         for choice in generation.choices:
-            yield event(self._chunk(head, choice.index, {"role": "assistant", "content": ""}))
+            yield event(self._first_chunk(head, choice.index))
         num_left = len(generation.choices)
         async with aclosing(generation.pieces()) as pieces:
             async for index, piece in pieces:
@@ -145,6 +157,14 @@ class Chat(OpenAIWork):
         if self._final_usage:
             yield event({**head, "choices": [], "usage": self.usage()})
 
+    def _first_chunk(self, head: dict[str, Any], index: int) -> dict[str, Any]:
+        chunk = self._chunk(head, index, {"role": "assistant", "content": self._echoed})
+        if self._body.return_token_ids and index == 0:
+            chunk["prompt_token_ids"] = self.generation.prompt_token_ids
+        if self._always_usage:
+            chunk["usage"] = self.usage()
+        return chunk
+
     def _ending(self) -> dict[str, Any]:
         """What comes once, with the whole answer or its last chunk."""
         listed = (
@@ -154,7 +174,8 @@ class Chat(OpenAIWork):
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         output, parts = choice.assembler.output, choice.answer
-        message: dict[str, Any] = {"role": "assistant", "content": parts.content or (None if parts.calls else "")}
+        content = self._echoed + parts.content
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if parts.calls else "")}
         message.update(self._reasoning(parts))
         if parts.calls:
             message["tool_calls"] = [call_json(call) for call in parts.calls]
@@ -164,18 +185,22 @@ class Chat(OpenAIWork):
             "logprobs": self._logprobs(output.logprobs),
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
+            **({"token_ids": output.token_ids} if self._body.return_token_ids else {}),
         }
 
     def _chunks(self, head: dict[str, Any], index: int, piece: Piece, *, last: bool) -> list[dict[str, Any]]:
         """None for a piece that holds nothing for the reader yet, such as half of a character."""
         deltas = self._deltas(index, parts_of(piece))
-        if not deltas and piece.logprobs is not None:
+        tells_ids = self._body.return_token_ids and bool(piece.token_ids)
+        if not deltas and (piece.logprobs is not None or tells_ids):
             deltas = [{"content": ""}]
         if not deltas and piece.finish_reason is None:
             return []
         chunks = [self._chunk(head, index, delta) for delta in deltas or [{}]]
         if piece.logprobs is not None:
             chunks[0]["choices"][0]["logprobs"] = self._logprobs(piece.logprobs)
+        if tells_ids:
+            chunks[0]["choices"][0]["token_ids"] = piece.token_ids
         if piece.finish_reason is not None:
             chunks[-1]["choices"][0].update(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
             if last:
@@ -212,13 +237,14 @@ class Chat(OpenAIWork):
     def token_logprobs(self, one: dict[int, Logprob]) -> dict[str, Any]:
         """One token's, in OpenAI's shape."""
         entries = [self._entry(token_id, logprob) for token_id, logprob in one.items()]
-        count = self._body.top_logprobs or 0
+        count = None if self._body.top_logprobs == ALL else self._body.top_logprobs or 0
         ranked = sorted(one.items(), key=lambda item: item[1].rank or 0)[:count]
         return {**entries[0], "top_logprobs": [self._entry(token_id, logprob) for token_id, logprob in ranked]}
 
     def _entry(self, token_id: int, logprob: Logprob) -> dict[str, Any]:
         data = self._state.text.tokenizer.token_bytes(token_id)
-        return {"token": logprob.decoded_token or "", "logprob": finite(logprob.logprob), "bytes": list(data)}
+        name = self.token_name(token_id, logprob.decoded_token)
+        return {"token": name, "logprob": finite(logprob.logprob), "bytes": list(data)}
 
 
 def call_json(call: Call) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from contextlib import aclosing
 from typing import Any
 
 from fastqwen.client.assemble import Piece
+from fastqwen.client.prepare import truncated
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
+from fastqwen.records import ALL
 from fastqwen.server.answer.generation import Generation, GenerationOptions
 from fastqwen.server.answer.merge import gather, merge
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.grammars import answer_grammar
-from fastqwen.server.dialects.openai import OpenAIWork, finite, prompt_logprobs_json
+from fastqwen.server.dialects.openai import WITHOUT_MEANING, OpenAIWork, finite, prompt_logprobs_json
 from fastqwen.server.dialects.schema import CompletionRequest, as_list
 from fastqwen.server.http.sse import encode, event
 
@@ -31,6 +33,7 @@ class Completion(OpenAIWork):
     def __init__(self, state: ServerState, body: CompletionRequest, *, explain_cache: bool) -> None:
         super().__init__(state, body, prefix="cmpl", explain_cache=explain_cache)
         self._n = body.n or 1
+        self._ids_left: set[int] = set()  # answers that have not told their prompt's ids
         self._offsets: dict[int, int] = {}  # of each answer's next token in its text
         self._best_of = body.best_of or self._n  # 0, the end of its documented range, asks for nothing more
 
@@ -45,22 +48,26 @@ class Completion(OpenAIWork):
             changes.update(n=self._best_of, logprobs=body.logprobs or 0)
         sampling = body.sampling(self._state.text.default_sampling, **changes)
         if body.echo and body.logprobs is not None:
-            sampling.prompt_logprobs = max(body.logprobs, sampling.prompt_logprobs or 0)
+            counts = (body.logprobs, sampling.prompt_logprobs or 0)
+            sampling.prompt_logprobs = ALL if ALL in counts else max(counts)
+        await self.forbid_words(sampling)
         grammar = await answer_grammar(self._state, body.structured())
         options = GenerationOptions(
             priority=body.priority, cache_salt=body.cache_salt, grammar=grammar, no_answer=body.max_tokens == 0
         )
-        prompts = await self._prompts()
+        facts = self._state.facts()
+        prompts = [truncated(one, body.truncate_prompt_tokens, facts) for one in await self._prompts()]
         if len(prompts) * sampling.n > MAX_SEQUENCES:
             raise BadRequest(
                 f"{len(prompts)} prompts with {sampling.n} answers each: at most {MAX_SEQUENCES} in one request", "n"
             )
         for index, token_ids in enumerate(prompts):
-            self.generations.append(Generation(self._state, f"{self._id}-{index}", token_ids, sampling, options))
+            self.generations.append(self.generated(index, token_ids, sampling, options))
+        self._ids_left = set(range(len(prompts) * self._n))
         if self._explain_cache and len(prompts) > 1:
             raise BadRequest("explain_cache explains one prompt: send the prompts one by one", "explain_cache")
         if len(prompts) == 1:
-            self._story = self._state.cache_stories.begin(prompts[0], body.cache_salt)
+            self._story = self._state.cache_stories.begin(prompts[0], self._state.salted(body.cache_salt))
 
     def _check(self) -> None:
         if self._best_of < self._n:
@@ -74,10 +81,12 @@ class Completion(OpenAIWork):
         for generation in self.generations:
             for output in self._best(generation.outputs):
                 choices.append(self._choice(len(choices), generation, output, echo=self._body.echo))
-        return {**self.head("text_completion"), "choices": choices, "usage": self.usage(), **self.notes()}
+        head = {**self.head("text_completion"), **WITHOUT_MEANING}
+        return {**head, "choices": choices, "usage": self.usage(), **self.notes()}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        plain = not self._always_usage and self._body.logprobs is None and self._body.prompt_logprobs is None
+        body = self._body
+        plain = not (self._always_usage or body.return_token_ids) and body.logprobs is body.prompt_logprobs is None
         head = self.head("text_completion")
         plain_head = b"data: " + encode(head)[:-1] + b',"choices":[{"index":'
         echo_left = set(range(len(self.generations) * self._n)) if self._body.echo else set()
@@ -155,6 +164,10 @@ class Completion(OpenAIWork):
             "finish_reason": said.finish_reason,
             "stop_reason": said.stop_reason,
         }
+        if self._body.return_token_ids:
+            choice["token_ids"] = said.token_ids
+            choice["prompt_token_ids"] = generation.prompt_token_ids if index in self._ids_left else None
+            self._ids_left.discard(index)
         if said.finish_reason is not None and self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs_json(generation.prompt_logprobs)
         return choice
@@ -173,15 +186,16 @@ class Completion(OpenAIWork):
         offset = self._offsets.get(index, 0)
         for position, one in enumerate(listed):
             if one is None:
-                token = self._state.text.tokenizer.token_text(generation.prompt_token_ids[position])
+                token_id = generation.prompt_token_ids[position]
+                token = self.token_name(token_id, self._state.text.tokenizer.token_text(token_id))
                 chosen.append(None)
                 top.append(None)
             else:
-                first = next(iter(one.values()))
-                token = first.decoded_token or ""
+                token_id, first = next(iter(one.items()))
+                token = self.token_name(token_id, first.decoded_token)
                 chosen.append(finite(first.logprob))
                 top.append(
-                    {alternative.decoded_token or "": finite(alternative.logprob) for alternative in one.values()}
+                    {self.token_name(name, other.decoded_token): finite(other.logprob) for name, other in one.items()}
                 )
             tokens.append(token)
             offsets.append(offset)

@@ -43,17 +43,25 @@ async def rendered(
     *,
     add_generation_prompt: bool | None,
     continue_final_message: bool,
+    template: str | None = None,
 ) -> list[int]:
-    """The prompt's ids. Raises BadRequest for messages that cannot be rendered, or not in time."""
+    """The prompt's ids, by ``template`` or the model's own. Raises BadRequest for messages that cannot be rendered, or not in time."""
+    if template is not None and not state.config.trust_request_chat_template:
+        raise BadRequest(
+            "chat_template: templates of requests are not accepted here: start the server with --chat-template FILE, or "
+            "with --trust-request-chat-template",
+            "chat_template",
+        )
     if continue_final_message and add_generation_prompt:
         raise BadRequest(
             "continue_final_message and add_generation_prompt exclude each other: drop one", "continue_final_message"
         )
     if continue_final_message and messages[-1]["role"] != "assistant":
         raise BadRequest("continue_final_message needs a last message of role assistant", "continue_final_message")
-    how = {
+    how: dict[str, Any] = {
         "add_generation_prompt": add_generation_prompt is not False and not continue_final_message,
         "continue_final_message": continue_final_message,
+        **({} if template is None else {"template": template}),
     }
     try:
         return await state.apply_template(messages, options, **how)

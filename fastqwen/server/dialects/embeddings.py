@@ -6,7 +6,7 @@ import base64
 from typing import Any
 
 from fastqwen.client.engine import error_of
-from fastqwen.client.prepare import check_dimensions, prepare_embedding
+from fastqwen.client.prepare import check_dimensions, prepare_embedding, truncated
 from fastqwen.client.vectors import vector_of
 from fastqwen.errors import BadRequest
 from fastqwen.records import EngineRequest, RequestDelta
@@ -42,11 +42,11 @@ class Embeddings:
             self._requests.append(
                 prepare_embedding(
                     f"{self._id}-{index}",
-                    await self._ids(one, field) if isinstance(one, str) else one,
+                    await self._ids(one, field) if isinstance(one, str) else self._cut(one),
                     facts,
                     field=field,
                     priority=body.priority,
-                    cache_salt=body.cache_salt,
+                    cache_salt=self._state.salted(body.cache_salt),
                 )
             )
 
@@ -58,7 +58,10 @@ class Embeddings:
             raise BadRequest(
                 f"{field}: {error}", field if error.param == "prompt" else error.param, error.code
             ) from None
-        return self._state.text.tokenizer.closed_once(ids) if special else ids
+        return self._cut(self._state.text.tokenizer.closed_once(self._cut(ids)) if special else ids)
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        return truncated(ids, self._body.truncate_prompt_tokens, self._state.facts(), answers=False)
 
     async def response(self) -> dict[str, Any]:
         found = await self._run()

@@ -5,13 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from fastqwen.client.prepare import spellings
 from fastqwen.outputs import Logprob
+from fastqwen.records import SamplingParams
+from fastqwen.server.answer.beams import BeamGeneration
 from fastqwen.server.answer.cache_story import CacheStory
-from fastqwen.server.answer.generation import Generation
+from fastqwen.server.answer.generation import Generation, GenerationOptions
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.schema import SamplingFields
 from fastqwen.server.dialects.warnings import Warnings
 from fastqwen.server.http.sse import event
+
+# Of a whole answer: clients read them without asking whether they are there.
+WITHOUT_MEANING: dict[str, Any] = {"system_fingerprint": None, "service_tier": None, "prompt_logprobs": None}
 
 
 class OpenAIWork:
@@ -22,7 +28,8 @@ class OpenAIWork:
         self._state = state
         self._body = body
         self._explain_cache = explain_cache
-        self._id = new_id(prefix)
+        self._id = new_id(prefix) if body.request_id is None else f"{prefix}-{body.request_id}"
+        self._engine_id = new_id(prefix)  # which no client can give twice
         self._created = int(time.time())
         self._model = state.model_name(body.model)
         self._story: CacheStory | None = None
@@ -31,12 +38,33 @@ class OpenAIWork:
         if options is not None and not body.stream:
             self.warnings.tell("stream_options has no effect: stream is not true")
         self._final_usage = options is not None and options.include_usage
+        self._final_usage = self._final_usage or state.config.enable_force_include_usage
         self._always_usage = options is not None and options.continuous_usage_stats
 
     @property
     def generation(self) -> Generation:
         assert self.generations, "prepare comes first"
         return self.generations[0]
+
+    async def forbid_words(self, sampling: SamplingParams) -> None:
+        """Texts to tokens, where texts of anybody's are encoded. Raises BadRequest."""
+        words, sampling.bad_words = sampling.bad_words, []
+        found = [await self._state.tokenize(one, add_special_tokens=False) for one in spellings(words)]
+        sampling.bad_word_ids = [ids for ids in found if ids]
+
+    def generated(
+        self, number: int, token_ids: list[int], sampling: SamplingParams, options: GenerationOptions
+    ) -> Generation:
+        """The engine's work for one prompt. Raises BadRequest."""
+        name = f"{self._engine_id}-{number}"
+        if not self._body.use_beam_search:
+            return Generation(self._state, name, token_ids, sampling, options)
+        penalty = self._body.length_penalty
+        return BeamGeneration(self._state, name, token_ids, sampling, options, length_penalty=penalty)
+
+    def token_name(self, token_id: int, text: str | None) -> str:
+        """What log-probabilities call a token."""
+        return f"token_id:{token_id}" if self._body.return_tokens_as_token_ids else text or ""
 
     def notes(self) -> dict[str, Any]:
         """Once the answer is there: what had no effect, and why the cache did not help more if that was asked."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from fastqwen.errors import BadRequest
-from fastqwen.records import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, SamplingParams, StructuredOutputs
+from fastqwen.records import ALL, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_N, SamplingParams, StructuredOutputs
 from fastqwen.server.dialects.fail_fast import FailFastModel
 from fastqwen.server.dialects.warnings import Warnings
 from fastqwen.text.strict_json import StrictJsonError, loads
@@ -31,15 +31,17 @@ CHANGES_THE_ANSWER: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "this model writes text only"),
     "modalities": (([], ["text"]), "this model writes text only"),
     "prompt_embeds": (([],), "send text or token ids"),
-    "chat_template": ((), "start the server with --chat-template FILE"),
+    "chat_template": ((), "it belongs to a chat's messages"),
     "grammar": (("",), "send structured_outputs"),
     "json_schema": (({},), "send response_format"),
     "truncate_prompt_tokens": ((), "shorten the prompt"),
-    "use_beam_search": ((False,), "answers are sampled"),
-    "bad_words": (([],), "send logit_bias"),
-    "allowed_token_ids": (([],), "send logit_bias or structured_outputs"),
-    "documents": (([],), "send them in messages"),
-    "echo": ((False,), "an answer holds what is new"),
+    "documents": (([],), "they belong to a chat's messages"),
+    "normalize": ((True,), "vectors have length 1 here"),
+    "use_activation": ((True,), "vectors have length 1 here"),
+    "embed_dtype": (("float32",), "numbers have 32 bits here"),
+    "endianness": (("native", "little"), "base64 holds little-endian numbers"),
+    "logits_processors": (([],), "send logit_bias, bad_words or allowed_token_ids"),
+    "repetition_detection": ((), "send repetition_penalty or frequency_penalty"),
 }
 MAX_TOOLS = 1024
 MAX_REPAIRED_BYTES = 8 * 2**20
@@ -72,7 +74,8 @@ TopK = Annotated[Whole, Field(ge=-1, lt=2**31)]
 Priority = Annotated[Whole, Field(ge=-(2**31), lt=2**31)]
 CacheSalt = Annotated[str, Field(max_length=256)]
 Count = Annotated[Whole, Field(ge=0, lt=2**31)]
-Logprobs = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
+Logprobs = Annotated[Whole, Field(ge=ALL, lt=2**31)]  # how many is the operator's to limit
+Truncation = Annotated[Whole, Field(ge=ALL, lt=2**31)]
 Seed = Annotated[Whole, Field(ge=-9223372036854776000, le=9223372036854776000)]  # OpenAI's range is that of a float
 
 B = TypeVar("B", bound="Body")
@@ -195,6 +198,14 @@ class SamplingFields(AccountFields):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: list[Whole] | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    use_beam_search: bool = False
+    length_penalty: Annotated[float, Field(ge=-100.0, le=100.0)] = 1.0
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/+=@-]{1,128}$")] | None = None
 
     def sampling(self, defaults: dict[str, Any], **changes: Any) -> SamplingParams:
         """``defaults`` are the model's; a field of the request goes before. Raises BadRequest."""
@@ -300,6 +311,9 @@ class ChatRequest(SamplingFields):
     thinking_token_budget: Count | None = None  # vLLM's name for it
     include_reasoning: bool | None = None
     loop_recovery: bool = True
+    echo: bool = False
+    chat_template: str | None = None
+    documents: list[dict[str, Any]] | None = None
 
     @classmethod
     def of(cls, warnings: Warnings, **fields: Any) -> ChatRequest:
@@ -329,6 +343,7 @@ class EmbeddingRequest(Body):
     input: Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_whole_ids)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    truncate_prompt_tokens: Truncation | None = None
     add_special_tokens: bool = True
     priority: Priority = 0
     cache_salt: CacheSalt = ""
@@ -344,6 +359,8 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
+    return_token_strs: bool = False
 
 
 class DetokenizeRequest(Body):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from fastqwen.errors import BadRequest
 from fastqwen.server.answer.thinking_guard import ThinkingOptions
 from fastqwen.server.dialects.schema import ChatRequest
 from fastqwen.text.formats import Formats
@@ -13,9 +16,10 @@ EFFORT_TOKENS = {"minimal": 512, "low": 1024, "medium": 8192}
 EFFORT_ALIASES = {"minimal": "low", "high": "xhigh", "max": "xhigh"}
 
 
-def thinking_options(body: ChatRequest, formats: Formats) -> ThinkingOptions:
-    """Also chat_template_kwargs, which is where other servers' users put the same switches."""
-    switches = dict(body.chat_template_kwargs or {})
+def thinking_options(body: ChatRequest, formats: Formats, usual: dict[str, Any] | None = None) -> ThinkingOptions:
+    """Also chat_template_kwargs, which is where other servers' users put the same switches; ``usual`` are the operator's."""
+    switches = {name: value for name, value in (usual or {}).items() if formats.has_switch(name)}
+    switches.update(body.chat_template_kwargs or {})
     warnings: list[str] = []
     if body.enable_thinking is not None:
         switches["enable_thinking"] = body.enable_thinking
@@ -32,7 +36,14 @@ def thinking_options(body: ChatRequest, formats: Formats) -> ThinkingOptions:
         budget = EFFORT_TOKENS.get(effort)
     if budget == 0 and formats.has_switch("enable_thinking"):
         switches["enable_thinking"] = False
-    for name in [name for name in switches if not formats.has_switch(name)]:
+    if body.documents:
+        switches["documents"] = body.documents
+        if body.chat_template is None and not formats.has_switch("documents"):
+            raise BadRequest(
+                "this model's chat template has no place for documents: send them in messages", "documents"
+            )
+    own = body.chat_template is not None  # which may have any switches
+    for name in [name for name in switches if not own and not formats.has_switch(name)]:
         warnings.append(f"{name} has no effect: this model's chat template has no such switch")
         del switches[name]
     if not formats.reasoning and (budget is not None or (effort is not None and effort != "none")):

@@ -25,7 +25,7 @@ def check_exposure(config: FrontConfig) -> None:
                 f"key {number} ({config.key_flag}, {config.key_variable}) cannot be sent in a header: use printable ASCII "
                 "characters without spaces around them"
             )
-    public = config.host not in LOOPBACK and not config.host.startswith("127.")
+    public = config.uds is None and config.host not in LOOPBACK and not config.host.startswith("127.")
     if any(len(key) < MIN_KEY_CHARS for key in config.api_keys):
         short = f"a key has less than {MIN_KEY_CHARS} characters ({config.key_flag}, {config.key_variable})"
         if public:

@@ -20,10 +20,13 @@ from fastqwen.server.http.errors import describe, error_body, error_response
 from fastqwen.server.http.pages import is_page, policy_of
 from fastqwen.server.http.sse import DIRECT_SEND
 
-OPEN_PATHS = frozenset({"/health", "/health/ready", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping", "/favicon.ico"})
 COUNTED_PATHS = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"}
-)
+    {
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/score",
+        "/v1/rerank",
+    }
+)  # fmt: skip
 UNVERSIONED = frozenset({*(path.removeprefix("/v1") for path in COUNTED_PATHS), "/models", "/messages/count_tokens"})
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # these compute nothing
@@ -55,7 +58,7 @@ class Guard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        path = routed(scope["path"])
+        path = routed(scope["path"], self._state.config.root_path)
         scope = {**scope, "path": path}
         origin = _header(headers, b"origin")
         allowed_origin = origin if self._state.config.allows_origin(origin) else None
@@ -150,11 +153,18 @@ class Guard:
         return any([hmac.compare_digest(digest, key) for key in self._keys])  # a list: all are compared, whatever fits
 
 
-def routed(path: str) -> str:
-    """A slash at the end or twice means the same, and so does OpenAI's path without its version, or with it twice."""
-    path = re.sub("/{2,}", "/", path).rstrip("/") or "/"
+def routed(path: str, root: str = "") -> str:
+    """A slash at the end or twice means the same, and so does OpenAI's path without its version, or with it twice. ``root``
+    is what a proxy may leave in front."""
+    path = re.sub("/{2,}", "/", path)
+    root = root.rstrip("/")
+    if root and (path == root or path.startswith(f"{root}/")):
+        path = path[len(root) :]
+    path = path.rstrip("/") or "/"
     if path in UNVERSIONED:
         return f"/v1{path}"
+    if path == "/v2/rerank":  # Cohere's, with the same fields
+        return "/v1/rerank"
     return path.removeprefix("/v1") if path.startswith("/v1/v1/") else path
 
 

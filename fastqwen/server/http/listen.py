@@ -6,9 +6,11 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
@@ -42,10 +44,66 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+@contextmanager
+def listening(config: FrontConfig) -> Iterator[socket.socket]:
+    """The socket that requests come to, and certificates that can be used. Raises BadConfig."""
+    if config.ssl_certfile is not None:
+        try:
+            uvicorn.config.create_ssl_context(
+                **_certificates(config), password=None, ssl_version=ssl.PROTOCOL_TLS_SERVER
+            )
+        except (OSError, ValueError) as error:  # SSLError is an OSError
+            told = getattr(error, "strerror", None) or error
+            raise BadConfig(f"--ssl-certfile {config.ssl_certfile} cannot be used: {told}") from None
+    if config.uds is None:
+        with bind(config.host, config.port) as bound:
+            yield bound
+        return
+    with _bind_path(config.uds) as bound:
+        try:
+            yield bound
+        finally:
+            Path(config.uds).unlink(missing_ok=True)
+
+
+def _certificates(config: FrontConfig) -> dict[str, Any]:
+    return {
+        "certfile": config.ssl_certfile,
+        "keyfile": config.ssl_keyfile,
+        "cert_reqs": config.ssl_cert_reqs,
+        "ca_certs": config.ssl_ca_certs,
+        "ciphers": config.ssl_ciphers,
+    }
+
+
+def _for_uvicorn(config: FrontConfig) -> dict[str, Any]:
+    return {f"ssl_{name}": value for name, value in _certificates(config).items()}
+
+
+def _bind_path(path: str) -> socket.socket:
+    """A socket that another server left behind is replaced, one that somebody listens at is not. Raises BadConfig."""
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if Path(path).is_socket() and bound.connect_ex(path):
+            Path(path).unlink()
+        bound.close()
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        bound.bind(path)
+        bound.listen(2048)
+    except OSError as error:
+        bound.close()
+        raise BadConfig(f"--uds: cannot listen at {path}: {error.strerror or error}") from None
+    bound.setblocking(False)
+    return bound
+
+
 def address_of(config: FrontConfig, bound: socket.socket) -> str:
     """What to open in a browser on this machine; an address that means all of them is none to open."""
+    if config.uds is not None:
+        return f"unix:{config.uds}"
+    scheme = "http" if config.ssl_certfile is None else "https"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)  # noqa: S104 nothing is bound here
-    return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{bound.getsockname()[1]}"
+    return f"{scheme}://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{bound.getsockname()[1]}"
 
 
 def run_loop(main: Coroutine[Any, Any, Result]) -> Result:
@@ -85,6 +143,7 @@ class DrainingServer(uvicorn.Server):
                 timeout_graceful_shutdown=2,
                 timeout_keep_alive=30,
                 server_header=False,
+                **({} if state.config.ssl_certfile is None else _for_uvicorn(state.config)),
             )
         )
 

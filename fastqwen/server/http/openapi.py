@@ -56,6 +56,7 @@ STREAMING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses
 ANSWERS: dict[str, dict[str, Any] | None] = {  # what is not a JSON object
     "/metrics": {"text/plain": {"schema": {"type": "string"}}},
     "/health": None,
+    "/ping": None,
 }
 
 

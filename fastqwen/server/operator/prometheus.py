@@ -44,6 +44,9 @@ class _Families(Collector):
         stats = engine.stats()
         for field, (name, text) in ENGINE_GAUGES.items():
             yield self._gauge(f"vllm:{name}", text, [((), getattr(stats, field))])
+        reasons = [(("capacity",), stats.num_waiting), (("deferred",), 0)]  # nothing here waits for anything but room
+        waiting = "Sequences waiting, by what for"
+        yield self._gauge("vllm:num_requests_waiting_by_reason", waiting, reasons, labels=["reason"])
         for field, (name, text) in ENGINE_COUNTERS.items():
             yield self._counter(name, text, [((), getattr(stats, field))])
         yield self._counter("prompt_tokens", "Prompt tokens processed", [((), metrics.prompt_tokens)])

@@ -21,7 +21,7 @@ from fastqwen.server.http import errors
 from fastqwen.server.http.body import read_body, unless_gone
 from fastqwen.server.http.exposure import check_exposure
 from fastqwen.server.http.guard import Guard
-from fastqwen.server.http.listen import DrainingServer, bind, run_loop
+from fastqwen.server.http.listen import DrainingServer, address_of, listening, run_loop
 from fastqwen.server.http.pages import add_pages
 from fastqwen.server.web.upstream import Relay, Upstream, Upstreams
 
@@ -57,14 +57,14 @@ def serve_page(config: WebConfig, upstreams: Upstreams) -> int:
     configure_logging(config.log_format)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request that is passed on
     check_exposure(config)
-    with bind(config.host, config.port) as bound:
+    with listening(config) as bound:
         return run_loop(_serve(WebState(config, upstreams), bound))
 
 
 async def _serve(state: WebState, bound: socket.socket) -> int:
     upstreams = state.upstreams
     try:
-        address = f"http://{state.config.host}:{bound.getsockname()[1]}"
+        address = address_of(state.config, bound)
         log.info("the page is at %s, for %s", address, ", ".join(one.url for one in upstreams.all))
         await _greet(state)
         await DrainingServer(create_web_app(state), state).serve(sockets=[bound])

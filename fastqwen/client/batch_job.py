@@ -1,0 +1,117 @@
+"""Prompts that a script gives at once: as ids, as engine requests, and the answers as they come back."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from fastqwen.client.assemble import Assembler
+from fastqwen.client.engine import Stream
+from fastqwen.client.model import LoadedModel
+from fastqwen.client.prepare import prepare, truncated
+from fastqwen.errors import BadRequest
+from fastqwen.outputs import Logprob, RequestOutput
+from fastqwen.records import EngineRequest, RequestDelta, SamplingParams
+
+Prompt = str | list[int] | Mapping[str, Any]
+# What a prompt's dict may hold beside text or ids, if it is empty.
+_OF_OTHER_MODELS = ("multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids", "prompt_embeds", "encoder_prompt")
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [cast(list[int], prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def text_and_ids(prompt: Prompt, loaded: LoadedModel) -> tuple[str | None, list[int]]:
+    """The text, if one was given, and its ids. Raises BadRequest."""
+    if isinstance(prompt, Mapping):
+        for name in _OF_OTHER_MODELS:
+            if prompt.get(name):
+                raise BadRequest(f"{name}: this model reads text only", "prompts")
+        unknown = sorted(str(key) for key in prompt.keys() - {*_OF_OTHER_MODELS, *_KEYS} if prompt[key] is not None)
+        if unknown:
+            raise BadRequest(f"a prompt has no {unknown[0]!r}: known are {', '.join(_KEYS)}", "prompts")
+        if prompt.get("prompt_token_ids") is not None:
+            return prompt.get("prompt"), [int(token_id) for token_id in prompt["prompt_token_ids"]]
+        prompt = prompt.get("prompt", ())
+    if isinstance(prompt, str):
+        return prompt, loaded.need_text().tokenizer.encode(prompt, add_special_tokens=True)
+    if not isinstance(prompt, Sequence):
+        raise BadRequest(
+            "a prompt is a text, a list of token ids, or a dict with prompt or prompt_token_ids", "prompts"
+        )
+    return None, [int(token_id) for token_id in prompt]
+
+
+def salt_of(prompt: Prompt) -> str:
+    """Only prompts of the same salt share what was computed."""
+    return str(prompt.get("cache_salt") or "") if isinstance(prompt, Mapping) else ""
+
+
+class BatchJob:
+    """One call of ``generate``: what is asked of the engine, and what has come back."""
+
+    def __init__(self, loaded: LoadedModel, ids: itertools.count[int], seeds: random.Random, *, salt: str = "") -> None:
+        self._loaded, self._ids, self._seeds, self._salt = loaded, ids, seeds, salt
+        self._pending: dict[str, tuple[Assembler, RequestOutput]] = {}
+        self.requests: list[EngineRequest] = []
+        self.outputs: list[RequestOutput] = []
+        self.num_generated = 0
+
+    def add(
+        self, text: str | None, token_ids: list[int], sampling: SamplingParams, priority: int, *, salt: str = ""
+    ) -> None:
+        """Checked and prepared; nothing reaches the engine before all prompts of the call were accepted."""
+        loaded = self._loaded
+        request_id = str(next(self._ids))
+        token_ids = truncated(token_ids, sampling.truncate_prompt_tokens, loaded.facts)
+        tokenizer = None if loaded.text is None else loaded.text.tokenizer
+        requests = prepare(
+            request_id,
+            token_ids,
+            sampling,
+            loaded.facts,
+            seeds=self._seeds,
+            priority=priority,
+            cache_salt=self._salt + salt,
+            grammar=loaded.grammar(sampling),
+            tokenizer=tokenizer,
+        )
+        output = RequestOutput(request_id, text, token_ids, [], finished=False)
+        for index, request in enumerate(requests):
+            assembler = Assembler(index, sampling, tokenizer, loaded.facts.stop_token_ids)
+            output.outputs.append(assembler.output)
+            self._pending[request.request_id] = (assembler, output)
+        if sampling.prompt_logprobs is not None:
+            output.prompt_logprobs = [None]
+        self.requests += requests
+        self.outputs.append(output)
+
+    def take(self, deltas: list[RequestDelta], stream: Stream) -> int:
+        """How many prompts these finished."""
+        pending, num_finished = self._pending, 0
+        self.num_generated += sum([len(delta.token_ids) for delta in deltas])
+        for delta in deltas:
+            entry = pending.get(delta.request_id)
+            if entry is None:
+                continue  # the abort that a stop string asked for
+            assembler, output = entry
+            piece = assembler.feed(delta)
+            if piece.prompt_logprobs is not None and assembler.output.index == 0:
+                known: list[dict[int, Logprob] | None] = output.prompt_logprobs or [None]
+                output.prompt_logprobs = known + list(piece.prompt_logprobs)
+            if piece.finish_reason is not None:
+                if piece.abort:
+                    stream.abort([delta.request_id])
+                del pending[delta.request_id]
+                output.num_cached_tokens = max(output.num_cached_tokens, assembler.num_cached_tokens)
+                output.finished = all(one.finish_reason is not None for one in output.outputs)
+                num_finished += output.finished
+        return num_finished

@@ -1,0 +1,167 @@
+"""POST /v1/score and /v1/rerank, as vLLM, Jina and Cohere have them: how well documents answer a query."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BeforeValidator, Field
+
+from fastqwen.client.engine import error_of
+from fastqwen.client.prepare import prepare_embedding, truncated
+from fastqwen.client.scores import OWN_TEMPLATE, YesNo, pair_pieces, pairs, yes_no
+from fastqwen.client.vectors import vector_of
+from fastqwen.errors import BadRequest
+from fastqwen.records import EngineRequest, RequestDelta
+from fastqwen.server.answer.metrics import RequestClock
+from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.openai import noted
+from fastqwen.server.dialects.schema import Body, CacheSalt, Count, Priority, Truncation, Whole
+
+MAX_TEXTS = 2048
+
+
+def _text(given: Any) -> Any:
+    """A text may come as {"text": ...} or as content of text parts."""
+    if isinstance(given, dict) and isinstance(given.get("text"), str) and given.get("type", "text") == "text":
+        return given["text"]
+    if isinstance(given, dict) and isinstance(given.get("content"), list):
+        return "".join(_text(part) for part in given["content"])
+    return given
+
+
+def _texts(given: Any) -> Any:
+    return [_text(one) for one in given] if isinstance(given, list) else [_text(given)]
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Texts = Annotated[list[str], BeforeValidator(_texts), Field(max_length=MAX_TEXTS)]
+
+
+class ScoreFields(Body):
+    """What both requests have in common."""
+
+    model: str | None = None
+    instruction: str | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    priority: Priority = 0
+    cache_salt: CacheSalt = ""
+    user: str | None = None
+
+
+class ScoreRequest(ScoreFields):
+    """One text with each of many, or as many of each."""
+
+    text_1: Annotated[Texts, Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))]
+    text_2: Annotated[Texts, Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))]
+
+
+class RerankRequest(ScoreFields):
+    query: Text
+    documents: Texts
+    top_n: Count = 0  # 0: all
+    max_tokens_per_doc: Whole = 0  # Cohere's; 0: the whole document
+    return_documents: bool = True
+
+
+class Scores:
+    """Scores of pairs: by the two words of a reranker, else by the cosine of two vectors."""
+
+    def __init__(self, state: ServerState, body: ScoreFields) -> None:
+        self._state, self._body = state, body
+        self._id = new_id("score")
+        self._judge: YesNo | None = yes_no(state.engine_config, state.text.tokenizer)
+        if self._judge is None and body.instruction is not None:
+            raise BadRequest("instruction is for rerankers: write it into the query", "instruction")
+        self.num_prompt_tokens = 0
+
+    async def of(self, listed: list[tuple[str, str]]) -> list[float]:
+        """Raises BadRequest for a text that is too long, before anything runs."""
+        return await (self._cosines(listed) if self._judge is None else self._judged(self._judge, listed))
+
+    async def _judged(self, judge: YesNo, listed: list[tuple[str, str]]) -> list[float]:
+        facts, salt = self._state.facts(), self._state.salted(self._body.cache_salt)
+        requests: list[EngineRequest] = []
+        names = [f"{self._id}-{index}" for index in range(len(listed))]
+        for name, (query, document) in zip(names, listed, strict=True):
+            if OWN_TEMPLATE in query:
+                ids = await self._state.tokenize(query + document, add_special_tokens=False)
+            else:
+                pieces = pair_pieces(query, document, self._body.instruction, self._state.text.tokenizer)
+                encoded = [await self._state.tokenize(piece, add_special_tokens=False) for piece in pieces]
+                text = truncated([one for part in encoded for one in part], self._body.truncate_prompt_tokens, facts)
+                ids = judge.prompt(text, facts)
+            self.num_prompt_tokens += len(ids)
+            requests += judge.requests(name, ids, facts, priority=self._body.priority, cache_salt=salt)
+        found = await self._run(requests)
+        return [judge.score(name, found) for name in names]
+
+    async def _cosines(self, listed: list[tuple[str, str]]) -> list[float]:
+        facts, salt = self._state.facts(), self._state.salted(self._body.cache_salt)
+        texts = list(dict.fromkeys(text for pair in listed for text in pair))
+        requests = []
+        for index, text in enumerate(texts):
+            ids = await self._state.tokenize(text, add_special_tokens=True)
+            ids = self._state.text.tokenizer.closed_once(ids)
+            ids = truncated(ids, self._body.truncate_prompt_tokens, facts, answers=False)
+            self.num_prompt_tokens += len(ids)
+            name = f"{self._id}-{index}"
+            requests.append(
+                prepare_embedding(name, ids, facts, field="text", priority=self._body.priority, cache_salt=salt)
+            )
+        found = await self._run(requests)
+        vectors = {text: vector_of(found[one.request_id]) for text, one in zip(texts, requests, strict=True)}
+        return [float(vectors[one] @ vectors[other]) for one, other in listed]
+
+    async def _run(self, requests: list[EngineRequest]) -> dict[str, RequestDelta]:
+        """Each one's last delta. Raises GenerationFailed if the engine cannot finish one of them."""
+        metrics = self._state.metrics
+        clocks = {one.request_id: RequestClock(metrics, len(one.prompt_token_ids), 1) for one in requests}
+        found: dict[str, RequestDelta] = {}
+        with self._state.engine.stream(requests) as stream:
+            async for deltas in stream:
+                for delta in deltas:
+                    if delta.finish_reason is None:
+                        continue
+                    clocks[delta.request_id].finished(0, delta.finish_reason, 0)
+                    if delta.finish_reason in ("error", "abort"):
+                        raise error_of(delta.error)
+                    found[delta.request_id] = delta
+        return found
+
+    def ending(self) -> dict[str, Any]:
+        """What stands behind the scores."""
+        used = {"prompt_tokens": self.num_prompt_tokens, "total_tokens": self.num_prompt_tokens}
+        return {"usage": used, **noted(self._state, self._body.warnings)}
+
+
+async def score(state: ServerState, body: ScoreRequest) -> dict[str, Any]:
+    work = Scores(state, body)
+    model = state.model_name(body.model)
+    found = await work.of(pairs(body.text_1, body.text_2, ("text_1", "text_2")))
+    data = [{"index": index, "object": "score", "score": one} for index, one in enumerate(found)]
+    return {"id": new_id("score"), "object": "list", "model": model, "data": data, **work.ending()}
+
+
+async def rerank(state: ServerState, body: RerankRequest) -> dict[str, Any]:
+    """The best first."""
+    work = Scores(state, body)
+    model = state.model_name(body.model)
+    documents = body.documents
+    if body.max_tokens_per_doc > 0:
+        documents = [await _cut(state, one, body.max_tokens_per_doc) for one in documents]
+    found = await work.of(pairs([body.query], documents, ("query", "documents")))
+    order = sorted(range(len(found)), key=lambda index: -found[index])[: body.top_n or None]
+    results = [
+        {
+            "index": index,
+            **({"document": {"text": body.documents[index]}} if body.return_documents else {}),
+            "relevance_score": found[index],
+        }
+        for index in order
+    ]
+    return {"id": new_id("rerank"), "model": model, "results": results, **work.ending()}
+
+
+async def _cut(state: ServerState, document: str, num_tokens: int) -> str:
+    ids = await state.tokenize(document, add_special_tokens=False)
+    return document if len(ids) <= num_tokens else state.text.tokenizer.decode(ids[:num_tokens])

@@ -1,0 +1,134 @@
+"""AsyncLLM: the engine in a thread of this process, for programs with an event loop of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+import random
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
+
+from fastqwen.client.batch_job import BatchJob, Prompt, salt_of, text_and_ids
+from fastqwen.client.engine import AsyncStream, Deltas, Inlet, error_of
+from fastqwen.client.engine_thread import EngineThread
+from fastqwen.client.model import LoadedModel, batch_config
+from fastqwen.client.user_tokenizer import UserTokenizer
+from fastqwen.errors import BadRequest, GenerationFailed
+from fastqwen.outputs import RequestOutput
+from fastqwen.records import EngineRequest, SamplingParams
+from fastqwen.vllm.sampling_params import RequestOutputKind
+
+
+class AsyncLLM:
+    """
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model="demo"))
+    async for output in engine.generate("Hello", SamplingParams(max_tokens=20), request_id="1"):
+        print(output.outputs[0].text)
+
+    Keywords as LLM's. Raises FastqwenError with one line that says what to change.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._loaded = LoadedModel(batch_config(model, options))
+        self._thread = EngineThread(self._loaded.core, self._loaded.ready, num_threads=self._loaded.config.num_threads)
+        self._ids = itertools.count()
+        self._seeds = random.Random(self._loaded.config.seed)  # noqa: S311 not a secret
+        self._running: dict[str, _LoopStream] = {}
+
+    @classmethod
+    def from_engine_args(cls, engine_args: Any, **_: Any) -> AsyncLLM:
+        """Loads the model, which takes a while; what else vLLM takes here is about its own logs and usage statistics."""
+        return cls(**vars(engine_args))
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        lora_request: None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs as the answer grows: each holds all so far, or what SamplingParams.output_kind says. Raises BadRequest.
+
+        Leaving the loop early, or ``abort``, ends the work.
+        """
+        if lora_request is not None:
+            raise BadRequest("there are no adapters (LoRA) here: merge one into the weights", "lora_request")
+        if request_id in self._running:
+            raise BadRequest(f"request_id {request_id!r} is running already", "request_id")
+        kind = getattr(sampling_params, "output_kind", RequestOutputKind.CUMULATIVE)
+        job = BatchJob(self._loaded, self._ids, self._seeds)
+        job.add(*text_and_ids(prompt, self._loaded), sampling_params, priority, salt=salt_of(prompt))
+        [output] = job.outputs
+        output.request_id = request_id
+        told = _Told(output)
+        with _LoopStream(self._thread, job.requests) as stream:
+            self._running[request_id] = stream
+            try:
+                async for deltas in stream:
+                    for delta in deltas:
+                        if delta.finish_reason == "error":
+                            raise error_of(delta.error)
+                    job.take(deltas, stream)
+                    if output.finished or kind is RequestOutputKind.CUMULATIVE:
+                        yield copy.deepcopy(output) if kind is not RequestOutputKind.DELTA else told.news()
+                    elif kind is RequestOutputKind.DELTA:
+                        yield told.news()
+            finally:
+                self._running.pop(request_id, None)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """What runs under these ids ends, with finish_reason "abort". Unknown ids are ignored: one may have just ended."""
+        for one in [request_id] if isinstance(request_id, str) else request_id:
+            if one in self._running:
+                self._running[one].abort_all()
+
+    async def get_tokenizer(self) -> UserTokenizer:
+        return UserTokenizer(self._loaded.need_text())
+
+    async def check_health(self) -> None:
+        """Raises GenerationFailed once the engine has failed."""
+        if self._thread.state != "ready":
+            raise GenerationFailed(f"the engine is {self._thread.state}")
+
+    def shutdown(self) -> None:
+        """What is running is aborted."""
+        self._thread.close()
+
+
+AsyncLLMEngine = AsyncLLM
+
+
+class _Told:
+    """What of an output its reader has."""
+
+    def __init__(self, output: RequestOutput) -> None:
+        self._output = output
+        self._chars = [0] * len(output.outputs)
+        self._tokens = [0] * len(output.outputs)
+
+    def news(self) -> RequestOutput:
+        found = copy.deepcopy(self._output)
+        for index, answer in enumerate(found.outputs):
+            chars, tokens = self._chars[index], self._tokens[index]
+            self._chars[index], self._tokens[index] = len(answer.text), len(answer.token_ids)
+            answer.text, answer.token_ids = answer.text[chars:], answer.token_ids[tokens:]
+            answer.logprobs = None if answer.logprobs is None else answer.logprobs[tokens:]
+        return found
+
+
+class _LoopStream(AsyncStream):
+    """Filled by the engine's thread, read in the event loop that made it."""
+
+    def __init__(self, engine: Inlet, requests: list[EngineRequest]) -> None:
+        self._loop = asyncio.get_running_loop()
+        super().__init__(engine, requests)
+
+    def put(self, deltas: Deltas, num_ended: int) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(super().put, deltas, num_ended)
+
+    def abort_all(self) -> None:
+        self.abort(self._request_ids)
