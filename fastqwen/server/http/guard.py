@@ -151,8 +151,11 @@ class Guard:
 
 
 def routed(path: str) -> str:
-    """A slash at the end or twice means the same, and so does OpenAI's path without its version, or with it twice."""
-    path = re.sub("/{2,}", "/", path).rstrip("/") or "/"
+    """A slash at the end means the same, and so does OpenAI's path without its version, or with it twice, or with two slashes
+    where a base address ended in one. What needs no key is there under its own spelling alone."""
+    path = path.rstrip("/") or "/"
+    single = re.sub("/{2,}", "/", path)
+    path = single if single.startswith("/v1/") else path
     if path in UNVERSIONED:
         return f"/v1{path}"
     return path.removeprefix("/v1") if path.startswith("/v1/v1/") else path
