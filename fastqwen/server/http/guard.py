@@ -154,13 +154,15 @@ class Guard:
 
 
 def routed(path: str, root: str = "") -> str:
-    """A slash at the end or twice means the same, and so does OpenAI's path without its version, or with it twice. ``root``
-    is what a proxy may leave in front."""
-    path = re.sub("/{2,}", "/", path)
+    """A slash at the end means the same, and so does OpenAI's path without its version, or with it twice, or with two slashes
+    where a base address ended in one. What needs no key is there under its own spelling alone. ``root`` is what a proxy may
+    leave in front."""
     root = root.rstrip("/")
     if root and (path == root or path.startswith(f"{root}/")):
         path = path[len(root) :]
     path = path.rstrip("/") or "/"
+    single = re.sub("/{2,}", "/", path)
+    path = single if single.startswith("/v1/") else path
     if path in UNVERSIONED:
         return f"/v1{path}"
     if path == "/v2/rerank":  # Cohere's, with the same fields
