@@ -148,6 +148,26 @@ class GroupedWeight:
         return self.codes.shape[1]
 
 
+@dataclass(frozen=True)
+class CodedWeight:
+    """A matrix of small whole numbers, one a byte: what every packed type of GGUF is, and what a device packs anew.
+
+    weight[o, i] = (code[o, i] - zero) * scales[o, i / group_size] * parts[o, i / part_size]
+                   + minima[o, i / group_size] * min_parts[o, i / part_size]
+    """
+
+    codes: Tensor  # uint8 [out, in]
+    bits: int  # that a code needs
+    zero: int
+    scales: Tensor  # float16 [out, groups]
+    group_size: int  # 32 * 2^n; of one group for all, at least as many inputs as there are
+    part_size: int  # 16 where codes have 2, 3 or 6 bits, else 32
+    parts: Tensor | None = None  # int8 [out, in / part_size]
+    minima: Tensor | None = None  # float16, like scales
+    min_parts: Tensor | None = None  # uint8 [out, in / part_size]
+    bias: Tensor | None = None  # [out]
+
+
 class Product(Protocol):
     """A matrix as a device's own kernels read it, and the forms in which a decoder multiplies by it (see layers/linear.py)."""
 
@@ -242,6 +262,12 @@ class Ops(Protocol):
     def packed(self, weight: GroupedWeight, dtype: dtype) -> Product | None:
         """The same matrix for this device's own kernels; None: grouped_linear computes with it as it is. ``dtype`` is the
         activations'."""
+
+    def takes_codes(self, dtype: dtype) -> bool:
+        """Whether this device computes with coded weights where the model's type is ``dtype``."""
+
+    def coded(self, weight: CodedWeight) -> Product:
+        """The same matrix for this device's own kernels, if it takes codes."""
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[tokens, 2 * size] -> silu(first half) * second half, [tokens, size]"""

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fastqwen.kernels import (
     AttentionParts,
+    CodedWeight,
     DenseWeight,
     ExpertsWeight,
     GroupedWeight,
@@ -59,6 +60,12 @@ class ReferenceOps:
 
     def packed(self, weight: GroupedWeight, dtype: torch.dtype) -> Product | None:
         return None
+
+    def takes_codes(self, dtype: torch.dtype) -> bool:
+        return False
+
+    def coded(self, weight: CodedWeight) -> Product:
+        raise NotImplementedError("asked of ops that take codes")
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -123,6 +130,32 @@ def unpack_grouped(weight: GroupedWeight, start: int, stop: int) -> Tensor:
     for group, inputs in enumerate(out.split(weight.group_size, dim=1)):
         inputs.sub_(zeros[:, group, None]).mul_(scales[:, group, None])
     return out
+
+
+def unpack_coded(weight: CodedWeight) -> Tensor:
+    """As a plain matrix, float32 [out, in]."""
+    out_size, in_size = weight.codes.shape
+
+    def spread(numbers: Tensor, size: int) -> Tensor:
+        return numbers.float().repeat_interleave(size, dim=1)[:, :in_size]
+
+    def spread_groups(numbers: Tensor) -> Tensor:
+        return spread(numbers, min(weight.group_size, in_size))
+
+    out = (weight.codes.float() - weight.zero) * spread_groups(weight.scales)
+    if weight.parts is not None:
+        out *= spread(weight.parts, weight.part_size)
+    if weight.minima is not None:
+        minima = spread_groups(weight.minima)
+        out += minima if weight.min_parts is None else minima * spread(weight.min_parts, weight.part_size)
+    return out
+
+
+def round_to_blocks(x: Tensor, size: int = 32) -> Tensor:
+    """x [tokens, in] as products with coded weights see it: each ``size`` numbers are multiples of their largest / 127."""
+    blocks = x.unflatten(1, (-1, size))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return (blocks / scale.clamp(min=1e-38)).round().mul(scale).flatten(1)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -2,130 +2,12 @@
 //
 // Every output is computed by one thread in an order that depends on its own row alone: tiles change which outputs
 // are computed together, never the order of the additions inside one. A row therefore gives the same bits alone, in
-// any batch, and under any chunking. Vectors are GCC's, so that one source serves AVX-512, AVX2 and NEON; a vector's
-// 16 lanes are part of that order, hence fixed.
+// any batch, and under any chunking.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "pool.h"
+#include "vectors.h"
 
 namespace {
-
-constexpr int LANES = 16;
-typedef float floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t ints __attribute__((vector_size(LANES * 4)));
-typedef uint32_t words __attribute__((vector_size(LANES * 4)));
-typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
-
-// C++ has _Float16 in g++ from 13 on (on x86 from 12), in clang from 15 on (on ARM before). Elsewhere the same is done by bits.
-#if defined(NO_FLOAT16)
-#elif defined(__clang__) ? (__clang_major__ >= 15 || defined(__aarch64__)) : \
-    (__GNUC__ >= 13 || (__GNUC__ == 12 && defined(__x86_64__)))
-#define HAS_FLOAT16
-#endif
-
-struct bf16 { uint16_t bits; };
-#ifdef HAS_FLOAT16
-struct f16 { _Float16 value; };
-typedef _Float16 float16s __attribute__((vector_size(LANES * 2)));
-#else
-struct f16 { uint16_t bits; };
-#endif
-
-enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-
-inline float as_float(uint32_t bits) { float out; std::memcpy(&out, &bits, 4); return out; }
-inline uint32_t as_bits(float v) { uint32_t out; std::memcpy(&out, &v, 4); return out; }
-
-inline float wide(float v) { return v; }
-inline float wide(bf16 v) { return as_float(static_cast<uint32_t>(v.bits) << 16); }
-
-#ifdef HAS_FLOAT16
-inline float wide(f16 v) { return static_cast<float>(v.value); }
-inline void narrow(float v, f16* out) { out->value = static_cast<_Float16>(v); }
-#else
-// Exponents of float16 and float32 are 112 apart, fractions 13 bits. Below 2^-14 float16 has no leading 1: such a number is
-// put behind that of 2^-14 (exponent 113) and 2^-14 taken off. Exponents of all ones are infinity and NaN.
-constexpr uint32_t NO_LEADING_ONE = 1u << 23, ALL_ONES = 0x7c00u << 13, UP = 112u << 23;
-inline float wide(f16 v) {
-  const uint32_t sign = (v.bits & 0x8000u) << 16, rest = (v.bits & 0x7fffu) << 13;
-  if (rest < NO_LEADING_ONE) return as_float(sign | as_bits(as_float(rest + UP + NO_LEADING_ONE) - 0x1p-14f));
-  return as_float(sign | (rest + (rest >= ALL_ONES ? 2 * UP : UP)));
-}
-inline void narrow(float v, f16* out) {
-  const uint32_t bits = as_bits(v), rest = bits & 0x7fffffffu;
-  uint32_t half;
-  if (rest > 0x7f800000u) half = 0x7e00u;
-  else if (rest >= as_bits(65520.0f)) half = 0x7c00u;  // from here on rounding gives infinity
-  else if (rest < as_bits(0x1p-14f)) half = as_bits(as_float(rest) + 0.5f) - as_bits(0.5f);  // 0.5 has the last bit's weight
-  else half = (rest - UP + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-  out->bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | half);
-}
-#endif
-
-inline void narrow(float v, float* out) { *out = v; }
-inline void narrow(float v, bf16* out) {
-  const uint32_t bits = as_bits(v);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) { out->bits = 0x7fc0; return; }  // rounding could turn NaN into infinity
-  out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-inline floats load(const float* p) { floats v; std::memcpy(&v, p, sizeof v); return v; }
-#ifdef HAS_FLOAT16
-inline floats load(const f16* p) {
-  float16s v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, floats);
-}
-#else
-inline floats load(const f16* p) {
-  halves v;
-  std::memcpy(&v, p, sizeof v);
-  const words all = __builtin_convertvector(v, words), sign = (all & 0x8000u) << 16, rest = (all & 0x7fffu) << 13;
-  const floats small = reinterpret_cast<floats>(rest + (UP + NO_LEADING_ONE)) - 0x1p-14f;
-  const words large = rest + UP, beyond = rest + 2 * UP;
-  const words finite = rest < NO_LEADING_ONE ? reinterpret_cast<words>(small) : large;
-  return reinterpret_cast<floats>(sign | (rest >= ALL_ONES ? beyond : finite));
-}
-#endif
-inline floats load(const bf16* p) {
-  halves v;
-  std::memcpy(&v, p, sizeof v);
-  return reinterpret_cast<floats>(__builtin_convertvector(v, words) << 16);
-}
-inline void store(float* p, floats v) { std::memcpy(p, &v, sizeof v); }
-inline floats spread(float v) { return v - floats{}; }
-
-// The order of this sum is part of every result.
-inline float sum(floats v) {
-  float s[LANES];
-  store(s, v);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) s[i] += s[i + width];
-  return s[0];
-}
-
-// 2^n times Cephes' polynomial on [-ln2/2, ln2/2]. Below -87 the result is 0, above 88 it stays at exp(88).
-inline floats exponential(floats x) {
-  const floats low = spread(-87.0f), high = spread(88.0f), raised = x < low ? low : x;
-  const floats clamped = raised > high ? high : raised;
-  const floats scaled = clamped * 1.44269504088896341f;
-  const floats shifter = spread(12582912.0f);  // adding 1.5 * 2^23 rounds to the nearest integer
-  const floats n = (scaled + shifter) - shifter;
-  floats r = clamped - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  floats p = spread(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
-  const floats result = p * reinterpret_cast<floats>(power);
-  return x < low ? floats{} : result;
-}
 
 // ---- y = x w^T (+ bias), or y += ----
 
@@ -165,40 +47,36 @@ constexpr int64_t ROWS_AT_ONCE = 64;  // this many rows of x stay in the second-
 template <typename W>
 void linear_typed(const float* x, const W* w, const W* bias, float* y, int64_t m_size, int64_t k, int64_t n_size,
                   bool accumulate) {
-  const int64_t tiles = n_size / 4;
-#pragma omp parallel
-  for (int64_t m = 0; m < m_size; m += ROWS_AT_ONCE) {
+  const int64_t tiles = (n_size + 3) / 4, size = part_size(tiles, 4 * k), parts = (tiles + size - 1) / size;
+  const int64_t rounds = (m_size + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  Pool::shared().run(rounds * parts, [&](int64_t i) {
+    const int64_t m = i / parts * ROWS_AT_ONCE, first = i % parts * size * 4;
     const int64_t rows = m_size - m < ROWS_AT_ONCE ? m_size - m : ROWS_AT_ONCE;
+    const int64_t last = first + size * 4 < n_size ? first + size * 4 : n_size;
     const float* xm = x + m * k;
     float* ym = y + m * n_size;
-#pragma omp for schedule(static) nowait
-    for (int64_t t = 0; t < tiles; t++) {
-      const int64_t n = t * 4;
+    int64_t n = first;
+    for (; n + 4 <= last; n += 4)
       columns<W, 4>(xm, w + n * k, ym + n, bias ? bias + n : nullptr, rows, k, n_size, accumulate);
-    }
-#pragma omp single nowait
-    for (int64_t n = tiles * 4; n < n_size; n++)
+    for (; n < last; n++)
       columns<W, 1>(xm, w + n * k, ym + n, bias ? bias + n : nullptr, rows, k, n_size, accumulate);
-  }
+  });
 }
 
 // ---- norms and activations ----
 
 template <typename W>
-inline void norm_row(const float* x, const W* weight, float* y, int64_t size, float eps) {
-  floats squares = {};
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) { const floats v = load(x + i); squares += v * v; }
-  float total = sum(squares);
-  for (int64_t j = i; j < size; j++) total = std::fma(x[j], x[j], total);
-  const float scale = 1.0f / std::sqrt(total / static_cast<float>(size) + eps);
-  for (int64_t j = 0; j < size; j++) y[j] = x[j] * scale * wide(weight[j]);
+void norm_typed(const float* x, const W* weight, float* y, int64_t rows, int64_t size, float eps) {
+  in_parts(rows, part_size(rows, size), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) norm_row(x + r * size, weight, y + r * size, size, eps);
+  });
 }
 
-template <typename W>
-void norm_typed(const float* x, const W* weight, float* y, int64_t rows, int64_t size, float eps) {
-#pragma omp parallel for schedule(static) if (rows * size > 16384)
-  for (int64_t r = 0; r < rows; r++) norm_row(x + r * size, weight, y + r * size, size, eps);
+inline void gate_row(const float* gate, float* out, int64_t size) {
+  const float* up = gate + size;
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(out + i, gated(load(gate + i), load(up + i)));
+  for (; i < size; i++) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
 // ---- rotation and cache ----
@@ -222,31 +100,41 @@ inline void rotate(float* x, const float* cos_sin, const Shape& s, float scale) 
   for (int64_t i = s.rotary_dim; i < s.head_dim; i++) x[i] *= scale;
 }
 
+template <typename W>
+struct HeadNorms { const W *q, *k; float eps; };
+
+template <typename W>
+inline void head(const float* x, const W* norm, float eps, const float* angles, const Shape& s, float scale, float* out) {
+  if (norm) norm_row(x, norm, out, s.head_dim, eps); else std::memcpy(out, x, s.head_dim * sizeof(float));
+  rotate(out, angles, s, scale);
+}
+
+// One token's queries to q_out, its keys and values to the cache.
+template <typename W, typename C>
+void rope_token(const float* row, const float* angles, float q_scale, const HeadNorms<W>& norms, int64_t place, C* k_cache,
+                C* v_cache, float* q_out, const Shape& s) {
+  const int64_t d = s.head_dim;
+  for (int64_t h = 0; h < s.heads; h++) head(row + h * d, norms.q, norms.eps, angles, s, q_scale, q_out + h * d);
+  std::vector<float> k(d);
+  for (int64_t h = 0; h < s.kv_heads; h++) {
+    head(row + (s.heads + h) * d, norms.k, norms.eps, angles, s, 1.0f, k.data());
+    const int64_t at = place + h * s.block_size * d;
+    const float* value = row + (s.heads + s.kv_heads + h) * d;
+    for (int64_t i = 0; i < d; i++) { narrow(k[i], k_cache + at + i); narrow(value[i], v_cache + at + i); }
+  }
+}
+
 template <typename W, typename C>
 void rope_typed(const float* qkv, int64_t width, const float* cos_sin, const float* q_scale, Pages pages,
-                const W* q_norm, const W* k_norm, float eps, C* k_cache, C* v_cache, float* q_out, int64_t tokens,
-                Shape s) {
-  const int64_t d = s.head_dim;
-#pragma omp parallel for schedule(static) if (tokens * width > 16384)
-  for (int64_t t = 0; t < tokens; t++) {
-    const float* row = qkv + t * width;
-    const float* angles = cos_sin + t * s.rotary_dim;
-    for (int64_t h = 0; h < s.heads; h++) {
-      float* q = q_out + (t * s.heads + h) * d;
-      if (q_norm) norm_row(row + h * d, q_norm, q, d, eps); else std::memcpy(q, row + h * d, d * sizeof(float));
-      rotate(q, angles, s, q_scale ? q_scale[t] : 1.0f);
-    }
-    std::vector<float> k(d);
-    for (int64_t h = 0; h < s.kv_heads; h++) {
-      const float* key = row + (s.heads + h) * d;
-      if (k_norm) norm_row(key, k_norm, k.data(), d, eps); else std::memcpy(k.data(), key, d * sizeof(float));
-      rotate(k.data(), angles, s, 1.0f);
+                HeadNorms<W> norms, C* k_cache, C* v_cache, float* q_out, int64_t tokens, Shape s) {
+  in_parts(tokens, part_size(tokens, width), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) {
       const int64_t block = pages.of(t)[pages.positions[t] / s.block_size], offset = pages.positions[t] % s.block_size;
-      const int64_t at = ((block * s.kv_heads + h) * s.block_size + offset) * d;
-      const float* value = row + (s.heads + s.kv_heads + h) * d;
-      for (int64_t i = 0; i < d; i++) { narrow(k[i], k_cache + at + i); narrow(value[i], v_cache + at + i); }
+      const int64_t place = (block * s.kv_heads * s.block_size + offset) * s.head_dim;
+      rope_token(qkv + t * width, cos_sin + t * s.rotary_dim, q_scale ? q_scale[t] : 1.0f, norms, place, k_cache, v_cache,
+                 q_out + t * s.heads * s.head_dim, s);
     }
-  }
+  });
 }
 
 // ---- attention: one token and one KV head at a time, all query heads of its group together ----
@@ -309,30 +197,21 @@ template <typename C>
 void attention_typed(const float* q, const C* k_cache, const C* v_cache, Pages pages, float* out, int64_t tokens,
                      int64_t window, Shape s) {
   const int64_t group = s.heads / s.kv_heads;
-#pragma omp parallel
-  {
-    std::vector<float> scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < tokens * s.kv_heads; i++) {
-      const int64_t token = i / s.kv_heads, kv_head = i % s.kv_heads, last = pages.positions[token] + 1;
-      const int64_t at = (token * s.heads + kv_head * group) * s.head_dim;
-      const Task<C> task{q + at, k_cache, v_cache, pages.of(token), out + at, kv_head, group,
-                         window > 0 && last > window ? last - window : 0, last};
-      attend(task, s, scratch);
-    }
-  }
+  Pool::shared().run(tokens * s.kv_heads, [&](int64_t i) {
+    static thread_local std::vector<float> scratch;
+    const int64_t token = i / s.kv_heads, kv_head = i % s.kv_heads, last = pages.positions[token] + 1;
+    const int64_t at = (token * s.heads + kv_head * group) * s.head_dim;
+    const Task<C> task{q + at, k_cache, v_cache, pages.of(token), out + at, kv_head, group,
+                       window > 0 && last > window ? last - window : 0, last};
+    attend(task, s, scratch);
+  });
 }
 
 }  // namespace
 
-#define BY_TYPE(type, T, call)                        \
-  switch (type) {                                     \
-    case FLOAT32: { using T = float; call; break; }   \
-    case BFLOAT16: { using T = bf16; call; break; }   \
-    case FLOAT16: { using T = f16; call; break; }     \
-  }
-
 extern "C" {
+
+void fq_set_threads(int threads) { Pool::shared().resize(threads); }
 
 void fq_linear(const float* x, const void* w, const void* bias, float* y, int64_t m, int64_t k, int64_t n, int type,
                int accumulate) {
@@ -344,17 +223,9 @@ void fq_rms_norm(const float* x, const void* weight, float* y, int64_t rows, int
 }
 
 void fq_silu_mul(const float* gate_up, float* y, int64_t rows, int64_t size) {
-#pragma omp parallel for schedule(static) if (rows * size > 16384)
-  for (int64_t r = 0; r < rows; r++) {
-    const float *gate = gate_up + r * 2 * size, *up = gate + size;
-    float* out = y + r * size;
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-      const floats g = load(gate + i);
-      store(out + i, g / (1.0f + exponential(-g)) * load(up + i));
-    }
-    for (; i < size; i++) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
-  }
+  in_parts(rows, part_size(rows, 4 * size), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) gate_row(gate_up + r * 2 * size, y + r * size, size);
+  });
 }
 
 void fq_rope_and_cache(const float* qkv, int64_t width, const float* cos_sin, const float* q_scale,
@@ -365,7 +236,7 @@ void fq_rope_and_cache(const float* qkv, int64_t width, const float* cos_sin, co
   const Shape s{heads, kv_heads, head_dim, rotary_dim, block_size};
   const Pages pages{positions, slots, tables, table_width};
   BY_TYPE(norm_type, W, BY_TYPE(cache_type, C, rope_typed(qkv, width, cos_sin, q_scale, pages,
-      static_cast<const W*>(q_norm), static_cast<const W*>(k_norm), eps, static_cast<C*>(k_cache),
+      HeadNorms<W>{static_cast<const W*>(q_norm), static_cast<const W*>(k_norm), eps}, static_cast<C*>(k_cache),
       static_cast<C*>(v_cache), q_out, tokens, s)))
 }
 

@@ -7,12 +7,25 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastqwen.kernels import AttentionParts, DenseWeight, HeadShape, LayerCache, Norm, StepTokens
+from fastqwen.kernels import (
+    AttentionParts,
+    CodedWeight,
+    DenseWeight,
+    GroupedWeight,
+    HeadShape,
+    LayerCache,
+    Norm,
+    Product,
+    StepTokens,
+)
+from fastqwen.kernels.cpu import packed
 from fastqwen.kernels.reference import ReferenceOps
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_TYPES = packed.TYPES
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
+    **packed.SIGNATURES,
+    "fq_set_threads": [_I],
     "fq_linear": [_P, _P, _P, _P, _L, _L, _L, _I, _I],
     "fq_rms_norm": [_P, _P, _P, _L, _L, _F, _I],
     "fq_silu_mul": [_P, _P, _L, _L],
@@ -33,6 +46,7 @@ class CpuOps(ReferenceOps):
             call.argtypes, call.restype = arguments, None
             self._calls[name] = call
         self._linear = self._calls["fq_linear"]
+        self._calls["fq_set_threads"](torch.get_num_threads())
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         return super().embed(ids, table).float()
@@ -60,6 +74,22 @@ class CpuOps(ReferenceOps):
     def linear_add(self, residual: Tensor, x: Tensor, weight: DenseWeight) -> None:
         assert residual.is_contiguous()
         self._call_linear(x, weight, residual, accumulate=1)
+
+    def packed(self, weight: GroupedWeight, dtype: torch.dtype) -> Product | None:
+        found = packed.coded(weight) if self.takes_codes(dtype) else None
+        return None if found is None else self._product(*found)
+
+    def takes_codes(self, dtype: torch.dtype) -> bool:
+        """In float32 nothing is rounded, and these products round the activations."""
+        return dtype != torch.float32
+
+    def coded(self, weight: CodedWeight) -> Product:
+        return self._product(weight, None)
+
+    def _product(self, weight: CodedWeight, order: Tensor | None) -> Product:
+        tiled = packed.tiled(weight, self._calls["fq_pack"])
+        product = self._calls["fq_packed_product"]
+        return packed.TiledProduct(tiled, order, product=product, silu_mul=self.silu_mul)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, double = gate_up.shape
