@@ -134,7 +134,7 @@ def unpack_grouped(weight: GroupedWeight, start: int, stop: int) -> Tensor:
 
 def unpack_coded(weight: CodedWeight) -> Tensor:
     """As a plain matrix, float32 [out, in]."""
-    out_size, in_size = weight.codes.shape
+    in_size = weight.codes.shape[1]
 
     def spread(numbers: Tensor, size: int) -> Tensor:
         return numbers.float().repeat_interleave(size, dim=1)[:, :in_size]
@@ -153,9 +153,10 @@ def unpack_coded(weight: CodedWeight) -> Tensor:
 
 def round_to_blocks(x: Tensor, size: int = 32) -> Tensor:
     """x [tokens, in] as products with coded weights see it: each ``size`` numbers are multiples of their largest / 127."""
-    blocks = x.unflatten(1, (-1, size))
+    blocks: Tensor = x.unflatten(1, (-1, size))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return (blocks / scale.clamp(min=1e-38)).round().mul(scale).flatten(1)
+    whole: Tensor = (blocks / scale.clamp(min=1e-38)).round()
+    return (whole * scale).flatten(1)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

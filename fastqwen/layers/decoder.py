@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,9 +53,19 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class FileEmbedding:
+    """Vectors that stay packed in their file: ids [n] -> float32 [n, hidden]"""
+
+    rows: Callable[[Tensor], Tensor]
+
+    def __call__(self, ids: Tensor, ops: Ops) -> Tensor:
+        return self.rows(ids)
+
+
+@dataclass(frozen=True)
 class Decoder:
     ops: Ops
-    embed: Embedding
+    embed: Embedding | FileEmbedding
     layers: Sequence[Layer]
     norm: Norm
     head: Linear

@@ -85,7 +85,9 @@ def _compile(command: list[str], target: Path) -> str | None:
     """Why it failed, in a few lines; None if ``target`` is there. Raises OSError for a folder that cannot hold it."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        run = subprocess.run([*command, *map(str, SOURCES), "-o", str(made)], capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [*command, *map(str, SOURCES), "-o", str(made)], capture_output=True, text=True, check=False
+        )
         if run.returncode != 0:
             if os.strerror(errno.ENOSPC) in run.stderr:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
