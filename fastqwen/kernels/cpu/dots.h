@@ -3,9 +3,6 @@
 #pragma once
 
 #include "vectors.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -15,6 +12,14 @@ typedef uint16_t pairs __attribute__((vector_size(LANES * 4)));
 inline bytes load_bytes(const uint8_t* p) { bytes v; std::memcpy(&v, p, sizeof v); return v; }
 
 // 16 small numbers, as they are
+#if defined(__AVX512F__)
+inline floats load_small(const int8_t* p) {
+  return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline floats load_small(const uint8_t* p) {
+  return (floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+#else
 template <typename T>
 inline floats load_small(const T* p) {
   typedef T small __attribute__((vector_size(LANES)));
@@ -22,6 +27,7 @@ inline floats load_small(const T* p) {
   std::memcpy(&v, p, sizeof v);
   return __builtin_convertvector(__builtin_convertvector(v, ints), floats);
 }
+#endif
 
 // acc[o] += sum over i < 4 of codes[4 * o + i] * x[i]. ``WIDE``: codes may need all 8 bits.
 #if defined(__AVX512VNNI__)

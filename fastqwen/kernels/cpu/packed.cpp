@@ -120,40 +120,58 @@ void pack_tile(const uint8_t* codes, const Matrix& w, int64_t tile, uint8_t* out
 
 // ---- y ----
 
-template <int KIND, int HALVES, int ROWS>
-inline void tile_rows(const Matrix& w, int64_t tile, const Block* x, floats (&y)[ROWS]) {
+// A tile's scales and minima of one block.
+template <int HALVES>
+struct Scales {
+  floats scale[HALVES], minimum[HALVES];
+
+  Scales(const Matrix& w, int64_t scale_at, int64_t part_at) {
+    for (int h = 0; h < HALVES; h++) {
+      scale[h] = load(w.scales + scale_at);
+      minimum[h] = w.minima ? load(w.minima + scale_at) : floats{};
+      if (w.parts) scale[h] *= load_small(w.parts + part_at + h * TILE);
+      if (w.min_parts) minimum[h] *= load_small(w.min_parts + part_at + h * TILE);
+    }
+  }
+};
+
+// Whole numbers may be added in any order: two sums keep the processor from waiting for the last one.
+template <int KIND, int HALVES>
+inline ints dot_of_half(const bytes (&codes)[QUADS], const int8_t* x, int h, int32_t first) {
+  constexpr int QUARTER = QUADS / HALVES / 2;
+  ints even = ints{} + first, odd = {};
+  for (int q = 2 * h * QUARTER; q < 2 * (h + 1) * QUARTER; q += 2) {
+    even = dot_of_quads<KIND == BYTES>(even, codes[q], x + 4 * q);
+    odd = dot_of_quads<KIND == BYTES>(odd, codes[q + 1], x + 4 * (q + 1));
+  }
+  return even + odd;
+}
+
+template <int KIND, int HALVES, int ROWS, bool MINIMA>
+inline void tile_rows(const Matrix& matrix, int64_t tile, const Block* x, floats (&out)[ROWS]) {
+  const Matrix w = matrix;  // a copy that no store can change, so its fields stay in registers
   const int64_t blocks = w.blocks(), scales_at = tile * w.scales_of_tile();
   const uint8_t* codes = w.codes + tile * blocks * BLOCK_BYTES[KIND];
   const int32_t zero = static_cast<int32_t>(w.zero);
-  for (int m = 0; m < ROWS; m++) y[m] = floats{};
+  floats y[ROWS] = {};
   for (int64_t b = 0; b < blocks; b++) {
     bytes quads[QUADS];
     unpack<KIND>(codes + b * BLOCK_BYTES[KIND], quads);
-    const int64_t scale_at = (scales_at + (b >> w.shift)) * TILE, part_at = (tile * blocks + b) * HALVES * TILE;
-    floats scale[HALVES], minimum[HALVES] = {};
-    for (int h = 0; h < HALVES; h++) {
-      scale[h] = load(w.scales + scale_at);
-      if (w.parts) scale[h] *= load_small(w.parts + part_at + h * TILE);
-      if (w.minima) minimum[h] = load(w.minima + scale_at);
-      if (w.min_parts) minimum[h] *= load_small(w.min_parts + part_at + h * TILE);
-    }
+    const Scales<HALVES> of(w, (scales_at + (b >> w.shift)) * TILE, (tile * blocks + b) * HALVES * TILE);
     for (int m = 0; m < ROWS; m++) {
       const Block& block = x[m * blocks + b];
       for (int h = 0; h < HALVES; h++) {
         const int32_t sum = HALVES == 1 ? block.sums[0] + block.sums[1] : block.sums[h];
-        ints dot = ints{} - zero * sum;
-        for (int q = h * QUADS / HALVES; q < (h + 1) * QUADS / HALVES; q++)
-          dot = dot_of_quads<KIND == BYTES>(dot, quads[q], block.x + 4 * q);
-        y[m] += __builtin_convertvector(dot, floats) * (scale[h] * block.scale);
-        if (w.minima) y[m] += minimum[h] * (HALVES == 1 ? block.sum : block.scale * static_cast<float>(sum));
+        const ints dot = dot_of_half<KIND, HALVES>(quads, block.x, h, -zero * sum);
+        y[m] += __builtin_convertvector(dot, floats) * (of.scale[h] * block.scale);
+        if (MINIMA) y[m] += of.minimum[h] * (HALVES == 1 ? block.sum : block.scale * static_cast<float>(sum));
       }
     }
   }
-  if (!w.bias) return;
   float bias[TILE] = {};
   const int64_t there = w.outputs - tile * TILE;
-  std::memcpy(bias, w.bias + tile * TILE, (there < TILE ? there : TILE) * sizeof(float));
-  for (int m = 0; m < ROWS; m++) y[m] += load(bias);
+  if (w.bias) std::memcpy(bias, w.bias + tile * TILE, (there < TILE ? there : TILE) * sizeof(float));
+  for (int m = 0; m < ROWS; m++) out[m] = w.bias ? y[m] + load(bias) : y[m];
 }
 
 enum Form { PLAIN = 0, ADDED = 1, GATED = 2 };
@@ -175,8 +193,9 @@ struct Output {
 template <int KIND, int HALVES, int ROWS>
 void some_rows(const Matrix& w, int64_t tile, const Block* x, int64_t row, const Output& out) {
   floats y[ROWS], up[ROWS];
-  tile_rows<KIND, HALVES, ROWS>(w, tile, x + row * w.blocks(), y);
-  if (out.form == GATED) tile_rows<KIND, HALVES, ROWS>(w, tile + w.tiles() / 2, x + row * w.blocks(), up);
+  const auto tile_of = w.minima ? tile_rows<KIND, HALVES, ROWS, true> : tile_rows<KIND, HALVES, ROWS, false>;
+  tile_of(w, tile, x + row * w.blocks(), y);
+  if (out.form == GATED) tile_of(w, tile + w.tiles() / 2, x + row * w.blocks(), up);
   for (int m = 0; m < ROWS; m++) out.put(row + m, tile, out.form == GATED ? gated(y[m], up[m]) : y[m]);
 }
 

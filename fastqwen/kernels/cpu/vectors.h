@@ -8,6 +8,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -71,7 +74,22 @@ inline void narrow(float v, bf16* out) {
 }
 
 inline floats load(const float* p) { floats v; std::memcpy(&v, p, sizeof v); return v; }
-#ifdef HAS_FLOAT16
+#if defined(__AVX512F__) && !defined(NO_FLOAT16)  // compilers convert a vector of _Float16 number by number
+inline floats load(const f16* p) {
+  __m256i v;
+  std::memcpy(&v, p, sizeof v);
+  return (floats)_mm512_cvtph_ps(v);
+}
+#elif defined(__F16C__) && !defined(NO_FLOAT16)
+inline floats load(const f16* p) {
+  __m128i v[2];
+  std::memcpy(v, p, sizeof v);
+  const __m256 parts[2] = {_mm256_cvtph_ps(v[0]), _mm256_cvtph_ps(v[1])};
+  floats out;
+  std::memcpy(&out, parts, sizeof out);
+  return out;
+}
+#elif defined(HAS_FLOAT16)
 inline floats load(const f16* p) {
   float16s v;
   std::memcpy(&v, p, sizeof v);
