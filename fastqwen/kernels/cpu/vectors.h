@@ -35,7 +35,7 @@ typedef _Float16 float16s __attribute__((vector_size(LANES * 2)));
 struct f16 { uint16_t bits; };
 #endif
 
-enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
 
 inline float as_float(uint32_t bits) { float out; std::memcpy(&out, &bits, 4); return out; }
 inline uint32_t as_bits(float v) { uint32_t out; std::memcpy(&out, &v, 4); return out; }
@@ -160,9 +160,7 @@ inline void norm_row(const float* x, const W* weight, float* y, int64_t size, fl
 
 }  // namespace
 
-#define BY_TYPE(type, T, call)                        \
-  switch (type) {                                     \
-    case FLOAT32: { using T = float; call; break; }   \
-    case BFLOAT16: { using T = bf16; call; break; }   \
-    case FLOAT16: { using T = f16; call; break; }     \
-  }
+// ``...`` with T as the numbers' type; kernels/cpu/packed.py's TYPES has the same order.
+#define CASE(name, type, T, ...) case name: { using T = type; __VA_ARGS__; break; }
+#define BY_TYPE(type, T, ...) \
+  switch (type) { CASE(FLOAT32, float, T, __VA_ARGS__) CASE(BFLOAT16, bf16, T, __VA_ARGS__) CASE(FLOAT16, f16, T, __VA_ARGS__) }
