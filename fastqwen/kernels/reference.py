@@ -152,11 +152,12 @@ def unpack_coded(weight: CodedWeight) -> Tensor:
 
 
 def round_to_blocks(x: Tensor, size: int = 32) -> Tensor:
-    """x [tokens, in] as products with coded weights see it: each ``size`` numbers are multiples of their largest / 127."""
+    """x float32 [tokens, in] as products with coded weights see it, in float64: each ``size`` numbers are multiples of their
+    largest / 127."""
     blocks: Tensor = x.unflatten(1, (-1, size))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    whole: Tensor = (blocks / scale.clamp(min=1e-38)).round()
-    return (whole * scale).flatten(1)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    whole: Tensor = (blocks.double() * (127 / largest.clamp(min=1e-30)).double()).round()
+    return (whole * (largest / 127).double()).flatten(1)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

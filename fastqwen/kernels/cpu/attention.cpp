@@ -41,11 +41,9 @@ inline void rotate(float* x, const float* cos_sin, const Shape& s, float scale) 
   for (int64_t i = s.rotary_dim; i < s.head_dim; i++) x[i] *= scale;
 }
 
-template <typename W>
-struct HeadNorms { const W *q, *k; float eps; };
+struct HeadNorms { const float *q, *k; float eps; };  // null: there are none
 
-template <typename W>
-inline void head(const float* x, const W* norm, float eps, const float* angles, const Shape& s, float scale, float* out) {
+inline void head(const float* x, const float* norm, float eps, const float* angles, const Shape& s, float scale, float* out) {
   if (norm) norm_row(x, norm, out, s.head_dim, eps); else std::memcpy(out, x, s.head_dim * sizeof(float));
   rotate(out, angles, s, scale);
 }
@@ -67,8 +65,8 @@ inline void put(const float* x, int8_t* cache, f16* scales, int64_t place, int64
 }
 
 // One token's queries to q_out, its keys and values to the cache.
-template <typename W, typename C>
-void rope_token(const float* row, const float* angles, float q_scale, const HeadNorms<W>& norms, int64_t place,
+template <typename C>
+void rope_token(const float* row, const float* angles, float q_scale, const HeadNorms& norms, int64_t place,
                 const Cache<C>& cache, float* q_out, const Shape& s) {
   static thread_local std::vector<float> key;
   const int64_t d = s.head_dim;
@@ -81,9 +79,9 @@ void rope_token(const float* row, const float* angles, float q_scale, const Head
   }
 }
 
-template <typename W, typename C>
+template <typename C>
 void rope_all(const float* qkv, int64_t width, const float* cos_sin, const float* q_scale, const Pages& pages,
-              const HeadNorms<W>& norms, const Cache<C>& cache, float* q_out, int64_t tokens, const Shape& s) {
+              const HeadNorms& norms, const Cache<C>& cache, float* q_out, int64_t tokens, const Shape& s) {
   in_parts(tokens, part_size(tokens, width), [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; t++) {
       const int64_t block = pages.of(t)[pages.positions[t] / s.block_size], offset = pages.positions[t] % s.block_size;
@@ -367,12 +365,18 @@ void fq_attend(const float* qkv, int64_t width, const float* cos_sin, const floa
   const Pages pages{positions, slots, tables, table_width};
   queries.resize(tokens * heads * head_dim);
   float* q = queries.data();
+  std::vector<float> norms(q_norm ? 2 * head_dim : 0);
+  if (q_norm) BY_TYPE(norm_type, W,
+    for (int64_t i = 0; i < head_dim; i++) {
+      norms[i] = wide(static_cast<const W*>(q_norm)[i]);
+      norms[head_dim + i] = wide(static_cast<const W*>(k_norm)[i]);
+    })
+  const HeadNorms head_norms{q_norm ? norms.data() : nullptr, q_norm ? norms.data() + head_dim : nullptr, eps};
   const std::vector<Task> tasks = tasks_of(pages, tokens, s);
   BY_CACHE_TYPE(cache_type, C,
     const Cache<C> cache = (Cache<C>{static_cast<C*>(k_cache), static_cast<C*>(v_cache), static_cast<f16*>(k_scale),
                                      static_cast<f16*>(v_scale)});
-    BY_TYPE(norm_type, W, rope_all(qkv, width, cos_sin, q_scale, pages,
-      (HeadNorms<W>{static_cast<const W*>(q_norm), static_cast<const W*>(k_norm), eps}), cache, q, tokens, s))
+    rope_all(qkv, width, cos_sin, q_scale, pages, head_norms, cache, q, tokens, s);
     Pool::shared().run(tasks.size(), [&](int64_t i) { attend(tasks[i], q, cache, pages, out, s); }))
 }
 

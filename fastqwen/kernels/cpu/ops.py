@@ -71,7 +71,11 @@ class CpuOps(ReferenceOps):
             call.argtypes, call.restype = arguments, None
             self._calls[name] = call
         self._linear = self._calls["fq_linear"]
-        self._calls["fq_set_threads"](torch.get_num_threads())
+        self.set_threads(torch.get_num_threads())
+
+    def set_threads(self, count: int) -> None:
+        """How many compute, of the whole process."""
+        self._calls["fq_set_threads"](count)
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         return super().embed(ids, table).float()

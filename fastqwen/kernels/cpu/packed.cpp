@@ -147,8 +147,8 @@ inline ints dot_of_half(const bytes (&codes)[QUADS], const int8_t* x, int h, int
   return even + odd;
 }
 
-template <int KIND, int HALVES, int ROWS, bool MINIMA>
-inline void tile_rows(const Matrix& matrix, int64_t tile, const Block* x, floats (&out)[ROWS]) {
+template <int KIND, int HALVES, int ROWS>
+__attribute__((noinline)) void tile_rows(const Matrix& matrix, int64_t tile, const Block* x, floats (&out)[ROWS]) {
   const Matrix w = matrix;  // a copy that no store can change, so its fields stay in registers
   const int64_t blocks = w.blocks(), scales_at = tile * w.scales_of_tile();
   const uint8_t* codes = w.codes + tile * blocks * BLOCK_BYTES[KIND];
@@ -164,7 +164,7 @@ inline void tile_rows(const Matrix& matrix, int64_t tile, const Block* x, floats
         const int32_t sum = HALVES == 1 ? block.sums[0] + block.sums[1] : block.sums[h];
         const ints dot = dot_of_half<KIND, HALVES>(quads, block.x, h, -zero * sum);
         y[m] += __builtin_convertvector(dot, floats) * (of.scale[h] * block.scale);
-        if (MINIMA) y[m] += of.minimum[h] * (HALVES == 1 ? block.sum : block.scale * static_cast<float>(sum));
+        if (w.minima) y[m] += of.minimum[h] * (HALVES == 1 ? block.sum : block.scale * static_cast<float>(sum));
       }
     }
   }
@@ -193,9 +193,8 @@ struct Output {
 template <int KIND, int HALVES, int ROWS>
 void some_rows(const Matrix& w, int64_t tile, const Block* x, int64_t row, const Output& out) {
   floats y[ROWS], up[ROWS];
-  const auto tile_of = w.minima ? tile_rows<KIND, HALVES, ROWS, true> : tile_rows<KIND, HALVES, ROWS, false>;
-  tile_of(w, tile, x + row * w.blocks(), y);
-  if (out.form == GATED) tile_of(w, tile + w.tiles() / 2, x + row * w.blocks(), up);
+  tile_rows<KIND, HALVES, ROWS>(w, tile, x + row * w.blocks(), y);
+  if (out.form == GATED) tile_rows<KIND, HALVES, ROWS>(w, tile + w.tiles() / 2, x + row * w.blocks(), up);
   for (int m = 0; m < ROWS; m++) out.put(row + m, tile, out.form == GATED ? gated(y[m], up[m]) : y[m]);
 }
 
@@ -203,7 +202,6 @@ template <int KIND, int HALVES>
 void all_rows(const Matrix& w, int64_t tile, const Block* x, int64_t row, int64_t end, const Output& out) {
   for (; row + 8 <= end; row += 8) some_rows<KIND, HALVES, 8>(w, tile, x, row, out);
   for (; row + 4 <= end; row += 4) some_rows<KIND, HALVES, 4>(w, tile, x, row, out);
-  for (; row + 2 <= end; row += 2) some_rows<KIND, HALVES, 2>(w, tile, x, row, out);
   for (; row < end; row++) some_rows<KIND, HALVES, 1>(w, tile, x, row, out);
 }
 
