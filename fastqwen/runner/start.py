@@ -26,6 +26,7 @@ from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary_key import rope_key
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan, Line, Measured, compare, make_plan
+from fastqwen.plan.weights import as_held
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts, has_own_kernels
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
@@ -96,7 +97,7 @@ def start_engine(
     measured = Measured(
         weights_bytes=weights_bytes, peak_bytes=_peak_bytes(device, step_bytes), num_blocks=plan.num_blocks
     )
-    model = msgspec.structs.replace(checkpoint.model, has_head=decoder.has_head)
+    model = msgspec.structs.replace(as_held(checkpoint.model, device_facts(device)), has_head=decoder.has_head)
     return Engine(EngineCore(scheduler, executor), compiler, plan, model, compare(paper, measured))
 
 

@@ -137,6 +137,9 @@ def config_from_gguf(file: GgufFile, overrides: Mapping[str, Any] = MappingProxy
     unread = _unread_keys(file, architecture)
     config = msgspec.structs.replace(config, notices=(*config.notices, *unread))
     _check_heads(file, architecture, config)
+    if config.moe is None:  # experts are unpacked
+        packed_bytes = sum(tensor.num_bytes for tensor in file.tensors.values())
+        config = msgspec.structs.replace(config, packed_bytes=packed_bytes)
     if ROPE_FACTORS in file.tensors:
         config = msgspec.structs.replace(config, rope=_with_factors(file, config))
     return config

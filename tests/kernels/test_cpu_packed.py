@@ -87,7 +87,9 @@ def test_with_a_norm_and_a_gate(ops: CpuOps, out_size: int, dtype: torch.dtype) 
     x = torch.randn(9, 256)
     normed, product = ops.rms_norm(x, norm), ops.coded(weight)
     assert torch.equal(product.of_norm(x, norm), product.plain(normed))
-    torch.testing.assert_close(product.gated_of_norm(x, norm), REFERENCE.silu_mul(product.plain(normed)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        product.gated_of_norm(x, norm), REFERENCE.silu_mul(product.plain(normed)), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", TYPES)
