@@ -65,13 +65,18 @@ class Pool {
       wake_.notify_all();
     }
     work();
-    for (int tries = 0; done_.load(std::memory_order_acquire) < count; tries++)
-      if (tries < LOOKS) relax(); else std::this_thread::yield();
+    const auto is_done = [&] { return done_.load() == count; };
+    for (int looks = 0; looks < LOOKS && !is_done(); looks++) relax();
+    if (is_done()) return;
+    std::unique_lock<std::mutex> lock(sleep_);  // the system took a thread's processor away in the midst of a part
+    waits_.store(true);
+    finished_.wait(lock, is_done);
+    waits_.store(false);
   }
 
  private:
   using Call = void (*)(void*, int64_t);
-  static constexpr int LOOKS = 4000;  // about 50 us
+  static constexpr int LOOKS = 2000;  // some tens of microseconds
 
   static uint32_t parts(uint64_t left) { return static_cast<uint32_t>(left); }
 
@@ -83,7 +88,11 @@ class Pool {
       void* context = context_.load(std::memory_order_relaxed);
       if (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
       call(context, parts(left) - 1);
-      done_.fetch_add(1, std::memory_order_release);
+      done_.fetch_add(1);
+      if (waits_.load()) {
+        std::lock_guard<std::mutex> lock(sleep_);
+        finished_.notify_one();
+      }
       left = left_.load(std::memory_order_acquire);
     }
   }
@@ -105,12 +114,13 @@ class Pool {
   }
 
   std::mutex busy_, sleep_;
-  std::condition_variable wake_;
+  std::condition_variable wake_, finished_;
   std::atomic<uint64_t> left_{0};  // which job this is, and in the lower half how many of its parts nobody has taken
   std::atomic<int64_t> done_{0};
   std::atomic<Call> call_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<int> asleep_{0}, limit_{0};
+  std::atomic<bool> waits_{false};
   int made_ = 0;
 };
 
