@@ -4,6 +4,8 @@
 // are computed together, never the order of the additions inside one. A row therefore gives the same bits alone, in
 // any batch, and under any chunking.
 
+#include <vector>
+
 #include "pool.h"
 #include "vectors.h"
 
@@ -11,14 +13,24 @@ namespace {
 
 // ---- y = x w^T (+ bias), or y += ----
 
+// Rows of x as a product with weights of type W reads them.
+template <typename W>
+struct Rows {
+  const float* x;
+  int64_t k;
+
+  Rows(const float* all, int64_t, int64_t inputs) : x(all), k(inputs) {}
+};
+
 template <typename W, int MT, int NT>
-inline void tile(const float* x, int64_t x_stride, const W* w, int64_t k, float* y, int64_t y_stride, const W* bias,
-                 bool accumulate) {
+inline void dots(const Rows<W>& rows, int64_t row, const W* w, float (&out)[MT][NT]) {
+  const int64_t k = rows.k;
+  const float* x = rows.x + row * k;
   floats acc[MT][NT] = {};
   int64_t i = 0;
   for (; i + LANES <= k; i += LANES) {
     floats xv[MT];
-    for (int m = 0; m < MT; m++) xv[m] = load(x + m * x_stride + i);
+    for (int m = 0; m < MT; m++) xv[m] = load(x + m * k + i);
     for (int n = 0; n < NT; n++) {
       const floats wv = load(w + n * k + i);
       for (int m = 0; m < MT; m++) acc[m][n] += xv[m] * wv;
@@ -26,20 +38,89 @@ inline void tile(const float* x, int64_t x_stride, const W* w, int64_t k, float*
   }
   for (int m = 0; m < MT; m++)
     for (int n = 0; n < NT; n++) {
-      float total = sum(acc[m][n]);
-      for (int64_t j = i; j < k; j++) total = std::fma(x[m * x_stride + j], wide(w[n * k + j]), total);
-      if (bias) total += wide(bias[n]);
-      float* out = y + m * y_stride + n;
-      *out = accumulate ? *out + total : total;
+      out[m][n] = sum(acc[m][n]);
+      for (int64_t j = i; j < k; j++) out[m][n] = std::fma(x[m * k + j], wide(w[n * k + j]), out[m][n]);
+    }
+}
+
+#if defined(__AVX512BF16__)
+
+// The processor multiplies pairs of bfloat16 numbers. A number of x is the sum of two, which leaves 16 bits of its fraction.
+template <>
+struct Rows<bf16> {
+  static constexpr int64_t STEP = 2 * LANES;
+  const uint16_t *high, *low;
+  int64_t k, padded;
+
+  Rows(const float* x, int64_t count, int64_t inputs) : k(inputs), padded((inputs + STEP - 1) / STEP * STEP) {
+    static thread_local std::vector<uint16_t> both;
+    both.assign(2 * count * padded, 0);
+    high = both.data();
+    low = high + count * padded;
+    uint16_t* out = both.data();
+    in_parts(count, part_size(count, k), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; r++)
+        for (int64_t i = 0; i < k; i++) {
+          bf16 upper, rest;
+          narrow(x[r * k + i], &upper);
+          narrow(x[r * k + i] - wide(upper), &rest);
+          out[r * padded + i] = upper.bits;
+          out[(count + r) * padded + i] = rest.bits;
+        }
+    });
+  }
+};
+
+inline __m512bh pairs_of(const void* p) { __m512bh v; std::memcpy(&v, p, sizeof v); return v; }
+
+template <int MT, int NT>
+inline void dots(const Rows<bf16>& rows, int64_t row, const bf16* w, float (&out)[MT][NT]) {
+  constexpr int64_t STEP = Rows<bf16>::STEP;
+  const int64_t k = rows.k, whole = k / STEP * STEP;
+  const uint16_t *high = rows.high + row * rows.padded, *low = rows.low + row * rows.padded;
+  __m512 acc[MT][NT];
+  for (auto& of_row : acc) for (__m512& one : of_row) one = _mm512_setzero_ps();
+  const auto step = [&](int64_t i, const bf16* weights, int64_t stride) {
+    __m512bh upper[MT], rest[MT];
+    for (int m = 0; m < MT; m++) {
+      upper[m] = pairs_of(high + m * rows.padded + i);
+      rest[m] = pairs_of(low + m * rows.padded + i);
+    }
+    for (int n = 0; n < NT; n++) {
+      const __m512bh wv = pairs_of(weights + n * stride);
+      for (int m = 0; m < MT; m++)
+        acc[m][n] = _mm512_dpbf16_ps(_mm512_dpbf16_ps(acc[m][n], upper[m], wv), rest[m], wv);
+    }
+  };
+  for (int64_t i = 0; i < whole; i += STEP) step(i, w + i, k);
+  if (whole < k) {
+    bf16 last[NT][STEP] = {};
+    for (int n = 0; n < NT; n++) std::memcpy(last[n], w + n * k + whole, (k - whole) * sizeof(bf16));
+    step(whole, last[0], STEP);
+  }
+  for (int m = 0; m < MT; m++)
+    for (int n = 0; n < NT; n++) out[m][n] = sum((floats)acc[m][n]);
+}
+
+#endif
+
+template <typename W, int MT, int NT>
+inline void tile(const Rows<W>& rows, int64_t row, const W* w, float* y, int64_t y_stride, const W* bias, bool accumulate) {
+  float total[MT][NT];
+  dots(rows, row, w, total);
+  for (int m = 0; m < MT; m++)
+    for (int n = 0; n < NT; n++) {
+      float* out = y + (row + m) * y_stride + n;
+      if (bias) total[m][n] += wide(bias[n]);
+      *out = accumulate ? *out + total[m][n] : total[m][n];
     }
 }
 
 template <typename W, int NT>
-inline void columns(const float* x, const W* w, float* y, const W* bias, int64_t m_size, int64_t k, int64_t n_size,
+inline void columns(const Rows<W>& rows, int64_t row, int64_t end, const W* w, float* y, const W* bias, int64_t n_size,
                     bool accumulate) {
-  int64_t m = 0;
-  for (; m + 4 <= m_size; m += 4) tile<W, 4, NT>(x + m * k, k, w, k, y + m * n_size, n_size, bias, accumulate);
-  for (; m < m_size; m++) tile<W, 1, NT>(x + m * k, k, w, k, y + m * n_size, n_size, bias, accumulate);
+  for (; row + 4 <= end; row += 4) tile<W, 4, NT>(rows, row, w, y, n_size, bias, accumulate);
+  for (; row < end; row++) tile<W, 1, NT>(rows, row, w, y, n_size, bias, accumulate);
 }
 
 constexpr int64_t ROWS_AT_ONCE = 64;  // this many rows of x stay in the second-level cache beside a tile of weights
@@ -47,19 +128,18 @@ constexpr int64_t ROWS_AT_ONCE = 64;  // this many rows of x stay in the second-
 template <typename W>
 void linear_typed(const float* x, const W* w, const W* bias, float* y, int64_t m_size, int64_t k, int64_t n_size,
                   bool accumulate) {
+  const Rows<W> rows(x, m_size, k);
   const int64_t tiles = (n_size + 3) / 4, size = part_size(tiles, 4 * k), parts = (tiles + size - 1) / size;
   const int64_t rounds = (m_size + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
   Pool::shared().run(rounds * parts, [&](int64_t i) {
-    const int64_t m = i / parts * ROWS_AT_ONCE, first = i % parts * size * 4;
-    const int64_t rows = m_size - m < ROWS_AT_ONCE ? m_size - m : ROWS_AT_ONCE;
+    const int64_t row = i / parts * ROWS_AT_ONCE, first = i % parts * size * 4;
+    const int64_t end = row + ROWS_AT_ONCE < m_size ? row + ROWS_AT_ONCE : m_size;
     const int64_t last = first + size * 4 < n_size ? first + size * 4 : n_size;
-    const float* xm = x + m * k;
-    float* ym = y + m * n_size;
     int64_t n = first;
     for (; n + 4 <= last; n += 4)
-      columns<W, 4>(xm, w + n * k, ym + n, bias ? bias + n : nullptr, rows, k, n_size, accumulate);
+      columns<W, 4>(rows, row, end, w + n * k, y + n, bias ? bias + n : nullptr, n_size, accumulate);
     for (; n < last; n++)
-      columns<W, 1>(xm, w + n * k, ym + n, bias ? bias + n : nullptr, rows, k, n_size, accumulate);
+      columns<W, 1>(rows, row, end, w + n * k, y + n, bias ? bias + n : nullptr, n_size, accumulate);
   });
 }
 
