@@ -22,6 +22,18 @@ struct Rows {
   Rows(const float* all, int64_t, int64_t inputs) : x(all), k(inputs) {}
 };
 
+template <int MT, int NT>
+inline void sums_of(floats (&acc)[MT][NT], float (&out)[MT][NT]) {
+  if constexpr (MT * NT == LANES) {
+    floats all[LANES];
+    std::memcpy(all, acc, sizeof all);
+    store(out[0], sums(all));
+  } else {
+    for (int m = 0; m < MT; m++)
+      for (int n = 0; n < NT; n++) out[m][n] = sum(acc[m][n]);
+  }
+}
+
 template <typename W, int MT, int NT>
 inline void dots(const Rows<W>& rows, int64_t row, const W* w, float (&out)[MT][NT]) {
   const int64_t k = rows.k;
@@ -36,11 +48,10 @@ inline void dots(const Rows<W>& rows, int64_t row, const W* w, float (&out)[MT][
       for (int m = 0; m < MT; m++) acc[m][n] += xv[m] * wv;
     }
   }
+  sums_of(acc, out);
   for (int m = 0; m < MT; m++)
-    for (int n = 0; n < NT; n++) {
-      out[m][n] = sum(acc[m][n]);
+    for (int n = 0; n < NT; n++)
       for (int64_t j = i; j < k; j++) out[m][n] = std::fma(x[m * k + j], wide(w[n * k + j]), out[m][n]);
-    }
 }
 
 #if defined(__AVX512BF16__)
@@ -78,8 +89,7 @@ inline void dots(const Rows<bf16>& rows, int64_t row, const bf16* w, float (&out
   constexpr int64_t STEP = Rows<bf16>::STEP;
   const int64_t k = rows.k, whole = k / STEP * STEP;
   const uint16_t *high = rows.high + row * rows.padded, *low = rows.low + row * rows.padded;
-  __m512 acc[MT][NT];
-  for (auto& of_row : acc) for (__m512& one : of_row) one = _mm512_setzero_ps();
+  floats acc[MT][NT] = {};
   const auto step = [&](int64_t i, const bf16* weights, int64_t stride) {
     __m512bh upper[MT], rest[MT];
     for (int m = 0; m < MT; m++) {
@@ -89,7 +99,7 @@ inline void dots(const Rows<bf16>& rows, int64_t row, const bf16* w, float (&out
     for (int n = 0; n < NT; n++) {
       const __m512bh wv = pairs_of(weights + n * stride);
       for (int m = 0; m < MT; m++)
-        acc[m][n] = _mm512_dpbf16_ps(_mm512_dpbf16_ps(acc[m][n], upper[m], wv), rest[m], wv);
+        acc[m][n] = (floats)_mm512_dpbf16_ps(_mm512_dpbf16_ps((__m512)acc[m][n], upper[m], wv), rest[m], wv);
     }
   };
   for (int64_t i = 0; i < whole; i += STEP) step(i, w + i, k);
@@ -98,8 +108,7 @@ inline void dots(const Rows<bf16>& rows, int64_t row, const bf16* w, float (&out
     for (int n = 0; n < NT; n++) std::memcpy(last[n], w + n * k + whole, (k - whole) * sizeof(bf16));
     step(whole, last[0], STEP);
   }
-  for (int m = 0; m < MT; m++)
-    for (int n = 0; n < NT; n++) out[m][n] = sum((floats)acc[m][n]);
+  sums_of(acc, out);
 }
 
 #endif

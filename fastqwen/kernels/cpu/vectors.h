@@ -123,6 +123,44 @@ inline float sum(floats v) {
   return s[0];
 }
 
+#if defined(__clang__)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, ints{__VA_ARGS__})
+#endif
+
+// Rows 2^n apart exchange the halves of their groups of 2^(n+1) numbers; after all four n columns have become rows.
+inline void transpose(floats (&v)[LANES]) {
+  for (int i = 0; i < 8; i++) {
+    const floats a = v[i], b = v[i + 8];
+    v[i] = SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    v[i + 8] = SHUFFLED(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 16; i = i % 4 == 3 ? i + 5 : i + 1) {
+    const floats a = v[i], b = v[i + 4];
+    v[i] = SHUFFLED(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    v[i + 4] = SHUFFLED(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 16; i = i % 2 == 1 ? i + 3 : i + 1) {
+    const floats a = v[i], b = v[i + 2];
+    v[i] = SHUFFLED(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    v[i + 2] = SHUFFLED(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < 16; i += 2) {
+    const floats a = v[i], b = v[i + 1];
+    v[i] = SHUFFLED(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    v[i + 1] = SHUFFLED(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+}
+
+// The sums of 16 vectors at once, each in the order of ``sum``.
+inline floats sums(floats (&v)[LANES]) {
+  transpose(v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) v[i] += v[i + width];
+  return v[0];
+}
+
 // 2^n times Cephes' polynomial on [-ln2/2, ln2/2]. Below -87 the result is 0, above 88 it stays at exp(88).
 inline floats exponential(floats x) {
   const floats low = spread(-87.0f), high = spread(88.0f), raised = x < low ? low : x;
