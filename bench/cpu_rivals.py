@@ -115,7 +115,11 @@ def measure(start: Callable[[Path, int], Generate], model: Path, threads: int) -
     for name, count in (("decode", 1), ("streams", STREAMS)):
         first = min(generate(prompts(count, PROMPT), 1) for _ in range(REPEATS))
         whole = min(generate(prompts(count, PROMPT), 1 + NEW) for _ in range(REPEATS))
-        found[f"{name}_tokens_per_s"] = count * NEW / max(1e-9, whole - first)
+        if whole <= first:
+            raise RuntimeError(
+                f"{count} answers of {1 + NEW} tokens took no longer than of one: the machine is too busy"
+            )
+        found[f"{name}_tokens_per_s"] = count * NEW / (whole - first)
     return found
 
 

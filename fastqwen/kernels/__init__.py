@@ -232,7 +232,8 @@ class Ops(Protocol):
     """Everything that a decoder computes. All matrices of weights are [out, in].
 
     Activations (``x``, ``qkv``, ``residual`` and all results) are 2-dimensional with a row per token, and have the type of
-    what ``embed`` gives: the C++ kernels compute in float32 whatever the weights are, the others in the weights' type.
+    what ``embed`` gives: the C++ kernels compute in float32 whatever the weights are (beside bfloat16 weights with 16 bits of a
+    fraction at least, beside packed ones with 8 bits in blocks), the others in the weights' type.
     Sums are float32 at least. No op changes its arguments but where it says so. ``residual`` is contiguous.
     """
 

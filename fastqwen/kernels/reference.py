@@ -156,7 +156,9 @@ def round_to_blocks(x: Tensor, size: int = 32) -> Tensor:
     largest / 127."""
     blocks: Tensor = x.unflatten(1, (-1, size))
     largest = blocks.abs().amax(-1, keepdim=True)
-    whole: Tensor = (blocks.double() * (127 / largest.clamp(min=1e-30)).double()).round()
+    # ``127 / largest`` would be 127 times a rounded reciprocal; the kernel divides
+    inverse = torch.full_like(largest, 127.0) / largest.clamp(min=1e-30)
+    whole: Tensor = (blocks.double() * inverse.double()).round()
     return (whole * (largest / 127).double()).flatten(1)
 
 
