@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,15 @@ def test_no_compiler_that_works_is_one_warning(
     first, second = (record.getMessage() for record in caplog.records)
     assert "nothing works" in first and "using plain torch" in first
     assert "no C++ compiler" in second
+
+
+def test_every_source_is_in_the_package():
+    """An installed fastqwen compiles them, too."""
+    root = build.FOLDER.parents[2]
+    globs = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"][
+        "fastqwen"
+    ]
+    sources = [path for path in build.FOLDER.iterdir() if path.suffix in (".cpp", ".h")]
+    assert len(sources) > 3
+    package = build.FOLDER.parents[1]
+    assert all(any(path.relative_to(package).match(glob) for glob in globs) for path in sources)
