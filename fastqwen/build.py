@@ -10,13 +10,13 @@ from dataclasses import replace
 from fastqwen import models, quant
 from fastqwen.kernels import AttentionParts, DenseWeight, HeadShape, Norm, Ops
 from fastqwen.layers.attention import Attention
-from fastqwen.layers.decoder import Decoder, Embedding, Layer
+from fastqwen.layers.decoder import Decoder, Embedding, FileEmbedding, Layer
 from fastqwen.layers.linear import DenseLinear, GatheredLinear, Linear, SummedLinear
 from fastqwen.layers.mlp import Mlp
 from fastqwen.layers.moe import Moe, SharedExpert
 from fastqwen.model_config import ModelConfig, MoeConfig
 from fastqwen.models.names import Names
-from fastqwen.quant import ExpertsSpec, LinearSpec
+from fastqwen.quant import ExpertsSpec, LinearSpec, dense
 from fastqwen.sharding import VOCAB_UNIT, Alone, HeadSplit, Part, Ranges, World, behind, even_ranges, even_size
 from fastqwen.weights.source import Weights
 
@@ -58,22 +58,40 @@ class _Builder:
         config, names, world = self.config, self.names, self.world
         shape = (config.vocab_size, config.hidden_size)
         part = None if world.count == 1 else Part(0, even_ranges(config.vocab_size, world, VOCAB_UNIT))
-        first_id = world.index * even_size(config.vocab_size, world.count, VOCAB_UNIT)
         embed, own_head = f"{names.embed}.weight", f"{names.head}.weight"
         if config.tie_word_embeddings and not self.weights.has(embed) and self.weights.has(own_head):
             embed = own_head  # either of two tensors that are one
-        table = self.weights.tensor(embed, shape, part=part)
         tied = (config.tie_word_embeddings and not self.is_untied(embed, own_head, shape)) or not self.has_head
-        head = table if tied else self.weights.tensor(own_head, shape, part=part)
-        linear: Linear = DenseLinear(self.ops, DenseWeight(head))
+        first, linear = self.tables(embed, embed if tied else own_head, shape, part)
         return Decoder(
             ops=self.ops,
-            embed=Embedding(table, first_id, world),
+            embed=first,
             layers=layers,
             norm=self.norm(names.final_norm),
             head=linear if world.count == 1 else GatheredLinear(linear, world, config.vocab_size),
             has_head=self.has_head,
         )
+
+    def tables(
+        self, embed: str, head: str, shape: tuple[int, int], part: Part | None
+    ) -> tuple[Embedding | FileEmbedding, Linear]:
+        """The embedding, of which a step reads some rows, and the head, which may be the same tensor."""
+        weights = self.weights
+        takes_codes = part is None and self.ops.takes_codes(weights.dtype)
+        rows, table = weights.rows(embed, shape) if takes_codes else None, None
+        first: Embedding | FileEmbedding
+        if rows is not None:
+            first = FileEmbedding(rows)
+        else:
+            table = weights.tensor(embed, shape, part=part)
+            first_id = self.world.index * even_size(shape[0], self.world.count, VOCAB_UNIT)
+            first = Embedding(table, first_id, self.world)
+        if takes_codes and weights.rows(head, shape) is not None:
+            spec = LinearSpec((head.removesuffix(".weight"),), shape[1], (shape[0],), bias=False)
+            return first, dense.Dense().linear(weights, spec, self.ops)
+        if table is None or head != embed:
+            table = weights.tensor(head, shape, part=part)
+        return first, DenseLinear(self.ops, DenseWeight(table))
 
     def is_untied(self, embed: str, head: str, shape: tuple[int, int]) -> bool:
         """Whether a checkpoint that says that both are one holds two: then both count, as in transformers."""

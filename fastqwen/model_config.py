@@ -69,6 +69,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     windows: tuple[int | None, ...] = ()  # per layer; None sees everything. Empty: no layer has a window
     moe: MoeConfig | None = None
     quantization: dict[str, Any] | None = None
+    packed_bytes: int | None = (
+        None  # of all tensors, as a GGUF file packs them; None: as other files, or unpacked when loaded
+    )
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None

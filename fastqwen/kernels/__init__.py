@@ -169,6 +169,26 @@ class ScaledWeight:
         return self.numbers.shape[0]
 
 
+@dataclass(frozen=True)
+class CodedWeight:
+    """A matrix of small whole numbers, one a byte: what every packed type of GGUF is, and what a device packs anew.
+
+    weight[o, i] = (code[o, i] - zero) * scales[o, i / group_size] * parts[o, i / part_size]
+                   + minima[o, i / group_size] * min_parts[o, i / part_size]
+    """
+
+    codes: Tensor  # uint8 [out, in]
+    bits: int  # that a code needs
+    zero: int
+    scales: Tensor  # float16 [out, groups]
+    group_size: int  # 32 * 2^n; of one group for all, at least as many inputs as there are
+    part_size: int  # 16 where codes have 2, 3 or 6 bits, else 32
+    parts: Tensor | None = None  # int8 [out, in / part_size]
+    minima: Tensor | None = None  # float16, like scales
+    min_parts: Tensor | None = None  # uint8 [out, in / part_size]
+    bias: Tensor | None = None  # [out]
+
+
 class Product(Protocol):
     """A matrix as a device's own kernels read it, and the forms in which a decoder multiplies by it (see layers/linear.py)."""
 
@@ -233,7 +253,8 @@ class Ops(Protocol):
     """Everything that a decoder computes. All matrices of weights are [out, in].
 
     Activations (``x``, ``qkv``, ``residual`` and all results) are 2-dimensional with a row per token, and have the type of
-    what ``embed`` gives: the C++ kernels compute in float32 whatever the weights are, the others in the weights' type.
+    what ``embed`` gives: the C++ kernels compute in float32 whatever the weights are (beside bfloat16 weights with 16 bits of a
+    fraction at least, beside packed ones with 8 bits in blocks), the others in the weights' type.
     Sums are float32 at least. No op changes its arguments but where it says so. ``residual`` is contiguous.
     """
 
@@ -266,6 +287,12 @@ class Ops(Protocol):
     def packed(self, weight: GroupedWeight | ScaledWeight, dtype: dtype) -> Product | None:
         """The same matrix for this device's own kernels; None: grouped_linear or scaled_linear computes with it as it is.
         ``dtype`` is the activations'."""
+
+    def takes_codes(self, dtype: dtype) -> bool:
+        """Whether this device computes with coded weights where the model's type is ``dtype``."""
+
+    def coded(self, weight: CodedWeight) -> Product:
+        """The same matrix for this device's own kernels, if it takes codes."""
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[tokens, 2 * size] -> silu(first half) * second half, [tokens, size]"""

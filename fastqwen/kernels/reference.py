@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fastqwen.kernels import (
     AttentionParts,
+    CodedWeight,
     DenseWeight,
     ExpertsWeight,
     GroupedWeight,
@@ -69,6 +70,12 @@ class ReferenceOps:
 
     def packed(self, weight: GroupedWeight | ScaledWeight, dtype: torch.dtype) -> Product | None:
         return None
+
+    def takes_codes(self, dtype: torch.dtype) -> bool:
+        return False
+
+    def coded(self, weight: CodedWeight) -> Product:
+        raise NotImplementedError("asked of ops that take codes")
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -141,6 +148,36 @@ def unpack_scaled(weight: ScaledWeight, start: int, stop: int) -> Tensor:
     lines = weight.scales[start // height : -(-stop // height)].repeat_interleave(height, 0)[start % height :]
     scales = lines[: stop - start].repeat_interleave(width, 1)[:, : weight.in_size]
     return weight.numbers[start:stop].float().mul_(scales)
+
+
+def unpack_coded(weight: CodedWeight) -> Tensor:
+    """As a plain matrix, float32 [out, in]."""
+    in_size = weight.codes.shape[1]
+
+    def spread(numbers: Tensor, size: int) -> Tensor:
+        return numbers.float().repeat_interleave(size, dim=1)[:, :in_size]
+
+    def spread_groups(numbers: Tensor) -> Tensor:
+        return spread(numbers, min(weight.group_size, in_size))
+
+    out = (weight.codes.float() - weight.zero) * spread_groups(weight.scales)
+    if weight.parts is not None:
+        out *= spread(weight.parts, weight.part_size)
+    if weight.minima is not None:
+        minima = spread_groups(weight.minima)
+        out += minima if weight.min_parts is None else minima * spread(weight.min_parts, weight.part_size)
+    return out
+
+
+def round_to_blocks(x: Tensor, size: int = 32) -> Tensor:
+    """x float32 [tokens, in] as products with coded weights see it, in float64: each ``size`` numbers are multiples of their
+    largest / 127."""
+    blocks: Tensor = x.unflatten(1, (-1, size))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    # ``127 / largest`` would be 127 times a rounded reciprocal; the kernel divides
+    inverse = torch.full_like(largest, 127.0) / largest.clamp(min=1e-30)
+    whole: Tensor = (blocks.double() * inverse.double()).round()
+    return (whole * (largest / 127).double()).flatten(1)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

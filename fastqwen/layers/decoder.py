@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastqwen.kernels import LayerState, Norm, Ops, StateRoom, StepTokens
 from fastqwen.layers.linear import Linear
-from fastqwen.sharding import World
+from fastqwen.sharding import Alone, World
 
 
 class Mixer(Protocol):
@@ -53,9 +53,20 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class FileEmbedding:
+    """Vectors that stay packed in their file: ids [n] -> float32 [n, hidden]. Shards hold theirs unpacked."""
+
+    rows: Callable[[Tensor], Tensor]
+    world: World = Alone()  # noqa: RUF009 it has no state
+
+    def __call__(self, ids: Tensor, ops: Ops) -> Tensor:
+        return self.rows(ids)
+
+
+@dataclass(frozen=True)
 class Decoder:
     ops: Ops
-    embed: Embedding
+    embed: Embedding | FileEmbedding
     layers: Sequence[Layer]
     norm: Norm
     head: Linear

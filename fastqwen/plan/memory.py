@@ -37,6 +37,7 @@ from fastqwen.plan.facts import (
 )
 from fastqwen.plan.steps import step_tokens as usual_step_tokens
 from fastqwen.plan.weights import (
+    as_held,
     largest_unpacked_bytes,
     num_dense_layers,
     num_parameters,
@@ -108,6 +109,7 @@ def kv_bytes_per_token(model: ModelConfig, dtype: str, *, num_gpus: int = 1, kv_
 
 def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: DeviceFacts) -> Need:
     """Raises BadConfig for a number of GPUs that cannot be."""
+    model = as_held(model, facts)
     gpus, element = load.num_gpus, DTYPE_BYTES[load.dtype]
     per_token = kv_bytes_per_token(model, load.dtype, num_gpus=gpus, kv_cache_dtype=load.kv_cache_dtype)
     block_size = load.block_size or profile.block_size

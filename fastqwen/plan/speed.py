@@ -9,7 +9,7 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.plan.facts import KERNELS_PER_LAYER, DeviceFacts
 from fastqwen.plan.generations import generation_of, has_fast_packed
 from fastqwen.plan.memory import Load, kv_bytes_per_token
-from fastqwen.plan.weights import num_parameters, read_bytes
+from fastqwen.plan.weights import as_held, num_parameters, read_bytes
 
 MATMUL_SHARE = 775 / 989  # of one H200's data sheet: what large products reached
 NODE_S = 1.1e-6  # a node in a CUDA graph
@@ -67,7 +67,7 @@ def _read_share(facts: DeviceFacts) -> tuple[float, float] | None:
 
 def _step_s(model: ModelConfig, load: Load, facts: DeviceFacts, batch: int, context_tokens: int, share: float) -> float:
     per_token = kv_bytes_per_token(model, load.dtype, num_gpus=load.num_gpus, kv_cache_dtype=load.kv_cache_dtype)
-    weights = read_bytes(model, load.dtype, load.num_gpus, batch)
+    weights = read_bytes(as_held(model, facts), load.dtype, load.num_gpus, batch)
     assert facts.bandwidth_gb_s is not None
     reading = (weights + batch * context_tokens * per_token) / (facts.bandwidth_gb_s * 1e9 * share)
     if facts.matmul_tflops is None:

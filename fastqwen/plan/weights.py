@@ -12,7 +12,7 @@ from fastqwen import quant
 from fastqwen.errors import Unsupported
 from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.plan.allocator import rounded_up_bytes
-from fastqwen.plan.facts import DTYPE_BYTES
+from fastqwen.plan.facts import DTYPE_BYTES, DeviceFacts
 from fastqwen.sharding import VOCAB_UNIT, even_size
 
 PLAIN_BYTES = 2  # of a number in the files that are quantized while they are loaded
@@ -106,11 +106,25 @@ def _bytes_in_file(matrix: Matrix, quantization: dict[str, Any]) -> int:
 
 
 def weights_bytes(model: ModelConfig, dtype: str, num_gpus: int = 1, *, as_in_file: bool = False) -> int:
-    """What one GPU holds."""
+    """What one GPU holds, or a CPU."""
+    if keeps_packed(model, dtype, num_gpus):
+        return model.packed_bytes or 0
     element = DTYPE_BYTES[dtype]
     parts = (*matrices(model, num_gpus), *tables(model, num_gpus))
     held = sum(m.count * matrix_bytes(m, model.quantization, element, as_in_file=as_in_file) for m in parts)
     return held + _norm_entries(model) * element
+
+
+def as_held(model: ModelConfig, facts: DeviceFacts) -> ModelConfig:
+    """As the device holds it: only on a CPU do a GGUF file's weights stay packed."""
+    if facts.kind == "cpu" or model.packed_bytes is None:
+        return model
+    return msgspec.structs.replace(model, packed_bytes=None)
+
+
+def keeps_packed(model: ModelConfig, dtype: str, num_gpus: int) -> bool:
+    """In float32 nothing is rounded, so all is unpacked; so are the parts of several processes."""
+    return model.packed_bytes is not None and dtype != "float32" and num_gpus == 1
 
 
 def rounding_of_weights(model: ModelConfig, dtype: str, num_gpus: int = 1) -> int:
@@ -133,6 +147,9 @@ def read_bytes(model: ModelConfig, dtype: str, num_gpus: int, batch: int) -> flo
     for matrix in (*matrices(model, num_gpus), *tables(model, num_gpus)):
         share = 1 - (1 - matrix.read_share) ** batch if 0 < matrix.read_share < 1 else matrix.read_share
         total += share * matrix.count * matrix_bytes(matrix, model.quantization, element)
+    if keeps_packed(model, dtype, num_gpus):
+        plain = msgspec.structs.replace(model, packed_bytes=None)
+        total *= weights_bytes(model, dtype, num_gpus) / weights_bytes(plain, dtype, num_gpus)
     return total
 
 

@@ -1,12 +1,13 @@
-"""Weights as they are: one number per parameter."""
+"""Weights as they are: one number per parameter, or the small whole numbers of a GGUF file where the device takes such."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fastqwen.kernels import DenseWeight, ExpertsWeight, Ops
-from fastqwen.layers.linear import DenseLinear, Linear, join, packed
+from fastqwen.kernels import CodedWeight, DenseWeight, ExpertsWeight, Ops
+from fastqwen.layers.linear import DenseLinear, Linear, PackedLinear, join, packed
 from fastqwen.quant import ExpertsSpec, LinearSpec
 from fastqwen.sharding import Part, Ranges
 
@@ -27,7 +28,21 @@ class Dense:
         return in_size * out_size * element
 
     def linear(self, weights: Weights, spec: LinearSpec, ops: Ops) -> Linear:
-        return of_modules(weights, spec, ops, spec.bias and spec.adds_bias, lambda index, name, bias: None)
+        parts: list[Linear] = []
+        coded: list[CodedWeight] = []  # neighbours that will be one matrix
+        for index, name in enumerate(spec.names):
+            bias = read_bias(weights, spec, index) if spec.bias and spec.adds_bias else None
+            found = read_codes(weights, spec, index, name, ops)
+            if coded and (found is None or not is_alike(coded[-1], found)):
+                parts.append(packed_codes(weights, ops, coded))
+                coded = []
+            if found is None:
+                parts.append(DenseLinear(ops, DenseWeight(read_matrix(weights, spec, index, name), bias)))
+            else:
+                coded.append(replace(found, bias=bias))
+        if coded:
+            parts.append(packed_codes(weights, ops, coded))
+        return join(ops, parts)
 
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
         return stacked(weights, spec, ops, lambda name, shape, part: weights.tensor(f"{name}.weight", shape, part=part))
@@ -51,6 +66,33 @@ def of_modules(
 
 def read_matrix(weights: Weights, spec: LinearSpec, index: int, name: str) -> Tensor:
     return weights.tensor(f"{name}.weight", (spec.out_sizes[index], spec.in_size), part=part_of(spec, index))
+
+
+def read_codes(weights: Weights, spec: LinearSpec, index: int, name: str, ops: Ops) -> CodedWeight | None:
+    """None where the file has none or the device takes none, and of a shard, which reads plain numbers."""
+    if not ops.takes_codes(weights.dtype) or spec.inputs is not None or spec.outputs is not None:
+        return None
+    return weights.codes(f"{name}.weight", (spec.out_sizes[index], spec.in_size))
+
+
+def is_alike(one: CodedWeight, other: CodedWeight) -> bool:
+    """Whether both can be one matrix."""
+    fields = ("bits", "zero", "group_size", "part_size")
+    return all(getattr(one, field) == getattr(other, field) for field in fields) and all(
+        (getattr(one, field) is None) == (getattr(other, field) is None) for field in ("parts", "minima", "min_parts")
+    )
+
+
+def packed_codes(weights: Weights, ops: Ops, parts: Sequence[CodedWeight]) -> PackedLinear:
+    import torch
+
+    fields = ("codes", "scales", "parts", "minima", "min_parts", "bias")
+    of_each: dict[str, Any] = {field: [getattr(part, field) for part in parts] for field in fields}
+    joined: dict[str, Any] = {field: None if of[0] is None else torch.cat(of) for field, of in of_each.items()}
+    whole = replace(parts[0], **joined)
+    product = ops.coded(whole)
+    weights.num_bytes += product.num_bytes
+    return PackedLinear(ops, product)
 
 
 def read_bias(weights: Weights, spec: LinearSpec, index: int) -> Tensor:

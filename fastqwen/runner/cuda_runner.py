@@ -13,7 +13,7 @@ from fastqwen.kernels import PromptTiles, StepTokens
 from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.kernels.triton import step
 from fastqwen.layers.attention import Attention
-from fastqwen.layers.decoder import Decoder
+from fastqwen.layers.decoder import Decoder, Embedding
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.records import Row, ScheduledBatch
@@ -40,6 +40,8 @@ class CudaRunner(ModelRunner):
         structured: Constraints | None = None,
     ) -> None:
         super().__init__(model, decoder, plan, device, structured)
+        assert isinstance(decoder.embed, Embedding), "a GPU holds the table"
+        self._embed = decoder.embed
         # The last step's choices, tokens, and rows that stepped aside.
         self._untaken: tuple[list[Choice], Tensor, torch.cuda.Event, set[int]] | None = None
         self.slots.block_tables[self.slots.spare] = plan.num_blocks  # padding writes into a block of its own
@@ -177,11 +179,11 @@ class CudaRunner(ModelRunner):
             token_ids=slots.token_ids,
             frequencies=slots.inverse_frequencies,
             rope_scale=slots.rope_scale,
-            embed=decoder.embed.table,
-            first_id=decoder.embed.first_id,
+            embed=self._embed.table,
+            first_id=self._embed.first_id,
             logn_len=self._model.logn_len,
         )
-        decoder.embed.world.all_reduce(residual)
+        self._embed.world.all_reduce(residual)
         where = StepTokens(
             positions=inputs.positions,
             slots=inputs.slots,

@@ -28,6 +28,7 @@ from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary_key import rope_key
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import DeviceFacts, EnginePlan, Line, Measured, compare, make_plan
+from fastqwen.plan.weights import as_held
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts, has_own_kernels
 from fastqwen.runner.follower import Follower, GrammarMarks
 from fastqwen.runner.model_runner import ModelRunner
@@ -153,7 +154,7 @@ def start_computer(
         executor=executor,
         compiler=compiler,
         plan=plan,
-        model=msgspec.structs.replace(checkpoint.model, has_head=decoder.has_head),
+        model=msgspec.structs.replace(as_held(checkpoint.model, device_facts(device)), has_head=decoder.has_head),
         comparison=compare(paper, measured),
         tile_tokens=TILE_TOKENS if has_own_kernels(device) else 1,
     )

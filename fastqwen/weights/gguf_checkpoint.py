@@ -6,7 +6,8 @@ knows what an architecture is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import pi
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,10 +17,12 @@ import numpy as np
 
 from fastqwen import models
 from fastqwen.errors import BadCheckpoint, Unsupported
+from fastqwen.kernels import CodedWeight
 from fastqwen.model_config import ModelConfig, RopeConfig
 from fastqwen.models.names import Names
 from fastqwen.sharding import Part
 from fastqwen.weights.gguf_file import GgufFile, short
+from fastqwen.weights.gguf_types import Split, TensorType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +137,9 @@ def config_from_gguf(file: GgufFile, overrides: Mapping[str, Any] = MappingProxy
     unread = _unread_keys(file, architecture)
     config = msgspec.structs.replace(config, notices=(*config.notices, *unread))
     _check_heads(file, architecture, config)
+    if config.moe is None:  # experts are unpacked
+        packed_bytes = sum(tensor.num_bytes for tensor in file.tensors.values())
+        config = msgspec.structs.replace(config, packed_bytes=packed_bytes)
     if ROPE_FACTORS in file.tensors:
         config = msgspec.structs.replace(config, rope=_with_factors(file, config))
     return config
@@ -343,6 +349,23 @@ class GgufCheckpoint:
             tensor = _halves(tensor, place.rotary_heads)
         return cut(tensor.view(place.shape), part)
 
+    def codes(self, name: str) -> CodedWeight | None:
+        """None: plain numbers, or one of a stack of experts."""
+        place = self._places[name]
+        kind = self._file.tensors[place.tensor].type
+        found = None if place.expert is not None else self._file.split(place.tensor)
+        if found is None:
+            return None
+        coded = _coded(found, kind, place.shape)
+        return coded if place.rotary_heads is None else _halves_of_coded(coded, place.rotary_heads)
+
+    def rows(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """Some rows of a packed matrix, ids [n] -> float32 [n, columns]; None: it holds plain numbers."""
+        place = self._places[name]
+        if self._file.tensors[place.tensor].type.split is None:
+            return None
+        return lambda ids: self._file.read_rows(place.tensor, ids.tolist())
+
     def _refuse_unknown_tensors(self, model_type: str) -> None:
         known = {place.tensor for place in self._places.values()} | {ROPE_FACTORS}
         unknown = [name for name in self._file.tensors if name not in known]
@@ -351,6 +374,36 @@ class GgufCheckpoint:
                 f"{self._file.path}: {len(unknown)} tensors have no place in a {model_type} model, "
                 f"the first is {short(unknown[0])}"
             )
+
+
+def _coded(found: Split, kind: TensorType, shape: tuple[int, ...]) -> CodedWeight:
+    """A block's groups side by side, as rows of a matrix."""
+    import torch
+
+    def rows(numbers: np.ndarray[Any, Any] | None) -> Tensor | None:
+        return None if numbers is None else torch.from_numpy(np.ascontiguousarray(numbers)).view(shape[0], -1)
+
+    codes, scales = rows(found.codes), rows(found.scale)
+    assert codes is not None and scales is not None
+    return CodedWeight(
+        codes=codes,
+        bits=kind.bits,
+        zero=found.zero,
+        scales=scales,
+        group_size=kind.block_elements,
+        part_size=found.codes.shape[2],
+        parts=rows(found.part),
+        minima=rows(found.minimum),
+        min_parts=rows(found.min_part),
+    )
+
+
+def _halves_of_coded(coded: CodedWeight, num_heads: int) -> CodedWeight:
+    tensors: dict[str, Any] = {
+        name: getattr(coded, name) for name in ("codes", "scales", "parts", "minima", "min_parts")
+    }
+    tensors = {name: one if one is None else _halves(one, num_heads) for name, one in tensors.items()}
+    return replace(coded, **tensors)
 
 
 def _halves(tensor: Tensor, num_heads: int) -> Tensor:

@@ -10,7 +10,7 @@ import mmap
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -20,7 +20,7 @@ import numpy as np
 
 from fastqwen.errors import BadCheckpoint, ModelNotFound, Unsupported
 from fastqwen.text_files import HEAD_BYTES, what_head_is
-from fastqwen.weights.gguf_types import OTHER_TYPE_NAMES, TYPES, Bytes, TensorType, dequantize
+from fastqwen.weights.gguf_types import OTHER_TYPE_NAMES, TYPES, Bytes, Split, TensorType, dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +90,23 @@ class GgufFile:
         part_bytes = tensor.num_bytes // tensor.shape[0]
         start = tensor.offset_bytes + index * part_bytes
         return self._decode(self._home[name], tensor, start, tensor.shape[1:])
+
+    def split(self, name: str) -> Split | None:
+        """A packed tensor's codes and what they mean; None for one of plain numbers."""
+        tensor = self.tensors[name]
+        if tensor.type.split is None:
+            return None
+        data = self._home[name][tensor.offset_bytes : tensor.offset_bytes + tensor.num_bytes]
+        return tensor.type.split(data.reshape(-1, tensor.type.block_bytes))
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a packed matrix, float32 [rows, columns]; nothing else of the file is read."""
+        import torch
+
+        tensor = self.tensors[name]
+        height, width = tensor.shape
+        data = self._home[name][tensor.offset_bytes : tensor.offset_bytes + tensor.num_bytes].reshape(height, -1)
+        return torch.from_numpy(dequantize(tensor.type, data[rows])).view(-1, width)
 
     @staticmethod
     def _decode(home: Bytes, tensor: GgufTensor, start: int, shape: tuple[int, ...]) -> Tensor:

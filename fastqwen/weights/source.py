@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fastqwen.errors import BadCheckpoint
+from fastqwen.kernels import CodedWeight
 from fastqwen.sharding import Part
 
 
@@ -25,6 +27,15 @@ class TensorFile(Protocol):
     def read(self, name: str, part: Part | None = None) -> Tensor:
         """The tensor, or part of it, in the file's own type, or float32 where that type is packed; a view of the file if
         possible. Nothing else of the file is read."""
+
+
+@runtime_checkable
+class CodedFile(Protocol):
+    """A TensorFile that may hold matrices as small whole numbers: see fastqwen/weights/gguf_checkpoint.py."""
+
+    def codes(self, name: str) -> CodedWeight | None: ...
+
+    def rows(self, name: str) -> Callable[[Tensor], Tensor] | None: ...
 
 
 class Weights:
@@ -85,6 +96,26 @@ class Weights:
             raise self._missing(name)
         return self._file.shape(name)
 
+    def codes(self, name: str, shape: tuple[int, int]) -> CodedWeight | None:
+        """A matrix as small whole numbers; None where the file does not hold it so."""
+        if not isinstance(self._file, CodedFile):
+            return None
+        self._check(name, shape)
+        found = self._file.codes(name)
+        if found is None:
+            return None
+        numbers = [one for one in (found.scales, found.minima) if one is not None]
+        if not all(map(_is_finite, numbers)):
+            raise self.fault(name, "contains NaN or infinity")
+        return found
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+        """How to read some rows of a matrix that stays in its file, as float32; None where the file does not hold it so."""
+        if not isinstance(self._file, CodedFile):
+            return None
+        self._check(name, shape)
+        return self._file.rows(name)
+
     def is_same(self, name: str, other: str, shape: tuple[int, ...]) -> bool:
         """Whether two tensors of one shape hold the same numbers."""
         return torch.equal(self.raw(name, shape), self.raw(other, shape))
@@ -99,11 +130,15 @@ class Weights:
 
     def raw(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
         """A tensor in the file's own type, on the CPU, possibly a view of the mapped file. ``shape`` is the whole one's."""
+        self._check(name, shape)
+        return self._file.read(name, part)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        """That the file has such a tensor, which is read now."""
         found = self.shape(name)
         self._read.add(name)
         if found != shape:
             raise self.fault(name, f"has shape {list(found)}, config.json says {list(shape)}")
-        return self._file.read(name, part)
 
     def _missing(self, name: str) -> BadCheckpoint:
         file = self._file.location(name)
@@ -191,6 +226,12 @@ class DummyWeights(Weights):
 
     def is_same(self, name: str, other: str, shape: tuple[int, ...]) -> bool:
         return True
+
+    def codes(self, name: str, shape: tuple[int, int]) -> CodedWeight | None:
+        return None
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+        return None
 
     def unread(self) -> list[str]:
         return []

@@ -1,4 +1,4 @@
-"""The C++ kernels by whatever compiler there is: g++ before 12 and clang before 15 have no _Float16, some have no OpenMP."""
+"""The C++ kernels by whatever compiler there is: g++ before 12 and clang before 15 have no _Float16."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,22 +23,20 @@ COMPILERS = [name for name in ("g++", "g++-11", "g++-12", "g++-13", "clang++") i
 ALL_HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
 
 
-@pytest.fixture(scope="module", params=[*COMPILERS, "g++ -DNO_FLOAT16", "g++ without OpenMP"])
+@pytest.fixture(scope="module", params=[*COMPILERS, "g++ -DNO_FLOAT16"])
 def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CpuOps:
     name, *more = request.param.split(" ", 1)
     compiler = shutil.which(name)
     assert compiler is not None, f"the tests need {name}"
     target = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    flags = [*build.FLAGS, "-march=native", *([] if more == ["without OpenMP"] else ["-fopenmp"])]
-    flags += [word for word in more if word.startswith("-")]
-    assert build._compile([compiler, *flags], target) is None
+    assert build._compile([compiler, "-O1", *build.FLAGS[1:], "-march=native", *more], target) is None
     return CpuOps(ctypes.CDLL(str(target)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_those_of_the_reference(ops: CpuOps, dtype: torch.dtype):
     x, weight = torch.randn(5, 100), DenseWeight(torch.randn(33, 100).to(dtype), torch.randn(33).to(dtype))
-    torch.testing.assert_close(ops.linear(x, weight), ReferenceOps().linear(x, weight), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ops.linear(x, weight), ReferenceOps().linear(x, weight), rtol=1e-4, atol=1e-3)
     norm = Norm(torch.rand(100).to(dtype), 1e-6)
     torch.testing.assert_close(ops.rms_norm(x, norm), ReferenceOps().rms_norm(x, norm), rtol=1e-5, atol=1e-6)
 
@@ -59,7 +58,7 @@ def test_every_float16_is_read_as_what_it_is(ops: CpuOps, inputs: int):
 
 NARROW = """
 #include <cstdio>
-#include "kernels.cpp"
+#include "vectors.h"
 int main() {
   float v;
   while (std::fread(&v, 4, 1, stdin) == 1) {
@@ -75,7 +74,7 @@ def test_float16_by_bits_is_rounded_as_by_the_processor(tmp_path: Path):
     """Ties, what becomes subnormal or 0, what becomes infinite, and NaN."""
     program, source = tmp_path / "narrow", tmp_path / "narrow.cpp"
     source.write_text(NARROW)
-    command = ["g++", "-O1", "-std=c++17", "-DNO_FLOAT16", "-Wno-psabi", f"-I{build.SOURCE.parent}"]
+    command = ["g++", "-O1", "-std=c++17", "-DNO_FLOAT16", "-Wno-psabi", f"-I{build.FOLDER}"]
     subprocess.run([*command, str(source), "-o", str(program)], check=True, capture_output=True)
     halves = ALL_HALVES.float()
     halves = halves[halves.isfinite()].sort().values
@@ -96,20 +95,21 @@ def fake_compiler(folder: Path, name: str, script: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def test_a_compiler_without_openmp_or_march_is_asked_for_less(
+def test_a_compiler_without_march_is_asked_for_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """As clang on a Mac: no -fopenmp, and -mcpu instead of -march."""
+    """As clang on a Mac: -mcpu instead of -march."""
     real = shutil.which("g++")
-    refuses = 'for word in "$@"; do case $word in -fopenmp|-march=*|-mcpu=*) echo "no $word" >&2; exit 1;; esac; done'
+    refuses = 'for word in "$@"; do case $word in -march=*|-mcpu=*) echo "no $word" >&2; exit 1;; esac; done'
     fake_compiler(tmp_path, "clang++", f'{refuses}\nexec {real} "$@"')
     fake_compiler(tmp_path, "g++", "echo broken >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:]))  # the test must not take long
     with caplog.at_level(logging.WARNING):
         assert build.compile_kernels(build.find_compilers()[:2], tmp_path / "kernels.so")
     assert ctypes.CDLL(str(tmp_path / "kernels.so"))
-    assert ["no OpenMP" in record.getMessage() for record in caplog.records] == [True]
+    assert not caplog.records
 
 
 def test_no_compiler_that_works_is_one_warning(
@@ -122,3 +122,15 @@ def test_no_compiler_that_works_is_one_warning(
     first, second = (record.getMessage() for record in caplog.records)
     assert "nothing works" in first and "using plain torch" in first
     assert "no C++ compiler" in second
+
+
+def test_every_source_is_in_the_package():
+    """An installed fastqwen compiles them, too."""
+    root = build.FOLDER.parents[2]
+    globs = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"][
+        "fastqwen"
+    ]
+    sources = [path for path in build.FOLDER.iterdir() if path.suffix in (".cpp", ".h")]
+    assert len(sources) > 3
+    package = build.FOLDER.parents[1]
+    assert all(any(path.relative_to(package).match(glob) for glob in globs) for path in sources)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import importlib.util
 import logging
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from fastqwen.errors import BadConfig
@@ -21,9 +18,10 @@ from fastqwen.paths import PRIVATE_FILE, cache_dir, is_trusted
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("kernels.cpp", "packed.cpp", "attention.cpp"))
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-unknown-pragmas")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 # clang takes only the second of these on some processors; where neither is taken, it is compiled for any of its kind.
 PROCESSOR_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 ERROR_LINES = 10
@@ -72,35 +70,24 @@ def compile_kernels(compilers: list[str], target: Path) -> bool:
     full."""
     first_error = ""
     for compiler in compilers:
-        for threads in _openmp_flags():
-            for processor in PROCESSOR_FLAGS:
-                error = _compile([compiler, *FLAGS, *processor, *threads], target)
-                if error is None:
-                    if not threads:
-                        log.warning("%s has no OpenMP: the CPU kernels compute on one core", compiler)
-                    return True
-                first_error = first_error or f"{compiler} could not compile the CPU kernels:\n{error}"
+        for processor in PROCESSOR_FLAGS:
+            error = _compile([compiler, *FLAGS, *processor], target)
+            if error is None:
+                return True
+            first_error = first_error or f"{compiler} could not compile the CPU kernels:\n{error}"
     log.warning(
         "%s; using plain torch on the CPU, which is slower", first_error or "no C++ compiler (g++, clang++) found"
     )
     return False
 
 
-def _openmp_flags() -> Iterator[tuple[str, ...]]:
-    """Flags for several threads, best first, then none. Apple's clang has OpenMP, but not its library: torch's is taken."""
-    yield ("-fopenmp",)
-    spec = importlib.util.find_spec("torch") if sys.platform == "darwin" else None
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        library = Path(folder) / "lib" / "libomp.dylib"
-        yield ("-Xpreprocessor", "-fopenmp", str(library), f"-Wl,-rpath,{library.parent}")
-    yield ()
-
-
 def _compile(command: list[str], target: Path) -> str | None:
     """Why it failed, in a few lines; None if ``target`` is there. Raises OSError for a folder that cannot hold it."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        run = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [*command, *map(str, SOURCES), "-o", str(made)], capture_output=True, text=True, check=False
+        )
         if run.returncode != 0:
             if os.strerror(errno.ENOSPC) in run.stderr:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
@@ -113,7 +100,9 @@ def _compile(command: list[str], target: Path) -> str | None:
 def _fingerprint(compilers: list[str]) -> str:
     """Source, flags, compilers and processor: a cache folder may be shared by machines of different kinds."""
     words = " ".join((*FLAGS, *compilers, platform.machine(), platform.processor()))
-    digest = hashlib.sha256(SOURCE.read_bytes() + words.encode())
+    digest = hashlib.sha256(words.encode())
+    for source in sorted((*SOURCES, *FOLDER.glob("*.h"))):
+        digest.update(source.read_bytes())
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text(errors="replace").splitlines()

@@ -7,17 +7,56 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastqwen.kernels import AttentionParts, DenseWeight, HeadShape, LayerCache, Norm, StepTokens
+from fastqwen.kernels import (
+    AttentionParts,
+    CodedWeight,
+    DenseWeight,
+    GroupedWeight,
+    LayerCache,
+    Norm,
+    Product,
+    ScaledWeight,
+    StepTokens,
+)
+from fastqwen.kernels.cpu import packed
 from fastqwen.kernels.reference import ReferenceOps
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_TYPES = packed.TYPES
+_CACHE_TYPES = {**_TYPES, torch.int8: 3}
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
+    **packed.SIGNATURES,
+    "fq_set_threads": [_I],
     "fq_linear": [_P, _P, _P, _P, _L, _L, _L, _I, _I],
     "fq_rms_norm": [_P, _P, _P, _L, _L, _F, _I],
     "fq_silu_mul": [_P, _P, _L, _L],
-    "fq_rope_and_cache": [_P, _L, _P, _P, _P, _P, _P, _L, _P, _P, _F, _P, _P, _P, _L, _L, _L, _L, _L, _L, _I, _I],
-    "fq_attention": [_P, _P, _P, _P, _P, _P, _L, _P, _L, _L, _L, _L, _L, _L, _L, _I],
+    "fq_attend": [
+        _P,
+        _L,
+        _P,
+        _P,
+        _P,
+        _P,
+        _P,
+        _L,
+        _P,
+        _P,
+        _F,
+        _I,
+        _P,
+        _P,
+        _P,
+        _P,
+        _I,
+        _P,
+        _L,
+        _L,
+        _L,
+        _L,
+        _L,
+        _L,
+        _L,
+    ],
 }
 
 
@@ -33,6 +72,11 @@ class CpuOps(ReferenceOps):
             call.argtypes, call.restype = arguments, None
             self._calls[name] = call
         self._linear = self._calls["fq_linear"]
+        self.set_threads(torch.get_num_threads())
+
+    def set_threads(self, count: int) -> None:
+        """How many compute, of the whole process."""
+        self._calls["fq_set_threads"](count)
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         return super().embed(ids, table).float()
@@ -61,6 +105,24 @@ class CpuOps(ReferenceOps):
         assert residual.is_contiguous()
         self._call_linear(x, weight, residual, accumulate=1)
 
+    def packed(self, weight: GroupedWeight | ScaledWeight, dtype: torch.dtype) -> Product | None:
+        if not isinstance(weight, GroupedWeight) or not self.takes_codes(dtype):
+            return None
+        found = packed.coded(weight)
+        return None if found is None else self._product(*found)
+
+    def takes_codes(self, dtype: torch.dtype) -> bool:
+        """In float32 nothing is rounded, and these products round the activations."""
+        return dtype != torch.float32
+
+    def coded(self, weight: CodedWeight) -> Product:
+        return self._product(weight, None)
+
+    def _product(self, weight: CodedWeight, order: Tensor | None) -> Product:
+        tiled = packed.tiled(weight, self._calls["fq_pack"])
+        product = self._calls["fq_packed_product"]
+        return packed.TiledProduct(tiled, order, product=product, silu_mul=self.silu_mul)
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, double = gate_up.shape
         out = torch.empty((rows, double // 2))
@@ -68,25 +130,20 @@ class CpuOps(ReferenceOps):
         return out
 
     def attend(self, qkv: Tensor, step: StepTokens, cache: LayerCache, parts: AttentionParts) -> Tensor:
-        if cache.k.dtype not in _TYPES:  # the plain ops know every type of cache
+        if cache.k.dtype not in _CACHE_TYPES:  # the plain ops know every type of cache
             return super().attend(qkv, step, cache, parts)
-        tokens, shape, window = qkv.shape[0], parts.shape, parts.window or 0
-        assert qkv.stride(1) == 1 and cache.k_scale is None
-        q = torch.empty((tokens, shape.num_heads * shape.head_dim))
-        out = torch.empty_like(q)
-        caches = cache.k.data_ptr(), cache.v.data_ptr()
-        places = _places(step)
-        sizes = _sizes(shape, cache)
-        norms = _pointer(parts.q_norm), _pointer(parts.k_norm), parts.eps
-        norm_type = 0 if parts.q_norm is None else _TYPES[parts.q_norm.dtype]
-        turns = step.cos_sin.data_ptr(), _pointer(step.q_scale)
-        self._calls["fq_rope_and_cache"](
-            qkv.data_ptr(), qkv.stride(0), *turns, *places, *norms, *caches, q.data_ptr(), tokens, *sizes, norm_type,
-            _TYPES[cache.k.dtype],
+        tokens, shape, tables = qkv.shape[0], parts.shape, step.block_tables
+        assert qkv.stride(1) == 1
+        out = torch.empty((tokens, shape.num_heads * shape.head_dim))
+        self._calls["fq_attend"](
+            qkv.data_ptr(), qkv.stride(0), step.cos_sin.data_ptr(), _pointer(step.q_scale),
+            step.positions.data_ptr(), step.slots.data_ptr(), tables.data_ptr(), tables.shape[1],
+            _pointer(parts.q_norm), _pointer(parts.k_norm), parts.eps,
+            0 if parts.q_norm is None else _TYPES[parts.q_norm.dtype],
+            cache.k.data_ptr(), cache.v.data_ptr(), _pointer(cache.k_scale), _pointer(cache.v_scale),
+            _CACHE_TYPES[cache.k.dtype], out.data_ptr(), tokens, parts.window or 0,
+            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rotary_dim, cache.k.shape[2],
         )  # fmt: skip
-        self._calls["fq_attention"](
-            q.data_ptr(), *caches, *places, out.data_ptr(), tokens, window, *sizes, _TYPES[cache.k.dtype]
-        )
         return out
 
     def _call_linear(self, x: Tensor, weight: DenseWeight, out: Tensor, accumulate: int) -> None:
@@ -98,15 +155,6 @@ class CpuOps(ReferenceOps):
             x.data_ptr(), matrix.data_ptr(), _pointer(bias), out.data_ptr(), x.shape[0], matrix.shape[1],
             matrix.shape[0], _TYPES[matrix.dtype], accumulate,
         )  # fmt: skip
-
-
-def _places(step: StepTokens) -> tuple[int, int, int, int]:
-    tables = step.block_tables
-    return step.positions.data_ptr(), step.slots.data_ptr(), tables.data_ptr(), tables.shape[1]
-
-
-def _sizes(shape: HeadShape, cache: LayerCache) -> tuple[int, ...]:
-    return shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rotary_dim, cache.k.shape[2]
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
