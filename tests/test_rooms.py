@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fastqwen"
 ORDER = [
     "version", "errors", "logs", "lifeline", "paths", "plot", "text_files", "records", "outputs", "config", "model_config",
     "config_keys", "sharding", "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
-    "names", "demo", "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
+    "names", "demo", "hub", "text", "client", "ipc", "llm", "chat_model", "server", "cluster", "terminal", "benchmark", "cli",
 ]  # fmt: skip
 # The same inside server/: app.py and run.py join what stands below them.
 SERVER_ORDER = ["config", "http", "mcp", "answer", "dialects", "operator", "web", "app", "run"]
@@ -25,6 +25,8 @@ WITHOUT_TORCH = [
     "models",
     "plan",
     "errors.py",
+    "cluster/routing.py",
+    "cluster/failover.py",
     "cli/main.py",
 ]
 
