@@ -52,6 +52,12 @@ class _Running:
     num_moves: int = 0
     aborted: bool = False
 
+    @property
+    def id_there(self) -> str:
+        """Its name at its replica. After a move another one: the first replica may still compute it when it comes back."""
+        name = self.request.request_id
+        return f"{name}~{self.num_moves}" if self.num_moves else name
+
 
 class _Tap:
     """What one replica says."""
@@ -79,6 +85,7 @@ class FailoverEngine:
         self._replicas: dict[str, ReplicaEngine] = {}
         self._taps: dict[str, Reader] = {}
         self._running: dict[str, _Running] = {}
+        self._moved_ids: dict[str, str] = {}  # a moved request's name at its replica -> its own
         self._streams = Streams()
         self._ready: Ready | None = None
 
@@ -99,8 +106,8 @@ class FailoverEngine:
         left = [name for name, one in self._running.items() if one.ticket.replica == key]
         self.router.leave(key)
         if left:
-            engine.leave(left)
-        self._deliver(self._moved(left, is_loss=engine.state != "ready"))
+            engine.leave([self._running[name].id_there for name in left])
+        self._deliver(self._moved(left, is_loss=engine.state != "ready" and not engine.is_draining))
 
     def __contains__(self, key: str) -> bool:
         return key in self._replicas
@@ -172,14 +179,14 @@ class FailoverEngine:
             one = self._running.get(request_id)
             if one is not None:
                 one.aborted = True
-                self._replicas[one.ticket.replica].abort([request_id])
+                self._replicas[one.ticket.replica].abort([one.id_there])
 
     def leave(self, request_ids: list[str]) -> None:
         for request_id in self._streams.leave(request_ids):
-            one = self._running.pop(request_id, None)
+            one = self._running.get(request_id)
             if one is not None:
-                self.router.end(one.ticket, whole=False)
-                self._replicas[one.ticket.replica].leave([request_id])
+                self._forget(one, whole=False)
+                self._replicas[one.ticket.replica].leave([one.id_there])
 
     # ---- what replicas say ----
 
@@ -189,11 +196,11 @@ class FailoverEngine:
         lost: list[str] = []
         closed: list[str] = []
         for delta in deltas:
-            one = self._running.get(delta.request_id)
-            if one is None or one.ticket.replica != key:
+            one = self._running.get(self._moved_ids.get(delta.request_id, delta.request_id))
+            if one is None or one.ticket.replica != key or one.id_there != delta.request_id:
                 continue  # it has left, or goes on elsewhere
             if delta.error is not None and delta.error.kind in LOST_KINDS:
-                (lost if delta.error.kind == "gone" else closed).append(delta.request_id)
+                (lost if delta.error.kind == "gone" else closed).append(one.request.request_id)
                 continue
             known.append(self._noted(one, delta))
         self._deliver(known)
@@ -210,9 +217,13 @@ class FailoverEngine:
         elif delta.prompt_logprobs:
             one.num_prompt_logprobs += len(delta.prompt_logprobs)
         if delta.finish_reason is not None:
-            del self._running[delta.request_id]
-            self.router.end(one.ticket, whole=delta.finish_reason in ("stop", "length"))
+            self._forget(one, whole=delta.finish_reason in ("stop", "length"))
         return delta
+
+    def _forget(self, one: _Running, *, whole: bool) -> None:
+        del self._running[one.request.request_id]
+        self._moved_ids.pop(one.id_there, None)
+        self.router.end(one.ticket, whole=whole)
 
     @staticmethod
     def _without_repetition(one: _Running, delta: RequestDelta) -> RequestDelta:
@@ -224,6 +235,7 @@ class FailoverEngine:
             scored = scored[num_told:] or None
         return msgspec.structs.replace(
             delta,
+            request_id=one.request.request_id,
             prompt_logprobs=scored,
             num_cached_tokens=one.num_cached_tokens or 0,
         )
@@ -233,23 +245,27 @@ class FailoverEngine:
         ended: Deltas = []
         for request_id in request_ids:
             one = self._running[request_id]
-            self.router.end(one.ticket, whole=False)
             one.num_losses += is_loss
+            self._forget(one, whole=False)
             failure = None if one.aborted else DEADLY if one.num_losses >= MAX_LOSSES else NONE_LEFT
             ticket = self._ticket(one.request, one.said) if failure is NONE_LEFT else None
             if ticket is None:
-                del self._running[request_id]
                 reason: FinishReason = "abort" if failure is None else "error"
                 ended.append(RequestDelta(request_id=request_id, finish_reason=reason, error=failure))
-                continue
-            one.ticket = ticket
-            one.num_moves += 1
-            one.num_rescored = 0
-            self.num_moved += 1
-            self._send(ticket, msgspec.structs.replace(one.request, said_token_ids=list(one.said)))
+            else:
+                self._go_on(one, ticket)
         if request_ids:
             log.warning("%d answers go on at another replica, %d could not", len(request_ids) - len(ended), len(ended))
         return ended
+
+    def _go_on(self, one: _Running, ticket: Ticket) -> None:
+        one.ticket = ticket
+        one.num_moves += 1
+        one.num_rescored = 0
+        self.num_moved += 1
+        self._running[one.request.request_id] = one
+        self._moved_ids[one.id_there] = one.request.request_id
+        self._send(ticket, msgspec.structs.replace(one.request, request_id=one.id_there, said_token_ids=list(one.said)))
 
     def _ticket(self, request: EngineRequest, said: list[int]) -> Ticket | None:
         token_ids = request.prompt_token_ids + said

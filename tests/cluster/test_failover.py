@@ -266,9 +266,9 @@ def test_prompt_logprobs_come_once_and_the_cache_is_counted_once():
         cluster._running["b"].cancel()
         a.die()
         b = cluster.replicas["b"].streams
-        b.deliver([RequestDelta(request_id="x", prompt_logprobs=scores[:3])])
-        b.deliver([RequestDelta(request_id="x", prompt_logprobs=scores[3:], token_ids=[1], num_cached_tokens=2)])
-        b.deliver([RequestDelta(request_id="x", token_ids=[2], finish_reason="stop", num_cached_tokens=2)])
+        b.deliver([RequestDelta(request_id="x~1", prompt_logprobs=scores[:3])])
+        b.deliver([RequestDelta(request_id="x~1", prompt_logprobs=scores[3:], token_ids=[1], num_cached_tokens=2)])
+        b.deliver([RequestDelta(request_id="x~1", token_ids=[2], finish_reason="stop", num_cached_tokens=2)])
         [deltas] = (await read(stream)).values()
         assert [one for delta in deltas for one in delta.prompt_logprobs or []] == scores
         assert tokens_of(deltas) == [1, 2]
