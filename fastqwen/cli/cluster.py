@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from fastqwen.cli.options import MODEL_HELP, model_names, with_options
 from fastqwen.cluster.config import CONTROLLER_PORT, WorkerConfig
-from fastqwen.config import EngineConfig
+from fastqwen.config import EngineConfig, flag
 from fastqwen.errors import BadConfig
 from fastqwen.server.config import ServerConfig
 
@@ -44,17 +45,47 @@ def controller(
 def worker(
     worker_options: dict[str, Any],
     engine_options: dict[str, Any],
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, autocompletion=model_names)],
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, autocompletion=model_names)] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="In the place of MODEL: a server with an OpenAI-compatible API, like http://localhost:8001/v1.",
+        ),
+    ] = None,
+    upstream_key: Annotated[
+        str | None, typer.Option(envvar="FASTQWEN_UPSTREAM_KEY", help="Key of that server. Better: the variable.")
+    ] = None,
     token_file: TokenFile = None,
 ) -> None:
     """Compute MODEL for the cluster of a controller. Several workers of one MODEL share its requests.
 
     fastqwen worker demo
     fastqwen worker Qwen/Qwen3-0.6B --controller 192.0.2.1:21001 --served-model-name Qwen
+    fastqwen worker --upstream http://localhost:8001/v1 --controller 192.0.2.1:21001
     """
     from fastqwen.cluster.worker import work
 
-    raise typer.Exit(work(EngineConfig(model=model, **engine_options), WorkerConfig(**worker_options), token_file))
+    config = WorkerConfig(**worker_options)
+    if upstream is not None and model is None:
+        from fastqwen.cluster.upstream import relay
+
+        given = {name: value for name, value in engine_options.items() if value != _usual(name)}
+        names = given.pop("served_model_name", [])
+        if given:
+            raise BadConfig(
+                f"{flag(min(given))} is for a model that is loaded here: the server at {upstream} has its own"
+            )
+        raise typer.Exit(relay(upstream, upstream_key, names, config, token_file))
+    if model is None or upstream is not None:
+        raise BadConfig("give either a MODEL to compute or --upstream URL")
+    raise typer.Exit(work(EngineConfig(model=model, **engine_options), config, token_file))
+
+
+def _usual(name: str) -> Any:
+    """What the command line gives for a field that nobody set."""
+    default = next(field.default for field in msgspec.structs.fields(EngineConfig) if field.name == name)
+    return [] if default is msgspec.NODEFAULT or (default == [] and isinstance(default, list)) else default
 
 
 @with_options(server_options=ServerConfig, hidden=("mcp",))
@@ -95,8 +126,6 @@ def status(
     fastqwen status
     fastqwen status --controller 192.0.2.1:21001 --drain 192.0.2.7:21002
     """
-    import msgspec
-
     from fastqwen.cluster.beacon import ask_controller
     from fastqwen.cluster.secret import read_token
     from fastqwen.cluster.sockets import endpoint, split_address

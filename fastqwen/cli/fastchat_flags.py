@@ -15,7 +15,7 @@ LISTS = ("model-names", "api-keys")  # a,b there is one flag for each here
 # What changes nothing here, and why; those that stand alone end in "!".
 ACCEPTED = {
     "conv-template": "the checkpoint's own template is used", "dispatch-method": "requests go where least waits for them",
-    "model-list-mode!": "the list is always current", "stream-interval": "each token is sent at once",
+    "model-list-mode": "the list is always current", "stream-interval": "each token is sent at once",
     "concurrency-count": "--max-concurrent-requests bounds requests", "limit-worker-concurrency": "an engine queues what it "
     "cannot run yet, and front ends refuse what is too much", "show-terms-of-use!": "the page shows none",
     "add-chatgpt!": "other APIs join as workers", "gradio-root-path": "the page works under any path",

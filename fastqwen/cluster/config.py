@@ -1,12 +1,13 @@
-"""What the operator wishes of a worker, as opposed to its engine. CLI flags are made from the fields that have a help text."""
+"""What the operator wishes of a cluster's processes. CLI flags are made from the fields that have a help text."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 
 from fastqwen.config import check_bounds, option
+from fastqwen.server.config import ServerConfig
 
 CONTROLLER_PORT, WORKER_PORT = 21001, 21002  # FastChat's
 
@@ -33,3 +34,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+class PageConfig(ServerConfig, frozen=True, kw_only=True):
+    """``fastqwen web --controller``: the front of ``api``, with the page's keys."""
+
+    key_flag: ClassVar[str] = "--page-key"
+    key_variable: ClassVar[str] = "FASTQWEN_PAGE_KEY"
+    other_key_variables: ClassVar[tuple[str, ...]] = ()

@@ -17,6 +17,7 @@ from fastqwen.cluster.beacon import Watcher
 from fastqwen.cluster.failover import FailoverEngine
 from fastqwen.cluster.link import LinkedEngine
 from fastqwen.cluster.parcel import unpack
+from fastqwen.cluster.relayed import LinkedServer, RelayedModel
 from fastqwen.cluster.routing import Router
 from fastqwen.cluster.wire import Card, Files, Member, Members
 from fastqwen.errors import FastqwenError
@@ -49,6 +50,18 @@ class ServedModel:
     def is_there(self) -> bool:
         return any(not replica.is_draining for replica in self.engine.replicas.values())
 
+    @property
+    def is_ready(self) -> bool:
+        return self.engine.state == "ready"
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self.state.facts().max_model_len
+
+    def admit(self) -> None:
+        """Raises Overloaded or EngineGone where a new request cannot be taken."""
+        self.state.admit()
+
     async def close(self) -> None:
         await self.pool.close()
         self.folder.cleanup()
@@ -61,8 +74,9 @@ class Fleet:
         self._token, self._controller, self._config = token, controller, config
         self.members: dict[str, Member] = {}
         self.models: dict[str, ServedModel] = {}  # by each of their names
+        self.relayed: dict[str, RelayedModel] = {}  # those of other servers
         self.refused: dict[str, str] = {}  # members that are not used, and why
-        self._links: dict[str, LinkedEngine] = {}
+        self._links: dict[str, LinkedEngine | LinkedServer] = {}
         self._joining = asyncio.Lock()  # one model is made at a time
         self._tasks: set[asyncio.Task[None]] = set()
         self._restarts: dict[str, int] = {}
@@ -74,7 +88,8 @@ class Fleet:
         await self._watcher.close()
         for task in self._tasks:
             task.cancel()
-        for link in self._links.values():
+        links, self._links = self._links, {}
+        for link in links.values():
             await link.close()
         for model in {id(one): one for one in self.models.values()}.values():
             await model.close()
@@ -85,9 +100,10 @@ class Fleet:
         return self._watcher.is_away
 
     @property
-    def there(self) -> dict[str, ServedModel]:
+    def there(self) -> dict[str, ServedModel | RelayedModel]:
         """Models that have a replica, by their names."""
-        return {name: model for name, model in sorted(self.models.items()) if model.is_there}
+        every: dict[str, ServedModel | RelayedModel] = {**self.relayed, **self.models}
+        return {name: model for name, model in sorted(every.items()) if model.is_there}
 
     # ---- workers come and go ----
 
@@ -101,7 +117,32 @@ class Fleet:
 
     def _link(self, member: Member) -> None:
         host, _, port = member.address.rpartition(":")
-        self._links[member.key] = LinkedEngine(self._token, f"tcp://{host}:{port}", self._on_news(member))
+        address = f"tcp://{host}:{port}"
+        if member.kind == "engine":
+            self._links[member.key] = LinkedEngine(self._token, address, self._on_news(member))
+        elif any(name in self.models for name in member.names):
+            self._refuse(member, OTHER)
+        elif member.kind == "upstream":
+            self._links[member.key] = LinkedServer(self._token, address, self._on_word(member))
+
+    def _on_word(self, member: Member) -> Callable[[LinkedServer], None]:
+        """Of a worker that passes requests on to another server."""
+
+        def on_word(link: LinkedServer) -> None:
+            if link.is_lost:
+                self._drop(member.key)
+                return
+            for name in member.names:
+                model = self.relayed.get(name)
+                if model is None:
+                    model = self.relayed[name] = RelayedModel(
+                        max_requests=self._config.max_concurrent_requests, stall_timeout_s=self._config.stall_timeout_s
+                    )
+                if member.key not in model.replicas:
+                    log.info("worker %s passes on to %s: %s", member.address, member.device, name)
+                    model.add_replica(member.key, link)
+
+        return on_word
 
     def _on_news(self, member: Member) -> Callable[[LinkedEngine], None]:
         key = member.key
@@ -131,6 +172,9 @@ class Fleet:
         model = self._model_of(key)
         if model is not None:
             model.engine.remove_replica(key)
+        for relayed in self.relayed.values():
+            if key in relayed.replicas:
+                relayed.remove_replica(key)
         self._spawn(link.close())
 
     def _model_of(self, key: str) -> ServedModel | None:
@@ -143,7 +187,10 @@ class Fleet:
     def _taken(self, card: Card) -> bool:
         """Whether replicas with other answers go by one of its names."""
         known = [self.models[name] for name in card.config.served_names if name in self.models]
-        return any(model.identity != card.identity and model.engine.replicas for model in known)
+        others = [self.relayed[name] for name in card.config.served_names if name in self.relayed]
+        return any(one.is_there for one in others) or any(
+            model.identity != card.identity and model.engine.replicas for model in known
+        )
 
     async def _join(self, member: Member, link: LinkedEngine, card: Card) -> None:
         async with self._joining:

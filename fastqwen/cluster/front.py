@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastqwen.cluster.config import CONTROLLER_PORT
 from fastqwen.cluster.fleet import Fleet, ServedModel
+from fastqwen.cluster.relayed import RelayedModel
 from fastqwen.cluster.secret import read_token
 from fastqwen.cluster.sockets import endpoint, split_address
 from fastqwen.errors import EngineGone, Overloaded, UnknownModelName
@@ -89,7 +90,7 @@ class FrontState:
     def note_error(self, message: str) -> None:
         self.recent_errors.append(message)
 
-    def choose(self, name: str | None) -> ServedModel:
+    def choose(self, name: str | None) -> ServedModel | RelayedModel:
         """Any name is a model's while it is the only one, unless strict. Raises UnknownModelName, or EngineGone while no
         worker is there."""
         there = self.fleet.there
@@ -161,14 +162,14 @@ def _add_post(app: FastAPI, state: FrontState, path: str, kind: type[Body]) -> N
             name = None  # the model's own application says what is wrong with it
         model = state.choose(name)
         if path in COUNTED_PATHS:
-            model.state.admit()
+            model.admit()
         return _Handed(model.app, body)
 
     app.post(path, name=kind.__name__, openapi_extra=openapi.documented(kind))(route)
 
 
 def _max_numbers(state: FrontState) -> int:
-    longest = max((model.state.facts().max_model_len for model in state.fleet.models.values()), default=0)
+    longest = max((model.max_model_len or 0 for model in state.fleet.models.values()), default=0)
     return MANY_NUMBERS + PROMPTS_OF_IDS * longest
 
 
@@ -181,13 +182,15 @@ def _add_get(app: FastAPI, state: FrontState, path: str) -> None:
 
 
 def _add_models(app: FastAPI, state: FrontState) -> None:
-    def described(name: str, model: ServedModel) -> dict[str, Any]:
+    def described(name: str, model: ServedModel | RelayedModel) -> dict[str, Any]:
+        if isinstance(model, RelayedModel):
+            return {"id": name, "object": "model", "owned_by": "upstream", "replicas": len(model.replicas)}
         return {
             "id": name,
             "object": "model",
             "created": int(state.started_s),
             "owned_by": "fastqwen",
-            "max_model_len": model.state.facts().max_model_len,
+            "max_model_len": model.max_model_len,
             "default_sampling": model.state.text.default_sampling,
             "replicas": len(model.engine.replicas),
         }
@@ -220,7 +223,7 @@ def _add_health(app: FastAPI, state: FrontState) -> None:
         if state.draining:
             return JSONResponse({"status": "draining", "progress": 1.0, "message": "the server is shutting down"}, 503)
         try:
-            ready_names = [name for name, one in state.fleet.there.items() if one.engine.state == "ready"]
+            ready_names = [name for name, one in state.fleet.there.items() if one.is_ready]
             if not ready_names:
                 state.choose(None)
         except EngineGone as error:
@@ -245,9 +248,10 @@ def _add_health(app: FastAPI, state: FrontState) -> None:
         }
 
 
-def _figures(model: ServedModel) -> dict[str, Any]:
-    engine, router = model.engine, model.engine.router
-    return {
+def _figures(model: ServedModel | RelayedModel) -> dict[str, Any]:
+    router = model.router if isinstance(model, RelayedModel) else model.engine.router
+    replicas = model.replicas if isinstance(model, RelayedModel) else model.engine.replicas
+    found: dict[str, Any] = {
         "replicas": {
             key: {
                 "outstanding_tokens": round(router.outstanding(key)),
@@ -255,9 +259,14 @@ def _figures(model: ServedModel) -> dict[str, Any]:
                 "state": replica.state,
                 "draining": replica.is_draining,
             }
-            for key, replica in engine.replicas.items()
-        },
-        "moved_requests": engine.num_moved,
+            for key, replica in replicas.items()
+        }
+    }
+    if isinstance(model, RelayedModel):
+        return found
+    return {
+        **found,
+        "moved_requests": model.engine.num_moved,
         "prompt_tokens": router.num_prompt_tokens,
         "expected_cached_tokens": router.num_hit_tokens,
     }

@@ -2,6 +2,8 @@
 
 front end -> worker       Hello, then Add, Abort, Leave, Ping, AskFiles
 worker    -> front end    Card once it is ready, News always, Files if asked
+front end -> upstream     Hello, Ping, Fetch, Drop
+upstream  -> front end    Alive, Part
 worker    -> controller   Beat, once a second and whenever something changes; Bye
 front end -> controller   Ask, and who watches: fastqwen status
 controller -> all         Heard to a worker, Members to who asked
@@ -133,6 +135,38 @@ class Members(msgspec.Struct, frozen=True, tag=True):
     num_drained: int = 0  # by the Drain that this answers
 
 
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """A request for the server behind a worker of kind "upstream". The path is one of the API's, never an address."""
+
+    number: int
+    path: str
+    body: bytes
+
+
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    """Nobody waits for this answer any more."""
+
+    number: int
+
+
+class Part(msgspec.Struct, frozen=True, tag=True):
+    """What came of an answer. The last one ends it; an ``error`` instead says why there is no more."""
+
+    number: int
+    status: int = 200
+    kind: str = ""  # Content-Type
+    data: bytes = b""
+    is_last: bool = False
+    error: str = ""
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    state: State
+    is_draining: bool
+
+
+ToUpstream = Hello | Ping | Fetch | Drop
+FromUpstream = Alive | Part
 ToWorker = Hello | Add | Abort | Leave | Ping | AskFiles
 FromWorker = Card | News | Files
 ToController = Beat | Bye | Ask | Drain
@@ -142,4 +176,6 @@ to_worker = msgspec.msgpack.Decoder(ToWorker)
 from_worker = msgspec.msgpack.Decoder(FromWorker)
 to_controller = msgspec.msgpack.Decoder(ToController)
 from_controller = msgspec.msgpack.Decoder(FromController)
+to_upstream = msgspec.msgpack.Decoder(ToUpstream)
+from_upstream = msgspec.msgpack.Decoder(FromUpstream)
 encode = msgspec.msgpack.Encoder().encode
