@@ -1,4 +1,4 @@
-"""fastqwen controller, worker, api, status: the roles of many machines."""
+"""fastqwen controller, worker, api, status, up: the roles of many machines."""
 
 from __future__ import annotations
 
@@ -142,3 +142,18 @@ def status(
             print(json.dumps({**msgspec.to_builtins(member), "silent_s": round(silent_s, 3)}))
         return
     print(table(found))
+
+
+def up(
+    file: Annotated[Path, typer.Argument(help="cluster.yaml (docs/cluster.md).")],
+    token_file: TokenFile = None,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+) -> None:
+    """Start a whole cluster from one file, start again what dies, and scale its workers.
+
+    fastqwen up cluster.yaml
+    """
+    from fastqwen.cluster.cluster_file import read_cluster_file
+    from fastqwen.cluster.up import up as run
+
+    raise typer.Exit(run(read_cluster_file(file), token_file, log_format))

@@ -40,6 +40,7 @@ COMMANDS: list[tuple[str, str, Callable[..., None]]] = [
     ("worker", MANY, cluster.worker),
     ("api", MANY, cluster.api),
     ("status", MANY, cluster.status),
+    ("up", MANY, cluster.up),
     ("chat", USE, chat.chat),
     ("run", USE, chat.chat),  # as Ollama calls it
     ("generate", USE, generate.generate),
