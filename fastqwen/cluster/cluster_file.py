@@ -35,7 +35,8 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
 class ClusterFile(msgspec.Struct, frozen=True, kw_only=True):
     controller: list[str]
-    controller_address: str
+    controller_address: str  # from this machine
+    is_open: bool  # whether the controller listens on all of this machine's addresses
     groups: list[Group]
     fronts: dict[str, list[str]]  # api and web, those that were asked for
     ray_address: str | None = None
@@ -67,6 +68,7 @@ def read_cluster_file(file: Path) -> ClusterFile:
     return ClusterFile(
         controller=as_words(own),
         controller_address=f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",  # noqa: S104 nothing is bound here
+        is_open=host == "0.0.0.0",  # noqa: S104
         groups=[_group(file, number, one) for number, one in enumerate(workers, start=1)],
         fronts={name: as_words(_mapping(file, name, found[name])) for name in ("api", "web") if name in found},
         ray_address=ray.get("address"),

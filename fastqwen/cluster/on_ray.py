@@ -48,6 +48,11 @@ class OnRay:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise FastqwenError(f"no Ray answers at {address}, or its token is another one: {error}") from None
 
+    @property
+    def node_address(self) -> str:
+        """Of this machine, as other nodes see it."""
+        return str(self._ray.util.get_node_ip_address())
+
     def launch(self, words: list[str], gpus: int) -> _Placed:
         options = {"num_gpus": gpus, "num_cpus": 0 if gpus else 1, "scheduling_strategy": "SPREAD"}
         actor = self._ray.remote(Keeper).options(**options).remote(words, self._token)

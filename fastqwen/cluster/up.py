@@ -97,12 +97,16 @@ class Workers:
 
 
 class Supervisor:
-    def __init__(self, file: ClusterFile, here: Launcher, elsewhere: Launcher) -> None:
+    """``workers_controller``: where workers find the controller, if not at the address that serves on this machine."""
+
+    def __init__(
+        self, file: ClusterFile, here: Launcher, elsewhere: Launcher, workers_controller: str | None = None
+    ) -> None:
         self._here, self._elsewhere = here, elsewhere
         near = ["--controller", file.controller_address]
         self.controller = Kept("controller", ["controller", *file.controller])
         self.fronts = [Kept(name, [name, *near, *words]) for name, words in file.fronts.items()]
-        self._near = near
+        self._near = ["--controller", workers_controller or file.controller_address]
         self.workers = [Workers(group, Scaler(group.min_replicas, group.max_replicas)) for group in file.groups]
         self._num_made = 0
 
@@ -132,7 +136,7 @@ class Supervisor:
         wanted = workers.scaler.look(load, now_s)
         while len(staying) < wanted:
             self._num_made += 1
-            made = Kept(f"worker {self._num_made}", ["worker", *group.words, *self._near], group.gpus)
+            made = Kept(f"worker {self._num_made}", ["worker", *self._near, *group.words], group.gpus)
             staying.append(made)
             workers.kept.append(made)
         for one in staying[wanted:]:
@@ -197,7 +201,9 @@ def up(file: ClusterFile, token_file: Path | None, log_format: str) -> int:
         return run_loop(_up(Supervisor(file, here, here), file, token))
     from fastqwen.cluster.on_ray import OnRay
 
-    return run_loop(_up(Supervisor(file, here, OnRay(file.ray_address, token)), file, token))
+    placing = OnRay(file.ray_address, token)
+    seen_from_afar = file.controller_address.replace("127.0.0.1", placing.node_address) if file.is_open else None
+    return run_loop(_up(Supervisor(file, here, placing, seen_from_afar), file, token))
 
 
 async def _up(supervisor: Supervisor, file: ClusterFile, token: str) -> int:

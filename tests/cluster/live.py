@@ -60,12 +60,13 @@ class Cluster:
             )
 
     def start_controller(self) -> None:
-        self.start("controller", command("controller", "--port", str(self.port)))
+        self.start("controller", command("controller", "--host", "0.0.0.0", "--port", str(self.port)))
 
-    def start_worker(self, name: str, model: Path, **options: Any) -> None:
-        """One with the mock engine."""
-        given = {"controller": self.address, "port": 0, **options}
-        self.start(name, [sys.executable, "-m", "tests.cluster.mock_worker", str(model), json.dumps(given)])
+    def start_worker(self, name: str, model: Path, *, host: Host | None = None, **options: Any) -> None:
+        """One with the mock engine, here or on another host."""
+        given = {"controller": f"{host.gateway}:{self.port}" if host else self.address, "port": 0, **options}
+        words = [sys.executable, "-m", "tests.cluster.mock_worker", str(model), json.dumps(given)]
+        self.start(name, [*(host.enter if host else ()), *words])
 
     def start_front(self, *words: str, name: str = "api", role: str = "api") -> str:
         port = free_port()
@@ -140,3 +141,44 @@ class Cluster:
 
 def warnings(log: Path) -> list[str]:
     return re.findall(r"^(?:WARNING|ERROR).*|Traceback.*", log.read_text(), re.MULTILINE)
+
+
+class Host:
+    """A network namespace with an address of its own, as another machine would have: ``cut`` and ``join`` are its cable."""
+
+    def __init__(self, number: int) -> None:
+        self._name = f"fq{os.getpid()}-{number}"
+        self._link = f"fq{os.getpid() % 100000}-{number}"  # names of interfaces are short
+        self.gateway, self._address = f"10.213.{number}.1", f"10.213.{number}.2"
+        self.enter = ("ip", "netns", "exec", self._name)
+
+    def __enter__(self) -> Host:
+        self._ip("netns", "add", self._name)
+        self._ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self._name)
+        self._ip("addr", "add", f"{self.gateway}/24", "dev", self._link)
+        self._ip("link", "set", self._link, "up")
+        self._ip("-n", self._name, "addr", "add", f"{self._address}/24", "dev", "eth0")
+        self._ip("-n", self._name, "link", "set", "eth0", "up")
+        self._ip("-n", self._name, "link", "set", "lo", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ip("netns", "del", self._name)
+
+    def cut(self) -> None:
+        self._ip("link", "set", self._link, "down")
+
+    def join(self) -> None:
+        self._ip("link", "set", self._link, "up")
+
+    @staticmethod
+    def _ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+
+
+def can_make_hosts() -> bool:
+    try:
+        with Host(99):
+            return True
+    except (OSError, subprocess.SubprocessError):
+        return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.live import Cluster, warnings
+from tests.cluster.live import Cluster, Host, can_make_hosts, warnings
 from tests.reliability.mock_model import make_model
+from tests.reliability.server import serving
 
 MODEL = "Qwen"
 STREAMS = 32
@@ -153,6 +156,49 @@ def test_another_model_under_the_same_name_is_refused(
     assert 'vllm:num_requests_running{model_name="Other"}' in metrics
     cluster.kill("other")
     cluster.until(lambda: "Other" not in cluster.cluster()["models"])
+
+
+def test_a_partitioned_worker_is_unlisted_and_its_answers_go_on(cluster: Cluster, model: Path):
+    if not can_make_hosts():
+        pytest.skip("network namespaces need root")
+    undisturbed = asyncio.run(texts(cluster, max_tokens=300))
+    with Host(1) as host:
+        cluster.start_worker("far", model, host=host, engine={"served_model_name": [MODEL]})
+        cluster.until_replicas(3, MODEL)
+        cut_s: list[float] = []
+
+        def cut() -> None:
+            host.cut()
+            cut_s.append(time.monotonic())
+
+        disturbed = asyncio.run(texts(cluster, STREAMS * 10, cut, max_tokens=300))
+        cluster.until_replicas(2, MODEL)
+        cluster.until(lambda: len(cluster.members()) == 2, within_s=20)
+        print(f"a partitioned worker is unlisted within {time.monotonic() - cut_s[0]:.1f} s, this look included")
+        assert disturbed == undisturbed
+        host.join()
+        cluster.until_replicas(3, MODEL)
+        cluster.kill("far")
+    cluster.until_replicas(2, MODEL)
+
+
+def test_what_the_front_end_costs(cluster: Cluster, tmp_path: Path):
+    """Against ``serve`` with the same engine: one token, one after the other, in turns."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+
+    def asked_ms(client: httpx.Client) -> float:
+        start_s = time.perf_counter()
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+        return 1000 * (time.perf_counter() - start_s)
+
+    with serving(make_model(tmp_path), step_s=0.0, access_log=True) as server:
+        with httpx.Client(base_url=server.url) as direct, httpx.Client(base_url=cluster.url) as over:
+            both = [(asked_ms(direct), asked_ms(over)) for _ in range(300)]
+    direct_ms, over_ms = (statistics.median(one) for one in zip(*both[20:], strict=True))
+    print(
+        f"one token, p50: serve {direct_ms:.2f} ms, api and worker {over_ms:.2f} ms (the worker's steps take 5 ms more)"
+    )
+    assert over_ms - direct_ms < 50
 
 
 def test_with_no_worker_left_streams_end_with_an_error(cluster: Cluster):

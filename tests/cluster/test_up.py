@@ -36,7 +36,7 @@ def written(folder: Path, text: str) -> Path:
 def test_the_file_says_what_the_flags_say(tmp_path: Path):
     found = read_cluster_file(written(tmp_path, FILE))
     assert found.controller == ["--host", "0.0.0.0", "--port", "7000"]
-    assert found.controller_address == "127.0.0.1:7000"
+    assert found.controller_address == "127.0.0.1:7000" and found.is_open
     first, second, third = found.groups
     assert first.words == [
         "demo", "--port", "0", "--served-model-name", "Qwen", "--served-model-name", "qwen", "--max-model-len", "32K",
@@ -133,6 +133,7 @@ def test_what_dies_is_started_again_ever_later(tmp_path: Path):
     made.look(0.0, [])
     assert [len(here.running(role)) for role in ("controller", "api", "web")] == [1, 1, 1]
     assert len(machines.running("worker")) == 4
+    assert machines.all[0].words[:4] == ["worker", "--controller", "127.0.0.1:7000", "demo"]
     victim = machines.running("worker")[0]
     victim.status = -9
     made.look(1.0, [])
@@ -156,7 +157,7 @@ def test_load_brings_workers_and_takes_them(tmp_path: Path):
     made = Supervisor(read_cluster_file(written(tmp_path, FILE)), Machines(), machines)
 
     def others() -> int:
-        return sum(one.words[1] == "other" for one in machines.running("worker"))
+        return sum("other" in one.words for one in machines.running("worker"))
 
     made.look(0.0, [])
     made.look(1.0, [member(1, num_waiting=3)])
