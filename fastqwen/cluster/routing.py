@@ -17,6 +17,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from fastqwen.engine.blocks import BlockHash, chain_next, chain_root
 
@@ -66,7 +67,7 @@ class Router:
         self._random = random.Random(seed)  # noqa: S311 not a secret
         self._replicas: dict[str, _Replica] = {}
         self._keys: list[str] = []  # for sampling
-        self._holders: dict[BlockHash, set[str]] = {}
+        self._holders: dict[BlockHash, dict[str, None]] = {}  # of each page, the latest last
         self.answer_tokens = FIRST_ANSWER_TOKENS
         self.num_prompt_tokens = 0  # placed so far, and of them
         self.num_hit_tokens = 0  # those expected in a cache
@@ -163,7 +164,8 @@ class Router:
             return [key for key in self._keys if is_open(key)]
         found: dict[str, None] = {}
         for page in reversed(pages):
-            found.update(dict.fromkeys(key for key in sorted(self._holders.get(page, ())) if is_open(key)))
+            holders = (key for key in reversed(self._holders.get(page, {})) if key not in found and is_open(key))
+            found.update(dict.fromkeys(islice(holders, HOLDERS)))  # thousands may hold a system prompt
             if len(found) >= HOLDERS:
                 break
         sampled = [key for key in self._random.sample(self._keys, SAMPLED) if is_open(key)]
@@ -185,12 +187,12 @@ class Router:
         for page in reversed(pages):  # the front of a prompt is used last, and so forgotten last
             replica.pages[page] = None
             replica.pages.move_to_end(page)
-            self._holders.setdefault(page, set()).add(replica.key)
+            self._holders.setdefault(page, {})[replica.key] = None
         while len(replica.pages) > replica.max_pages:
             self._drop_holder(replica.pages.popitem(last=False)[0], replica.key)
 
     def _drop_holder(self, page: BlockHash, key: str) -> None:
         holders = self._holders[page]
-        holders.discard(key)
+        holders.pop(key, None)
         if not holders:
             del self._holders[page]
