@@ -37,6 +37,7 @@ from fastqwen.version import __version__
 log = logging.getLogger("fastqwen.cluster")
 
 LOOK_EVERY_S = 0.05
+ON_THE_WAY_S = 0.5  # requests that were sent before the front ends heard of the drain
 FAREWELL_S = 0.3  # for the last news to reach the front ends
 
 
@@ -161,7 +162,10 @@ class Worker:
                 self._port.tell_all()
             if self._port.is_draining:
                 drained_s = loop.time() if drained_s is None else drained_s
-                if not self._port.num_requests or loop.time() - drained_s > self._drain_timeout_s:
+                drains_for_s = loop.time() - drained_s
+                if (
+                    not self._port.num_requests and drains_for_s > ON_THE_WAY_S
+                ) or drains_for_s > self._drain_timeout_s:
                     break
             await asyncio.sleep(LOOK_EVERY_S)
         await self._hand_over()
