@@ -14,13 +14,15 @@ from typing import Any
 from fastapi import FastAPI
 
 from fastqwen.cluster.beacon import Watcher
+from fastqwen.cluster.config import WORKER_PORT
 from fastqwen.cluster.failover import FailoverEngine
 from fastqwen.cluster.link import LinkedEngine
 from fastqwen.cluster.parcel import unpack
 from fastqwen.cluster.relayed import LinkedServer, RelayedModel
 from fastqwen.cluster.routing import Router
+from fastqwen.cluster.sockets import endpoint, split_address
 from fastqwen.cluster.wire import Card, Files, Member, Members
-from fastqwen.errors import FastqwenError
+from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.state import ServerState
@@ -116,8 +118,11 @@ class Fleet:
                 self._link(member)
 
     def _link(self, member: Member) -> None:
-        host, _, port = member.address.rpartition(":")
-        address = f"tcp://{host}:{port}"
+        try:
+            address = endpoint(*split_address(member.address, WORKER_PORT, "--worker-address"))
+        except BadConfig as error:  # one worker's mistake must not keep the others out
+            self._refuse(member, str(error))
+            return
         if member.kind == "engine":
             self._links[member.key] = LinkedEngine(self._token, address, self._on_news(member))
         elif any(name in self.models for name in member.names):

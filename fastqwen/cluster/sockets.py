@@ -35,8 +35,18 @@ def split_address(text: str, default_port: int, flag: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def written(host: str, port: int) -> str:
+    """HOST:PORT, as split_address reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def endpoint(host: str, port: int | str) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def address_of_worker(host: str, port: int, told: str | None) -> str:
+    """What a worker registers: where it listens, or what --worker-address says. Raises BadConfig."""
+    return written(host, port) if told is None else written(*split_address(told, port, "--worker-address"))
 
 
 class Listening(Generic[M]):

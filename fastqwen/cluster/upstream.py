@@ -17,7 +17,7 @@ from fastqwen.client.engine import State
 from fastqwen.cluster.beacon import Beacon
 from fastqwen.cluster.config import CONTROLLER_PORT, WorkerConfig
 from fastqwen.cluster.secret import read_token
-from fastqwen.cluster.sockets import Listening, endpoint, split_address
+from fastqwen.cluster.sockets import Listening, address_of_worker, endpoint, split_address
 from fastqwen.cluster.wire import Alive, Drop, Fetch, Member, Part, ToUpstream, to_upstream
 from fastqwen.cluster.worker import own_address
 from fastqwen.errors import FastqwenError
@@ -107,7 +107,7 @@ async def _relay(url: str, key: str | None, names: list[str], config: WorkerConf
     controller = split_address(config.controller, CONTROLLER_PORT, "--controller")
     host = config.host or own_address(*controller)
     port = RelayPort(upstream, token)
-    address = config.worker_address or f"{f'[{host}]' if ':' in host else host}:{port.bind(host, config.port)}"
+    address = address_of_worker(host, port.bind(host, config.port), config.worker_address)
     served = names or await _names_of(upstream)
     member = Member(
         key=uuid.uuid4().hex, address=address, names=served, kind="upstream", state="loading",

@@ -22,7 +22,7 @@ from fastqwen.cluster.config import CONTROLLER_PORT, WorkerConfig
 from fastqwen.cluster.parcel import identity_of, pack
 from fastqwen.cluster.port import EnginePort
 from fastqwen.cluster.secret import read_token
-from fastqwen.cluster.sockets import endpoint, split_address
+from fastqwen.cluster.sockets import address_of_worker, endpoint, split_address
 from fastqwen.cluster.wire import PROTOCOL, Card, Files, Member
 from fastqwen.config import EngineConfig
 from fastqwen.errors import FastqwenError
@@ -82,7 +82,7 @@ async def _work(
         )
         port = EnginePort(engine, token)
         number = port.bind(host, config.port)
-        address = config.worker_address or f"{f'[{host}]' if ':' in host else host}:{number}"
+        address = address_of_worker(host, number, config.worker_address)
         worker = Worker(engine, port, address, engine_config.served_names, config.drain_timeout_s)
         beacon = Beacon(token, endpoint(*controller), worker.describe, worker.drain)
         log.info("worker of %s at %s", ", ".join(engine_config.served_names), address)

@@ -254,3 +254,15 @@ def test_an_upstream_worker_asks_nothing_but_the_api():
                     pass
 
     told(story())
+
+
+def test_a_worker_with_an_address_that_is_none_keeps_nobody_out(folder: Path):
+    async def story() -> None:
+        async with scene() as made, await made.client():
+            broken = Member(key="broken", address="http://a/b", names=["Qwen"], kind="engine", state="ready")
+            made.closing.insert(0, Beacon(TOKEN, made.address, lambda: broken, lambda: None))
+            made.add_worker(folder, "a")
+            await until(lambda: "Qwen" in made.front.fleet.there)
+            assert "--worker-address" in made.front.fleet.refused["broken"]
+
+    told(story())

@@ -14,7 +14,7 @@ from fastqwen.cluster import port as port_module
 from fastqwen.cluster.link import LinkedEngine
 from fastqwen.cluster.port import EnginePort
 from fastqwen.cluster.secret import MIN_CHARS, VARIABLE, own_file, read_token
-from fastqwen.cluster.sockets import split_address
+from fastqwen.cluster.sockets import address_of_worker, split_address
 from fastqwen.cluster.wire import PROTOCOL, Card, Files, News
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineStats
@@ -241,3 +241,12 @@ def test_addresses(text: str, found: tuple[str, int] | None):
             split_address(text, 21001, "--controller")
     else:
         assert split_address(text, 21001, "--controller") == found
+
+
+def test_a_worker_registers_an_address_that_others_can_read():
+    assert address_of_worker("192.0.2.7", 21002, None) == "192.0.2.7:21002"
+    assert address_of_worker("::1", 5, None) == "[::1]:5"
+    assert address_of_worker("0.0.0.0", 5, "http://gpu7:21002") == "gpu7:21002"
+    assert address_of_worker("0.0.0.0", 5, "gpu7") == "gpu7:5"
+    with pytest.raises(BadConfig, match="--worker-address"):
+        address_of_worker("0.0.0.0", 5, "gpu7/path")
