@@ -47,6 +47,7 @@ class ServedModel:
     app: FastAPI
     pool: TextPool
     folder: tempfile.TemporaryDirectory[str]
+    remembering: asyncio.Task[None]
 
     @property
     def is_there(self) -> bool:
@@ -65,6 +66,7 @@ class ServedModel:
         self.state.admit()
 
     async def close(self) -> None:
+        self.remembering.cancel()
         await self.pool.close()
         self.folder.cleanup()
 
@@ -261,7 +263,9 @@ class Fleet:
             seeds=random.Random(),  # noqa: S311 not a secret
             cache_stories=CacheStories(enabled=config.enable_prefix_caching),
         )
-        return ServedModel(card.identity, engine, state, create_routes(state), pool, folder)
+        return ServedModel(
+            card.identity, engine, state, create_routes(state), pool, folder, asyncio.create_task(state.remember())
+        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

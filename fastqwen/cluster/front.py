@@ -46,6 +46,7 @@ from fastqwen.server.http.guard import COUNTED_PATHS, Guard
 from fastqwen.server.http.listen import DrainingServer, address_of, bind, run_loop
 from fastqwen.server.http.pages import add_pages
 from fastqwen.server.operator.prometheus import metrics_text
+from fastqwen.server.operator.status import figures_of
 from fastqwen.version import __version__
 
 log = logging.getLogger("fastqwen.cluster")
@@ -60,7 +61,7 @@ POSTED: dict[str, type[Body]] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-ASKED = ("/v1/stops", "/admin/data", "/admin/history")  # of the model that ?model= names, else of the first
+ASKED = ("/v1/stops", "/admin/history")  # of the model that ?model= names, else of the first
 
 
 class _Named(msgspec.Struct):
@@ -173,10 +174,18 @@ def _max_numbers(state: FrontState) -> int:
     return MANY_NUMBERS + PROMPTS_OF_IDS * longest
 
 
+def _asked_model(state: FrontState, name: str | None) -> ServedModel:
+    """The one that is named, else the first. Raises UnknownModelName for one of another server, which tells no figures."""
+    own = [one for one, model in state.fleet.there.items() if isinstance(model, ServedModel)]
+    model = state.choose(name or (own[0] if own else None))
+    if isinstance(model, RelayedModel):
+        raise UnknownModelName("that model's server tells nothing here")
+    return model
+
+
 def _add_get(app: FastAPI, state: FrontState, path: str) -> None:
     async def route(request: Request, model: str | None = None) -> Response:
-        there = state.fleet.there
-        return _Handed(state.choose(model if model or not there else next(iter(there))).app, b"")
+        return _Handed(_asked_model(state, model).app, b"")
 
     app.add_api_route(path, route, name=path)
 
@@ -235,15 +244,21 @@ def _add_health(app: FastAPI, state: FrontState) -> None:
         states = {id(model): model.state for model in state.fleet.models.values()}
         return PlainTextResponse(metrics_text(*states.values()), media_type=CONTENT_TYPE_LATEST)
 
+    def workers() -> list[dict[str, Any]]:
+        refused = state.fleet.refused
+        return [{**msgspec.to_builtins(one), "refused": refused.get(one.key)} for one in state.fleet.members.values()]
+
+    @app.get("/admin/data")
+    async def data(model: str | None = None) -> dict[str, Any]:
+        """One model's figures over all of its replicas, and all workers."""
+        return {**figures_of(_asked_model(state, model).state), "workers": workers()}
+
     @app.get("/admin/cluster")
     async def cluster() -> dict[str, Any]:
         """Workers, their load and memory, and what this front end makes of them."""
         return {
             "controller_answers": not state.fleet.is_alone,
-            "workers": [
-                {**msgspec.to_builtins(one), "refused": state.fleet.refused.get(one.key)}
-                for one in state.fleet.members.values()
-            ],
+            "workers": workers(),
             "models": {name: _figures(model) for name, model in state.fleet.there.items()},
         }
 

@@ -129,7 +129,9 @@ def test_one_api_over_all_workers(folder: Path):
             [model] = (await client.get("/v1/models")).json()["data"]
             assert (model["id"], model["replicas"], model["max_model_len"]) == ("Qwen", 2, 4096)
             assert (await client.get("/health/ready")).json()["status"] == "ready"
-            assert (await client.get("/admin/data")).json()["state"] == "ready"
+            data = (await client.get("/admin/data")).json()
+            assert data["state"] == "ready" and sorted(one["key"] for one in data["workers"]) == ["a", "b"]
+            assert data["prompt_tokens_total"] > 0 and "generated" in (await client.get("/admin/history")).json()
             assert len((await client.get("/admin/cluster")).json()["workers"]) == 2
             counted = await client.post("/tokenize", content=b'{"prompt": "abc"}')
             assert counted.json()["count"] == 3
