@@ -12,13 +12,14 @@ import uuid
 from pathlib import Path
 
 import httpx
+import msgspec
 
 from fastqwen.client.engine import State
 from fastqwen.cluster.beacon import Beacon
 from fastqwen.cluster.config import CONTROLLER_PORT, WorkerConfig
 from fastqwen.cluster.secret import read_token
 from fastqwen.cluster.sockets import Listening, address_of_worker, endpoint, split_address
-from fastqwen.cluster.wire import Alive, Drop, Fetch, Member, Part, ToUpstream, to_upstream
+from fastqwen.cluster.wire import PEER_LOST_AFTER_S, Alive, Drop, Fetch, Member, Part, ToUpstream, to_upstream
 from fastqwen.cluster.worker import own_address
 from fastqwen.errors import FastqwenError
 from fastqwen.logs import configure_logging
@@ -44,6 +45,8 @@ class RelayPort:
         self.is_draining = False
         self._upstream = upstream
         self._running: dict[tuple[bytes, int], asyncio.Task[None]] = {}
+        self._heard_s: dict[bytes, float] = {}
+        self._task: asyncio.Task[None] | None = None
         self._listening: Listening[ToUpstream] = Listening(token, to_upstream.decode, self._take)
 
     def bind(self, host: str, port: int) -> int:
@@ -51,17 +54,28 @@ class RelayPort:
 
     def start(self) -> None:
         self._listening.start()
+        self._task = asyncio.create_task(self._drop_the_silent(), name="cluster-relay-peers")
 
     @property
     def num_requests(self) -> int:
         return len(self._running)
 
     async def close(self) -> None:
-        for task in list(self._running.values()):
+        for task in [*self._running.values(), *([self._task] if self._task is not None else [])]:
             task.cancel()
         await self._listening.close()
 
+    async def _drop_the_silent(self) -> None:
+        """Front ends that give no sign of life are gone, and nobody waits for their answers."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            for who in [one for one, at_s in self._heard_s.items() if time.monotonic() - at_s > PEER_LOST_AFTER_S]:
+                del self._heard_s[who]
+                for task in [task for (asker, _), task in self._running.items() if asker == who]:
+                    task.cancel()
+
     def _take(self, who: bytes, message: ToUpstream) -> None:
+        self._heard_s[who] = time.monotonic()
         if isinstance(message, Fetch):
             place = (who, message.number)
             self._running[place] = task = asyncio.create_task(self._answer(who, message))
@@ -118,10 +132,9 @@ async def _relay(url: str, key: str | None, names: list[str], config: WorkerConf
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
 
     def describe() -> Member:
-        return Member(**{
-            **{name: getattr(member, name) for name in member.__struct_fields__},
-            "state": port.state, "is_draining": port.is_draining, "num_running": port.num_requests,
-        })  # fmt: skip
+        return msgspec.structs.replace(
+            member, state=port.state, is_draining=port.is_draining, num_running=port.num_requests
+        )
 
     port.start()
     beacon = Beacon(token, endpoint(*controller), describe, ended.set)

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from fastqwen.cluster import upstream as upstream_module
 from fastqwen.cluster.beacon import Beacon, ask_controller
 from fastqwen.cluster.controller import Controller
 from fastqwen.cluster.fleet import Fleet
@@ -266,5 +267,32 @@ def test_a_worker_with_an_address_that_is_none_keeps_nobody_out(folder: Path):
             made.add_worker(folder, "a")
             await until(lambda: "Qwen" in made.front.fleet.there)
             assert "--worker-address" in made.front.fleet.refused["broken"]
+
+    told(story())
+
+
+def test_a_front_end_that_falls_silent_leaves_no_request_at_another_server(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(upstream_module, "PEER_LOST_AFTER_S", 0.3)
+    monkeypatch.setattr(upstream_module, "LOOK_EVERY_S", 0.05)
+
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b'data: {"choices": []}\n\n')
+            await asyncio.sleep(0.01)
+
+    async def story() -> None:
+        server = await asyncio.start_server(endless, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        async with scene() as made, await made.client(), server:
+            port = await made.add_server("alive", "llama", url)
+            await until(lambda: "llama" in made.front.fleet.there)
+            link = made.front.fleet.relayed["llama"].replicas["alive"]
+            parts = link.fetch("/v1/chat/completions", b"{}")
+            assert (await anext(parts)).data and port.num_requests == 1
+            link._task.cancel()  # no sign of life any more
+            await until(lambda: port.num_requests == 0)
+            await parts.aclose()
 
     told(story())

@@ -110,7 +110,7 @@ function Workers({ list }) {
     waiting: (one) => number(one.num_waiting), kvUse: memory, plan_weights_bytes: (one) => amount("weights_bytes", one.weights_bytes || null) };
   return html`<div class="scroll" tabindex="0"><table>
     <thead><tr>${Object.keys(columns).map((name) => html`<th scope="col" key=${name}>${t(name)}</th>`)}</tr></thead>
-    <tbody>${list.map((one) => html`<tr key=${one.key}>${Object.values(columns).map((cell) => html`<td>${cell(one)}</td>`)}</tr>`)}</tbody></table></div>`;
+    <tbody>${list.map((one) => html`<tr key=${one.key}>${Object.values(columns).map((cell, place) => (place ? html`<td>${cell(one)}</td>` : html`<th scope="row">${cell(one)}</th>`))}</tr>`)}</tbody></table></div>`;
 }
 
 function Errors({ list }) {
