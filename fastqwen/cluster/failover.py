@@ -151,13 +151,17 @@ class FailoverEngine:
         used = sum(one.kv_usage * one.num_blocks for one in every)
         return EngineStats(**sums, kv_usage=used / sums["num_blocks"] if sums["num_blocks"] else 0.0)
 
-    def stream(self, requests: list[EngineRequest]) -> AsyncStream:
+    def admit(self) -> None:
         """Raises EngineGone where no replica takes requests, Overloaded where all have too many."""
         takers = [key for key in self._replicas if self.is_open(key)]
         if not takers:
             raise EngineGone("no replica of this model is ready")
         if all(self.router.num_requests(key) >= self._max_requests for key in takers):
             raise Overloaded(f"each of {len(takers)} replicas has {self._max_requests} requests: try again in a moment")
+
+    def stream(self, requests: list[EngineRequest]) -> AsyncStream:
+        """Raises as ``admit`` does."""
+        self.admit()
         return AsyncStream(self, requests)
 
     # ---- Inlet ----

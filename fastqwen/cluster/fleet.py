@@ -64,6 +64,7 @@ class ServedModel:
     def admit(self) -> None:
         """Raises Overloaded or EngineGone where a new request cannot be taken."""
         self.state.admit()
+        self.engine.admit()  # before an answer has begun, so that it can still be a status
 
     async def close(self) -> None:
         self.remembering.cancel()
@@ -102,6 +103,10 @@ class Fleet:
     def is_alone(self) -> bool:
         """The controller does not answer."""
         return self._watcher.is_away
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self._links)
 
     @property
     def there(self) -> dict[str, ServedModel | RelayedModel]:

@@ -85,7 +85,7 @@ class FrontState:
     def admit(self) -> None:
         if self.draining:
             raise EngineGone("the server is shutting down and takes no new requests")
-        if self.num_active >= self.config.max_concurrent_requests:
+        if self.num_active >= self.config.max_concurrent_requests * max(1, self.fleet.num_replicas):
             raise Overloaded(f"{self.num_active} requests are running or waiting: try again in a moment")
 
     def note_error(self, message: str) -> None:

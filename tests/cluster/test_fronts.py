@@ -296,3 +296,21 @@ def test_a_front_end_that_falls_silent_leaves_no_request_at_another_server(monke
             await parts.aclose()
 
     told(story())
+
+
+def test_what_is_too_much_for_each_replica_is_refused_before_it_begins(folder: Path):
+    async def story() -> None:
+        async with scene() as made, await made.client(max_concurrent_requests=1) as client:
+            engine = made.add_worker(folder, "a")
+            engine.step_delay_s = 0.02
+            await until(lambda: "Qwen" in made.front.fleet.there)
+            running = asyncio.create_task(ask(client, stream=True))
+            await until(lambda: engine.requests)
+            refused = await ask(client, stream=True)
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            made.add_worker(folder, "b")
+            await until(lambda: len(made.front.fleet.models["Qwen"].engine.replicas) == 2)
+            assert (await ask(client, stream=True)).status_code == 200
+            assert (await running).text.endswith("data: [DONE]\n\n")
+
+    told(story())
