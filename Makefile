@@ -11,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 
-.PHONY: serve test test-slow test-page stress fuzz test-clients test-agents test-compile check-install lint clean help
+.PHONY: serve test test-slow test-page stress fuzz test-clients test-cluster test-agents test-compile check-install lint clean help
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,7 +33,7 @@ test: $(DEV_STAMP)  ## Run the tests, in WORKERS processes (default: 2)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
 test-slow: $(DEV_STAMP)  ## Run the tests that take long
-	$(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/page --ignore=tests/reliability
+	$(BIN)/python -m pytest -m "slow and not gpu" --ignore=tests/page --ignore=tests/reliability --ignore=tests/cluster
 
 stress: $(DEV_STAMP)  ## Run the long reliability tests: load, soak, a hundred kills and a hundred drains
 	$(BIN)/python -m pytest tests/reliability -m slow -s --timeout 2400
@@ -44,6 +44,9 @@ fuzz: $(DEV_STAMP)  ## Fuzz every parser for SECONDS (default: 60) in all
 
 test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use, each installed in a room of its own; LOAD=1 adds guidellm
 	PYTHON=$(BIN)/python scripts/test_clients
+
+test-cluster: $(DEV_STAMP)  ## Run a cluster of real processes: kills, drains and replacements under load, in network namespaces where that may be
+	$(BIN)/python -m pytest -m "slow and not gpu" tests/cluster -s --timeout 1200
 
 test-agents: $(DEV_STAMP)  ## Run Claude Code, Codex, qwen-code, opencode and aider against a scripted model (needs npm)
 	PYTHON=$(BIN)/python scripts/test_agents

@@ -247,6 +247,9 @@ class EngineRequest(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     grammar: Grammar | None = None
     pooling: Pooling | None = None  # "last": it ends with one vector, the prompt's last token's, instead of tokens
     arrival_s: float = 0.0
+    # What another engine generated of the answer before it was lost. It counts as generated here: by max_tokens, min_tokens,
+    # penalties, grammar and random numbers; deltas bring only what comes behind it.
+    said_token_ids: list[int] = []
 
 
 class Admission(msgspec.Struct, kw_only=True, frozen=True):

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Tests with what only some machines have say so themselves, and run where it is there.
-OPTIONAL = {"modelscope", "playwright", "atheris"}
+OPTIONAL = {"modelscope", "playwright", "atheris", "ray"}
 
 
 def plain(name: str) -> str:
@@ -84,7 +84,7 @@ def test_every_direct_and_indirect_dependency_is_pinned():
 
 
 def test_pins_are_within_what_is_declared():
-    for name, requirement in declared("dev", "plot", "fuzz").items():
+    for name, requirement in declared("dev", "plot", "fuzz", "cluster").items():
         assert pins()[name] in requirement.specifier, name
     assert pins()["torch"] == "2.13.0"
     [build] = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "fastqwen"
 ORDER = [
     "version", "errors", "logs", "lifeline", "paths", "plot", "text_files", "records", "outputs", "config", "vllm_names",
     "sharding", "model_config", "config_keys", "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine",
-    "runner", "names", "demo", "hub", "text", "ranks", "client", "ipc", "llm", "chat_model", "vllm", "server", "terminal",
-    "benchmark", "cli",
+    "runner", "names", "demo", "hub", "text", "ranks", "client", "ipc", "llm", "chat_model", "vllm", "server", "cluster",
+    "terminal", "benchmark", "cli",
 ]  # fmt: skip
 # The same inside server/: app.py and run.py join what stands below them.
 SERVER_ORDER = ["config", "http", "mcp", "answer", "dialects", "operator", "web", "app", "run"]
@@ -26,6 +26,8 @@ WITHOUT_TORCH = [
     "models",
     "plan",
     "errors.py",
+    "cluster/routing.py",
+    "cluster/failover.py",
     "cli/main.py",
 ]
 

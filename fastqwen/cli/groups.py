@@ -9,7 +9,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fastqwen.cli.vllm_flags import translated
+from fastqwen.cli import fastchat_flags
+from fastqwen.cli.vllm_flags import Translated, translated
 from fastqwen.errors import BadConfig
 
 MAX_HELP_CHARS = 100
@@ -24,10 +25,10 @@ ELSEWHERE = {
     "start": "fastqwen serve MODEL",
     "collect-env": "fastqwen plan shows what was found of this machine",
     "cli": "fastqwen chat MODEL",
-    "controller": "fastqwen serve MODEL is API, page and model in one",
-    "model_worker": "fastqwen serve MODEL is API, page and model in one",
-    "openai_api_server": "fastqwen serve MODEL is API, page and model in one",
-    "gradio_web_server": "fastqwen web --api URL",
+    "model_worker": "fastqwen worker MODEL, or fastqwen serve MODEL, which is API, page and model in one",
+    "vllm_worker": "fastqwen worker MODEL, or fastqwen serve MODEL, which is API, page and model in one",
+    "openai_api_server": "fastqwen api, or fastqwen serve MODEL, which is API, page and model in one",
+    "gradio_web_server": "fastqwen web --controller HOST:PORT, or fastqwen web --api URL",
 }
 
 
@@ -75,6 +76,8 @@ class Commands(TyperGroup):
             hint = f"did you mean {near[0]}?" if near else "fastqwen --help lists them"
             raise BadConfig(f"there is no command {word}: {hint}")
         name, command, rest = super().resolve_command(ctx, args)
+        if name in fastchat_flags.COMMANDS:
+            rest = _told(fastchat_flags.translated(rest))
         return name, command, _in_our_words(command, rest)
 
 
@@ -85,7 +88,10 @@ def _in_our_words(command: Any, words: list[str]) -> list[str]:
         return words
     ours = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     several = {name for option in options if option.multiple for name in option.opts}
-    found = translated(words, ours, several)
+    return _told(translated(words, ours, several))
+
+
+def _told(found: Translated | fastchat_flags.Translated) -> list[str]:
     for notice in found.notices:
         print(f"INFO:     {notice}", file=sys.stderr)
     return found.words

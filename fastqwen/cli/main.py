@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fastqwen.cli import batch, bench, chat, check, completion, generate, launch, ours, plan, serve, web
+from fastqwen.cli import batch, bench, chat, check, cluster, completion, generate, launch, ours, plan, serve, web
 from fastqwen.cli.groups import Command, Commands
 from fastqwen.cli.options import help_text
 from fastqwen.errors import FastqwenError, ModelNotFound
@@ -31,10 +31,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 SERVE, USE, LOOK = "Serve a model", "Use one", "Look at what there is"
+MANY = "Serve from many machines"
 COMMANDS: list[tuple[str, str, Callable[..., None]]] = [
     ("serve", SERVE, serve.serve),
     ("web", SERVE, web.web),
     ("ps", SERVE, ours.ps),
+    ("controller", MANY, cluster.controller),
+    ("worker", MANY, cluster.worker),
+    ("api", MANY, cluster.api),
+    ("status", MANY, cluster.status),
+    ("up", MANY, cluster.up),
     ("chat", USE, chat.chat),
     ("run", USE, chat.chat),  # as Ollama calls it
     ("generate", USE, generate.generate),

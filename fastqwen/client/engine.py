@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Literal, Protocol, Self, TypeVar
+from typing import Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -84,6 +84,11 @@ class ServedEngine(EngineClient["AsyncStream"], Protocol):
     def silent_for_s(self) -> float:
         """Since when the engine has said nothing."""
 
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """An engine of this host that can give its memory back for a while."""
+
     async def sleep(self) -> None:
         """Give its memory back until ``wake_up``. Raises EngineGone where it is not ready."""
 
@@ -91,10 +96,17 @@ class ServedEngine(EngineClient["AsyncStream"], Protocol):
         """Load again, and return once it is ready. Raises FastqwenError if it cannot start."""
 
 
+class Reader(Protocol):
+    """Who gets the deltas of requests."""
+
+    def put(self, deltas: Deltas, num_ended: int) -> None:
+        """News, with the last delta of ``num_ended`` requests."""
+
+
 class Inlet(Protocol):
     """How a stream speaks to its engine. None of these waits."""
 
-    def submit(self, stream: Stream, requests: list[EngineRequest]) -> None: ...
+    def submit(self, stream: Reader, requests: list[EngineRequest]) -> None: ...
 
     def abort(self, request_ids: Iterable[str]) -> None: ...
 
@@ -204,16 +216,16 @@ class AsyncStream(Stream):
 
 
 class Streams:
-    """The engine's side: which stream waits for which request."""
+    """The engine's side: who waits for which request."""
 
     def __init__(self) -> None:
-        self._of: dict[str, Stream] = {}
+        self._of: dict[str, Reader] = {}
 
     def __len__(self) -> int:
         """Requests that still run."""
         return len(self._of)
 
-    def open(self, stream: Stream, requests: list[EngineRequest]) -> None:
+    def open(self, stream: Reader, requests: list[EngineRequest]) -> None:
         for request in requests:
             self._of[request.request_id] = stream
 
@@ -222,8 +234,8 @@ class Streams:
         return [name for name in request_ids if self._of.pop(name, None) is not None]
 
     def deliver(self, deltas: Deltas) -> None:
-        found: dict[Stream, Deltas] = {}
-        ended: dict[Stream, int] = {}
+        found: dict[Reader, Deltas] = {}
+        ended: dict[Reader, int] = {}
         last, own = None, deltas
         for delta in deltas:
             stream = self._of.get(delta.request_id)

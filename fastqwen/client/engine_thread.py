@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from fastqwen.client.engine import BlockingStream, Deltas, Ready, State, Stream
+from fastqwen.client.engine import BlockingStream, Deltas, Reader, Ready, State
 from fastqwen.client.local_engine import LocalEngine
 from fastqwen.engine.core import EngineCore, EngineStats
 from fastqwen.errors import EngineGone
@@ -51,7 +51,7 @@ class EngineThread:
     def stream(self, requests: list[EngineRequest]) -> BlockingStream:
         return _ThreadStream(self, requests)
 
-    def submit(self, stream: Stream, requests: list[EngineRequest]) -> None:
+    def submit(self, stream: Reader, requests: list[EngineRequest]) -> None:
         with self._lock:
             if self._closed:
                 raise EngineGone(CLOSED.message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastqwen.client.engine import BlockingStream, Ready, State, Stream, Streams
+from fastqwen.client.engine import BlockingStream, Reader, Ready, State, Streams
 from fastqwen.engine.core import EngineCore, EngineStats
 from fastqwen.records import EngineRequest, Failure
 
@@ -36,7 +36,7 @@ class LocalEngine:
     def has_work(self) -> bool:
         return self._over is None and self.core.has_work
 
-    def submit(self, stream: Stream, requests: list[EngineRequest]) -> None:
+    def submit(self, stream: Reader, requests: list[EngineRequest]) -> None:
         self._streams.open(stream, requests)
         if self._over is not None:
             self._streams.end(self._over)

@@ -92,6 +92,7 @@ class Scheduler:
         assert request.request_id not in self._sequences, f"request id {request.request_id!r} is in use"
         num_prompt = len(request.prompt_token_ids)
         assert num_prompt > 0 and num_prompt + request.max_tokens - 1 <= self.max_sequence_tokens, "not checked before"
+        assert len(request.said_token_ids) < request.max_tokens, "nothing is left to say"
         limit = None if request.is_open_ended else request.max_tokens
         sequence = Sequence(request, self._rope_key_of(num_prompt, limit))
         self._sequences[request.request_id] = sequence
@@ -219,9 +220,9 @@ class Scheduler:
         if not sequence.was_admitted:
             sequence.was_admitted = True
             sequence.waited_s = max(0.0, time.monotonic() - sequence.request.arrival_s)
-            sequence.num_cached = num_computed
+            sequence.num_cached = min(num_computed, sequence.num_prompt)
             self.num_prefix_queries += sequence.num_prompt
-            self.num_prefix_hits += num_computed
+            self.num_prefix_hits += sequence.num_cached
         sequence.slot = self._free_slots.pop()
         self._running.append(sequence)
         request = sequence.request

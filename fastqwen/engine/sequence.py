@@ -22,7 +22,7 @@ class Sequence:
         # Who goes first: priority, then arrival. Preemption takes from the end of the same order.
         self.order = (request.priority, request.arrival_s, request.request_id)
         self.rope_key = rope_key  # fixed by the prompt's whole length, and kept while decoding and after preemption
-        self.token_ids = list(request.prompt_token_ids)
+        self.token_ids = [*request.prompt_token_ids, *request.said_token_ids]
         self.num_computed = 0  # tokens whose keys and values are in the cache once all scheduled steps are done
         self.num_pending = 0
         self.num_cached = 0  # of the prompt, found in the prefix cache at the first admission

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fastqwen.client.engine import AsyncStream, Ready, State, Stream, Streams
+from fastqwen.client.engine import AsyncStream, Reader, Ready, State, Streams
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineStats
 from fastqwen.errors import EngineGone, FastqwenError
@@ -69,7 +69,7 @@ class ProcessEngine:
             raise EngineGone(f"the engine is {self.state}")
         return AsyncStream(self, requests)
 
-    def submit(self, stream: Stream, requests: list[EngineRequest]) -> None:
+    def submit(self, stream: Reader, requests: list[EngineRequest]) -> None:
         self._streams.open(stream, requests)
         self._tell(wire.Add(requests))
         if self.state != "ready":  # it has ended since the stream began
@@ -145,17 +145,20 @@ class ProcessEngine:
         while True:
             self._process = EngineProcess(self._command, self._log_format)
             await self._process.run(self._start, self._take)
-            if self.state == "failed":
+            before = self.state
+            if before == "failed":
                 return
             if not self._awake.is_set():
                 await self._awake.wait()
                 continue
+            if before == "ready":  # before the streams hear of it: whoever sends a request again must not send it here
+                self._set_state("restarting")
             self._streams.end(GONE)
             how = self._process.how_it_ended()
-            if self.state == "loading":
+            if before == "loading":
                 self._fail(f"{how} before it was ready")
                 return
-            if self.state == "restarting":
+            if before == "restarting":
                 deaths_s = [*(one for one in deaths_s if time.monotonic() - one < RESTARTS_WITHIN_S), time.monotonic()]
                 if len(deaths_s) >= MAX_FAILED_RESTARTS:
                     self._fail(f"{how} {len(deaths_s)} times while it was started again")

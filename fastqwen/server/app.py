@@ -43,6 +43,11 @@ MANY_NUMBERS, PROMPTS_OF_IDS = 2**17, 8
 
 def create_app(state: ServerState) -> ASGIApp:
     """Everything behind the guard, which decides who may ask at all."""
+    return Guard(create_routes(state), state)
+
+
+def create_routes(state: ServerState) -> FastAPI:
+    """Of one model, for who guards them."""
     app = FastAPI(
         title="fastqwen",
         version=__version__,
@@ -61,7 +66,7 @@ def create_app(state: ServerState) -> ASGIApp:
     add_pages(app)
     docs_page.add_route(app)
     openapi.install(app)
-    return Guard(app, state)
+    return app
 
 
 class Work(Protocol):

@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import socket
-import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -26,7 +25,6 @@ from fastqwen.lifeline import PARENT_VARIABLE, end_with_parent
 from fastqwen.logs import configure_logging
 from fastqwen.names import DEMO
 from fastqwen.server.answer.cache_story import CacheStories
-from fastqwen.server.answer.history import EVERY_S
 from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.app import create_app
@@ -111,7 +109,7 @@ async def _serve(state: ServerState, engine: ProcessEngine, workers: TextPool, b
     engine.start()
     starting = asyncio.create_task(_start_workers(workers, engine, server))
     failing = asyncio.create_task(_stop_on_failure(engine, server))
-    remembering = asyncio.create_task(_remember(state))
+    remembering = asyncio.create_task(state.remember())
     try:
         await server.serve(sockets=[bound])
     finally:
@@ -158,19 +156,6 @@ def _mcp_tools(config: ServerConfig) -> McpTools | None:
     if config.insecure:
         raise BadConfig("--mcp lets visitors call tools on this machine: give --api-key instead of --insecure")
     return McpTools(read_mcp_file(Path(config.mcp)))
-
-
-async def _remember(state: ServerState) -> None:
-    while True:
-        stats, metrics = state.engine.stats(), state.metrics
-        state.history.note(
-            time.monotonic(),
-            generated=metrics.generation_tokens,
-            read=metrics.prompt_tokens,
-            running=stats.num_running,
-            waiting=stats.num_waiting,
-        )
-        await asyncio.sleep(EVERY_S)
 
 
 async def _stop_on_failure(engine: ProcessEngine, server: DrainingServer) -> None:

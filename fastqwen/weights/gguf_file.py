@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+NUM_TENSORS_AT = 8  # behind magic number and version
 NO_GGUF = "is not a GGUF file: it does not begin with 'GGUF'"
 SPLIT_NAME = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.gguf)", re.IGNORECASE)
 DEFAULT_ALIGNMENT = 32
@@ -131,6 +132,19 @@ class GgufFile:
                 f"{self.path}: general.quantization_version is {short(version)}, supported is {QUANTIZATION_VERSION}; "
                 "convert the model again with a current tool"
             )
+
+
+def without_tensors(path: Path) -> bytes:
+    """A GGUF file of this one's metadata alone, for who needs the tokenizer and not the weights. Raises as GgufFile does."""
+    data = _map(path)
+    cursor = _Cursor(path, data)
+    _, num_entries = _read_header(cursor)
+    metadata = _read_metadata(cursor, num_entries)
+    if metadata.get("split.count", 1) > 1:
+        raise Unsupported(f"{path} is one of several parts: its metadata do not stand alone, merge the parts first")
+    head = bytearray(data[: cursor.position])
+    head[NUM_TENSORS_AT : NUM_TENSORS_AT + 8] = bytes(8)
+    return bytes(head)
 
 
 def short(value: object) -> str:

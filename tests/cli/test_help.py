@@ -13,6 +13,10 @@ from tests.server.live import run
 COMMANDS = [
     "serve",
     "web",
+    "controller",
+    "worker",
+    "api",
+    "status",
     "chat",
     "generate",
     "batch",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from fastqwen.client.engine import AsyncStream, Ready, State, Stream, Streams
+from fastqwen.client.engine import AsyncStream, Reader, Ready, State, Streams
 from fastqwen.engine.core import EngineCore, EngineStats
 from fastqwen.errors import EngineGone
 from fastqwen.records import EngineRequest, Failure
@@ -14,7 +14,7 @@ from fastqwen.records import EngineRequest, Failure
 class FakeEngine:
     """It computes while ``run`` runs, and remembers what was asked of it."""
 
-    failure, loading, num_restarts, silent_for_s = "", (1, 1), 0, 0.0
+    failure, loading, num_restarts, silent_for_s, is_draining = "", (1, 1), 0, 0.0, False
 
     def __init__(self, core: EngineCore, ready: Ready) -> None:
         self.core, self.ready = core, ready
@@ -32,7 +32,7 @@ class FakeEngine:
             raise EngineGone(f"the engine is {self.state}")
         return AsyncStream(self, requests)
 
-    def submit(self, stream: Stream, requests: list[EngineRequest]) -> None:
+    def submit(self, stream: Reader, requests: list[EngineRequest]) -> None:
         self.streams.open(stream, requests)
         self.requests += requests
         for request in requests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -15,7 +16,7 @@ from fastqwen.client.prepare import ModelFacts
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, EngineGone, Overloaded, UnknownModelName
 from fastqwen.server.answer.cache_story import CacheStories
-from fastqwen.server.answer.history import History
+from fastqwen.server.answer.history import EVERY_S, History
 from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.request_limits import check_grammar_length
 from fastqwen.server.answer.response_store import ResponseStore
@@ -123,6 +124,19 @@ class ServerState:
             if warning not in self._logged_warnings and len(self._logged_warnings) < MAX_LOGGED_WARNINGS:
                 self._logged_warnings.add(warning)
                 log.warning("answered with a warning (logged once): %s", ascii(warning)[1:-1])
+
+    async def remember(self) -> None:
+        """Run it beside the server: it notes figures for the last hour's history."""
+        while True:
+            stats, metrics = self.engine.stats(), self.metrics
+            self.history.note(
+                time.monotonic(),
+                generated=metrics.generation_tokens,
+                read=metrics.prompt_tokens,
+                running=stats.num_running,
+                waiting=stats.num_waiting,
+            )
+            await asyncio.sleep(EVERY_S)
 
     async def tokenize(self, prompt: str, *, add_special_tokens: bool) -> list[int]:
         self.text.tokenizer.check(prompt)

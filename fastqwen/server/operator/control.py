@@ -8,6 +8,7 @@ import msgspec
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
+from fastqwen.client.engine import Sleeper
 from fastqwen.errors import BadRequest, Overloaded
 from fastqwen.server.answer.state import ServerState
 from fastqwen.version import __version__
@@ -60,7 +61,7 @@ def _add_acts(app: FastAPI, state: ServerState) -> None:
             raise BadRequest(f"level is {level[:20]!r}, but must be 1 or 2", "level")
         if state.num_active:
             raise Overloaded(f"{state.num_active} requests are running: wait for them, then let the model sleep")
-        await state.engine.sleep()
+        await _sleeper(state).sleep()
         state.num_cache_resets += 1
         return JSONResponse({"is_sleeping": True})
 
@@ -68,7 +69,7 @@ def _add_acts(app: FastAPI, state: ServerState) -> None:
     async def wake_up() -> JSONResponse:
         """Start the engine again; answers when it is ready. All of it wakes, whatever ``tags`` say."""
         _check_operator(state)
-        await state.engine.wake_up()
+        await _sleeper(state).wake_up()
         return JSONResponse({"is_sleeping": False})
 
     @app.post("/reset_prefix_cache")
@@ -77,6 +78,12 @@ def _add_acts(app: FastAPI, state: ServerState) -> None:
         _check_operator(state)
         state.num_cache_resets += 1
         return JSONResponse({"success": True})
+
+
+def _sleeper(state: ServerState) -> Sleeper:
+    if not isinstance(state.engine, Sleeper):
+        raise BadRequest("workers of a cluster do not sleep: fastqwen status --drain takes one out")
+    return state.engine
 
 
 def _check_operator(state: ServerState) -> None:

@@ -29,17 +29,32 @@ ENGINE_COUNTERS = {
 Samples = Sequence[tuple[tuple[str, ...], float]]  # more labels than the model's name, and the value
 
 
-def metrics_text(state: ServerState) -> bytes:
-    return generate_latest(_Families(state))
+def metrics_text(*states: ServerState) -> bytes:
+    """Of one model, or of several, told apart by their names."""
+    return generate_latest(_Joined(states))
 
 
-class _Families(Collector):
+class _Joined(Collector):
+    def __init__(self, states: Sequence[ServerState]) -> None:
+        self._states = states
+
+    def collect(self) -> Iterator[Metric]:
+        """Each family once, with the samples of all."""
+        found: dict[str, Metric] = {}
+        for state in self._states:
+            for family in _Families(state).collect():
+                known = found.setdefault(family.name, family)
+                if known is not family:
+                    known.samples += family.samples
+        yield from found.values()
+
+
+class _Families:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._model_name = state.names[0]
 
     def collect(self) -> Iterator[Metric]:
-        """Asked by prometheus_client."""
         engine, metrics = self._state.engine, self._state.metrics
         stats = engine.stats()
         for field, (name, text) in ENGINE_GAUGES.items():

@@ -101,27 +101,32 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
 
     @app.get("/admin/data")
     async def figures() -> dict[str, Any]:
-        engine, stats = state.engine, state.engine.stats()
-        plan = None if engine.ready is None else msgspec.to_builtins(engine.ready.plan)
-        return {
-            "running": stats.num_running,
-            "waiting": stats.num_waiting,
-            **{name: getattr(stats, name) for name in ENGINE_FIGURES},
-            "prompt_tokens_total": state.metrics.prompt_tokens,
-            "generation_tokens_total": state.metrics.generation_tokens,
-            "uptime_s": state.uptime_s,
-            "model": state.names[0],
-            "state": "draining" if state.draining else engine.state,
-            "active_requests": state.num_active,
-            "engine_restarts": engine.num_restarts,
-            "plan": None if plan is None else {**plan, **_figures(engine.ready, "planned")},
-            "measured": {
-                **_figures(engine.ready, "measured"),
-                "num_steps": stats.num_steps,
-                "engine_silent_s": engine.silent_for_s,
-            },
-            "recent_errors": list(state.recent_errors),
-        }
+        return figures_of(state)
+
+
+def figures_of(state: ServerState) -> dict[str, Any]:
+    """What the operators' page draws."""
+    engine, stats = state.engine, state.engine.stats()
+    plan = None if engine.ready is None else msgspec.to_builtins(engine.ready.plan)
+    return {
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        **{name: getattr(stats, name) for name in ENGINE_FIGURES},
+        "prompt_tokens_total": state.metrics.prompt_tokens,
+        "generation_tokens_total": state.metrics.generation_tokens,
+        "uptime_s": state.uptime_s,
+        "model": state.names[0],
+        "state": "draining" if state.draining else engine.state,
+        "active_requests": state.num_active,
+        "engine_restarts": engine.num_restarts,
+        "plan": None if plan is None else {**plan, **_figures(engine.ready, "planned")},
+        "measured": {
+            **_figures(engine.ready, "measured"),
+            "num_steps": stats.num_steps,
+            "engine_silent_s": engine.silent_for_s,
+        },
+        "recent_errors": list(state.recent_errors),
+    }
 
 
 FIGURES = {"weights": "weights_bytes", "peak": "peak_bytes", "KV blocks": "num_blocks"}

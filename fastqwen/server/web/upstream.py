@@ -32,16 +32,26 @@ VERSION = re.compile(r"/v\d+\w*$")
 class Upstream:
     """One server. Its address may end in /v1, as OpenAI's clients want it, or not. Raises BadConfig, then UpstreamGone."""
 
-    def __init__(self, url: str, key: str | None, *, visitors_keys: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        *,
+        visitors_keys: bool = False,
+        flag: str = "--api",
+        key_flag: str = "--api-key or FASTQWEN_API_KEY",
+    ) -> None:
+        """``flag`` and ``key_flag`` are what errors name."""
+        self._flag, self._key_flag = flag, key_flag
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         try:
             parsed = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise BadConfig(f"--api {url} is not an address: {error}") from None
+            raise BadConfig(f"{flag} {url} is not an address: {error}") from None
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-            raise BadConfig(f"--api {url} is not an address like http://localhost:8000/v1")
+            raise BadConfig(f"{flag} {url} is not an address like http://localhost:8000/v1")
         if parsed.userinfo:
-            raise BadConfig("--api holds a password: give it with --api-key instead")
+            raise BadConfig(f"{flag} holds a password: give it with {key_flag} instead")
         self.place = parsed.netloc.decode("ascii")
         self.has_key = key is not None
         self._visitors_keys = visitors_keys and key is None
@@ -134,7 +144,7 @@ class Upstream:
         except (msgspec.DecodeError, RecursionError, KeyError, TypeError):
             raise UpstreamGone(
                 f"{self.url} is no OpenAI-compatible API: it answers {self._api}/models with status {status} and no list "
-                "of models; --api takes the address up to and including /v1"
+                f"of models; {self._flag} takes the address up to and including /v1"
             ) from None
 
     async def close(self) -> None:
@@ -142,20 +152,22 @@ class Upstream:
 
     def _problem(self, response: httpx.Response) -> str | None:
         if response.is_redirect:
-            return f"{self.url} sends on to {response.headers.get('location', '?')[:200]}: give that address to --api"
+            return f"{self.url} sends on to {response.headers.get('location', '?')[:200]}: give that address to {self._flag}"
         if response.status_code not in ANSWERS:
             return f"{self.url} answers with status {response.status_code}, which is no answer to what was asked"
         if response.headers.get("content-encoding", "identity") != "identity":
             return f"{self.url} sends its answer compressed, which it was not asked for"
         if response.status_code == 401 and self.has_key:
-            return f"{self.url} refused the key that this page was started with: check --api-key or FASTQWEN_API_KEY"
+            return f"{self.url} refused the key that this page was started with: check {self._key_flag}"
         if response.status_code == 401 and not self._visitors_keys:
-            return f"{self.url} wants an API key: who runs this page gives it with --api-key or FASTQWEN_API_KEY"
+            return f"{self.url} wants an API key: who runs this page gives it with {self._key_flag}"
         return None
 
     def _silent(self, error: Exception) -> UpstreamGone:
         reason = str(error) or type(error).__name__
-        return UpstreamGone(f"{self.url} cannot be reached ({reason}): is that server running, and is --api right?")
+        return UpstreamGone(
+            f"{self.url} cannot be reached ({reason}): is that server running, and is {self._flag} right?"
+        )
 
 
 class Relay(EventStream):

@@ -102,6 +102,17 @@ function PlanTable({ plan, measured }) {
     ${plan.notices?.map((text) => html`<p class="hint">${text}</p>`)}`;
 }
 
+/** Only the front ends of a cluster have workers. */
+function Workers({ list }) {
+  const memory = (one) => (one.kv_bytes ? `${percent(one.kv_usage)} / ${amount("kv_bytes", one.kv_bytes)}` : "–");
+  const columns = { model: (one) => one.names.join(", "), worker: (one) => `${one.address} (${one.host})`,
+    workerState: (one) => one.refused ?? (one.is_draining ? "draining" : one.state), running: (one) => number(one.num_running),
+    waiting: (one) => number(one.num_waiting), kvUse: memory, plan_weights_bytes: (one) => amount("weights_bytes", one.weights_bytes || null) };
+  return html`<div class="scroll" tabindex="0"><table>
+    <thead><tr>${Object.keys(columns).map((name) => html`<th scope="col" key=${name}>${t(name)}</th>`)}</tr></thead>
+    <tbody>${list.map((one) => html`<tr key=${one.key}>${Object.values(columns).map((cell, place) => (place ? html`<td>${cell(one)}</td>` : html`<th scope="row">${cell(one)}</th>`))}</tr>`)}</tbody></table></div>`;
+}
+
 function Errors({ list }) {
   if (!list?.length) return html`<p class="hint">${t("noErrors")}</p>`;
   const time = (value) => new Date(typeof value === "number" ? value * 1000 : value).toLocaleString(language());
@@ -128,6 +139,7 @@ function Figures({ data }) {
     ${view.hour && html`<div class="row" role="group" aria-label=${t("range")}>${["minutes", "hour"].map((what) => html`<button type="button" class="button" key=${what} aria-pressed=${view.shows === what} onClick=${() => show(what)}>${t("range_" + what)}</button>`)}</div>`}
     <${Plot} title=${t("throughput")} everyS=${everyS} slots=${slots} series=${[{ name: t("generated"), color: main, values: column("generated") }, { name: t("read"), color: second, values: column("read") }]} />
     <${Plot} title=${t("load")} everyS=${everyS} slots=${slots} series=${[{ name: t("running"), color: main, values: column("running") }, { name: t("waiting"), color: second, values: column("waiting") }]} />
+    ${data.workers && html`<section class="panel"><h2>${t("workers")}</h2><${Workers} list=${data.workers} /></section>`}
     <section class="panel"><h2>${t("plan")}</h2><${PlanTable} plan=${data.plan} measured=${data.measured} /></section>
     <section class="panel"><h2>${t("errors")}</h2><${Errors} list=${data.recent_errors} /></section>`;
 }
