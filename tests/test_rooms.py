@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "fastqwen"
 # From the ground up. A room may import itself and those before it.
 ORDER = [
     "version", "errors", "logs", "lifeline", "paths", "plot", "text_files", "records", "outputs", "config", "model_config",
-    "config_keys", "sharding", "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
+    "config_keys", "hybrid_config", "sharding", "models", "kernels", "layers", "weights", "quant", "plan", "build", "engine", "runner",
     "names", "demo", "hub", "text", "client", "ipc", "llm", "chat_model", "server", "terminal", "benchmark", "cli",
 ]  # fmt: skip
 # The same inside server/: app.py and run.py join what stands below them.
@@ -22,6 +22,7 @@ WITHOUT_TORCH = [
     "config.py",
     "model_config.py",
     "config_keys.py",
+    "hybrid_config.py",
     "models",
     "plan",
     "errors.py",

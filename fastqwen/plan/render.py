@@ -33,6 +33,7 @@ TERMS = (
     ("state", "token ids, block tables"),
     ("graphs", "CUDA graphs"),
     ("runtime", "runtime: context, kernels, libraries"),
+    ("states", "states of fixed size"),
     ("collectives", "buffers between GPUs"),
     ("rounding", "kept by the allocator"),
 )

@@ -112,7 +112,9 @@ class CudaRunner(ModelRunner):
             self._structured.admit(batch.admissions)
         self.slots.update(batch.admissions, batch.rows)
         rows = batch.rows
+        self.states.before(batch.admissions, rows)
         hidden, logits, tokens = self._launch(rows)
+        self.states.after(rows)
         extras = None
         if any(not self.slots.is_plain[row.slot] and self._needs_more(row) for row in rows):
             extras = Extras(rows, choices_of(rows), hidden, logits, self._decoder, self.slots)
@@ -190,8 +192,9 @@ class CudaRunner(ModelRunner):
             num_decode_rows=num_decode_rows,
             prompts=prompts,
             decode_count=decode_count,
+            held=inputs.held,
         )
-        decoder.advance(residual, where, self.states)
+        decoder.advance(residual, where, self.states.layers)
         gives_all = prompts is None and len(inputs.sample_tokens) == len(residual)
         picked = residual if gives_all else residual[inputs.sample_tokens]
         if not len(picked):

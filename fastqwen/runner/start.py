@@ -20,6 +20,7 @@ from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
+from fastqwen.engine.snapshots import SnapshotPool
 from fastqwen.kernels import Ops
 from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.layers.decoder import Decoder
@@ -89,7 +90,7 @@ def start_engine(
         max_num_seqs=plan.max_num_seqs,
         enable_prefix_caching=config.enable_prefix_caching,
         rope_key_of=partial(rope_key, checkpoint.model.rope, per_request=config.rope_per_request),
-        num_resumable=executor.num_resumable,
+        snapshots=SnapshotPool(plan.max_state_snapshots, plan.block_size) if executor.states.has_fixed else None,
     )
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again

@@ -112,7 +112,7 @@ def hidden_of(runner: Any, row: Row) -> torch.Tensor:
     if isinstance(runner, ModelRunner) and type(runner) is not ModelRunner:  # the GPU's lays its steps out by itself
         return runner._launch([row])[0][: row.num_tokens]
     flat, where = pack([row], runner.slots, logn_len=runner._model.logn_len)
-    return runner._decoder.hidden(flat, where, runner.states)
+    return runner._decoder.hidden(flat, where, runner.states.layers)
 
 
 def greedy(core: EngineCore, prompts: list[list[int]], max_tokens: int = 64) -> list[list[int]]:
