@@ -117,7 +117,9 @@ def _delta_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
         interval = fields.int("full_attention_interval", default=DEFAULT_INTERVAL)
         return tuple(layer for layer in range(num_layers) if (layer + 1) % interval)
     if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise BadCheckpoint(f"{fields.source}: layer_types is {short(kinds)}, expected a word for each of {num_layers} layers")
+        raise BadCheckpoint(
+            f"{fields.source}: layer_types is {short(kinds)}, expected a word for each of {num_layers} layers"
+        )
     unknown = sorted({str(kind) for kind in kinds} - {"linear_attention", "full_attention"})
     if unknown:
         raise Unsupported(f"{fields.source}: layer_types contains {unknown}, which is not supported")

@@ -96,7 +96,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     windows: tuple[int | None, ...] = ()  # per layer; None sees everything. Empty: no layer has a window
     moe: MoeConfig | None = None
     delta: DeltaConfig | None = None  # None: all layers have attention
-    attention_gate: bool = False  # what attention gives is multiplied by sigmoid of a gate, a number each, made beside q
+    attention_gate: bool = (
+        False  # what attention gives is multiplied by sigmoid of a gate, a number each, made beside q
+    )
     norms_around_one: bool = False  # norms' weights are stored less 1, but for those inside delta layers
     quantization: dict[str, Any] | None = None
     dtype: str = "bfloat16"

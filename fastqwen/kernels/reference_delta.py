@@ -12,9 +12,7 @@ from fastqwen.kernels.limits import DELTA_CHUNK
 LENGTH_EPS = 1e-6
 
 
-def delta_of_row(
-    projected: Tensor, slot: int, start: int, held: int, state: DeltaState, parts: DeltaParts
-) -> Tensor:
+def delta_of_row(projected: Tensor, slot: int, start: int, held: int, state: DeltaState, parts: DeltaParts) -> Tensor:
     """One row: projected [tokens, width] of positions from ``start`` on -> float32 [tokens, value_heads, value_dim], after
     the gated norm. ``held`` tokens are in the slot's state."""
     shape = parts.shape
@@ -65,8 +63,10 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, fade: Tensor, beta: Tensor, memory:
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, fade: Tensor, beta: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    total = fade.cumsum(-1)  # of each token since the chunk's beginning
-    between = (total[:, :, None] - total[:, None, :]).tril().exp().tril()  # exp of what is above could overflow
+    # Of each token since the chunk's beginning; in float64, for differences of large sums are small.
+    sums = fade.double().cumsum(-1)
+    between = (sums[:, :, None] - sums[:, None, :]).float().tril().exp().tril()  # exp of what is above could overflow
+    left, total = (sums[:, -1:] - sums).float(), sums.float()
     weighted = beta[..., None] * k
     system = (weighted @ k.transpose(1, 2) * between).tril(-1)
     right = torch.cat([beta[..., None] * v, weighted * total[..., None].exp()], dim=-1)
@@ -74,8 +74,7 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, fade: Tensor, beta: Tensor, memory: 
     values, keys = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     new = values - keys @ memory
     out = (q * total[..., None].exp()) @ memory + (q @ k.transpose(1, 2) * between) @ new
-    last = total[:, -1:]
-    memory = memory * last[..., None].exp() + (k * (last - total)[..., None].exp()).transpose(1, 2) @ new
+    memory = memory * total[:, -1:, None].exp() + (k * left[..., None].exp()).transpose(1, 2) @ new
     return out, memory
 
 

@@ -37,9 +37,7 @@ def share_room(
     snapshots = config.max_state_snapshots
     if snapshots is None or not config.enable_prefix_caching:
         snapshots = min(MOST_SNAPSHOTS, most) if config.enable_prefix_caching else 0
-    found = StateShare(
-        max_num_seqs=max_num_seqs, snapshots=snapshots, bytes=(max_num_seqs + 1 + snapshots) * each
-    )
+    found = StateShare(max_num_seqs=max_num_seqs, snapshots=snapshots, bytes=(max_num_seqs + 1 + snapshots) * each)
     if found.bytes >= room_bytes:
         raise DoesNotFit(
             f"states of {max_num_seqs} sequences and {snapshots} copies need {found.bytes / GIB:.2f} GiB, "

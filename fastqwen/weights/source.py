@@ -121,10 +121,8 @@ FOREIGN_PREFIXES = {
     "base_model.model.": " (PEFT's)",
     "language_model.": " (a model with a vision part)",
 }
-# Buffers that older versions saved, which follow from config.json; and heads that guess several tokens ahead.
-KNOWN_EXTRAS = re.compile(
-    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(masked_bias|rope\.freqs)$|^(model\.)?mtp\.|^mtp_"
-)
+# Buffers that older versions saved, which follow from config.json.
+KNOWN_EXTRAS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(masked_bias|rope\.freqs)$")
 
 
 def cut(tensor: Tensor, part: Part | None) -> Tensor:

@@ -41,6 +41,8 @@ def make(folder: Path, config_class: str, *, dtype: torch.dtype = torch.float32,
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith(".bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            if name.endswith("A_log"):  # by default memories fade at once
+                parameter.copy_(torch.randn_like(parameter) - 3.0)
             parameter.data = parameter.to(
                 dtype
             )  # not model.to(dtype), which would round the rotary frequencies as well
