@@ -6,6 +6,8 @@ once. Then each memory passes its row's chunks in their order. Chunks begin wher
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -14,8 +16,10 @@ from torch import Tensor
 from fastqwen.kernels import DeltaParts, DeltaState, StepTokens
 from fastqwen.kernels.limits import DELTA_CHUNK
 from fastqwen.kernels.triton.delta import LENGTH_EPS, log_fade, scratch, silu
+from fastqwen.kernels.triton.launch import card_of, stages_that_fit
 
 VALUE_BLOCK = 32  # columns of a memory that one program takes through a row's chunks
+OPERAND_BYTES = 48 * 1024  # of shared memory for products, beside the chunks on their way (tests/kernels/compile_for_gpu.py)
 
 
 @triton.jit
@@ -286,9 +290,12 @@ def delta_prompts(projected: Tensor, step: StepTokens, state: DeltaState, parts:
         DV_2=values_2, ROWS_2=triton.next_power_of_2(num_rows), num_warps=8, **common,
     )  # fmt: skip
     block = min(VALUE_BLOCK, values_2)
+    stage_bytes = DELTA_CHUNK * (3 * keys_2 + block + DELTA_CHUNK) * projected.element_size()
+    card = card_of(projected.device)
+    stages = stages_that_fit(3, stage_bytes, replace(card, shared_bytes=card.shared_bytes - OPERAND_BYTES))
     _advance[(heads, triton.cdiv(shape.value_dim, block), num_rows)](
         projected, step.slots, step.positions, step.held, step.row_starts, step.decode_count, state.memory, state.inputs,
-        *kept, out, width, first_row, BLOCK=block, num_warps=4, **common,
+        *kept, out, width, first_row, BLOCK=block, num_warps=4, num_stages=stages, **common,
     )  # fmt: skip
     _gated_norm[(tokens - first_row,)](
         out, projected, parts.norm.weight, step.row_starts, step.decode_count, width, parts.norm.eps, first_row, num_rows,
