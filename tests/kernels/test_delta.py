@@ -36,7 +36,9 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def make_parts(shape: DeltaShape, dtype: torch.dtype) -> DeltaParts:
     heads = shape.num_value_heads
     conv = 0.5 * random(shape.channels, shape.taps)
-    return DeltaParts(shape, conv.to(dtype), -random(heads).exp() / 8, random(heads), Norm(random(shape.value_dim), 1e-6))
+    return DeltaParts(
+        shape, conv.to(dtype), -random(heads).exp() / 8, random(heads), Norm(random(shape.value_dim), 1e-6)
+    )
 
 
 def make_step(rows: list[tuple[int, int]], shape: DeltaShape, dtype: torch.dtype) -> tuple[StepTokens, DeltaState]:

@@ -19,7 +19,9 @@ from fastqwen.kernels.triton.delta import LENGTH_EPS, log_fade, scratch, silu
 from fastqwen.kernels.triton.launch import card_of, stages_that_fit
 
 VALUE_BLOCK = 32  # columns of a memory that one program takes through a row's chunks
-OPERAND_BYTES = 48 * 1024  # of shared memory for products, beside the chunks on their way (tests/kernels/compile_for_gpu.py)
+OPERAND_BYTES = (
+    48 * 1024
+)  # of shared memory for products, beside the chunks on their way (tests/kernels/compile_for_gpu.py)
 
 
 @triton.jit
@@ -45,7 +47,9 @@ def _mixed_tile(x_ptr, width, ring, conv_ptr, token, begin, end, position, chann
     for back in tl.static_range(0, TAPS):
         source = token - back
         mask = live & (source >= begin)[:, None]
-        x = tl.load(x_ptr + source.to(tl.int64)[:, None] * width + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + source.to(tl.int64)[:, None] * width + channel[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         if is_first and back > 0:
             before = live & ((source < begin) & (position >= back))[:, None]
             line = (position + TAPS - back) % TAPS

@@ -81,6 +81,11 @@ class ServerState:
     def block_size(self) -> int:
         return self.engine.ready.plan.block_size if self.engine.ready is not None else 1
 
+    @property
+    def has_states(self) -> bool:
+        """Whether layers keep a state of fixed size beside keys and values."""
+        return self.engine.ready is not None and self.engine.ready.plan.states_bytes > 0
+
     def admit(self) -> None:
         """Raises Overloaded or EngineGone where a new request cannot be taken."""
         if self.draining:
