@@ -25,6 +25,12 @@ from tests.kernels.batches import one_prompt
 from tests.models.tiny import MOE, make, prompt
 
 
+HYBRID = {
+    "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+
+
 class Shard:
     """Threads that meet at a barrier and add up what each has laid down."""
 
@@ -64,6 +70,8 @@ def logits(folder: Path, ids: list[int], world: World) -> torch.Tensor:
         ("Qwen3Config", {"head_dim": 32, "num_key_value_heads": 1, "vocab_size": 255}),
         ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
         ("Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 80}),
+        ("Qwen3_5TextConfig", HYBRID),
+        ("Qwen3NextConfig", {**HYBRID, **MOE, "shared_expert_intermediate_size": 80}),
     ],
 )
 def test_two_shards_compute_what_one_does(tmp_path: Path, kind: str, changes: dict[str, Any]):

@@ -45,7 +45,7 @@ class CudaRunner(ModelRunner):
         self._untaken: tuple[list[Choice], Tensor, torch.cuda.Event, set[int]] | None = None
         self.slots.block_tables[self.slots.spare] = plan.num_blocks  # padding writes into a block of its own
         self._library = getattr(decoder.ops, "library_prefill", False) and all(
-            isinstance(layer.mixer, Attention) and layer.mixer.parts.window is None for layer in decoder.layers
+            not isinstance(layer.mixer, Attention) or layer.mixer.parts.window is None for layer in decoder.layers
         )
         decode, prompts = self._layouts()
         most = plan.max_num_batched_tokens
