@@ -24,7 +24,6 @@ from fastqwen.weights.source import Weights, cut
 from tests.kernels.batches import one_prompt
 from tests.models.tiny import MOE, make, prompt
 
-
 HYBRID = {
     "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
     "linear_value_head_dim": 24, "layer_types": ["linear_attention", "full_attention"],

@@ -116,7 +116,7 @@ def _advice(answer: Answer) -> list[str]:
 
 def _is(words: tuple[str, ...]) -> str:
     """Weights are many."""
-    return "are" if len(words) > 1 or words[0].endswith("weights") else "is"
+    return "are" if len(words) > 1 or words[0].endswith(("weights", "numbers")) else "is"
 
 
 def memory_table(answer: Answer) -> Table:
