@@ -94,7 +94,9 @@ class CheckingExecutor:
 
     run_ahead = 2
 
-    def __init__(self) -> None:
+    def __init__(self, late: float = 0.0, seed: int = 0) -> None:
+        """``late``: how often a row that samples steps aside, and computes its token once more."""
+        self._late, self._chance = late, random.Random(seed)
         self.tokens: dict[int, list[int]] = {}  # known, by slot
         self.held: dict[int, list[int]] = {}
         self.copies: dict[int, list[int]] = {}
@@ -104,24 +106,26 @@ class CheckingExecutor:
             self.tokens[one.slot] = list(one.token_ids)
             self.held[one.slot] = [] if one.kept_state is None else list(self.copies[one.kept_state])
         rows = []
+        late = [row.request_id for row in batch.rows if row.num_logits and self._chance.random() < self._late]
         for row in batch.rows:
             known, held = self.tokens[row.slot], self.held[row.slot]
-            assert held == known[: row.start], "a state of other tokens"
-            held += known[row.start : row.end]
+            assert held == known[: row.start + row.repeats], "a state of other tokens"
+            held += known[row.start + row.repeats : row.end]
+            if row.request_id in late:
+                rows.append(SampledRow(request_id=row.request_id, stepped_aside=True))
+                continue
             if row.num_logits:
                 known.append(next_token(known))
             rows.append(SampledRow(request_id=row.request_id, token_ids=known[row.end :] if row.num_logits else []))
         for row in batch.rows:
             if row.keep_state is not None:
                 self.copies[row.keep_state] = list(self.held[row.slot])
-        return Handle(StepOutput(step_id=batch.step_id, rows=rows))
+        return Handle(StepOutput(step_id=batch.step_id, rows=rows), late)
 
 
 class Handle:
-    late: tuple[str, ...] = ()
-
-    def __init__(self, output: StepOutput) -> None:
-        self._output = output
+    def __init__(self, output: StepOutput, late: list[str]) -> None:
+        self._output, self.late = output, late
 
     def result(self) -> StepOutput:
         return self._output
@@ -133,13 +137,17 @@ def next_token(token_ids: list[int]) -> int:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_state_is_that_of_its_tokens(seed: int):
-    """Prompts of few tokens, so that they branch everywhere; few blocks and places; some are aborted."""
+    """Prompts of two tokens that begin alike, so that they branch everywhere; few blocks and places; some are aborted."""
     chance = random.Random(seed)
     pool = SnapshotPool(chance.choice([1, 3, 8]), SIZE)
     policy = StepPolicy(max_num_batched_tokens=chance.choice([3, 8, 64]), max_num_mixed_tokens=chance.choice([None, 5]))
     scheduler = Scheduler(BlockPool(14, SIZE), policy, max_num_seqs=4, snapshots=pool)
-    core = EngineCore(scheduler, CheckingExecutor())
-    prompts = {str(number): [chance.randint(0, 1) for _ in range(chance.randint(1, 22))] for number in range(60)}
+    core = EngineCore(scheduler, CheckingExecutor(late=0.1 * (seed % 2), seed=seed))
+    trunk = [chance.randint(0, 1) for _ in range(16)]
+    prompts = {
+        str(number): trunk[: chance.randint(0, 16)] + [chance.randint(0, 1) for _ in range(chance.randint(1, 6))]
+        for number in range(60)
+    }
     found: dict[str, list[int]] = {name: [] for name in prompts}
     waiting, aborted = list(prompts), set()
     while waiting or core.has_work:
