@@ -116,7 +116,8 @@ def test_the_same_tokens_as_on_the_cpu(tmp_path: Path, kind: str, recorded: bool
         assert sum(one.graph.count for one in runner._decode_steps) > 2
 
 
-@pytest.mark.parametrize("recorded", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("recorded", [False, True])
 def test_states_of_fixed_size_in_place(tmp_path: Path, recorded: bool):
     """In slots that others had, behind chunks, in padded steps, and from copies that the prefix cache kept."""
     heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}

@@ -63,7 +63,7 @@ def test_states_behind_a_prompt(checkpoint: Path, reference: Any):
     np.testing.assert_allclose(np.stack(ring, axis=-1), reference["conv0_300"], atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 7, 64])
 def test_in_one_mixed_batch_under_any_chunking(checkpoint: Path, reference: Any, chunk: int):
     """A token at a time, the long prompts would take half a minute."""
     count = 4 if chunk == 1 else len(LENGTHS)
