@@ -3,24 +3,32 @@ matrix the part that this shard holds."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fastqwen import models, quant
-from fastqwen.kernels import AttentionParts, DenseWeight, HeadShape, Norm, Ops
+from fastqwen.kernels import AttentionParts, DeltaParts, DeltaShape, DenseWeight, HeadShape, Norm, Ops
 from fastqwen.layers.attention import Attention
 from fastqwen.layers.decoder import Decoder, Embedding, FileEmbedding, Layer
-from fastqwen.layers.linear import DenseLinear, GatheredLinear, Linear, SummedLinear
+from fastqwen.layers.gated_delta import GatedDelta
+from fastqwen.layers.linear import DenseLinear, GatheredLinear, Linear, SummedLinear, join
 from fastqwen.layers.mlp import Mlp
 from fastqwen.layers.moe import Moe, SharedExpert
-from fastqwen.model_config import ModelConfig, MoeConfig
+from fastqwen.model_config import DeltaConfig, ModelConfig, MoeConfig
 from fastqwen.models.names import Names
 from fastqwen.quant import ExpertsSpec, LinearSpec, dense
 from fastqwen.sharding import VOCAB_UNIT, Alone, HeadSplit, Part, Ranges, World, behind, even_ranges, even_size
 from fastqwen.weights.source import Weights
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 log = logging.getLogger(__name__)
+
+Piece = tuple[int, int, Ranges]
 
 
 def build_decoder(
@@ -49,8 +57,8 @@ class _Builder:
         self.ops = ops
         self.world = world
         names: Names = models.find(config.model_type).NAMES
-        bare = not weights.has(f"{names.embed}.weight") and weights.has(f"{names.without_prefix().embed}.weight")
-        self.names = names.without_prefix() if bare else names
+        self.names = next((one for one in names.variants() if weights.has(f"{one.embed}.weight")), names)
+        bare = self.names == names.without_prefix()
         self.has_head = not bare or config.tie_word_embeddings or weights.has(f"{names.head}.weight")
         self.method = quant.find(config.quantization, source)
 
@@ -105,10 +113,21 @@ class _Builder:
     def layer(self, index: int) -> Layer:
         prefix = self.names.layer.format(layer=index)
         sparse = self.config.is_sparse(index)
-        return Layer(self.attention(prefix, index), self.moe(prefix) if sparse else self.mlp(prefix))
+        mixer = self.delta(prefix) if self.config.is_delta(index) else self.attention(prefix, index)
+        return Layer(mixer, self.moe(prefix) if sparse else self.mlp(prefix))
 
     def norm(self, name: str) -> Norm:
-        return Norm(self.weights.tensor(f"{name}.weight", (self.config.hidden_size,)), self.config.rms_norm_eps)
+        return Norm(self.norm_weight(name, self.config.hidden_size), self.config.rms_norm_eps)
+
+    def norm_weight(self, name: str, size: int) -> Tensor:
+        """Weights around 0 say how far from 1 they are: half precision would lose that in the sum."""
+        if self.config.norms_around_one:
+            return 1.0 + self.precise(f"{name}.weight", (size,))
+        return self.weights.tensor(f"{name}.weight", (size,))
+
+    def precise(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
+        """As exact as the file has it, in float32."""
+        return self.weights.tensor(name, shape, keep_type=True, part=part).float()
 
     def attention(self, prefix: str, index: int) -> Attention:
         config, local, names = self.config, self.local, self.names
@@ -120,17 +139,77 @@ class _Builder:
             q, k = config.q_size, config.kv_size
             sizes, outputs = (sum(sizes),), ((*queries, *behind(keys, q), *behind(keys, q + k)),)
         q_norm, k_norm = (
-            self.weights.tensor(f"{prefix}{name}.weight", (config.head_dim,)) if config.qk_norm else None
+            self.norm_weight(prefix + name, config.head_dim) if config.qk_norm else None
             for name in (names.q_norm, names.k_norm)
         )
         shape = HeadShape(local.num_heads, local.num_kv_heads, config.head_dim, config.rotary_dim)
+        make = self.gated_qkv if config.attention_gate else self.split
         return Attention(
             ops=self.ops,
             norm=self.norm(prefix + names.attention_norm),
-            qkv=self.split(prefix, names.qkv, config.hidden_size, sizes, config.qkv_bias, outputs),
+            qkv=make(prefix, names.qkv, config.hidden_size, sizes, config.qkv_bias, outputs),
             o=self.summed(prefix + names.o, config.q_size, config.o_bias, queries),
             parts=AttentionParts(shape, q_norm, k_norm, config.rms_norm_eps, config.window(index)),
+            gated=config.attention_gate,
         )
+
+    def gated_qkv(
+        self,
+        prefix: str,
+        names: tuple[str, ...],
+        in_size: int,
+        out_sizes: tuple[int, ...],
+        bias: bool,
+        outputs: tuple[Ranges, ...],
+    ) -> Linear:
+        """Queries, keys, values, gates. The checkpoint has each head's query and gate behind each other."""
+        queries, gates = _halves_of_pairs(outputs[0], self.config.head_dim)
+        q, k, v = (prefix + name for name in names)
+        spec = LinearSpec(
+            (q, k, v, q),
+            in_size,
+            (2 * out_sizes[0], *out_sizes[1:], 2 * out_sizes[0]),
+            bias,
+            outputs=(queries, *outputs[1:], gates),
+        )
+        return self.method.linear(self.weights, spec, self.ops)
+
+    def delta(self, prefix: str) -> GatedDelta:
+        config, names, delta, local = self.config, self.names, self.config.delta, self.local.delta
+        assert delta is not None and local is not None
+        lines = DeltaLines(
+            delta, (self.world.index * local.num_key_heads, (self.world.index + 1) * local.num_key_heads)
+        )
+        heads = Part(0, (lines.value_heads,))
+        decay, bias = (self.precise(prefix + name, (delta.num_value_heads,), heads) for name in names.delta_decay)
+        conv = self.weights.tensor(
+            f"{prefix}{names.delta_conv[0]}.weight", (delta.channels, 1, delta.taps), part=Part(0, lines.channels)
+        )
+        shape = DeltaShape(local.num_key_heads, local.num_value_heads, delta.key_dim, delta.value_dim, delta.taps)
+        norm = self.precise(f"{prefix}{names.delta_norm[0]}.weight", (delta.value_dim,))
+        return GatedDelta(
+            ops=self.ops,
+            norm=self.norm(prefix + names.attention_norm),
+            project=self.delta_projection(prefix, lines),
+            out=self.summed(prefix + names.delta_out[0], delta.value_size, False, (lines.values(0),)),
+            parts=DeltaParts(shape, conv[:, 0].contiguous(), -decay.exp(), bias, Norm(norm, config.rms_norm_eps)),
+        )
+
+    def delta_projection(self, prefix: str, lines: DeltaLines) -> Linear:
+        """To queries, keys, values, z, b and a. b and a are small, and plain where the others are packed."""
+        names = tuple(prefix + name for name in self.names.delta_in)
+        wide, narrow = lines.of_two() if len(names) == 2 else lines.of_four()
+        parts = []
+        for which in (wide, narrow):
+            spec = LinearSpec(
+                tuple(names[index] for index, _, _ in which),
+                self.config.hidden_size,
+                tuple(size for _, size, _ in which),
+                bias=False,
+                outputs=tuple(ranges for *_, ranges in which),
+            )
+            parts.append(self.method.linear(self.weights, spec, self.ops))
+        return join(self.ops, parts)
 
     def mlp(self, prefix: str) -> Mlp:
         config, names = self.config, self.names
@@ -202,3 +281,75 @@ class _Builder:
 
     def with_sum(self, part: Linear) -> Linear:
         return part if self.world.count == 1 else SummedLinear(part, self.world)
+
+
+@dataclass(frozen=True)
+class DeltaLines:
+    """Which lines of a gated delta rule's matrices this shard holds: those of some key heads, and of their value heads.
+
+    A piece of a matrix is (its place among the checkpoint's matrices, all of that matrix's lines, those that are meant).
+    """
+
+    delta: DeltaConfig
+    heads: tuple[int, int]  # key heads
+
+    @property
+    def group(self) -> int:
+        return self.delta.num_value_heads // self.delta.num_key_heads
+
+    @property
+    def value_heads(self) -> tuple[int, int]:
+        return self.heads[0] * self.group, self.heads[1] * self.group
+
+    def keys(self, offset: int) -> tuple[int, int]:
+        return offset + self.heads[0] * self.delta.key_dim, offset + self.heads[1] * self.delta.key_dim
+
+    def values(self, offset: int) -> tuple[int, int]:
+        first, last = self.value_heads
+        return offset + first * self.delta.value_dim, offset + last * self.delta.value_dim
+
+    @property
+    def channels(self) -> Ranges:
+        size = self.delta.key_size
+        return self.keys(0), self.keys(size), self.values(2 * size)
+
+    def of_four(self) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """Qwen3.5: q, k and v together, z, b, a."""
+        delta, heads = self.delta, (self.value_heads,)
+        wide = (0, delta.channels, self.channels), (1, delta.value_size, (self.values(0),))
+        return wide, ((2, delta.num_value_heads, heads), (3, delta.num_value_heads, heads))
+
+    def of_two(self) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """Qwen3-Next: each key head's q, k, v and z; each key head's b and a."""
+        delta, group = self.delta, self.group
+        sizes = (delta.key_dim, delta.key_dim, group * delta.value_dim, group * delta.value_dim)
+        wide, narrow = (self._by_heads(index, parts) for index, parts in enumerate((sizes, (group, group))))
+        return wide, narrow
+
+    def _by_heads(self, index: int, sizes: tuple[int, ...]) -> tuple[Piece, ...]:
+        """Of a matrix that has these lines for each key head, the first of all heads, the second of all heads, ..."""
+        each = sum(sizes)
+        begins = itertools.accumulate(sizes, initial=0)
+        return tuple(
+            (
+                index,
+                each * self.delta.num_key_heads,
+                tuple((head * each + begin, head * each + begin + size) for head in range(*self.heads)),
+            )
+            for begin, size in zip(begins, sizes, strict=False)
+        )
+
+
+def _halves_of_pairs(heads: Ranges, size: int) -> tuple[Ranges, Ranges]:
+    """The lines of heads' first and second halves in a matrix that has both of a head behind each other; ``heads`` are lines of
+    one with the first halves alone, ``size`` for each."""
+    first: list[tuple[int, int]] = []
+    second: list[tuple[int, int]] = []
+    for start, stop in heads:
+        if start < 0:  # zeros
+            first.append((start, stop))
+            second.append((start, stop))
+        for at in range(2 * start, 2 * stop, 2 * size) if start >= 0 else ():
+            first.append((at, at + size))
+            second.append((at + size, at + 2 * size))
+    return tuple(first), tuple(second)

@@ -68,6 +68,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: Annotated[
         int | None, option("Size of the KV cache in bytes. Default: from free memory, at most 4 GiB on a CPU.")
     ] = None
+    max_state_snapshots: Annotated[
+        int | None,
+        option(
+            "For models whose layers keep a state of fixed size: most copies of it that the prefix cache keeps. Default: as "
+            "many as fit into a fourth of what weights leave, at most 1024."
+        ),
+    ] = None
     enable_prefix_caching: Annotated[bool, option("Reuse the KV blocks of equal prompt beginnings.")] = True
     enforce_eager: Annotated[bool, option("Do not use CUDA graphs.")] = False
     num_threads: Annotated[int | None, option("CPU threads for computing. Default: all cores.")] = None
@@ -124,6 +131,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens")
         check_positive(self, *positive, "num_threads", "kv_cache_memory_bytes", "tensor_parallel_size")
+        if self.max_state_snapshots is not None and self.max_state_snapshots < 0:
+            raise BadConfig(f"--max-state-snapshots is {self.max_state_snapshots}, but must be at least 0")
         if self.block_size is not None and (self.block_size < 8 or self.block_size & (self.block_size - 1)):
             raise BadConfig(f"--block-size is {self.block_size}, but must be a power of two, at least 8")
         check_utilization(self.gpu_memory_utilization)

@@ -45,6 +45,36 @@ class MoeConfig(msgspec.Struct, frozen=True, kw_only=True):
     sparse_layers: tuple[int, ...] = ()  # the others have a dense MLP
 
 
+class DeltaConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers with a gated delta rule (arXiv 2412.06464) in attention's place: a state of fixed size instead of keys and
+    values. Each key head serves num_value_heads / num_key_heads value heads that stand beside each other."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    taps: int  # of the convolution over tokens: this one and those before it
+    layers: tuple[int, ...]  # the others have attention
+
+    @property
+    def key_size(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def value_size(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """That the convolution runs over: queries, keys and values."""
+        return 2 * self.key_size + self.value_size
+
+    def state_bytes(self, number_bytes: int) -> int:
+        """What one layer keeps of a sequence: a float32 matrix for each value head, and the convolution's inputs, activations
+        of ``number_bytes``."""
+        return 4 * self.value_size * self.key_dim + number_bytes * self.taps * self.channels
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes are of the whole model, before any tensor-parallel split."""
 
@@ -68,6 +98,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     logn_len: int | None = None  # queries beyond this position are scaled by log(position) / log(logn_len)
     windows: tuple[int | None, ...] = ()  # per layer; None sees everything. Empty: no layer has a window
     moe: MoeConfig | None = None
+    delta: DeltaConfig | None = None  # None: all layers have attention
+    attention_gate: bool = (
+        False  # what attention gives is multiplied by sigmoid of a gate, a number each, made beside q
+    )
+    norms_around_one: bool = False  # norms' weights are stored less 1, but for those inside delta layers
     quantization: dict[str, Any] | None = None
     packed_bytes: int | None = (
         None  # of all tensors, as a GGUF file packs them; None: as other files, or unpacked when loaded
@@ -90,6 +125,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that keep keys and values."""
+        return tuple(layer for layer in range(self.num_layers) if not self.is_delta(layer))
+
+    def state_bytes(self, number_bytes: int) -> int:
+        """What all layers keep of a sequence besides keys and values, whatever its length."""
+        return 0 if self.delta is None else len(self.delta.layers) * self.delta.state_bytes(number_bytes)
 
     @property
     def rotary_dim(self) -> int:
@@ -121,20 +165,33 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 expert_size=even_size(moe.expert_size, count, self.expert_unit),
                 shared_size=even_size(moe.shared_size, count, self.inner_unit),
             )
+        delta = self.delta
+        if delta is not None:
+            if delta.num_key_heads % count:
+                raise BadConfig(
+                    f"--tensor-parallel-size is {count}, but {delta.num_key_heads} key heads of linear attention do not "
+                    "split evenly"
+                )
+            split = {name: getattr(delta, name) // count for name in ("num_key_heads", "num_value_heads")}
+            delta = msgspec.structs.replace(delta, **split)
         return msgspec.structs.replace(
             self,
             num_heads=heads.each * heads.piece,
             num_kv_heads=heads.each,
             intermediate_size=even_size(self.intermediate_size, count, self.inner_unit),
             moe=moe,
+            delta=delta,
         )
 
     def kv_bytes_per_token(self, number_bytes: int, scale_bytes: int = 0) -> int:
         """What all layers' caches hold for a token; ``scale_bytes`` for each head's key and value, where its type has scales."""
-        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * number_bytes + scale_bytes)
+        return 2 * len(self.attention_layers) * self.num_kv_heads * (self.head_dim * number_bytes + scale_bytes)
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
+
+    def is_delta(self, layer: int) -> bool:
+        return self.delta is not None and layer in self.delta.layers
 
     def is_sparse(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.sparse_layers

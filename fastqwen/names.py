@@ -148,7 +148,7 @@ def _check_kind(text: str, name: str) -> None:
 
 
 def _served(name: str) -> Entry | None:
-    """Raises Unsupported for what is known and not served, and for its variants (Qwen3.5-9B-FP8)."""
+    """Raises Unsupported for what is known and not served, and for its variants (Qwen3.8-Flash-Next-FP8)."""
     entry = published(name)
     if entry is None:
         for later in catalog().not_served:

@@ -264,6 +264,7 @@ class Admission(msgspec.Struct, kw_only=True, frozen=True):
     stop_token_ids: list[int]
     rope_key: str  # names the rotary profile; the model knows what it means
     grammar: Grammar | None = None
+    kept_state: int | None = None  # place of the copy with which its states of fixed size begin; None: with nothing
 
 
 class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
@@ -277,6 +278,8 @@ class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     num_logits: int  # of the last tokens, each of whose logits give a token; 0: the row only fills the cache
     prompt_logprobs: bool = False
     pools: bool = False  # the last token's hidden state is the request's result; such a row has no logits
+    repeats: bool = False  # its one token was computed before: states of fixed size hold it already
+    keep_state: int | None = None  # place for a copy of its states of fixed size after the step; None: no copy
 
     @property
     def end(self) -> int:

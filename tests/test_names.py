@@ -63,8 +63,8 @@ def test_one_name_for_what_people_type(typed: str, name: str):
     [
         ("qwen3", "family of models, so name one of them (Qwen/Qwen3-0.6B, "),
         ("qwen2.5-coder:latest", "Qwen/Qwen2.5-Coder-7B-Instruct, "),
-        ("Qwen3-9B", "the nearest names are Qwen/Qwen3-8B, "),
-        ("qwen3:9b", "the nearest names are Qwen/Qwen3-8B, "),
+        ("Qwen3-9B", "the nearest names are Qwen/Qwen3.5-9B, Qwen/Qwen3-8B, "),
+        ("qwen3:9b", "the nearest names are Qwen/Qwen3.5-9B, Qwen/Qwen3-8B, "),
         ("llama3:8b", "others have a hub name, OWNER/NAME"),
         ("", "is empty"),
         ("Qwen/..", "neither a folder"),

@@ -31,6 +31,11 @@ QWEN2 = {  # Qwen2-72B
     "num_attention_heads": 64, "num_key_value_heads": 8,
 }  # fmt: skip
 
+HYBRID = {
+    "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+
 
 class Shard:
     """Threads that meet at a barrier and add up what each has laid down."""
@@ -91,6 +96,8 @@ def in_shards(folder: Path, ids: list[int], count: int) -> list[torch.Tensor]:
         ("Qwen3Config", {"head_dim": 32, "num_attention_heads": 10, "num_key_value_heads": 2}, (3, 4)),
         ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, (2, 3)),
         ("Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 80}, (2, 3)),
+        ("Qwen3_5TextConfig", HYBRID, (2,)),
+        ("Qwen3NextConfig", {**HYBRID, **MOE, "shared_expert_intermediate_size": 80}, (2,)),
     ],
 )
 def test_shards_compute_what_one_does(tmp_path: Path, kind: str, changes: dict[str, Any], counts: tuple[int, ...]):

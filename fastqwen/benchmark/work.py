@@ -9,6 +9,7 @@ import msgspec
 
 from fastqwen.errors import BadConfig
 from fastqwen.model_config import ModelConfig
+from fastqwen.plan.facts import DTYPE_BYTES
 from fastqwen.plan.memory import kv_bytes_per_token
 from fastqwen.plan.weights import num_parameters, read_bytes
 
@@ -47,6 +48,7 @@ class Needs(msgspec.Struct, frozen=True):
 def decode_step(model: ModelConfig, dtype: str, *, batch: int, context_tokens: float) -> Needs:
     """One new token for each of ``batch`` sequences: the weights once, every sequence's cache once."""
     cache = batch * context_tokens * kv_bytes_per_token(model, dtype)
+    cache += 2 * batch * model.state_bytes(DTYPE_BYTES[dtype])  # states of fixed size are read and written
     return Needs(
         read_bytes(model, dtype, 1, batch) + cache,
         batch * (2 * num_parameters(model, active=True) + _attention(model, context_tokens)),
@@ -61,5 +63,8 @@ def prefill(model: ModelConfig, dtype: str, *, batch: int, tokens: int) -> Needs
 
 
 def _attention(model: ModelConfig, context_tokens: float) -> float:
-    """A token's scores and weighted sum: two products of each head with the context."""
-    return 4 * model.num_layers * model.q_size * context_tokens
+    """A token's scores and weighted sum: two products of each head with the context. A memory of fixed size is multiplied by
+    a vector and added to three times instead."""
+    delta = model.delta
+    memory = 0 if delta is None else 6 * len(delta.layers) * delta.value_size * delta.key_dim
+    return memory + 4 * len(model.attention_layers) * model.q_size * context_tokens

@@ -30,6 +30,7 @@ GROUPS = {
     ),
     "Memory and speed": (
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens", "prompts_first", "block_size",
+        "max_state_snapshots",
         "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching", "enforce_eager", "num_threads",
         "tensor_parallel_size",
     ),

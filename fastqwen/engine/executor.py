@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from fastqwen.engine.blocks import BlockHash
 from fastqwen.records import ScheduledBatch, StepOutput
 
 
@@ -25,6 +24,3 @@ class Executor(Protocol):
     run_ahead: int
 
     def submit(self, batch: ScheduledBatch) -> StepHandle: ...
-
-    def num_resumable(self, block_hashes: Sequence[BlockHash]) -> int:
-        """Of leading blocks of a sequence that the prefix cache holds: behind how many all layers can go on."""

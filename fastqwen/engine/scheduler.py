@@ -16,9 +16,10 @@ from typing import Any
 
 import msgspec
 
-from fastqwen.engine.blocks import BlockHash, BlockPool
+from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.policy import StepPolicy, in_order
 from fastqwen.engine.sequence import NO_SLOT, Sequence
+from fastqwen.engine.snapshots import SnapshotPool
 from fastqwen.records import Admission, EngineRequest, RequestDelta, Row, SampledRow, ScheduledBatch, StepOutput
 
 ADMISSION_HEADROOM_BLOCKS = 8
@@ -30,8 +31,9 @@ class Scheduler:
     """Raises nothing on a request that client/prepare.py made.
 
     rope_key_of(num_prompt_tokens, max_tokens) names the rotary profile that a new sequence gets; max_tokens is None
-    where the caller set no limit. num_resumable(block_hashes): behind how many of these leading blocks, which the prefix
-    cache holds, a sequence can go on; fewer than all where a layer keeps a state that was not kept for each.
+    where the caller set no limit. ``snapshots``, for a model with states of fixed size: a cached prefix is of use up to
+    where a copy of them was kept. Copies are made at the last block boundary of a prompt, where a prompt leaves what
+    others have in common, and at the newest block boundary of an answer.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class Scheduler:
         max_num_seqs: int,
         enable_prefix_caching: bool = True,
         rope_key_of: Callable[[int, int | None], str] = lambda num_prompt, max_tokens: "",
-        num_resumable: Callable[[Items[BlockHash]], int] = len,
+        snapshots: SnapshotPool | None = None,
     ) -> None:
         self.blocks = blocks
         self.policy = policy
@@ -51,7 +53,7 @@ class Scheduler:
         self.num_prefix_queries = 0  # prompt tokens looked up
         self.num_prefix_hits = 0  # prompt tokens found
         self._rope_key_of = rope_key_of
-        self._num_resumable = num_resumable
+        self._snapshots = snapshots
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[tuple[tuple[int, float, str], int, Sequence]] = []
         self._running: list[Sequence] = []
@@ -85,6 +87,8 @@ class Scheduler:
         assert not self._waiting
         assert self.blocks.num_free == self.blocks.num_blocks, "blocks are still used"
         self.blocks.audit()
+        if self._snapshots is not None:
+            self._snapshots.audit()
 
     # ---- requests come and go ----
 
@@ -120,6 +124,8 @@ class Scheduler:
         index, surplus = self.policy.surplus(rows)
         if surplus:
             rows[index] = self._shortened(rows[index], surplus)
+        if self._snapshots is not None and self.enable_prefix_caching:
+            rows = [self._with_copy(row, self._snapshots) for row in rows]
         self._step_id += 1
         return ScheduledBatch(step_id=self._step_id, admissions=admissions, rows=in_order(rows))
 
@@ -128,6 +134,8 @@ class Scheduler:
         deltas = []
         for row, sampled in zip(batch.rows, output.rows, strict=True):
             sequence = self._sequences.get(row.request_id)
+            if row.keep_state is not None:
+                self._file_copy(sequence, row, row.keep_state, is_sound=sampled.error is None)
             if sequence is not None:
                 delta = self._commit_row(sequence, row, sampled, batch.step_id)
                 if delta is not None:
@@ -165,7 +173,7 @@ class Scheduler:
                 continue
             # A long prompt leaves one token of the budget to each stream behind it, so that none of them stalls.
             behind = len(self._running) - index if streams else 0
-            num_tokens = min(num_left, max(1, budget - behind))
+            num_tokens = sequence.before_copy(min(num_left, max(1, budget - behind)))
             if not self._make_room(sequence, num_tokens, scheduled):
                 break  # it was the last in the order and preempted itself, or whoever is last computes in this step
             rows.append(self._advance(sequence, num_tokens))
@@ -194,7 +202,7 @@ class Scheduler:
                 break
             heapq.heappop(self._waiting)
             admissions.append(admission)
-            num_tokens = min(sequence.num_left, budget)
+            num_tokens = sequence.before_copy(min(sequence.num_left, budget))
             rows.append(self._advance(sequence, num_tokens, new_blocks=tuple(sequence.blocks)))
             budget -= num_tokens
             self._drop_gone_waiting()
@@ -205,7 +213,7 @@ class Scheduler:
 
         Not only its first chunk: two long prompts would else push each other out again and again.
         """
-        cached = self._cached_blocks(sequence)
+        cached, kept_state = self._cached_blocks(sequence)
         num_computed = len(cached) * self.blocks.block_size
         needed = self._blocks_for(sequence.num_known) - len(cached) + self.blocks.num_free_among(cached)
         # Blocks for the next tokens of the running sequences stay free, or the newcomer would soon push one out.
@@ -236,16 +244,55 @@ class Scheduler:
             stop_token_ids=request.stop_token_ids,
             rope_key=sequence.rope_key,
             grammar=request.grammar,
+            kept_state=kept_state,
         )
 
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+    def _cached_blocks(self, sequence: Sequence) -> tuple[list[int], int | None]:
+        """The blocks that hold a sequence's beginning, and the place of the copy of states behind them."""
+        sequence.keep_at = []
         if not self.enable_prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
-            return []  # prompt log-probabilities need every position's logits
+            return [], None  # prompt log-probabilities need every position's logits
         # The last known token is always computed: its logits are what the step is for.
         usable = (len(sequence.token_ids) - 1) // self.blocks.block_size
         hashes = sequence.hashes(self.blocks.block_size)[:usable]
         found = self.blocks.match(hashes)
-        return found[: self._num_resumable(hashes[: len(found)])]
+        if self._snapshots is None:
+            return found, None
+        # Where known blocks end, another prompt went on differently: a third one may, too.
+        sequence.keep_at = sorted({len(found) * self.blocks.block_size, usable * self.blocks.block_size})
+        count, place = self._snapshots.deepest(hashes[: len(found)]) or (0, None)
+        return found[:count], place
+
+    def _with_copy(self, row: Row, snapshots: SnapshotPool) -> Row:
+        """The row, with a place for a copy of its states if it ends where one is to be made."""
+        size, sequence = self.blocks.block_size, self._sequences[row.request_id]
+        if row.end % size:
+            return row
+        # Every stream that passes a block's end replaces its newest copy. Where there are few places, they are left to
+        # prompts, which others may begin with.
+        answers = row.end > sequence.num_prompt and snapshots.num_places >= 2 * len(self._running)
+        if not answers and row.end not in sequence.keep_at:
+            return row
+        hashes = sequence.hashes(size)
+        if row.end // size <= len(hashes) and hashes[row.end // size - 1] in snapshots:
+            return row
+        place = snapshots.take()
+        return row if place is None else msgspec.structs.replace(row, keep_state=place)
+
+    def _file_copy(self, sequence: Sequence | None, row: Row, place: int, *, is_sound: bool) -> None:
+        """A step that made a copy of a sequence's states is done, and the tokens that they hold are known."""
+        snapshots = self._snapshots
+        assert snapshots is not None
+        if sequence is None or not is_sound or row.end > len(sequence.token_ids):
+            snapshots.give_back(place)
+            return
+        hashes = sequence.hashes(self.blocks.block_size)
+        snapshots.file(place, hashes, row.end)
+        if row.end > sequence.num_prompt:
+            block_hash = hashes[row.end // self.blocks.block_size - 1]
+            if sequence.newest_copy is not None and sequence.newest_copy != block_hash:
+                snapshots.drop(sequence.newest_copy)
+            sequence.newest_copy = block_hash
 
     def _advance(self, sequence: Sequence, num_tokens: int, new_blocks: tuple[int, ...] = ()) -> Row:
         """Of the blocks that the row brings to its slot, ``new_blocks`` are the shared ones; most rows bring none."""
@@ -254,8 +301,9 @@ class Scheduler:
             taken = self.blocks.take(num_missing)
             sequence.blocks += taken
             new_blocks += tuple(taken)
-        start = sequence.num_computed
+        start, repeats = sequence.num_computed, sequence.repeats
         sequence.num_computed += num_tokens
+        sequence.repeats = False
         last = sequence.num_computed == sequence.num_known
         pools = last and sequence.request.pooling is not None
         sequence.num_pending += last  # a vector is waited for like a token
@@ -268,6 +316,7 @@ class Scheduler:
             num_logits=1 if last and not pools else 0,
             pools=pools,
             prompt_logprobs=sequence.request.sampling.prompt_logprobs is not None and start < sequence.num_prompt - 1,
+            repeats=repeats,
         )
 
     def _commit_row(self, sequence: Sequence, row: Row, sampled: SampledRow, step_id: int) -> RequestDelta | None:
@@ -283,6 +332,7 @@ class Scheduler:
         if sequence.slot != NO_SLOT and step_id >= sequence.admitted_in_step:  # else preempted since: other blocks now
             num_taken_back = row.num_logits - len(sampled.token_ids)
             if num_taken_back:
+                assert self._snapshots is None, "states of fixed size cannot be taken back"
                 sequence.roll_back(num_taken_back)
             self._register_full_blocks(sequence, row.end - num_taken_back)
         if row.pools:

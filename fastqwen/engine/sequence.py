@@ -34,6 +34,9 @@ class Sequence:
         self.num_late = 0  # times in a row that it stepped aside
         self.aside_until_s = 0.0
         self.num_registered = 0  # leading blocks that the prefix cache knows
+        self.repeats = False  # the next token to compute was computed before
+        self.keep_at: list[int] = []  # numbers of tokens, growing, behind which a copy of its states is to be kept
+        self.newest_copy: BlockHash | None = None  # of those made while it generates, under which it was filed
         self._hashes: list[BlockHash] = []
         self._root = chain_root(rope_key, request.cache_salt)
 
@@ -65,6 +68,12 @@ class Sequence:
             self._hashes.append(chain_next(parent, self.token_ids[start : start + block_size]))
         return self._hashes
 
+    def before_copy(self, num_tokens: int) -> int:
+        """Of so many tokens those up to the next place at which its states are copied."""
+        while self.keep_at and self.keep_at[0] <= self.num_computed:
+            del self.keep_at[0]
+        return min(num_tokens, self.keep_at[0] - self.num_computed) if self.keep_at else num_tokens
+
     def roll_back(self, num_tokens: int) -> None:
         """The last computed tokens do not hold: what comes in their place is computed over them. Not while a later step
         of this sequence is in flight, which would stand behind them."""
@@ -74,6 +83,7 @@ class Sequence:
         """Its last scheduled token cannot be chosen yet: it is computed again, after a pause that grows."""
         self.num_pending -= 1
         self.num_computed -= 1
+        self.repeats = True
         self.aside_until_s = now_s + min(LONGEST_ASIDE_S, FIRST_ASIDE_S * 2**self.num_late)
         self.num_late = min(self.num_late + 1, 10)
 
@@ -81,5 +91,6 @@ class Sequence:
         """After preemption: all that is known must be computed again."""
         self.num_computed = 0
         self.num_registered = 0
+        self.repeats = False
         self.blocks = []
         self.slot = NO_SLOT

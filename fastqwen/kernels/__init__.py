@@ -52,6 +52,7 @@ class StepTokens:
     prompts: PromptTiles | None = None  # for the GPU; None if there are decode rows only
     decode_count: Tensor | None = None  # int32 [1]: how many decode rows a recorded step has this time
     first: int = 0  # where a part's first token stands in its step
+    held: Tensor | None = None  # int32 [rows]: tokens that a row's slot holds already in states of fixed size
 
     def part(self, start: int, stop: int) -> StepTokens:
         """Tokens ``start`` to ``stop`` of these. ``row_starts`` still counts the whole step's tokens."""
@@ -73,7 +74,8 @@ class StepTokens:
 
 @dataclass(frozen=True)
 class StateRoom:
-    """How much a layer's state must hold. ``num_blocks`` and ``num_slots`` count the spare ones, which pad a step."""
+    """How much a layer's state must hold. ``num_blocks`` and ``num_slots`` count the spare ones, which pad a step;
+    ``num_slots`` counts as well those in which copies of states are kept for the prefix cache."""
 
     num_blocks: int
     block_size: int  # tokens
@@ -85,8 +87,8 @@ class StateRoom:
 class LayerState(Protocol):
     """What a layer keeps between steps: blocks of the paged cache, or something of fixed size for each slot."""
 
-    def num_resumable(self, block_hashes: Sequence[bytes]) -> int:
-        """Of these leading blocks of a sequence, found in the prefix cache: behind how many it can go on."""
+    def of_slot(self, slot: int) -> Sequence[Tensor]:
+        """Views of all that is kept for a slot in place; what lies in blocks is not."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,23 @@ class LayerCache:
     k_scale: Tensor | None = None  # float16 [num_blocks, kv_heads, block_size]
     v_scale: Tensor | None = None
 
-    def num_resumable(self, block_hashes: Sequence[bytes]) -> int:
-        return len(block_hashes)  # a block holds all that its tokens left behind
+    def of_slot(self, slot: int) -> Sequence[Tensor]:
+        return ()
+
+
+@dataclass(frozen=True)
+class DeltaState:
+    """What a layer with a gated delta rule keeps for each slot.
+
+    A slot's numbers mean something only if StepTokens.held says that its row has tokens there. ``inputs`` is a ring: what the
+    convolution read at position p stands in line p modulo the number of taps.
+    """
+
+    memory: Tensor  # float32 [slots, value_heads, key_dim, value_dim]
+    inputs: Tensor  # [slots, taps, channels], in the activations' type
+
+    def of_slot(self, slot: int) -> Sequence[Tensor]:
+        return self.memory[slot], self.inputs[slot]
 
 
 # ---- weights ----
@@ -246,6 +263,50 @@ class AttentionParts:
     window: int | None = None  # a token sees that many positions, its own included; None: all before it
 
 
+@dataclass(frozen=True)
+class DeltaShape:
+    """Of the heads that this process computes. Value head h reads the query and key of key head h // group."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @property
+    def group(self) -> int:
+        return self.num_value_heads // self.num_key_heads
+
+    @property
+    def key_size(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def value_size(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Queries, keys and values, in this order."""
+        return 2 * self.key_size + self.value_size
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token: the channels, then z, b and a, of which the latter two have one for each value head."""
+        return self.channels + self.value_size + 2 * self.num_value_heads
+
+
+@dataclass(frozen=True)
+class DeltaParts:
+    """What makes one layer's gated delta rule its own."""
+
+    shape: DeltaShape
+    conv: Tensor  # [channels, taps], the last tap is the token's own
+    decay: Tensor  # float32 [value_heads], below 0
+    decay_bias: Tensor  # float32 [value_heads]
+    norm: Norm  # float32 [value_dim], for every head
+
+
 # ---- the table ----
 
 
@@ -304,6 +365,24 @@ class Ops(Protocol):
         blocks of the step's tokens are changed in ``cache``. A q and k are rotated by the row of ``step.cos_sin``, q is
         multiplied by ``step.q_scale`` afterwards; scores are divided by sqrt(head_dim).
         """
+
+    def multiply_by_sigmoid(self, x: Tensor, gate: Tensor) -> None:
+        """x [tokens, size] *= sigmoid(gate), in place; gate [tokens, size] may be a part of wider rows"""
+
+    def gated_delta(self, projected: Tensor, step: StepTokens, state: DeltaState, parts: DeltaParts) -> Tensor:
+        """A gated delta rule over the rows' tokens: projected [tokens, at least parts.shape.width] -> [tokens, value_size]
+
+        Gated Delta Networks, arXiv 2412.06464. Channels pass a causal convolution and SiLU; queries and keys are brought to
+        length 1 (1e-6 under the root), queries divided by sqrt(key_dim). For each value head, with S its memory in ``state``:
+
+            S = exp(decay * softplus(a + decay_bias)) * S;   S += k (sigmoid(b) * (v - k S));   o = q S
+
+        and out is norm(o) * silu(z). A row goes on behind the tokens that ``step.held`` says its slot has. A row of one
+        token that the slot holds already, as its last one, computes the same output again and leaves the state as it is.
+        """
+
+    def activation_dtype(self, weights: dtype) -> dtype:
+        """What ``embed`` gives of a table of this type."""
 
     def add_experts(self, out: Tensor, residual: Tensor, norm: Norm, experts: ExpertsWeight) -> None:
         """out [tokens, hidden] += for each token the sum over its top_k experts of chance * MLP_expert(x), in place,

@@ -34,6 +34,7 @@ DOTS_CAPABILITY = (
 WIDEST_WITHOUT_DOTS = 128  # heads; a tile of prompts with wider ones does not fit into 64 KiB
 GPU_HEAD_DIMS = (16, 32, 64, 128, 256)  # the first in float32 only
 TILE_TOKENS = 64  # of the prompt kernel; steps with prompts beside streams have a multiple of so many tokens
+DELTA_CHUNK = 64  # tokens whose writes to a memory of fixed size are solved for together
 MAX_RECORDED_TOKENS = 2048
 LIBRARY_ATTENTION_CAPABILITY = (9, 0)  # from here on whole prompts go through cuDNN
 

@@ -12,6 +12,8 @@ from torch.nn import functional
 from fastqwen.kernels import (
     AttentionParts,
     CodedWeight,
+    DeltaParts,
+    DeltaState,
     DenseWeight,
     ExpertsWeight,
     GroupedWeight,
@@ -22,6 +24,7 @@ from fastqwen.kernels import (
     StepTokens,
 )
 from fastqwen.kernels.limits import UNPACK_BYTES
+from fastqwen.kernels.reference_delta import delta_of_row
 
 
 class ReferenceOps:
@@ -35,7 +38,9 @@ class ReferenceOps:
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-        return (wide.to(x.dtype) * norm.weight).to(x.dtype)
+        if norm.weight.dtype == x.dtype:
+            wide = wide.to(x.dtype)
+        return (wide * norm.weight).to(x.dtype)
 
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
         bias = weight.bias
@@ -108,6 +113,21 @@ class ReferenceOps:
             if start < stop:
                 out[start:stop] = _attention_of_row(q[start:stop], step.part(start, stop), cache, parts)
         return out.flatten(1)
+
+    def multiply_by_sigmoid(self, x: Tensor, gate: Tensor) -> None:
+        x *= torch.sigmoid(gate)
+
+    def gated_delta(self, projected: Tensor, step: StepTokens, state: DeltaState, parts: DeltaParts) -> Tensor:
+        assert step.held is not None
+        out = torch.empty((projected.shape[0], parts.shape.value_size), dtype=projected.dtype, device=projected.device)
+        for held, (start, stop) in zip(step.held.tolist(), itertools.pairwise(step.row_starts.tolist()), strict=True):
+            if start < stop:
+                slot, position = int(step.slots[start]), int(step.positions[start])
+                out[start:stop] = delta_of_row(projected[start:stop], slot, position, held, state, parts).flatten(1)
+        return out
+
+    def activation_dtype(self, weights: torch.dtype) -> torch.dtype:
+        return weights
 
     def add_experts(self, out: Tensor, residual: Tensor, norm: Norm, experts: ExpertsWeight) -> None:
         x = self.rms_norm(residual, norm)

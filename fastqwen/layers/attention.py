@@ -18,6 +18,7 @@ class Attention:
     qkv: Linear
     o: Linear
     parts: AttentionParts
+    gated: bool = False  # behind the values, qkv has a gate for each number of what attention gives
 
     def make_state(self, room: StateRoom) -> LayerCache:
         shape = self.parts.shape
@@ -31,4 +32,7 @@ class Attention:
     def add_to(self, residual: Tensor, step: StepTokens, state: LayerCache) -> None:
         """residual [tokens, hidden] += attention(norm(residual)), in place"""
         qkv = self.qkv.of_norm(residual, self.norm, step)
-        self.o.add_to(residual, self.ops.attend(qkv, step, state, self.parts), step)
+        found = self.ops.attend(qkv, step, state, self.parts)
+        if self.gated:
+            self.ops.multiply_by_sigmoid(found, qkv[:, self.parts.shape.width :])
+        self.o.add_to(residual, found, step)

@@ -18,6 +18,7 @@ import msgspec
 
 from fastqwen.config_keys import account
 from fastqwen.errors import BadCheckpoint, Unsupported
+from fastqwen.hybrid_config import text_part
 from fastqwen.model_config import Fields, ModelConfig, read_json, short
 
 SCALINGS = ("rope_scaling", "rope_parameters")
@@ -33,6 +34,8 @@ def find(model_type: str) -> ModuleType:
     """The file for a config.json's ``model_type``. Raises Unsupported."""
     name = model_type.replace("-", "_").lower()
     if name not in supported():
+        name = name.removesuffix("_text")  # the text part of a model with a vision part
+    if name not in supported():
         raise Unsupported(f"model_type {short(model_type)} is not supported; supported: {', '.join(supported())}")
     return importlib.import_module(f"{__name__}.{name}")
 
@@ -41,7 +44,7 @@ def parse_config(
     values: dict[str, Any], source: str, overrides: Mapping[str, Any] = MappingProxyType({})
 ) -> ModelConfig:
     """Normalise a config.json. Raises Unsupported for an unknown architecture, BadCheckpoint for a bad value."""
-    values = overridden(values, overrides)
+    values = overridden(text_part(values), overrides)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise BadCheckpoint(f"{source}: model_type is missing")
@@ -50,7 +53,8 @@ def parse_config(
     except Unsupported as error:
         raise Unsupported(f"{source}: {error}") from None
     architectures = values.get("architectures")
-    if isinstance(architectures, list) and architectures and not any(map(_reads_text, architectures)):
+    heads = TEXT_HEADS + (WRAPPER,) * bool(module.NAMES.other_prefixes)
+    if isinstance(architectures, list) and architectures and not any(_reads_text(one, heads) for one in architectures):
         raise Unsupported(f"{source}: architecture {short(architectures[0])} is not one that continues or embeds texts")
     fields = Fields(values, source)
     config: ModelConfig = module.parse(fields)
@@ -63,15 +67,22 @@ def _fits(architectures: Any, model_type: str) -> bool:
     """Whether the class's name begins with the type's, as Qwen3MoeForCausalLM with qwen3_moe."""
     if not isinstance(architectures, list) or not architectures:
         return True
-    word = model_type.replace("_", "").replace("-", "").lower()
-    return any(re.match(rf"{word}(LMHead|For|Model)", str(name), re.IGNORECASE) for name in architectures)
+    word = re.sub("[_-]", "", model_type)
+    return any(
+        re.match(rf"{word}(Text)?(LMHead|For|Model)", str(name).replace("_", ""), re.IGNORECASE)
+        for name in architectures
+    )
 
 
-def _reads_text(architecture: Any) -> bool:
+TEXT_HEADS = ("ForCausalLM", "Model")
+WRAPPER = "ForConditionalGeneration"  # with a vision part beside the text model, where that may be left out
+
+
+def _reads_text(architecture: Any, heads: tuple[str, ...]) -> bool:
     """Qwen3ForCausalLM, QWenLMHeadModel, and Qwen3Model, the same without a head; not Qwen2ForRewardModel."""
     if not isinstance(architecture, str):
         return False
-    return architecture.endswith(("ForCausalLM", "Model")) and not architecture.endswith("RewardModel")
+    return architecture.endswith(heads) and not architecture.endswith("RewardModel")
 
 
 def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The same code answers on paper and at start. Nothing here imports torch.
     weights.py  bytes of a GPU's share of the weights
     memory.py   everything that a GPU must hold, term by term
     buffers.py  what a step makes and drops             allocator.py  what torch keeps of it
+    states.py   room for states of fixed size
     speed.py    tokens per second from bytes and bandwidth
     steps.py    how many tokens a step may have    generations.py  how fastqwen computes on which GPUs
     gpus.py     the GPU that the user means        catalog.py  the model that the user means

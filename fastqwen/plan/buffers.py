@@ -9,7 +9,7 @@ import functools
 
 import msgspec
 
-from fastqwen.kernels.limits import FUSED_ROWS, SAMPLE_CHUNK, feed_forward_rows
+from fastqwen.kernels.limits import DELTA_CHUNK, FUSED_ROWS, SAMPLE_CHUNK, feed_forward_rows
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.allocator import Allocator
 from fastqwen.plan.weights import num_dense_layers
@@ -33,6 +33,10 @@ class Sizes(msgspec.Struct, frozen=True):
     element: int
     packed: bool  # linears are packed, so nothing is fused with them
     library_attention: bool
+    gates: int = 0  # of attention
+    delta_width: int = 0  # numbers that a delta layer projects a token to; 0 if no layer is one
+    delta_values: int = 0
+    delta_scratch: int = 0  # what it keeps of a prompt's token between its kernels
 
     @classmethod
     def of(cls, model: ModelConfig, num_gpus: int, element: int, *, library_attention: bool) -> Sizes:
@@ -53,7 +57,22 @@ class Sizes(msgspec.Struct, frozen=True):
             packed=model.quantization is not None,
             library_attention=library_attention
             and any(model.window(layer) is None for layer in range(model.num_layers)),
+            gates=local.q_size if model.attention_gate else 0,
+            **_delta_sizes(local),
         )
+
+
+def _delta_sizes(local: ModelConfig) -> dict[str, int]:
+    delta = local.delta
+    if delta is None:
+        return {}
+    heads = delta.num_value_heads
+    return {
+        "delta_width": delta.channels + delta.value_size + 2 * heads,
+        "delta_values": delta.value_size,
+        # normalised queries and keys; what a chunk's triangular system gives, and its products of queries and keys
+        "delta_scratch": 2 * delta.key_size + delta.value_size + heads * (delta.key_dim + DELTA_CHUNK),
+    }
 
 
 class Taken(msgspec.Struct, frozen=True):
@@ -127,6 +146,8 @@ def _prompt_step(
 
 def _layer(memory: Allocator, sizes: Sizes, tokens: int, *, whole: bool, fused: bool) -> None:
     _attention(memory, sizes, tokens, whole=whole, fused=fused)
+    if sizes.delta_width:
+        _delta(memory, sizes, tokens, fused=fused)
     if sizes.experts:
         _experts(memory, sizes, tokens)
     if sizes.inner:
@@ -136,7 +157,7 @@ def _layer(memory: Allocator, sizes: Sizes, tokens: int, *, whole: bool, fused: 
 def _attention(memory: Allocator, sizes: Sizes, tokens: int, *, whole: bool, fused: bool) -> None:
     number = tokens * sizes.element
     memory.take("normed", number * sizes.hidden)
-    memory.take("qkv", number * (sizes.queries + 2 * sizes.keys))
+    memory.take("qkv", number * (sizes.queries + 2 * sizes.keys + sizes.gates))
     memory.drop("normed")
     memory.take("attended", number * sizes.queries)
     if not fused:  # a decode step rotates and stores within the kernel
@@ -151,6 +172,19 @@ def _attention(memory: Allocator, sizes: Sizes, tokens: int, *, whole: bool, fus
         memory.drop("q")
     _added(memory, sizes, number)
     memory.drop("qkv", "attended")
+
+
+def _delta(memory: Allocator, sizes: Sizes, tokens: int, *, fused: bool) -> None:
+    number = tokens * sizes.element
+    memory.take("normed", number * sizes.hidden)
+    memory.take("projected", number * sizes.delta_width)
+    memory.drop("normed")
+    memory.take("out", number * sizes.delta_values)
+    if not fused:
+        memory.take("scratch", number * sizes.delta_scratch)
+        memory.drop("scratch")
+    _added(memory, sizes, number)
+    memory.drop("projected", "out")
 
 
 def _mlp(memory: Allocator, sizes: Sizes, tokens: int, *, fused: bool) -> None:

@@ -14,7 +14,7 @@ from fastqwen.models import parse_config
 from fastqwen.plan.gpus import DATA
 
 _QUANTIZED = re.compile(r"-(GPTQ-Int4|GPTQ-Int8|Int4|Int8|AWQ|FP8)$")
-_SIZE = re.compile(r"(?<=-)(\d+(?:[._]\d+)?)B(?:-A\d+(?:\.\d+)?B)?")
+_SIZE = re.compile(r"(?<=-)(\d+(?:[._]\d+)?)([BT])(?:-A\d+(?:\.\d+)?B)?")
 QWQ_VERSION = 2.5  # QwQ-32B was made of Qwen2.5
 QUANTIZATION_WORDS = {
     "none": None,
@@ -187,7 +187,10 @@ def _line_and_size(name: str) -> tuple[str, float]:
     """Qwen/Qwen2.5-7B-Instruct-AWQ is 7 of the line Qwen/Qwen2.5--Instruct."""
     family = _family(name)
     match = _SIZE.search(family)
-    return (_SIZE.sub("", family, count=1), float(match[1].replace("_", "."))) if match else (family, 0.0)
+    if match is None:
+        return family, 0.0
+    billions = float(match[1].replace("_", ".")) * (1000 if match[2] == "T" else 1)
+    return _SIZE.sub("", family, count=1), billions
 
 
 def _family(name: str) -> str:

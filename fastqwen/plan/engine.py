@@ -17,6 +17,7 @@ from fastqwen.plan.generations import TORCH_ONLY, generation_of
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 from fastqwen.plan.question import PlanOptions, Question, beyond_training, is_fitting, too_long
 from fastqwen.plan.shards import uneven_sizes
+from fastqwen.plan.states import bytes_of_slot, share_room
 from fastqwen.plan.steps import mixed_tokens, step_tokens
 from fastqwen.plan.weights import num_parameters
 
@@ -35,6 +36,8 @@ class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     weights_bytes: int
     kv_bytes_per_token: int
+    max_state_snapshots: int = 0
+    states_bytes: int = 0  # of running sequences' states of fixed size, their copies, and the slot that pads steps
     max_num_mixed_tokens: int | None = None  # of a step with prompts beside running streams; None: as of any other
     notices: tuple[str, ...] = ()
     peak_bytes: int = 0  # predicted: weights, cache, and all that a step and a process need beside them
@@ -68,7 +71,6 @@ def make_plan(
         capability = facts.compute_capability or UNKNOWN_CAPABILITY
         block_size = config.block_size or usual_block_size(capability, profile.block_size)
         check_sizes(model.head_dim, block_size, dtype, facts)
-    max_num_seqs = config.max_num_seqs or profile.max_num_seqs
     active = num_parameters(model, active=True)
     usual_tokens = CPU_STEP_TOKENS if on_cpu else step_tokens(active, facts)
     per_token = kv_bytes_per_token(model, dtype, num_gpus=config.tensor_parallel_size)
@@ -76,10 +78,13 @@ def make_plan(
     if wished_len > model.default_max_len:
         raise too_long(wished_len, config.model, model)
     need = need_of_engine(model, config, facts, dtype=dtype, max_model_len=wished_len)
-    kv_bytes = config.kv_cache_memory_bytes or available_kv_bytes
-    if kv_bytes is None:
-        kv_bytes = max(0, budget_bytes(need, facts, config.gpu_memory_utilization) - need.fixed)
-    num_blocks = min(kv_bytes // (per_token * block_size), max_num_seqs * -(-wished_len // block_size))
+    fixed = need.fixed - need.states
+    room_bytes = available_kv_bytes
+    if room_bytes is None:
+        room_bytes = max(0, budget_bytes(need, facts, config.gpu_memory_utilization) - need.fixed) + need.states
+    states = share_room(model, config, profile, bytes_of_slot(model, dtype, facts), room_bytes)
+    kv_bytes = config.kv_cache_memory_bytes or room_bytes - states.bytes
+    num_blocks = min(kv_bytes // (per_token * block_size), states.max_num_seqs * -(-wished_len // block_size))
     room = num_blocks * block_size
     if room < wished_len:
         if config.max_model_len is not None or room < 2 * block_size:
@@ -96,13 +101,15 @@ def make_plan(
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=min(wished_len, room),
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=states.max_num_seqs,
+        max_state_snapshots=states.snapshots,
+        states_bytes=states.bytes,
         max_num_batched_tokens=config.max_num_batched_tokens or usual_tokens,
         max_num_mixed_tokens=config.max_num_mixed_tokens or (None if on_cpu else mixed_tokens(active, facts)),
         weights_bytes=need.weights,
         kv_bytes_per_token=per_token,
         notices=tuple(notices),
-        peak_bytes=need.fixed + num_blocks * block_size * per_token,
+        peak_bytes=fixed + states.bytes + num_blocks * block_size * per_token,
         device=facts.name,
     )
 

@@ -35,6 +35,7 @@ from fastqwen.plan.facts import (
     DeviceFacts,
     EngineProfile,
 )
+from fastqwen.plan.states import bytes_of_slot
 from fastqwen.plan.steps import step_tokens as usual_step_tokens
 from fastqwen.plan.weights import (
     as_held,
@@ -49,7 +50,7 @@ from fastqwen.plan.weights import (
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 UNKNOWN_MULTIPROCESSORS = 132
 FIXED_TERMS = (
-    "weights", "activations", "sampler", "workspace", "state", "graphs", "runtime", "collectives", "rounding",
+    "weights", "activations", "sampler", "workspace", "state", "states", "graphs", "runtime", "collectives", "rounding",
 )  # fmt: skip
 
 
@@ -65,6 +66,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int | None = None
+    max_state_snapshots: int | None = None
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +78,7 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
     sampler: int
     workspace: int  # unpacked weights, laid-out context, split attention
     state: int  # token ids and block tables of all sequences
+    states: int  # what layers of fixed state keep of the wished sequences
     graphs: int
     runtime: int  # context, kernels, libraries
     collectives: int
@@ -119,6 +122,7 @@ def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: Devic
     common = {
         "weights": _weights(same, load.dtype, gpus, profile.keeps_file_layout),
         "kv_cache": load.concurrency * blocks_each * block_size * per_token,
+        "states": _states(model, load, facts),
         "runtime": profile.library_bytes
         + profile.context_bytes_per_multiprocessor * (facts.multiprocessors or UNKNOWN_MULTIPROCESSORS),
         "collectives": profile.collective_bytes if gpus > 1 else 0,
@@ -144,6 +148,12 @@ def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: Devic
         graphs=0,
         rounding=num_tensors(model) * profile.rounding_bytes,
     )
+
+
+def _states(model: ModelConfig, load: Load, facts: DeviceFacts) -> int:
+    """Of as many sequences as are to run at once, the wished copies, and a slot that pads steps."""
+    each = bytes_of_slot(model, load.dtype, facts, num_gpus=load.num_gpus)
+    return each * (max(load.concurrency, load.max_num_seqs or 0) + 1 + (load.max_state_snapshots or 0))
 
 
 class _Same:
@@ -194,7 +204,7 @@ def _fastqwen_terms(
         graphs = nodes * GRAPH_NODE_BYTES + graph_buffers(sizes, batches, prompts, max_num_seqs)
         graphs += cublas if max(batches[-1], prompts[-1]) > FUSED_ROWS else 0
     kept = steps.reserved - steps.total
-    in_steps = 2 * model.num_layers * FASTQWEN_GPU.rounding_bytes  # of the cache's tensors
+    in_steps = 2 * len(model.attention_layers) * FASTQWEN_GPU.rounding_bytes  # of the cache's tensors
     return {
         "activations": steps.layers,
         "sampler": steps.total - steps.layers,
@@ -230,7 +240,11 @@ def activation_bytes_per_token(model: ModelConfig, num_gpus: int, element: int) 
     """
     local, hidden = model.local(num_gpus), model.hidden_size
     # q, k, v; rotated q; what attention returns
-    attention = 3 * hidden + (local.q_size + 2 * local.kv_size) + 2 * local.q_size
+    gates = local.q_size if local.attention_gate else 0
+    attention = 3 * hidden + (local.q_size + 2 * local.kv_size + gates) + 2 * local.q_size
+    if local.delta is not None:
+        delta = local.delta
+        attention = max(attention, 2 * hidden + 3 * (delta.channels + delta.value_size))
     feed_forward = 0
     if num_dense_layers(model):
         feed_forward = 3 * hidden + 3 * local.intermediate_size  # gate and up; their product

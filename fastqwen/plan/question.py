@@ -12,11 +12,12 @@ import msgspec
 from fastqwen import quant
 from fastqwen.config import option
 from fastqwen.errors import BadConfig
+from fastqwen.kernels.limits import DOTS_CAPABILITY, gpu_head_dims
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import Entry, NamedModel
 from fastqwen.plan.device import budget_bytes, choose_dtype
 from fastqwen.plan.facts import FASTQWEN_CPU, FASTQWEN_GPU, DeviceFacts, EngineProfile
-from fastqwen.plan.generations import has_fast_packed
+from fastqwen.plan.generations import generation_of, has_fast_packed
 from fastqwen.plan.memory import Load, Need, predict
 from fastqwen.plan.served import is_quantization_served, not_served_yet
 
@@ -185,7 +186,17 @@ def rounded(length: int, most: int) -> int:
 def obstacles(question: Question) -> tuple[str, ...]:
     """What stands in the way of serving this as it was asked."""
     found = not_served_yet(question.model, kv_cache_dtype=question.kv_cache_dtype)
+    found += _unknown_heads(question)
     return found if question.real is None else (UNPUBLISHED, *found)
+
+
+def _unknown_heads(question: Question) -> tuple[str, ...]:
+    """Kernels for older cards take narrower heads than some models have."""
+    capability, head_dim = question.facts.compute_capability, question.model.head_dim
+    if question.facts.kind == "cpu" or capability is None or generation_of(capability).is_torch_only:
+        return ()
+    heads = gpu_head_dims(capability, 4 if question.dtype == "float32" else 2)
+    return () if head_dim in heads or capability >= DOTS_CAPABILITY else (f"heads of {head_dim} numbers",)
 
 
 def command(question: Question) -> str | None:

@@ -33,6 +33,7 @@ TERMS = (
     ("state", "token ids, block tables"),
     ("graphs", "CUDA graphs"),
     ("runtime", "runtime: context, kernels, libraries"),
+    ("states", "states of fixed size"),
     ("collectives", "buffers between GPUs"),
     ("rounding", "kept by the allocator"),
 )
@@ -117,7 +118,7 @@ def _advice(answer: Answer) -> list[str]:
 
 def _is(words: tuple[str, ...]) -> str:
     """Weights are many."""
-    return "are" if len(words) > 1 or words[0].endswith("weights") else "is"
+    return "are" if len(words) > 1 or words[0].endswith(("weights", "numbers")) else "is"
 
 
 def memory_table(answer: Answer) -> Table:

@@ -9,6 +9,7 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.plan.facts import KERNELS_PER_LAYER, DeviceFacts
 from fastqwen.plan.generations import generation_of, has_fast_packed
 from fastqwen.plan.memory import Load, kv_bytes_per_token
+from fastqwen.plan.states import bytes_of_slot
 from fastqwen.plan.weights import as_held, num_parameters, read_bytes
 
 MATMUL_SHARE = 775 / 989  # of one H200's data sheet: what large products reached
@@ -69,9 +70,10 @@ def _step_s(model: ModelConfig, load: Load, facts: DeviceFacts, batch: int, cont
     per_token = kv_bytes_per_token(model, load.dtype, num_gpus=load.num_gpus, kv_cache_dtype=load.kv_cache_dtype)
     weights = read_bytes(as_held(model, facts), load.dtype, load.num_gpus, batch)
     assert facts.bandwidth_gb_s is not None
-    reading = (weights + batch * context_tokens * per_token) / (facts.bandwidth_gb_s * 1e9 * share)
+    states = 2 * batch * bytes_of_slot(model, load.dtype, facts, num_gpus=load.num_gpus)  # read and written
+    reading = (weights + states + batch * context_tokens * per_token) / (facts.bandwidth_gb_s * 1e9 * share)
     if facts.matmul_tflops is None:
         return reading
-    attention = 2 * 2 * model.num_layers * model.q_size * context_tokens
+    attention = 2 * 2 * len(model.attention_layers) * model.q_size * context_tokens
     operations = batch * (2 * num_parameters(model, active=True) + attention) / load.num_gpus
     return max(reading, operations / (facts.matmul_tflops * 1e12 * MATMUL_SHARE))

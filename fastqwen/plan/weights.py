@@ -40,8 +40,16 @@ def num_dense_layers(model: ModelConfig) -> int:
 
 def matrices(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
     local, hidden, layers = model.local(num_gpus), model.hidden_size, model.num_layers
-    yield Matrix(layers, hidden, local.q_size + 2 * local.kv_size, model.qkv_bias)
-    yield Matrix(layers, local.q_size, hidden, model.o_bias)
+    with_attention = len(model.attention_layers)
+    gates = local.q_size if model.attention_gate else 0
+    yield Matrix(with_attention, hidden, local.q_size + 2 * local.kv_size + gates, model.qkv_bias)
+    yield Matrix(with_attention, local.q_size, hidden, model.o_bias)
+    if local.delta is not None:
+        delta = local.delta
+        yield Matrix(len(delta.layers), hidden, delta.channels + delta.value_size)
+        yield Matrix(len(delta.layers), hidden, 2 * delta.num_value_heads, packed=False)
+        yield Matrix(len(delta.layers), delta.value_size, hidden)
+        yield Matrix(len(delta.layers), delta.taps, delta.channels, packed=False)
     dense = num_dense_layers(model)
     if dense:
         yield from _mlp(dense, hidden, local.intermediate_size, model.mlp_bias)
@@ -112,7 +120,7 @@ def weights_bytes(model: ModelConfig, dtype: str, num_gpus: int = 1, *, as_in_fi
     element = DTYPE_BYTES[dtype]
     parts = (*matrices(model, num_gpus), *tables(model, num_gpus))
     held = sum(m.count * matrix_bytes(m, model.quantization, element, as_in_file=as_in_file) for m in parts)
-    return held + _norm_entries(model) * element
+    return held + _norm_entries(model) * (DTYPE_BYTES["float32"] if model.norms_around_one else element)
 
 
 def as_held(model: ModelConfig, facts: DeviceFacts) -> ModelConfig:
@@ -163,8 +171,11 @@ def num_parameters(model: ModelConfig, *, active: bool = False) -> int:
 
 
 def _norm_entries(model: ModelConfig) -> int:
-    of_layer = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
-    return model.num_layers * of_layer + model.hidden_size
+    of_attention = 2 * model.head_dim if model.qk_norm else 0
+    delta = model.delta
+    in_deltas = len(delta.layers) * (2 * delta.num_value_heads + delta.value_dim) if delta is not None else 0
+    of_blocks = (2 * model.num_layers + 1) * model.hidden_size
+    return of_blocks + len(model.attention_layers) * of_attention + in_deltas
 
 
 def largest_unpacked_bytes(model: ModelConfig, num_gpus: int, element: int) -> int:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 
 import msgspec
 
-from fastqwen.engine.blocks import BlockHash
 from fastqwen.engine.executor import StepHandle
 from fastqwen.errors import FastqwenError
 from fastqwen.ranks import wire
@@ -37,9 +35,6 @@ class RanksExecutor:
             assert isinstance(message, wire.Submitted)
             late = message.late
         return _Step(self, late)
-
-    def num_resumable(self, block_hashes: Sequence[BlockHash]) -> int:
-        return len(block_hashes)  # ranks start with nothing but the paged cache
 
     def read(self) -> StepOutput:
         self._group.send(0, wire.Read())

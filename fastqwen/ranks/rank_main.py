@@ -16,7 +16,6 @@ import zmq
 from fastqwen.config import EngineConfig
 from fastqwen.engine.executor import Executor, StepHandle
 from fastqwen.errors import BadConfig, FastqwenError, Unsupported
-from fastqwen.kernels import LayerCache
 from fastqwen.lifeline import end_with_parent
 from fastqwen.logs import configure_logging
 from fastqwen.ranks import wire
@@ -112,9 +111,8 @@ def _tokenizer_of(config: EngineConfig, path: Path) -> GrammarTokenizer:
 
 
 def _check_states(computer: Computer) -> None:
-    """The scheduler, in its own process, asks nobody where a sequence can go on: it must be behind any block."""
-    states = getattr(computer.executor, "states", [])
-    if not all(isinstance(state, LayerCache) for state in states):
+    """Layers with a state of fixed size were not tried in several ranks."""
+    if computer.has_states:
         raise Unsupported(f"--tensor-parallel-size: {computer.model.model_type} runs on one device only so far")
 
 

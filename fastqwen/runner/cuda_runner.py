@@ -46,7 +46,7 @@ class CudaRunner(ModelRunner):
         self._untaken: tuple[list[Choice], Tensor, torch.cuda.Event, set[int]] | None = None
         self.slots.block_tables[self.slots.spare] = plan.num_blocks  # padding writes into a block of its own
         self._library = getattr(decoder.ops, "library_prefill", False) and all(
-            isinstance(layer.mixer, Attention) and layer.mixer.parts.window is None for layer in decoder.layers
+            not isinstance(layer.mixer, Attention) or layer.mixer.parts.window is None for layer in decoder.layers
         )
         decode, prompts = self._layouts()
         most = plan.max_num_batched_tokens
@@ -114,7 +114,9 @@ class CudaRunner(ModelRunner):
             self._structured.admit(batch.admissions)
         self.slots.update(batch.admissions, batch.rows)
         rows = batch.rows
+        self.states.before(batch.admissions, rows)
         hidden, logits, tokens = self._launch(rows)
+        self.states.after(rows)
         extras = None
         if any(not self.slots.is_plain[row.slot] and self._needs_more(row) for row in rows):
             extras = Extras(rows, choices_of(rows), hidden, logits, self._decoder, self.slots)
@@ -194,8 +196,9 @@ class CudaRunner(ModelRunner):
             num_decode_rows=num_decode_rows,
             prompts=prompts,
             decode_count=decode_count,
+            held=inputs.held,
         )
-        decoder.advance(residual, where, self.states)
+        decoder.advance(residual, where, self.states.layers)
         gives_all = prompts is None and len(inputs.sample_tokens) == len(residual)
         picked = residual if gives_all else residual[inputs.sample_tokens]
         if not len(picked):

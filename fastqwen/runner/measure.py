@@ -60,6 +60,7 @@ def _largest_step(model: ModelConfig, plan: EnginePlan, decoder: Decoder, device
         block_tables=torch.zeros((1, tokens // plan.block_size + 2), dtype=torch.int32, device=device),
         num_decode_rows=0,
         prompts=PromptTiles(torch.from_numpy(tiles).to(device), TILE_TOKENS, fresh),
+        held=zeros[:1],
     )
     residual = decoder.embed(zeros, decoder.ops)
     for layer in decoder.layers:  # one layer's state at a time, which is not what is measured here

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastqwen.engine.blocks import BlockHash
 from fastqwen.engine.executor import StepHandle
 from fastqwen.kernels import StateRoom
 from fastqwen.layers.decoder import Decoder
@@ -22,6 +21,7 @@ from fastqwen.runner.packing import pack
 from fastqwen.runner.pooling import PooledStep, last_vectors
 from fastqwen.runner.results import NOT_FINITE, only_this_row, step_output
 from fastqwen.runner.slots import Slots
+from fastqwen.runner.states import States
 from fastqwen.runner.structured import Constraints
 
 
@@ -64,14 +64,16 @@ class ModelRunner:
             block_size=plan.block_size,
             device=device,
         )
-        # One block more than the plan's: what only pads a batch is written there.
+        # One block and one slot more than the plan's: what only pads a batch is written there.
+        num_slots = plan.max_num_seqs + 1
         room = StateRoom(
-            plan.num_blocks + 1, plan.block_size, plan.max_num_seqs + 1, TORCH_DTYPES[plan.kv_cache_dtype], device
+            num_blocks=plan.num_blocks + 1,
+            block_size=plan.block_size,
+            num_slots=num_slots + plan.max_state_snapshots,
+            cache_dtype=TORCH_DTYPES[plan.kv_cache_dtype],
+            device=device,
         )
-        self.states = decoder.make_states(room)
-
-    def num_resumable(self, block_hashes: Sequence[BlockHash]) -> int:
-        return min((state.num_resumable(block_hashes) for state in self.states), default=len(block_hashes))
+        self.states = States(decoder.make_states(room), first_kept=num_slots)
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> StepHandle:
@@ -81,7 +83,9 @@ class ModelRunner:
         if self._structured is not None:
             self._structured.admit(batch.admissions)
         ids, step = pack(batch.rows, self.slots, logn_len=self._model.logn_len)
-        hidden = self._decoder.hidden(ids, step, self.states)
+        self.states.before(batch.admissions, batch.rows)
+        hidden = self._decoder.hidden(ids, step, self.states.layers)
+        self.states.after(batch.rows)
         done = FinishedStep(self._finish(batch, hidden))
         vectors = last_vectors(self._decoder, batch.rows, hidden)
         self._check_weights()

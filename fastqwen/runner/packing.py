@@ -32,6 +32,7 @@ def pack(rows: list[Row], slots: Slots, *, logn_len: int | None) -> tuple[Tensor
         q_scale=None if logn_len is None else logn_scale(positions, logn_len),
         block_tables=slots.block_tables,
         num_decode_rows=count_decode_rows(rows),
+        held=slots.upload(np.array([row.start + row.repeats for row in rows], dtype=np.int32)),
     )
 
 

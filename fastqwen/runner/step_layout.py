@@ -34,6 +34,7 @@ class StepInputs:
     sample_slots: Tensor  # int32 [samples]
     sample_positions: Tensor  # int32 [samples]: of the token that is to be sampled
     row_starts: Tensor  # int32 [rows + 1], as StepTokens has them
+    held: Tensor  # int32 [rows], as StepTokens has it
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class StepLayout:
 
     def _sizes(self) -> tuple[int, ...]:
         samples = self.samples
-        return self.tokens, self.tokens, 4 * self.tiles, 1, samples, samples, samples, self.rows + 1
+        return self.tokens, self.tokens, 4 * self.tiles, 1, samples, samples, samples, self.rows + 1, self.rows
 
     def _parts(self) -> Iterator[slice]:
         """Of the array, in the order of StepInputs."""
@@ -76,7 +77,7 @@ class StepLayout:
         ends = np.cumsum(counts, dtype=np.int32)
         num_tokens = int(ends[-1])
         tokens = np.arange(num_tokens, dtype=np.int32)
-        slots, positions, tile_part, count, sample_tokens, sample_slots, sample_positions, row_starts = [
+        slots, positions, tile_part, count, sample_tokens, sample_slots, sample_positions, row_starts, held = [
             out[part] for part in self._parts()
         ]
         slots[:num_tokens] = np.repeat(row_slots, counts)
@@ -98,6 +99,8 @@ class StepLayout:
         row_starts[0] = 0
         row_starts[1 : len(rows) + 1] = ends
         row_starts[len(rows) + 1 :] = num_tokens
+        held[: len(rows)] = starts + np.fromiter((row.repeats for row in rows), np.int32, len(rows))
+        held[len(rows) :] = 0
 
 
 def count_decode_rows(rows: Sequence[Row]) -> int:

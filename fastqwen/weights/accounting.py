@@ -21,12 +21,22 @@ OTHER_PARTS = re.compile(
     r"|weight_packed|weight_scale_2|input_scale|qweight|qzeros|scales|SCB|absmax)(\.|$)"
 )
 MAX_NAMED = 5
+# What stands beside a text model and changes nothing of its answers.
+BESIDE = {
+    "the vision part": re.compile(r"^(model\.)?visual\."),
+    "a head for guessing ahead": re.compile(r"^(model\.|model\.language_model\.)?mtp[._]"),
+}
 
 
 def account(weights: Weights, model: ModelConfig, source: str) -> None:
     """Names what was not read, once. Raises Unsupported for a tensor that belongs to a part of this model."""
     names, named = models.find(model.model_type).NAMES, []
-    for name in weights.unread():
+    unread = weights.unread()
+    beside = {part: [name for name in unread if found.search(name)] for part, found in BESIDE.items()}
+    told = [f"{part} ({_some(all_of, 1)})" for part, all_of in beside.items() if all_of]
+    if told:
+        log.warning("not read: %s", ", ".join(told))
+    for name in sorted(set(unread).difference(*beside.values())):
         if name.endswith("bias") and weights.is_zero(name):
             continue
         inside = names.holds(name, model.num_layers) and not name.startswith(names.head)
@@ -40,9 +50,9 @@ def account(weights: Weights, model: ModelConfig, source: str) -> None:
         log.warning("tensors that a %s does not have are not read: %s", model.model_type, _some(named))
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(name[:200] for name in names[:MAX_NAMED]) + more
+def _some(names: list[str], most: int = MAX_NAMED) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name[:200] for name in names[:most]) + more
 
 
 def check_lacking(lacking: Mapping[str, Path], model: ModelConfig) -> None:

@@ -182,10 +182,10 @@ FOREIGN_PREFIXES = {
     "base_model.model.": " (PEFT's)",
     "language_model.": " (a model with a vision part)",
 }
-# Buffers that older versions saved, which follow from config.json; heads that guess several tokens ahead; and what scales an
-# 8-bit cache that others fill with keys and values as they are.
+# Buffers that older versions saved, which follow from config.json; and what scales an 8-bit cache that others fill with keys
+# and values as they are.
 KNOWN_EXTRAS = re.compile(
-    r"\.(k_scale|v_scale|[kv]_proj\.output_scale)$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(masked_bias|rope\.freqs)$|^(model\.)?mtp\.|^mtp_"
+    r"\.(k_scale|v_scale|[kv]_proj\.output_scale)$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(masked_bias|rope\.freqs)$"
 )
 
 

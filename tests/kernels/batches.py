@@ -68,4 +68,5 @@ def one_prompt(config: ModelConfig, count: int) -> StepTokens:
         q_scale=None,
         block_tables=torch.zeros(1, 1, dtype=torch.int32),
         num_decode_rows=0,
+        held=torch.zeros(1, dtype=torch.int32),
     )

@@ -43,6 +43,7 @@ MULTIPROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170
 META = torch.device("meta")
 
 PUBLISHED = ("qwen1-7b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-8b", "qwen3-14b", "qwen3-30b-a3b")
+HYBRIDS = ("qwen3.5-0.8b", "qwen3.5-9b", "qwen3.5-35b-a3b")
 ODD = {  # sizes of one, sizes that no block divides
     "model_type": "qwen2_moe", "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 2, "vocab_size": 151,
     "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 9000,
@@ -174,6 +175,11 @@ def models(capability: int) -> Iterator[tuple[str, ModelConfig, str, int]]:
     for name in PUBLISHED:
         model = read_config(CONFIGS / name)
         yield name, msgspec.structs.replace(model, num_layers=1), half, usual
+    for name in HYBRIDS if capability >= 80 else ():
+        model = read_config(CONFIGS / name)
+        assert model.delta is not None
+        delta = msgspec.structs.replace(model.delta, layers=(0,))
+        yield name, msgspec.structs.replace(model, num_layers=2, delta=delta), half, usual
     small = msgspec.structs.replace(read_config(CONFIGS / "qwen3-0.6b"), num_layers=1)
     yield "large-blocks", small, half, 256 if capability >= 80 else 16
     yield (

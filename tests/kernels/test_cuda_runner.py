@@ -18,6 +18,7 @@ from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
+from fastqwen.engine.snapshots import SnapshotPool
 from fastqwen.kernels.triton.ops import TritonOps
 from fastqwen.layers.rotary_key import rope_key
 from fastqwen.plan import make_plan
@@ -82,6 +83,7 @@ def gpu_core(folder: Path, *, recorded: bool, **wishes: Any) -> tuple[EngineCore
         max_num_seqs=plan.max_num_seqs,
         enable_prefix_caching=config.enable_prefix_caching,
         rope_key_of=lambda length, limit: rope_key(model.rope, length, limit),
+        snapshots=SnapshotPool(plan.max_state_snapshots, plan.block_size) if model.delta is not None else None,
     )
     return EngineCore(scheduler, runner), runner
 
@@ -109,6 +111,25 @@ def test_the_same_tokens_as_on_the_cpu(tmp_path: Path, kind: str, recorded: bool
     expected = greedy(start(tmp_path, max_num_batched_tokens=32, **WISHES), prompts, max_tokens=3)
     core, runner = gpu_core(tmp_path, recorded=recorded, max_num_batched_tokens=32)
     assert greedy(core, prompts, max_tokens=3) == expected
+    if recorded and DEVICE.type == "cpu":
+        assert sum(one.graph.count for one in runner._prompt_steps) > 2
+        assert sum(one.graph.count for one in runner._decode_steps) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recorded", [False, True])
+def test_states_of_fixed_size_in_place(tmp_path: Path, recorded: bool):
+    """In slots that others had, behind chunks, in padded steps, and from copies that the prefix cache kept."""
+    heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    sizes = {"head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    kinds = ["linear_attention", "full_attention"]
+    make(tmp_path, "Qwen3_5TextConfig", num_hidden_layers=2, layer_types=kinds, **heads, **sizes)
+    prompts = [prompt(length) for length in (1, 40, 2, 5)]
+    expected = greedy(start(tmp_path, max_num_batched_tokens=32, **WISHES), prompts, max_tokens=3)
+    core, runner = gpu_core(tmp_path, recorded=recorded, max_num_batched_tokens=32)
+    assert greedy(core, prompts, max_tokens=3) == expected
+    assert greedy(core, prompts[1:2], max_tokens=3) == expected[1:2]
+    assert core.scheduler.num_prefix_hits == 32
     if recorded and DEVICE.type == "cpu":
         assert sum(one.graph.count for one in runner._prompt_steps) > 2
         assert sum(one.graph.count for one in runner._decode_steps) > 2

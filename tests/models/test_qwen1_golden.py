@@ -14,7 +14,7 @@ from fastqwen.layers.rotary import inverse_frequencies, logn_scale
 from fastqwen.layers.rotary_key import ntk_alpha, rope_key
 from fastqwen.models import read_config
 from fastqwen.records import Admission, Row
-from tests.models.golden import check_logits, make_golden_qwen1
+from tests.models.golden import check_logits, make_golden
 from tests.models.tiny import greedy, hidden_of, start
 
 LENGTHS = (100, 129, 300)
@@ -23,7 +23,7 @@ LENGTHS = (100, 129, 300)
 @pytest.fixture(scope="module")
 def checkpoint(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
-    make_golden_qwen1(golden / "qwen1_tiny", folder)
+    make_golden(golden / "qwen1_tiny", folder)
     return folder
 
 

@@ -41,6 +41,8 @@ def make(folder: Path, config_class: str, *, dtype: torch.dtype = torch.float32,
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith(".bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            if name.endswith("A_log"):  # by default memories fade at once
+                parameter.copy_(torch.randn_like(parameter) - 3.0)
             parameter.data = parameter.to(
                 dtype
             )  # not model.to(dtype), which would round the rotary frequencies as well
@@ -112,7 +114,7 @@ def hidden_of(runner: Any, row: Row) -> torch.Tensor:
     if isinstance(runner, ModelRunner) and type(runner) is not ModelRunner:  # the GPU's lays its steps out by itself
         return runner._launch([row])[0][: row.num_tokens]
     flat, where = pack([row], runner.slots, logn_len=runner._model.logn_len)
-    return runner._decoder.hidden(flat, where, runner.states)
+    return runner._decoder.hidden(flat, where, runner.states.layers)
 
 
 def greedy(core: EngineCore, prompts: list[list[int]], max_tokens: int = 64) -> list[list[int]]:

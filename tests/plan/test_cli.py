@@ -118,14 +118,14 @@ def test_the_list_for_people():
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert "Qwen-14B-Chat-Int4" in result.stdout
-    assert "not served yet: Qwen3-Next" in result.stdout
+    assert "not served yet: Qwen3.8-Flash-Next" in result.stdout
     header = next(index for index, line in enumerate(lines) if line.startswith("model  "))
     assert "longest context" in lines[header] and "tokens/s, one answer" in lines[header]
     rows = lines[header + 1 : lines.index("", header)]
     names, commands = [row.split()[0] for row in rows[::2]], rows[1::2]
     assert all(command.startswith("    fastqwen serve Qwen/") for command in commands)
     assert all(f"Qwen/{name}" in command.split() for name, command in zip(names, commands, strict=True))
-    assert names[0] == "Qwen3-8B-AWQ" and names.index("Qwen3-1.7B") < names.index("Qwen3-1.7B-Base")
+    assert names[0].startswith("Qwen3.5-4B") and names.index("Qwen3-1.7B") < names.index("Qwen3-1.7B-Base")
     assert names.index("Qwen3-0.6B") < names.index("Qwen2.5-3B-Instruct") < names.index("Qwen-1_8B-Chat")
     tight = ["tight" in row for row in rows[::2]]
     assert tight == sorted(tight), "what is tight comes after what fits"
@@ -134,10 +134,10 @@ def test_the_list_for_people():
 @pytest.mark.parametrize(
     ("card", "model"),
     [
-        ("24", "Qwen/Qwen3-14B-AWQ"),
-        ("T4", "Qwen/Qwen3-14B-AWQ"),
-        ("H200", "Qwen/Qwen3-32B"),
-        ("6", "Qwen/Qwen3-4B-AWQ"),
+        ("24", "Qwen/Qwen3.5-9B"),
+        ("T4", "Qwen/Qwen3-4B-Instruct-2507"),  # its kernels do not take the heads of Qwen3.5
+        ("H200", "Qwen/Qwen3.8-27B"),
+        ("6", "Qwen/Qwen3.5-2B"),
     ],
 )
 def test_one_recommendation(card: str, model: str):
@@ -151,7 +151,7 @@ def test_one_recommendation(card: str, model: str):
 
 def test_a_recommendation_of_this_machine_without_a_gpu_has_a_speed(monkeypatch: pytest.MonkeyPatch):
     found = run_json("--best", "--gpu", "cpu")
-    assert found["command"].startswith("fastqwen serve Qwen/Qwen3-")
+    assert found["command"].startswith("fastqwen serve Qwen/Qwen3.")
     speed = found["tokens_per_second"]
     assert 0 < speed["low"] < speed["high"] and "copies memory" in speed["basis"]
 
@@ -305,7 +305,7 @@ def test_the_plot(tmp_path: Path):
         (["Qwen-7B", "--best"], BadConfig, "--best"),
         (["Qwen-7B", "--gpu", "RX 7900 XTX"], BadConfig, "NVIDIA's GPUs only"),
         (["Qwen-9000B", "--gpu", "24GB"], ModelNotFound, "Qwen-9000B"),
-        (["Qwen3-Next-80B-A3B-Instruct", "--gpu", "24GB"], Unsupported, "not served yet"),
+        (["Qwen3.8-Flash-Next", "--gpu", "24GB"], Unsupported, "not served yet"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], kind: type[FastqwenError], words: str):

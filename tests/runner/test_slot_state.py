@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
+from fastqwen.engine.snapshots import SnapshotPool
 from fastqwen.kernels import StateRoom, StepTokens
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.plan import make_plan
 from fastqwen.runner.device import device_facts
 from fastqwen.runner.model_runner import ModelRunner
+from fastqwen.runner.states import WrongState
 from fastqwen.weights.checkpoint import open_checkpoint
 from fastqwen.weights.source import Weights
 from tests.models.tiny import greedy, make, prompt
@@ -34,8 +37,8 @@ DEVICE = torch.device("cpu")
 class Memory:
     vectors: Tensor  # [slots, hidden]
 
-    def num_resumable(self, block_hashes: Sequence[bytes]) -> int:
-        return 0  # what it held behind a block was not kept
+    def of_slot(self, slot: int) -> Sequence[Tensor]:
+        return (self.vectors[slot],)
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def engine(folder: Path, *, num_blocks: int = 64, max_num_seqs: int = 4, budget: int = 64) -> EngineCore:
+def engine(
+    folder: Path, *, num_blocks: int = 64, max_num_seqs: int = 4, budget: int = 64, snapshots: int = 0
+) -> EngineCore:
     config = EngineConfig(model=str(folder), dtype="float32", max_num_seqs=max_num_seqs, max_model_len=64, block_size=8)
     checkpoint = open_checkpoint(folder)
     assert checkpoint.tensors is not None
     decoder = build_decoder(checkpoint.model, Weights(checkpoint.tensors, torch.float32, DEVICE), ReferenceOps())
     fading: Any = Fading(checkpoint.model.hidden_size)
     decoder = replace(decoder, layers=[replace(decoder.layers[0], mixer=fading), *decoder.layers[1:]])
-    plan = make_plan(checkpoint.model, config, device_facts(DEVICE))
+    plan = msgspec.structs.replace(
+        make_plan(checkpoint.model, config, device_facts(DEVICE)), max_state_snapshots=snapshots
+    )
     runner = ModelRunner(checkpoint.model, decoder, plan, DEVICE)
     scheduler = Scheduler(
         BlockPool(min(num_blocks, plan.num_blocks), 8),
         StepPolicy(max_num_batched_tokens=budget),
         max_num_seqs=max_num_seqs,
-        num_resumable=runner.num_resumable,
+        snapshots=SnapshotPool(snapshots, 8),
     )
     return EngineCore(scheduler, runner)
 
@@ -106,3 +113,28 @@ def test_a_prefix_whose_memory_was_not_kept_is_no_hit(folder: Path):
     first = greedy(core, PROMPTS, 20)
     assert greedy(core, PROMPTS, 20) == first
     assert core.scheduler.num_prefix_hits == 0 and core.scheduler.num_prefix_queries > 0
+
+
+def test_a_copy_of_a_memory_continues_it(folder: Path):
+    core = engine(folder, snapshots=12)
+    assert greedy(core, PROMPTS, 20) == greedy(core, PROMPTS, 20) == alone(folder)
+    assert core.scheduler.num_prefix_hits == 16 + 16 + 24
+
+
+def test_a_copy_of_other_tokens_is_refused(folder: Path):
+    """A copy filed under a wrong length would continue with another memory than the prompt's."""
+    core = engine(folder, snapshots=4)
+    greedy(core, [prompt(30)], 2)
+    pool: Any = core.scheduler._snapshots
+    [(block_hash, (place, num_tokens))] = pool._filed.items()
+    assert num_tokens == 24
+    pool._filed = {block_hash: (place, 16)}
+    with pytest.raises(AssertionError, match="a copy of 16 tokens stands for 3 blocks"):
+        greedy(core, [prompt(30)], 2)
+    core = engine(folder, snapshots=4)
+    greedy(core, [prompt(30)], 2)
+    runner: Any = core._executor
+    kept = runner.slots.spare + 1
+    runner.states._held = {slot: held - (slot >= kept) for slot, held in runner.states._held.items()}
+    with pytest.raises(WrongState, match="begins at token 24, the slot's states hold 23"):
+        greedy(core, [prompt(30)], 2)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastqwen.engine.blocks import BlockHash, BlockPool
+from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
@@ -95,9 +95,6 @@ class ScriptedExecutor:
         self._structured.admit(batch.admissions)
         self._output = StepOutput(step_id=batch.step_id, rows=[self._row(row) for row in batch.rows])
         return self
-
-    def num_resumable(self, block_hashes: Sequence[BlockHash]) -> int:
-        return len(block_hashes)
 
     def result(self) -> StepOutput:
         time.sleep(self._step_s)

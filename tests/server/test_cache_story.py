@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from fastqwen.server.answer.cache_story import CacheStories
 from tests.server.harness import client_of, make_state
 
 LONG = "A system message that is longer than one block of the cache. " * 3
@@ -101,6 +102,17 @@ def test_evicted_blocks():
     others = [turns(f"{number} " * 30, system=f"{number}" * 300) for number in range(4)]
     found = causes(turns("hi"), *others, turns("hi"), max_model_len=1024, blocks=64)
     assert found[-1] == ("evicted", None)
+
+
+def test_a_state_that_was_not_kept():
+    """The same for a model whose layers keep a state: its blocks may be there, what is missing is a copy of that."""
+    stories = CacheStories(enabled=True)
+    for token_ids, num_cached in (([1] * 40, 0), ([1] * 32 + [2] * 8, 0)):
+        story = stories.begin(token_ids, "")
+        found = stories.end(
+            story, [], thought=False, num_cached=num_cached, block_size=16, explain=True, has_states=True
+        )
+    assert found is not None and found["cause"] == "state_not_kept" and found["equal_tokens"] == 32
 
 
 def test_too_short_for_a_block():

@@ -72,10 +72,10 @@ def in_transformers(folder: Path) -> torch.Tensor:
 
 QUIET = {
     "old-buffers": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
-    "heads-for-guessing": {"mtp.layers.0.mlp.up_proj.weight": torch.ones(2, 2)},
     "biases-of-zeros": {"model.layers.0.mlp.up_proj.bias": torch.zeros(96)},
 }
 NAMED = {
+    "heads-for-guessing": {"mtp.layers.0.mlp.up_proj.weight": torch.ones(2, 2)},
     "elsewhere": {"score.weight": torch.ones(2, 64)},
     "vision": {"visual.blocks.0.attn.qkv.weight": torch.ones(2, 2)},
     "more-layers": {"model.layers.7.mlp.up_proj.weight": torch.ones(96, 64)},

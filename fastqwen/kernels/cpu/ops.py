@@ -81,6 +81,9 @@ class CpuOps(ReferenceOps):
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         return super().embed(ids, table).float()
 
+    def activation_dtype(self, weights: torch.dtype) -> torch.dtype:
+        return torch.float32
+
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)

@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastqwen.kernels import (
     AttentionParts,
+    DeltaParts,
+    DeltaState,
     DenseWeight,
     ExpertsWeight,
     GroupedWeight,
@@ -29,7 +31,7 @@ from fastqwen.kernels.cuda.nvrtc import CannotCompile
 from fastqwen.kernels.cuda.packed_linear import PackedSpace, make_product
 from fastqwen.kernels.limits import FUSED_ROWS, LIBRARY_ATTENTION_CAPABILITY, feed_forward_rows
 from fastqwen.kernels.reference import ReferenceOps
-from fastqwen.kernels.triton import attention, linear, pointwise, prefill
+from fastqwen.kernels.triton import attention, delta, delta_prompt, linear, pointwise, prefill
 from fastqwen.kernels.triton.experts import add_experts, add_experts_of_one
 from fastqwen.kernels.triton.launch import card_of
 from fastqwen.kernels.triton.workspace import Workspace
@@ -130,6 +132,18 @@ class TritonOps(ReferenceOps):
             if not self._card.has_dots:  # there the library has no kernel for keys that several heads share
                 k, v = (part.repeat_interleave(shape.group, dim=1) for part in (k, v))
             return fresh_prompts(q, k, v, prompts.fresh, out)
+        return out
+
+    def multiply_by_sigmoid(self, x: Tensor, gate: Tensor) -> None:
+        delta.multiply_by_sigmoid(x, gate)
+
+    def gated_delta(self, projected: Tensor, step: StepTokens, state: DeltaState, parts: DeltaParts) -> Tensor:
+        size = (projected.shape[0], parts.shape.value_size)
+        out = torch.empty(size, dtype=projected.dtype, device=projected.device)
+        if step.num_decode_rows:
+            delta.delta_step(projected[: step.num_decode_rows], step, state, parts, out=out)
+        if step.prompts is not None:
+            delta_prompt.delta_prompts(projected, step, state, parts, out=out)
         return out
 
     def add_experts(self, out: Tensor, residual: Tensor, norm: Norm, experts: ExpertsWeight) -> None:

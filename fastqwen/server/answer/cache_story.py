@@ -20,6 +20,9 @@ CAUSES = {
     "first_request": "no earlier prompt began like this one",
     "other_salt": "an earlier prompt began like this one, but under another cache_salt",
     "evicted": "an earlier prompt began like this one, but its blocks were needed for other requests (or are not yet filled)",
+    "state_not_kept": "an earlier prompt began like this one, but this model's layers can go on only from where a copy of their "
+    "state was kept (at the end of a prompt, of an answer, or where prompts part), and has not made way; where this prompt "
+    "leaves the earlier one, a copy is kept from now on",
     "tools_changed": "the tools differ from the earlier conversation's, and the template writes them near the beginning",
     "system_changed": "the system message differs from the earlier conversation's",
     "thinking_stripped": "the earlier answer's thinking is in the cache, but the template leaves it out of the history",
@@ -47,6 +50,7 @@ class CacheStories:
 
     def __init__(self, *, enabled: bool) -> None:
         self._block_size = 1  # known once the engine is ready
+        self._has_states = False
         self._enabled = enabled
         self._kept: deque[CacheStory] = deque()
         self._num_tokens = 0
@@ -77,10 +81,11 @@ class CacheStories:
         num_cached: int,
         block_size: int,
         explain: bool,
+        has_states: bool = False,
     ) -> dict[str, Any] | None:
         """The explanation for this prompt, if asked for: it compares the prompt with all that are kept. From now on later
-        ones are compared with it, too."""
-        self._block_size = block_size
+        ones are compared with it, too. ``has_states``: the model's layers keep states of fixed size."""
+        self._block_size, self._has_states = block_size, has_states
         explanation = self._explain(story, num_cached) if explain else None
         story.token_ids.extend(answer_ids)
         story.has_thinking = thought
@@ -121,7 +126,7 @@ class CacheStories:
         if past is None or equal == 0:
             return "first_request", None
         if num_cached < self._usable(min(equal, story.num_prompt - 1)):
-            return "evicted", None
+            return "state_not_kept" if self._has_states else "evicted", None
         return self._difference(story, equal, past)
 
     def _difference(self, story: CacheStory, equal: int, past: CacheStory) -> tuple[str, int | None]:

@@ -184,6 +184,7 @@ class Generation:
             num_cached=self.num_cached_tokens,
             block_size=self._state.block_size,
             explain=explain,
+            has_states=self._state.has_states,
         )
 
     def _choice(self, request: EngineRequest, index: int, stop_token_ids: list[int]) -> Choice:

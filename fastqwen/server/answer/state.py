@@ -88,6 +88,11 @@ class ServerState:
         """The request's own, and how often the prefix cache was reset: prompts of another salt share nothing."""
         return f"reset {self.num_cache_resets} {salt}" if self.num_cache_resets else salt
 
+    @property
+    def has_states(self) -> bool:
+        """Whether layers keep a state of fixed size beside keys and values."""
+        return self.engine.ready is not None and self.engine.ready.plan.states_bytes > 0
+
     def admit(self) -> None:
         """Raises Overloaded or EngineGone where a new request cannot be taken."""
         if self.draining:

@@ -41,6 +41,7 @@ const TEXT = {
   whyComputedIn: ["{n} tokens computed in {s} s", "用 {s} 秒计算 {n} 个词元"],
   cause_disabled: ["the memory of earlier prompts is off", "提示缓存已关闭"],
   cause_evicted: ["the rest was no longer in memory", "其余部分已被移出内存"],
+  cause_state_not_kept: ["this model remembers the end of prompts and answers, and not what lies between", "该模型只记住提示与回答的结尾，不记住中间部分"],
   cause_tools_changed: ["the tools changed, so what follows them was read anew", "工具有变化，其后的内容需重新读取"],
   cause_system_changed: ["the system prompt changed, so everything was read anew", "系统提示词有变化，全部重新读取"],
   cause_thinking_stripped: ["the last thoughts are left out, so what follows them was read anew", "略去了上次的思考，其后的内容需重新读取"],

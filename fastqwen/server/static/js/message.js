@@ -118,7 +118,7 @@ function Figures({ stats }) {
 }
 
 const SHORT_S = 0.05; // a wait that nobody notices
-const EXPLAINED = new Set(["disabled", "evicted", "tools_changed", "system_changed", "thinking_stripped", "message_changed", "other_salt"]);
+const EXPLAINED = new Set(["disabled", "evicted", "state_not_kept", "tools_changed", "system_changed", "thinking_stripped", "message_changed", "other_salt"]);
 
 /** Why the answer began soon or late: what was read from memory, what was computed, what it waited for. */
 function Why({ stats }) {
