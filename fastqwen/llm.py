@@ -181,7 +181,7 @@ class LLM:
         """
         _refuse_lora(lora_request)
         asked = pooling_params or PoolingParams()
-        dimensions = dimensions or asked.dimensions
+        dimensions = asked.dimensions if dimensions is None else dimensions
         cut = truncate_prompt_tokens if truncate_prompt_tokens is not None else asked.truncate_prompt_tokens
         check_dimensions(dimensions, self.facts)
         requests: list[EngineRequest] = []

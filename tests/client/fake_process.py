@@ -16,7 +16,9 @@ def start(message: wire.Start, progress: Callable[[int, int], None]) -> Any:
     core, executor = make_engine(blocks=256)
     executor.fail, executor.step_s = {"bad"}, 0.002
     progress(1, 1)
-    return SimpleNamespace(core=core, compiler=None, plan=READY.plan, model=READY.model, comparison=READY.comparison)
+    return SimpleNamespace(
+        core=core, compiler=None, plan=READY.plan, model=READY.model, comparison=READY.comparison, check=lambda: None
+    )
 
 
 if __name__ == "__main__":

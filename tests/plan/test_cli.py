@@ -135,7 +135,7 @@ def test_the_list_for_people():
     ("card", "model"),
     [
         ("24", "Qwen/Qwen3.5-9B"),
-        ("T4", "Qwen/Qwen3-4B-Instruct-2507"),  # its kernels do not take the heads of Qwen3.5
+        ("T4", "Qwen/Qwen3-14B-AWQ"),  # its kernels do not take the heads of Qwen3.5
         ("H200", "Qwen/Qwen3.8-27B"),
         ("6", "Qwen/Qwen3.5-2B"),
     ],

@@ -105,7 +105,7 @@ def test_what_is_not_http_is_told_so_in_the_shape_of_every_error(mock_server: Se
     with socket.create_connection(("127.0.0.1", mock_server.port), timeout=5) as connection:
         connection.sendall(data)
         head, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400 ")
+    assert head.startswith(b"HTTP/1.1 505 " if b"HTTP/9.9" in data else b"HTTP/1.1 400 ")
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 

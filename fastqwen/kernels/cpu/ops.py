@@ -19,6 +19,7 @@ from fastqwen.kernels import (
     StepTokens,
 )
 from fastqwen.kernels.cpu import packed
+from fastqwen.kernels.limits import cpu_keeps_packed
 from fastqwen.kernels.reference import ReferenceOps
 
 _TYPES = packed.TYPES
@@ -116,7 +117,7 @@ class CpuOps(ReferenceOps):
 
     def takes_codes(self, dtype: torch.dtype) -> bool:
         """In float32 nothing is rounded, and these products round the activations."""
-        return dtype != torch.float32
+        return dtype != torch.float32 and cpu_keeps_packed()
 
     def coded(self, weight: CodedWeight) -> Product:
         return self._product(weight, None)
