@@ -114,9 +114,9 @@ def test_published_configurations(configs: Path, name: str):
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_hybrids_are_refused_by_name(configs: Path, name: str):
-    with pytest.raises(Unsupported, match="qwen3_5"):
-        parse_config(read_json(configs / name / "config.json"), name)
+def test_hybrids_have_both_kinds_of_layers(configs: Path, name: str):
+    config = parse_config(read_json(configs / name / "config.json"), name)
+    assert config.delta is not None and config.num_layers == 4 * len(config.attention_layers)
 
 
 def test_no_published_configuration_is_left_out(configs: Path):
