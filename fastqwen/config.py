@@ -12,6 +12,8 @@ from fastqwen.errors import BadConfig
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+KvCacheDtype = Literal["auto", "fp8", "int8"]
+KV_CACHE_DTYPES: tuple[str, ...] = get_args(KvCacheDtype)
 JUDGING_KEYS = frozenset({"architectures", "classifier_from_token", "is_original_qwen3_reranker", "method"})
 
 
@@ -75,6 +77,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             "many as fit into a fourth of what weights leave, at most 1024."
         ),
     ] = None
+    kv_cache_dtype: Annotated[
+        KvCacheDtype,
+        option(
+            "Type of the numbers in the KV cache: auto (the weights' own), or 8 bits, for nearly twice the tokens: int8 changes "
+            "answers less than fp8 does."
+        ),
+    ] = "auto"
     enable_prefix_caching: Annotated[bool, option("Reuse the KV blocks of equal prompt beginnings.")] = True
     enforce_eager: Annotated[bool, option("Do not use CUDA graphs.")] = False
     num_threads: Annotated[int | None, option("CPU threads for computing. Default: all cores.")] = None

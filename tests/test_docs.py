@@ -17,7 +17,6 @@ import pytest
 import typer
 
 from fastqwen.cli.main import app
-from fastqwen.config import EngineConfig
 from tests.server.live import ROOT, LiveServer, environment, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -136,7 +135,6 @@ def test_python_for_those_who_come_from_elsewhere(server: LiveServer):
 def test_what_the_readme_calls_missing_is_missing():
     missing = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is missing")[1].split("\n## ")[0]
     assert "experts excepted: those are unpacked when loaded" in missing
-    assert "8-bit KV cache" in missing and "kv_cache_dtype" not in EngineConfig.__struct_fields__
 
 
 def _read_only(words: list[str]) -> None:

@@ -13,7 +13,7 @@ import typer
 from fastqwen import quant
 from fastqwen.cli.find_model import find_model
 from fastqwen.cli.options import with_options
-from fastqwen.config import Dtype, check_positive, check_utilization
+from fastqwen.config import KV_CACHE_DTYPES, Dtype, check_positive, check_utilization
 from fastqwen.errors import BadConfig, Unsupported
 from fastqwen.plan import render
 from fastqwen.plan.advice import Answer, answer, best_model, list_models
@@ -21,7 +21,6 @@ from fastqwen.plan.catalog import catalog, quantized_version
 from fastqwen.plan.changes import LIST_TOKENS
 from fastqwen.plan.facts import GIB, MIB, PROFILES, EngineProfile
 from fastqwen.plan.gpus import Target, find_target
-from fastqwen.plan.memory import KV_CACHE_DTYPES
 from fastqwen.plan.question import PlanOptions, Question
 from fastqwen.plot import check_plot
 

@@ -95,7 +95,8 @@ class LayerState(Protocol):
 class LayerCache:
     """One layer's part of the paged KV cache, in its own type: kernels raise what they load to the arithmetic's.
 
-    With scales a stored number stands for number * scale.
+    Types of 8 bits (int8, float8_e4m3fn) have a scale for each head of each token: a stored number stands for number * scale,
+    and the largest of a head is the type's largest.
     """
 
     k: Tensor  # [num_blocks, kv_heads, block_size, head_dim]

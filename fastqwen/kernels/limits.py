@@ -22,6 +22,7 @@ DECODE_PARTS = 16384  # parts of contexts in a decode step; each has an output a
 DECODE_STAGES = 3
 DECODE_SUMS_BYTES = 12 * KIB
 DECODE_ROWS = 2048  # int32 counters for each key-value head
+CACHE_SCALE_BYTES = 2  # float16, for each head of each token in a cache of 8-bit numbers
 UNPACK_BYTES = 8 * MIB  # of a packed matrix, as float32, unpacked at a time
 PLAIN_BYTES = 64 * MIB  # of a packed matrix, as plain numbers for cuBLAS, at a time
 PACKED_SUMS = 16384  # float32: what a block leaves of products with packed weights, at most

@@ -26,6 +26,9 @@ from fastqwen.kernels import (
 from fastqwen.kernels.limits import UNPACK_BYTES
 from fastqwen.kernels.reference_delta import delta_of_row
 
+LARGEST_CACHED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LEAST_CACHE_SCALE = 1e-6  # in float16; a head of zeros has it as well
+
 
 class ReferenceOps:
     """Norms, rotations, softmax and sums in float32; matrix products in the weights' type."""
@@ -209,11 +212,13 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def _store(cache: Tensor, scales: Tensor | None, values: Tensor, block: Tensor, offset: Tensor) -> None:
-    """values float32 [tokens, kv_heads, head_dim] into a half of a LayerCache; with scales the largest becomes 127."""
+    """values float32 [tokens, kv_heads, head_dim] into a half of a LayerCache; with scales the largest becomes the type's."""
     if scales is not None:
-        scale = (values.abs().amax(-1) / 127).clamp(min=1e-6).to(scales.dtype)
+        most = LARGEST_CACHED[cache.dtype]
+        scale = (values.abs().amax(-1) / most).clamp(min=LEAST_CACHE_SCALE).to(scales.dtype)
         scales[block, :, offset] = scale
-        values = (values / scale.float()[..., None]).round().clamp(-127, 127)
+        values = (values / scale.float()[..., None]).clamp(-most, most)
+        values = values.round() if cache.dtype == torch.int8 else values
     cache[block, :, offset] = values.to(cache.dtype)
 
 

@@ -24,7 +24,7 @@ class Attention:
         shape = self.parts.shape
         size = (room.num_blocks, shape.num_kv_heads, room.block_size, shape.head_dim)
         k, v = (torch.empty(size, dtype=room.cache_dtype, device=room.device) for _ in range(2))
-        if room.cache_dtype != torch.int8:
+        if room.cache_dtype.itemsize > 1:
             return LayerCache(k, v)
         k_scale, v_scale = (torch.empty(size[:-1], dtype=torch.float16, device=room.device) for _ in range(2))
         return LayerCache(k, v, k_scale, v_scale)

@@ -113,14 +113,20 @@ def _figures(question: Question, target: Target) -> Answer:
 
 def list_models(target: Target, options: PlanOptions | None = None) -> list[Answer]:
     """What runs on a device: every published model at its own length, but at most LIST_TOKENS, unless one is wished. What
-    runs comes first, then what is tight, what is not served yet, and the rest; each in the order of ``rank``."""
-    answers = []
+    runs comes first, then what is tight, what is not served yet, and the rest; of each those that answer come before base
+    models, in the order of ``rank``."""
+    answers: list[tuple[bool, Answer]] = []
     for entry in sorted(catalog().models, key=rank):
         question = _list_question(entry, target, options)
         if question is not None:
             found = answer(question, target)
-            answers.append(_with_long_context(found, question, options))
-    return sorted(answers, key=lambda found: (not found.fits, bool(found.not_served_yet), found.tight))
+            answers.append((rank(entry).is_base, _with_long_context(found, question, options)))
+
+    def place(one: tuple[bool, Answer]) -> tuple[bool, ...]:
+        is_base, found = one
+        return not found.fits, bool(found.not_served_yet), found.tight, is_base
+
+    return [found for _, found in sorted(answers, key=place)]
 
 
 def best_model(target: Target, options: PlanOptions | None = None) -> Answer | None:

@@ -80,9 +80,6 @@ def _served(question: Question) -> tuple[Question, str]:
         if sibling is not None and (question.max_model_len or 0) <= catalog().model(sibling).default_max_len:
             question = replace(question, model=catalog().model(sibling), name=sibling.name, entry=sibling)
             words.append(f"the version {sibling.name}")
-    if "an 8-bit KV cache" in obstacles(question):
-        question = replace(question, kv_cache_dtype="auto")
-        words.append("a KV cache in the model's own type")
     return question, ", ".join(words)
 
 
@@ -101,13 +98,13 @@ def _candidates(question: Question) -> Iterator[tuple[str, Question, bool]]:
         yield f"{most} at once, while the others wait", replace(question, concurrency=most), False
     can_shrink_cache = on_gpu and question.kv_cache_dtype == "auto"
     if can_shrink_cache:
-        yield "an 8-bit KV cache", replace(question, kv_cache_dtype="fp8"), False
+        yield "an 8-bit KV cache", replace(question, kv_cache_dtype="int8"), False
     packed = _packed(question)
     if packed is not None:
         version = f"the Int4 version, {packed.name}"
         yield version, packed, False
         if can_shrink_cache:
-            yield f"{version}, and an 8-bit KV cache", replace(packed, kv_cache_dtype="fp8"), False
+            yield f"{version}, and an 8-bit KV cache", replace(packed, kv_cache_dtype="int8"), False
     if shorter is not None and asked:
         yield f"a context of {shorter.max_model_len} tokens", shorter, False
     packed_shorter = _shorter(packed) if packed is not None else None

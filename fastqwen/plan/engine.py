@@ -28,7 +28,7 @@ class EnginePlan(msgspec.Struct, frozen=True, kw_only=True):
     """What the device and the model allow. Nobody changes it afterwards."""
 
     dtype: str
-    kv_cache_dtype: str
+    kv_cache_dtype: str  # the name of the weights' type, int8, or fp8
     block_size: int
     num_blocks: int
     max_model_len: int
@@ -73,7 +73,9 @@ def make_plan(
         check_sizes(model.head_dim, block_size, dtype, facts)
     active = num_parameters(model, active=True)
     usual_tokens = CPU_STEP_TOKENS if on_cpu else step_tokens(active, facts)
-    per_token = kv_bytes_per_token(model, dtype, num_gpus=config.tensor_parallel_size)
+    per_token = kv_bytes_per_token(
+        model, dtype, num_gpus=config.tensor_parallel_size, kv_cache_dtype=config.kv_cache_dtype
+    )
     wished_len = config.max_model_len or model.default_max_len
     if wished_len > model.default_max_len:
         raise too_long(wished_len, config.model, model)
@@ -97,7 +99,7 @@ def make_plan(
         notices += beyond_training(model, min(wished_len, room))
     return EnginePlan(
         dtype=dtype,
-        kv_cache_dtype=dtype,
+        kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=min(wished_len, room),

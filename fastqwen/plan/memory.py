@@ -7,8 +7,10 @@ from math import ceil
 
 import msgspec
 
+from fastqwen.config import KV_CACHE_DTYPES
 from fastqwen.errors import BadConfig
 from fastqwen.kernels.limits import (
+    CACHE_SCALE_BYTES,
     DECODE_PARTS,
     DECODE_ROWS,
     DOTS_CAPABILITY,
@@ -47,7 +49,6 @@ from fastqwen.plan.weights import (
     weights_bytes,
 )
 
-KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 UNKNOWN_MULTIPROCESSORS = 132
 FIXED_TERMS = (
     "weights", "activations", "sampler", "workspace", "state", "states", "graphs", "runtime", "collectives", "rounding",
@@ -102,12 +103,13 @@ class Need(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kv_bytes_per_token(model: ModelConfig, dtype: str, *, num_gpus: int = 1, kv_cache_dtype: str = "auto") -> int:
-    """Keys and values of all layers, on one GPU. int8 has a float16 scale for each head's key and value."""
+    """Keys and values of all layers, on one GPU. Numbers of 8 bits have a scale for each head's key and value."""
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise BadConfig(f"--kv-cache-dtype is {kv_cache_dtype!r}; possible: {', '.join(KV_CACHE_DTYPES)}")
-    number = DTYPE_BYTES[dtype] if kv_cache_dtype == "auto" else 1
-    scale = 2 if kv_cache_dtype == "int8" else 0
-    return model.local(num_gpus).kv_bytes_per_token(number, scale)
+    local = model.local(num_gpus)
+    if kv_cache_dtype == "auto":
+        return local.kv_bytes_per_token(DTYPE_BYTES[dtype])
+    return local.kv_bytes_per_token(1, CACHE_SCALE_BYTES)
 
 
 def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: DeviceFacts) -> Need:

@@ -36,7 +36,7 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     concurrency: Annotated[int, option("Sequences of that length at once.")] = 1
     dtype: Annotated[str, option("auto, float32, bfloat16 or float16.")] = "auto"
-    kv_cache_dtype: Annotated[str, option("auto, fp8 or int8.")] = "auto"
+    kv_cache_dtype: Annotated[str, option("auto, int8 or fp8.")] = "auto"
     gpu_memory_utilization: Annotated[float, option("Share of the GPU's memory to use.")] = UTILIZATION
     max_num_seqs: Annotated[
         int | None, option("Most sequences that run at once, as serve has it. Default: 256, on a CPU 64.")
@@ -185,7 +185,7 @@ def rounded(length: int, most: int) -> int:
 
 def obstacles(question: Question) -> tuple[str, ...]:
     """What stands in the way of serving this as it was asked."""
-    found = not_served_yet(question.model, kv_cache_dtype=question.kv_cache_dtype)
+    found = not_served_yet(question.model)
     found += _unknown_heads(question)
     return found if question.real is None else (UNPUBLISHED, *found)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastqwen import quant
-from fastqwen.config import EngineConfig
 from fastqwen.errors import BadCheckpoint
 from fastqwen.model_config import ModelConfig
 
@@ -24,12 +23,7 @@ def _refusal(model: ModelConfig) -> str | None:
     return None
 
 
-def not_served_yet(model: ModelConfig, *, kv_cache_dtype: str) -> tuple[str, ...]:
+def not_served_yet(model: ModelConfig) -> tuple[str, ...]:
     """What stands in the way; nothing if the engine takes it."""
-    found = []
-    if kv_cache_dtype != "auto" and "kv_cache_dtype" not in EngineConfig.__struct_fields__:
-        found.append("an 8-bit KV cache")
     refusal = _refusal(model)
-    if refusal is not None:
-        found.append(refusal)
-    return tuple(found)
+    return () if refusal is None else (refusal,)

@@ -21,6 +21,7 @@ from fastqwen.runner.accelerator import why_no_gpu
 log = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_DTYPES = {**TORCH_DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def choose_device(config: EngineConfig) -> torch.device:

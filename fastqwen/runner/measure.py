@@ -12,7 +12,7 @@ from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
-from fastqwen.runner.device import TORCH_DTYPES
+from fastqwen.runner.device import CACHE_DTYPES
 from fastqwen.runner.step_layout import cut_tiles
 
 GRAPH_RESERVE_BYTES = 512 * 2**20  # graphs are captured after the cache was made; the planner's estimate, rounded up
@@ -48,7 +48,7 @@ def measure_room(
 def _largest_step(model: ModelConfig, plan: EnginePlan, decoder: Decoder, device: torch.device) -> None:
     """A prompt of max_num_batched_tokens, all in one block, and logits for max_num_seqs rows."""
     tokens = plan.max_num_batched_tokens
-    room = StateRoom(2, plan.block_size, 1, TORCH_DTYPES[plan.kv_cache_dtype], device)
+    room = StateRoom(2, plan.block_size, 1, CACHE_DTYPES[plan.kv_cache_dtype], device)
     zeros = torch.zeros(tokens, dtype=torch.int32, device=device)
     tiles, fresh = cut_tiles([(0, 0, tokens)], 0, library=getattr(decoder.ops, "library_prefill", False))
     step = StepTokens(

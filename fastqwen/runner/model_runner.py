@@ -15,7 +15,7 @@ from fastqwen.plan import EnginePlan
 from fastqwen.records import Failure, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner import sampler
 from fastqwen.runner.choices import Choice, adjust, choices_of, taken
-from fastqwen.runner.device import TORCH_DTYPES
+from fastqwen.runner.device import CACHE_DTYPES
 from fastqwen.runner.logprobs import ChosenLogprobs, prompt_logprobs
 from fastqwen.runner.packing import pack
 from fastqwen.runner.pooling import PooledStep, last_vectors
@@ -70,7 +70,7 @@ class ModelRunner:
             num_blocks=plan.num_blocks + 1,
             block_size=plan.block_size,
             num_slots=num_slots + plan.max_state_snapshots,
-            cache_dtype=TORCH_DTYPES[plan.kv_cache_dtype],
+            cache_dtype=CACHE_DTYPES[plan.kv_cache_dtype],
             device=device,
         )
         self.states = States(decoder.make_states(room), first_kept=num_slots)

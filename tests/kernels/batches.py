@@ -20,7 +20,8 @@ def make_batch(
     logn: bool = False,
     library: bool = False,
 ) -> tuple[StepTokens, LayerCache]:
-    """``rows`` are (tokens in the cache before, new tokens). The cache is full of random keys and values, of type ``dtype``."""
+    """``rows`` are (tokens in the cache before, new tokens). The cache is full of random keys and values, of type ``dtype``, and
+    has scales if that has 8 bits."""
     contexts = [start + new for start, new in rows]
     width = max(-(-context // block_size) for context in contexts) + 1
     num_blocks = sum(-(-context // block_size) for context in contexts) + 2
@@ -38,7 +39,7 @@ def make_batch(
         starts.append(len(positions))
     angles = torch.tensor(positions)[:, None] / (100.0 ** (torch.arange(shape.rotary_dim // 2) / shape.rotary_dim * 2))
     size = (num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
-    cache = LayerCache(torch.randn(size).to(dtype).to(device), torch.randn(size).to(dtype).to(device))
+    cache = random_cache(size, dtype, device)
     decode = next((index for index, (_, new) in enumerate(rows) if new > 1), len(rows))
     tiles, fresh = cut_tiles(
         [(line[row], *rows[row]) for row in range(decode, len(rows))], decode, height=16, library=library
@@ -54,6 +55,20 @@ def make_batch(
         prompts=PromptTiles(torch.from_numpy(tiles).to(device), 16, fresh) if decode < len(rows) else None,
     )
     return step, cache
+
+
+def random_cache(size: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> LayerCache:
+    if dtype.itemsize > 1:
+        return LayerCache(*(torch.randn(size).to(dtype).to(device) for _ in range(2)))
+    numbers = [(torch.randn(size) * 30).clamp(-127, 127).to(dtype).to(device) for _ in range(2)]
+    scales = [(torch.rand(size[:3]) / 30 + 0.01).half().to(device) for _ in range(2)]
+    return LayerCache(*numbers, *scales)
+
+
+def copy_of(cache: LayerCache) -> LayerCache:
+    return LayerCache(
+        *(None if one is None else one.clone() for one in (cache.k, cache.v, cache.k_scale, cache.v_scale))
+    )
 
 
 def one_prompt(config: ModelConfig, count: int) -> StepTokens:

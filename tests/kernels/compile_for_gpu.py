@@ -136,14 +136,16 @@ def stack_bytes(cubin: bytes) -> int:
     return max(int(number) for number in re.findall(r"STACK:(\d+)", said))
 
 
-def make_runner(model: ModelConfig, dtype: str, block_size: int, capability: int) -> Any:
-    from fastqwen.kernels.triton import streamed, streamed_attention
+def make_runner(model: ModelConfig, dtype: str, block_size: int, cache_dtype: str, capability: int) -> Any:
+    from fastqwen.kernels.triton import streamed, streamed_attention, streamed_narrow
     from fastqwen.kernels.triton.ops import TritonOps
     from fastqwen.runner.cuda_runner import CudaRunner
 
-    for module in (streamed, streamed_attention):
+    for module in (streamed, streamed_attention, streamed_narrow):
         module.try_out = lambda device: None  # type: ignore[assignment]  # it would look at numbers
-    config = EngineConfig(model="meta", dtype=dtype, max_model_len=8192, block_size=block_size)  # type: ignore[arg-type]
+    config = EngineConfig(
+        model="meta", dtype=dtype, max_model_len=8192, block_size=block_size, kv_cache_dtype=cache_dtype  # type: ignore[arg-type]
+    )  # fmt: skip
     facts = DeviceFacts(
         kind="cuda", name="", total_bytes=80 * GIB, free_bytes=80 * GIB,
         compute_capability=divmod(capability, 10), multiprocessors=MULTIPROCESSORS[capability],
@@ -167,42 +169,52 @@ def row(slot: int, count: int) -> Row:
     return Row(slot=slot, request_id="", start=start, num_tokens=count, new_blocks=(), num_logits=1)
 
 
-def models(capability: int) -> Iterator[tuple[str, ModelConfig, str, int]]:
-    """Name, model, dtype, block size. One layer of each kind: the others have the same shapes."""
+def models(capability: int) -> Iterator[tuple[str, ModelConfig, str, int, str]]:
+    """Name, model, dtype, block size, type of the cache. One layer of each kind: the others have the same shapes."""
     half = "bfloat16" if capability >= 80 else "float16"
     widest = 256 if capability >= 80 else 128
     usual = usual_block_size(divmod(capability, 10), 64)
     for name in PUBLISHED:
         model = read_config(CONFIGS / name)
-        yield name, msgspec.structs.replace(model, num_layers=1), half, usual
+        yield name, msgspec.structs.replace(model, num_layers=1), half, usual, "auto"
     for name in HYBRIDS if capability >= 80 else ():
         model = read_config(CONFIGS / name)
         assert model.delta is not None
         delta = msgspec.structs.replace(model.delta, layers=(0,))
-        yield name, msgspec.structs.replace(model, num_layers=2, delta=delta), half, usual
+        yield name, msgspec.structs.replace(model, num_layers=2, delta=delta), half, usual, "auto"
+    for name, cache_dtype in (("qwen3-8b", "int8"), ("qwen3-8b", "fp8"), ("qwen1-7b", "int8")):
+        model = msgspec.structs.replace(read_config(CONFIGS / name), num_layers=1)
+        yield f"{name}-{cache_dtype}-cache", model, half, usual, cache_dtype
     small = msgspec.structs.replace(read_config(CONFIGS / "qwen3-0.6b"), num_layers=1)
-    yield "large-blocks", small, half, 256 if capability >= 80 else 16
+    yield "large-blocks", small, half, 256 if capability >= 80 else 16, "auto"
     yield (
         "partly-rotated",
         msgspec.structs.replace(small, head_dim=widest, rotated=64),
         half,
         usual,
+        "auto",
     )
-    yield "wide-float32", msgspec.structs.replace(small, head_dim=widest), "float32", 64 if capability >= 80 else 16
+    yield (
+        "wide-float32",
+        msgspec.structs.replace(small, head_dim=widest),
+        "float32",
+        64 if capability >= 80 else 16,
+        "auto",
+    )
     odd = parse_config(ODD, "odd")
     for dtype in ("float32", "float16"):
-        yield f"odd-{dtype}", odd, dtype, 16
+        yield f"odd-{dtype}", odd, dtype, 16, "auto"
 
 
 def main() -> None:
     capability, names = int(sys.argv[1]), sys.argv[2:]
     found = stand_in(capability)
-    for name, model, dtype, block_size in models(capability):
+    for name, model, dtype, block_size, cache_dtype in models(capability):
         if names and name not in names:
             continue
         before = set(found)
         with torch.inference_mode():
-            compute_steps(make_runner(model, dtype, block_size, capability))
+            compute_steps(make_runner(model, dtype, block_size, cache_dtype, capability))
         for key in found.keys() - before:
             asked = found[key].metadata.shared
             fits = asked <= shared_bytes(divmod(capability, 10))

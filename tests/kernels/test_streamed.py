@@ -12,11 +12,12 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
 
 from fastqwen.kernels import AttentionParts, DenseWeight, HeadShape, LayerCache
 from fastqwen.kernels.reference import ReferenceOps
+from fastqwen.kernels.triton import streamed_narrow
 from fastqwen.kernels.triton.attention import DecodeWorkspace
 from fastqwen.kernels.triton.streamed import StreamTiling, streamed_linear
 from fastqwen.kernels.triton.streamed_attention import DecodeTiling, decode_attention
 from fastqwen.kernels.triton.workspace import Workspace
-from tests.kernels.batches import make_batch
+from tests.kernels.batches import copy_of, make_batch
 
 DEVICE = torch.device("cuda")
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -152,3 +153,39 @@ def _spoil_unused(batch, cache: LayerCache) -> None:
     unused = ~_used(batch, cache, CONTEXTS, cache.k.shape[2])
     for part in (cache.k, cache.v):
         part.transpose(1, 2)[unused] = float("nan")
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("window", [None, 33])
+@pytest.mark.parametrize("tiling", [DecodeTiling(1, 128), DecodeTiling(3, 64), DecodeTiling(12, 128)], ids=str)
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_attention_over_8_bits(
+    cache_dtype: torch.dtype,
+    dtype: torch.dtype,
+    shape: HeadShape,
+    window: int | None,
+    tiling: DecodeTiling,
+    block_size: int,
+):
+    """The same queries, in the same type; what the new token leaves in the cache may be rounded to the other side."""
+    logn, normed = shape.num_kv_heads == 4, shape.num_kv_heads != 4
+    batch, cache = make_batch(CONTEXTS, shape, dtype=cache_dtype, device="cuda", logn=logn, block_size=block_size)
+    unused = ~_used(batch, cache, CONTEXTS, block_size)
+    for scales in (cache.k_scale, cache.v_scale):
+        scales.transpose(1, 2)[unused] = float("nan")
+    exact, dim = copy_of(cache), shape.head_dim
+    qkv = random(len(CONTEXTS), shape.width, dtype=dtype)
+    norms = [(1 + 0.2 * random(dim)).to(dtype) if normed else None for _ in range(2)]
+    parts = AttentionParts(shape, *norms, 1e-6, window)
+    expected = ReferenceOps().attend(qkv, batch, exact, parts)
+    space = DecodeWorkspace(DEVICE, max_rows=16, shape=shape, max_parts=4096)
+    for _ in range(2):
+        out = torch.full((len(CONTEXTS), shape.num_heads * dim), float("nan"), dtype=dtype, device=DEVICE)
+        streamed_narrow.decode_attention(qkv, batch, cache, parts, space, out=out, tiling=tiling)
+        close(out, expected.double(), factor=4.0)
+        assert not space.counter.any()
+    used = ~unused
+    for found, wanted in ((cache.k_scale, exact.k_scale), (cache.v_scale, exact.v_scale)):
+        torch.testing.assert_close(found.transpose(1, 2)[used], wanted.transpose(1, 2)[used], rtol=2e-3, atol=0)

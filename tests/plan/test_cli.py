@@ -61,13 +61,10 @@ def test_more_gpus_are_an_answer():
     assert changes["8 GPUs"]["command"] == whole
 
 
-def test_what_is_not_served_yet_says_so_and_what_works_today():
-    found = run_json("Qwen3-8B", "--gpu", "RTX 3090", "--num-gpus", "2", "--kv-cache-dtype", "fp8")
-    assert found["would_fit"] and not found["fits"]
-    assert not found["served"]
-    assert found["not_served_yet"] == ["an 8-bit KV cache"]
-    assert found["changes"][0]["what"] == "a KV cache in the model's own type"
-    assert found["command"] == found["changes"][0]["command"]
+def test_a_cache_of_8_bits_and_two_cards():
+    found = run_json("Qwen3-8B", "--gpu", "RTX 3090", "--num-gpus", "2", "--kv-cache-dtype", "int8")
+    assert found["fits"] and found["served"]
+    assert found["command"] == "fastqwen serve Qwen/Qwen3-8B --tensor-parallel-size 2 --kv-cache-dtype int8"
     text = run("Qwen3-8B", "--gpu", "RTX 3090", "--tensor-parallel-size", "2").stdout
     assert "fastqwen serve Qwen/Qwen3-8B --tensor-parallel-size 2" in text
 

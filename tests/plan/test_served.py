@@ -25,7 +25,7 @@ CARDS = ["6GB", "T4", "24GB", "H200"]
 WISHES = {
     "as it is": PlanOptions(),
     "a length": PlanOptions(max_model_len=4096, concurrency=8),
-    "on paper": PlanOptions(num_gpus=2, kv_cache_dtype="fp8", max_model_len=8192),
+    "two cards and 8 bits": PlanOptions(num_gpus=2, kv_cache_dtype="fp8", max_model_len=8192),
     "many and small": PlanOptions(max_model_len=2048, concurrency=300, max_num_batched_tokens=2048, dtype="float16"),
 }
 
@@ -57,7 +57,7 @@ def test_every_line_that_is_advised_is_one_that_serve_takes(card: str, wishes: P
             entry = catalog().find(name)
             assert entry is not None
             model = catalog().model(entry)
-            assert not not_served_yet(model, kv_cache_dtype="auto")
+            assert not not_served_yet(model)
             options = dict(pairwise(words))
             assert int(options.get("--max-model-len", "1")) <= model.default_max_len
             if wishes.concurrency > 256 and line == found.command and found.fits:
@@ -75,22 +75,13 @@ def test_the_parser_of_these_tests_refuses_what_serve_refuses():
         parsed("fastqwen serve demo --enforce-eager --max-num-seqs 0")
 
 
-def test_what_stands_in_the_way():
-    found = find_published("Qwen3-8B-FP8")
-    assert found is not None
-    assert not_served_yet(found.model, kv_cache_dtype="int8") == ("an 8-bit KV cache",)
-
-
-def test_an_engine_that_has_the_flags_is_advised_to_use_them(monkeypatch: pytest.MonkeyPatch):
-    class Later(EngineConfig, frozen=True, kw_only=True):
-        kv_cache_dtype: str = "auto"
-
-    monkeypatch.setattr("fastqwen.plan.served.EngineConfig", Later)
+def test_a_cache_of_8_bits_is_served():
     found = find_published("Qwen3-8B")
     assert found is not None
     facts = find_target("RTX 3090").facts
     asked = answer(Question.of(PlanOptions(num_gpus=2, kv_cache_dtype="fp8"), found, facts))
     assert asked.command == "fastqwen serve Qwen/Qwen3-8B --tensor-parallel-size 2 --kv-cache-dtype fp8"
+    assert parsed(asked.command).kv_cache_dtype == "fp8"
 
 
 @pytest.fixture

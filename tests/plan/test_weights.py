@@ -67,7 +67,7 @@ def test_active_parameters(name: str):
 def test_kv_bytes_per_token():
     assert kv_bytes_per_token(model_of("Qwen-7B"), "float16") == 512 * 1024
     assert kv_bytes_per_token(model_of("Qwen-72B"), "float16") == 2560 * 1024
-    assert kv_bytes_per_token(model_of("Qwen3-8B"), "bfloat16", kv_cache_dtype="fp8") == 72 * 1024
+    assert kv_bytes_per_token(model_of("Qwen3-8B"), "bfloat16", kv_cache_dtype="fp8") == 72 * 1024 + 2 * 36 * 8 * 2
     # Four key-value heads on eight GPUs: each is kept twice.
     moe = model_of("Qwen3-30B-A3B")
     assert kv_bytes_per_token(moe, "bfloat16", num_gpus=8) == kv_bytes_per_token(moe, "bfloat16", num_gpus=4)

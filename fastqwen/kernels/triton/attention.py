@@ -12,6 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionParts, HeadShape, LayerCache, StepTokens
 from fastqwen.kernels.limits import DECODE_PARTS, DECODE_ROWS, decode_stages
+from fastqwen.kernels.triton.cache_numbers import UNIT, bits_of, raised, store_head
 from fastqwen.kernels.triton.launch import card_of, overlapping, prefetch, supports_overlap
 from fastqwen.kernels.triton.pointwise import normed_and_rotated, turn_of
 
@@ -19,26 +20,43 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _load_tile(k_cache_ptr, v_cache_ptr, base, keys, at, HALF: tl.constexpr):
-    """A block of one head: keys as two halves [BLOCK_SIZE, HALF], values [BLOCK_SIZE, 2 * HALF]."""
-    row = keys[:, None] * 2 * HALF
-    k_low = tl.load(k_cache_ptr + base + row + at[None, :])
-    k_high = tl.load(k_cache_ptr + base + row + HALF + at[None, :])
-    v = tl.load(v_cache_ptr + base + row + tl.arange(0, 2 * HALF)[None, :])
-    return k_low, k_high, v
+def _load_tile(k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, home, keys, at, HALF: tl.constexpr,
+               SCALED: tl.constexpr):  # fmt: skip
+    """A block of one head, whose first line is ``home``: keys as two halves [BLOCK_SIZE, HALF], values
+    [BLOCK_SIZE, 2 * HALF], and both's scales [BLOCK_SIZE]."""
+    row = (home + keys)[:, None] * 2 * HALF
+    k_low = tl.load(k_cache_ptr + row + at[None, :])
+    k_high = tl.load(k_cache_ptr + row + HALF + at[None, :])
+    v = tl.load(v_cache_ptr + row + tl.arange(0, 2 * HALF)[None, :])
+    k_scale = keys.to(tl.float16)
+    v_scale = k_scale
+    if SCALED:
+        k_scale = tl.load(k_scale_ptr + home + keys)
+        v_scale = tl.load(v_scale_ptr + home + keys)
+    return k_low, k_high, v, k_scale, v_scale
 
 
 @triton.jit
-def _add_tile(q_low, q_high, k_low, k_high, v, seen, scale, top, total, acc, PRECISION: tl.constexpr):
+def _add_tile(q_low, q_high, k_low, k_high, v, k_scale, v_scale, seen, scale, top, total, acc,
+              PRECISION: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
     """Online softmax (arXiv 1805.02867): the maximum, the sum and the weighted values with one more tile in them."""
+    if SCALED:
+        k_low, k_high = raised(k_low, q_low.dtype), raised(k_high, q_low.dtype)
     scores = tl.dot(q_low, tl.trans(k_low.to(q_low.dtype)), input_precision=PRECISION)
     scores = tl.dot(q_high, tl.trans(k_high.to(q_high.dtype)), scores, input_precision=PRECISION) * scale
+    if SCALED:
+        scores *= (k_scale.to(tl.float32) * UNIT)[None, :]
     scores = tl.where(seen[None, :], scores, float("-inf"))
-    v = tl.where(seen[:, None], v.to(q_low.dtype), 0.0)  # beyond the context a block may hold anything, even NaN
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     fade = tl.exp2(top - new_top)
     weights = tl.exp2(scores - new_top[:, None])
     total = total * fade + tl.sum(weights, axis=1)
+    # Beyond the context a block may hold anything, even NaN; 8-bit numbers are finite, their scales need not be.
+    if SCALED:
+        v = raised(v, q_low.dtype)
+        weights *= tl.where(seen, v_scale.to(tl.float32) * UNIT, 0.0)[None, :]
+    else:
+        v = tl.where(seen[:, None], v.to(q_low.dtype), 0.0)
     acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return new_top, total, acc
 
@@ -89,16 +107,19 @@ def _query(qkv, kv_head, cos, sin, stretch_ptr, row, norm_ptr, eps, HALF: tl.con
 
 
 @triton.jit
-def _store_new_token(k, v, k_home, v_home, cos, sin, norm_ptr, eps, HALF: tl.constexpr, ROTARY: tl.constexpr,
-                     NORM: tl.constexpr):  # fmt: skip
-    """The new token's key, normalised and rotated, and its value go to the cache; returned as they are there."""
-    place = tl.arange(0, 1)[:, None] + tl.arange(0, HALF)[None, :]
+def _store_new_token(k, v, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, home, cos, sin, norm_ptr, eps,
+                     HALF: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    """The new token's key, normalised and rotated, and its value go to line ``home`` of the cache. Returned as they are
+    there, in float32: the key's halves [1, HALF], the value [2 * HALF]."""
+    at = tl.arange(0, HALF)
+    place = tl.arange(0, 1)[:, None] + at[None, :]
     low, high = normed_and_rotated(k, place, True, norm_ptr, cos, sin, eps, HALF, ROTARY, NORM)
-    low, high = low.to(k_home.dtype.element_ty), high.to(k_home.dtype.element_ty)
-    value = tl.load(v + tl.arange(0, 2 * HALF)).to(v_home.dtype.element_ty)
-    tl.store(k_home + place, low)
-    tl.store(k_home + place + HALF, high)
-    tl.store(v_home + tl.arange(0, 2 * HALF), value)
+    v_low = tl.load(v + place).to(tl.float32)
+    v_high = tl.load(v + HALF + place).to(tl.float32)
+    line = tl.arange(0, 1) * 0 + home
+    low, high = store_head(k_cache_ptr, k_scale_ptr, line, low, high, True, HALF, SCALED)
+    v_low, v_high = store_head(v_cache_ptr, v_scale_ptr, line, v_low, v_high, True, HALF, SCALED)
+    value = tl.join(v_low, v_high).permute(0, 2, 1).reshape(2 * HALF)
     return low, high, value
 
 
@@ -115,6 +136,8 @@ def _decode(
     count_ptr,  # int32 [1], if COUNTED: how many of the rows there are
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, 2 * HALF]
     v_cache_ptr,
+    k_scale_ptr,  # float16 [blocks, KV_HEADS, BLOCK_SIZE], if SCALED
+    v_scale_ptr,
     out_ptr,  # [rows, HEADS * 2 * HALF]
     partial_ptr,  # float32 [rows, KV_HEADS, splits, GROUP, 2 * HALF]
     stats_ptr,  # float32 [rows, KV_HEADS, splits, 2, GROUP]: maxima (base 2) and sums
@@ -136,6 +159,7 @@ def _decode(
     NORM: tl.constexpr,
     LOGN: tl.constexpr,
     COUNTED: tl.constexpr,
+    SCALED: tl.constexpr,
     HOLD: tl.constexpr,  # load the first tile into registers before the kernel in front has ended
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -174,12 +198,13 @@ def _decode(
     wide = tl.arange(0, DIM)
     keys = tl.arange(0, BLOCK_SIZE)
     table = tables_ptr + tl.load(slots_ptr + row).to(tl.int64) * table_width
-    head_stride = BLOCK_SIZE * DIM
     if HOLD:
-        base = (tl.load(table + start).to(tl.int64) * KV_HEADS + kv_head) * head_stride
-        held_k_low, held_k_high, held_v = _load_tile(k_cache_ptr, v_cache_ptr, base, keys, at, HALF)
+        home = (tl.load(table + start).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+        held_k_low, held_k_high, held_v, held_k_scale, held_v_scale = _load_tile(
+            k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, home, keys, at, HALF, SCALED
+        )
     elif PDL:
-        base = (tl.load(table + start).to(tl.int64) * KV_HEADS + kv_head) * head_stride
+        base = (tl.load(table + start).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE * DIM
         lines = tl.arange(0, BLOCK_SIZE * DIM * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 1024)
         step: tl.constexpr = 1024 // k_cache_ptr.dtype.element_ty.primitive_bitwidth
         prefetch(k_cache_ptr + base + lines * step)
@@ -195,31 +220,37 @@ def _decode(
     acc = tl.zeros((16, DIM), dtype=tl.float32)
     if split == parts - 1:
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
-        home = (block * KV_HEADS + kv_head) * head_stride + (position % BLOCK_SIZE) * DIM
+        home = (block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
         k, v = qkv + (HEADS + kv_head) * DIM, qkv + (HEADS + KV_HEADS + kv_head) * DIM
         k_low, k_high, v_new = _store_new_token(
-            k, v, k_cache_ptr + home, v_cache_ptr + home, cos, sin, k_norm_ptr, eps, HALF, ROTARY, NORM
-        )
-        products = q_low.to(tl.float32) * k_low.to(tl.float32) + q_high.to(tl.float32) * k_high.to(tl.float32)
+            k, v, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, home, cos, sin, k_norm_ptr, eps,
+            HALF, ROTARY, NORM, SCALED,
+        )  # fmt: skip
+        products = q_low.to(tl.float32) * k_low + q_high.to(tl.float32) * k_high
         top = tl.sum(products, axis=1) * scale
         total += 1.0
-        acc += v_new.to(tl.float32)[None, :]
+        acc += v_new[None, :]
 
     if HOLD:
         seen = start * BLOCK_SIZE + keys < position
         if WINDOW > 0:
             seen = seen & (start * BLOCK_SIZE + keys > position - WINDOW)
         top, total, acc = _add_tile(
-            q_low, q_high, held_k_low, held_k_high, held_v, seen, scale, top, total, acc, PRECISION
-        )
+            q_low, q_high, held_k_low, held_k_high, held_v, held_k_scale, held_v_scale, seen, scale, top, total, acc,
+            PRECISION, SCALED,
+        )  # fmt: skip
         start += 1
     for tile in tl.range(start, stop, num_stages=STAGES):
-        base = (tl.load(table + tile).to(tl.int64) * KV_HEADS + kv_head) * head_stride
-        k_low_t, k_high_t, v = _load_tile(k_cache_ptr, v_cache_ptr, base, keys, at, HALF)
+        home = (tl.load(table + tile).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+        k_low_t, k_high_t, v, k_scale, v_scale = _load_tile(
+            k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, home, keys, at, HALF, SCALED
+        )
         seen = tile * BLOCK_SIZE + keys < position
         if WINDOW > 0:
             seen = seen & (tile * BLOCK_SIZE + keys > position - WINDOW)
-        top, total, acc = _add_tile(q_low, q_high, k_low_t, k_high_t, v, seen, scale, top, total, acc, PRECISION)
+        top, total, acc = _add_tile(
+            q_low, q_high, k_low_t, k_high_t, v, k_scale, v_scale, seen, scale, top, total, acc, PRECISION, SCALED
+        )
 
     group = tl.arange(0, 16)
     live = (group < GROUP)[:, None]
@@ -298,11 +329,12 @@ def decode_attention(
     stages = decode_stages(block_size, shape.head_dim, cache.k.element_size(), card.shared_bytes)
     _decode[(shape.num_kv_heads, rows, splits)](
         qkv, step.cos_sin, step.q_scale, parts.q_norm, parts.k_norm, step.slots, step.block_tables, step.positions,
-        step.decode_count, cache.k, cache.v, out, workspace.partial, workspace.stats, workspace.counter,
+        step.decode_count, bits_of(cache.k), bits_of(cache.v), cache.k_scale, cache.v_scale, out,
+        workspace.partial, workspace.stats, workspace.counter,
         step.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E, parts.eps, splits,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, ROTARY=shape.rotary_dim,
         WIDTH=qkv.stride(0), BLOCK_SIZE=block_size, GROUP=shape.group, GROUP_2=triton.next_power_of_2(shape.group),
         MAX_SPLITS=triton.next_power_of_2(splits), WINDOW=parts.window or 0, NORM=parts.q_norm is not None,
-        LOGN=step.q_scale is not None, COUNTED=counted, HOLD=hold,
+        LOGN=step.q_scale is not None, COUNTED=counted, SCALED=cache.k_scale is not None, HOLD=hold,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32", STAGES=stages, PDL=pdl, num_warps=4, **overlapping(pdl),
     )  # fmt: skip

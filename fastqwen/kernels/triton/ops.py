@@ -112,12 +112,11 @@ class TritonOps(ReferenceOps):
         return pointwise.silu_mul(gate_up)
 
     def attend(self, qkv: Tensor, step: StepTokens, cache: LayerCache, parts: AttentionParts) -> Tensor:
-        assert cache.k_scale is None, "these kernels know no scales"
         shape, decode, prompts = parts.shape, step.num_decode_rows, step.prompts
         out = torch.empty((qkv.shape[0], shape.num_heads * shape.head_dim), dtype=qkv.dtype, device=qkv.device)
         if decode:
-            early = self._streamed_attention
-            kernels = early if early is not None and early.takes(qkv, cache, shape) else attention
+            early = (one for one in self._streamed_attention if one.takes(qkv, cache, shape))
+            kernels = next(early, attention)
             kernels.decode_attention(qkv[:decode], step, cache, parts, self._decode_space(shape), out=out)
         if prompts is None:
             return out
@@ -177,21 +176,21 @@ class TritonOps(ReferenceOps):
         return self._decode_spaces[shape]
 
 
-def _streamed_if_they_run(device: torch.device) -> tuple[ModuleType | None, ModuleType | None]:
-    """The modules of products and attention in Gluon, on a GPU with their instructions. Gluon is experimental and its
+def _streamed_if_they_run(device: torch.device) -> tuple[ModuleType | None, tuple[ModuleType, ...]]:
+    """The modules of products and of attention in Gluon, on a GPU with their instructions. Gluon is experimental and its
     names change between Triton's versions: where it does not run, nothing but speed is lost."""
     if card_of(device).capability[0] != 9:
-        return None, None
+        return None, ()
     try:
-        from fastqwen.kernels.triton import streamed, streamed_attention
+        from fastqwen.kernels.triton import streamed, streamed_attention, streamed_narrow
 
-        streamed.try_out(device)
-        streamed_attention.try_out(device)
+        for module in (streamed, streamed_attention, streamed_narrow):
+            module.try_out(device)
     except Exception as error:
         log.warning("steps of few rows use slower kernels, the faster ones do not run here: %s", error)
         log.debug("why they do not run", exc_info=True)
-        return None, None
-    return streamed, streamed_attention
+        return None, ()
+    return streamed, (streamed_attention, streamed_narrow)
 
 
 def library_length(num_tokens: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionParts, LayerCache, Norm, StepTokens
+from fastqwen.kernels.triton.cache_numbers import bits_of, store_head
 from fastqwen.kernels.triton.launch import overlapping, supports_overlap
 
 
@@ -113,6 +114,8 @@ def _rope_and_cache(
     k_norm_ptr,
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, 2 * HALF]
     v_cache_ptr,
+    k_scale_ptr,  # float16 [blocks, KV_HEADS, BLOCK_SIZE], if SCALED
+    v_scale_ptr,
     q_out_ptr,  # [tokens, HEADS, 2 * HALF]
     k_out_ptr,  # [tokens, KV_HEADS, 2 * HALF], or None
     v_out_ptr,  # the same
@@ -130,6 +133,7 @@ def _rope_and_cache(
     NORM: tl.constexpr,
     LOGN: tl.constexpr,
     COUNTED: tl.constexpr,
+    SCALED: tl.constexpr,
     KEEP: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) + first_token
@@ -161,19 +165,17 @@ def _rope_and_cache(
     position = tl.load(positions_ptr + token)
     table = tables_ptr + tl.load(slots_ptr + token).to(tl.int64) * table_width
     block, offset = tl.load(table + position // BLOCK_SIZE).to(tl.int64), position % BLOCK_SIZE
-    home = ((block * KV_HEADS + kv_heads) * BLOCK_SIZE + offset)[:, None] * 2 * HALF + at[None, :]
-    tl.store(k_cache_ptr + home, low.to(k_cache_ptr.dtype.element_ty), mask=live)
-    tl.store(k_cache_ptr + home + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=live)
-    v_low = tl.load(values + place, mask=live, other=0.0)
-    v_high = tl.load(values + place + HALF, mask=live, other=0.0)
-    tl.store(v_cache_ptr + home, v_low.to(v_cache_ptr.dtype.element_ty), mask=live)
-    tl.store(v_cache_ptr + home + HALF, v_high.to(v_cache_ptr.dtype.element_ty), mask=live)
-    if KEEP:
+    lines = (block * KV_HEADS + kv_heads) * BLOCK_SIZE + offset
+    low, high = store_head(k_cache_ptr, k_scale_ptr, lines, low, high, live, HALF, SCALED)
+    v_low = tl.load(values + place, mask=live, other=0.0).to(tl.float32)
+    v_high = tl.load(values + place + HALF, mask=live, other=0.0).to(tl.float32)
+    v_low, v_high = store_head(v_cache_ptr, v_scale_ptr, lines, v_low, v_high, live, HALF, SCALED)
+    if KEEP:  # as they are in the cache, so that a prompt is computed alike in one piece and in several
         spot = token * KV_HEADS * 2 * HALF + place
         tl.store(k_out_ptr + spot, low.to(k_out_ptr.dtype.element_ty), mask=live)
         tl.store(k_out_ptr + spot + HALF, high.to(k_out_ptr.dtype.element_ty), mask=live)
-        tl.store(v_out_ptr + spot, v_low, mask=live)
-        tl.store(v_out_ptr + spot + HALF, v_high, mask=live)
+        tl.store(v_out_ptr + spot, v_low.to(v_out_ptr.dtype.element_ty), mask=live)
+        tl.store(v_out_ptr + spot + HALF, v_high.to(v_out_ptr.dtype.element_ty), mask=live)
 
 
 def rope_and_cache(
@@ -206,10 +208,12 @@ def rope_and_cache(
         return q, k, v
     _rope_and_cache[(tokens - first_token,)](
         qkv, step.cos_sin, step.q_scale, step.positions, step.slots, step.block_tables, step.decode_count,
-        parts.q_norm, parts.k_norm, cache.k, cache.v, q, k, v, step.block_tables.shape[1], first_token, parts.eps,
+        parts.q_norm, parts.k_norm, bits_of(cache.k), bits_of(cache.v), cache.k_scale, cache.v_scale, q, k, v,
+        step.block_tables.shape[1], first_token, parts.eps,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF=shape.head_dim // 2, ROTARY=shape.rotary_dim,
         WIDTH=qkv.stride(0), BLOCK_SIZE=cache.k.shape[2], PADDED_HEADS=triton.next_power_of_2(shape.num_heads),
         PADDED_KV=triton.next_power_of_2(shape.num_kv_heads), NORM=parts.q_norm is not None,
-        LOGN=step.q_scale is not None, COUNTED=step.decode_count is not None, KEEP=keep, num_warps=4,
+        LOGN=step.q_scale is not None, COUNTED=step.decode_count is not None,
+        SCALED=cache.k_scale is not None, KEEP=keep, num_warps=4,
     )  # fmt: skip
     return q, k, v

@@ -12,21 +12,27 @@ from torch import Tensor
 from fastqwen.kernels import AttentionParts, LayerCache, StepTokens
 from fastqwen.kernels.limits import TILE_TOKENS
 from fastqwen.kernels.triton.attention import LOG2_E
+from fastqwen.kernels.triton.cache_numbers import UNIT, bits_of, raised
 from fastqwen.kernels.triton.launch import Card, card_of, stages_that_fit
 
 LARGE_SHARED_BYTES = 160 * 1024  # what an A100 and Hopper have; an RTX 3090 or 5090 has 99 KiB
 
 
 @triton.jit
-def _add_keys(q, k_cache_ptr, v_cache_ptr, table, kv_head, first, last, position, scale, top, total, acc,
-              KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
-              MASKED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _add_keys(q, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, first, last, position, scale, top,
+              total, acc, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+              MASKED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
     """Online softmax (arXiv 1805.02867) with keys ``first`` to ``first + KEYS`` in it; MASKED: not every token sees all."""
     spot = first + tl.arange(0, KEYS)
     block = tl.load(table + spot // BLOCK_SIZE).to(tl.int64)
-    place = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + spot % BLOCK_SIZE)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    k = tl.load(k_cache_ptr + place).to(q.dtype)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    lines = (block * KV_HEADS + kv_head) * BLOCK_SIZE + spot % BLOCK_SIZE
+    place = lines[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    k = tl.load(k_cache_ptr + place)
+    if SCALED:
+        k = raised(k, q.dtype)
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
+    if SCALED:
+        scores *= (tl.load(k_scale_ptr + lines).to(tl.float32) * UNIT)[None, :]
     if MASKED:
         seen = spot[None, :] <= position[:, None]
         if WINDOW > 0:
@@ -35,7 +41,7 @@ def _add_keys(q, k_cache_ptr, v_cache_ptr, table, kv_head, first, last, position
         v = tl.load(v_cache_ptr + place, mask=(spot < last)[:, None], other=0.0)  # behind the end may be anything
     else:
         v = tl.load(v_cache_ptr + place)
-    v = v.to(q.dtype)
+    v = raised(v, q.dtype) if SCALED else v.to(q.dtype)
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     floor = new_top
     if WINDOW > 0:
@@ -43,6 +49,9 @@ def _add_keys(q, k_cache_ptr, v_cache_ptr, table, kv_head, first, last, position
     fade = tl.exp2(top - floor)
     weights = tl.exp2(scores - floor[:, None])
     total = total * fade + tl.sum(weights, axis=1)
+    if SCALED:
+        v_scale = tl.load(v_scale_ptr + lines, mask=spot < last, other=0.0)
+        weights *= (v_scale.to(tl.float32) * UNIT)[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return new_top, total, acc
 
@@ -52,6 +61,8 @@ def _prefill(
     q_ptr,  # [tokens, HEADS, DIM], rotated
     k_cache_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, DIM]
     v_cache_ptr,
+    k_scale_ptr,  # float16 [blocks, KV_HEADS, BLOCK_SIZE], if SCALED
+    v_scale_ptr,
     out_ptr,  # [tokens, HEADS * DIM]
     tiles_ptr,  # int32 [tiles, 4]: first token, tokens, first position, slot
     tables_ptr,
@@ -65,6 +76,7 @@ def _prefill(
     KEYS: tl.constexpr,  # looked at together
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One head of a tile (arXiv 2205.14135)."""
@@ -93,13 +105,13 @@ def _prefill(
         whole = first
     for at in tl.range(first, whole, KEYS, num_stages=STAGES):
         top, total, acc = _add_keys(
-            q, k_cache_ptr, v_cache_ptr, table, kv_head, at, last, position, scale, top, total, acc,
-            KV_HEADS, DIM, BLOCK_SIZE, KEYS, False, WINDOW, PRECISION,
+            q, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, at, last, position, scale, top, total, acc,
+            KV_HEADS, DIM, BLOCK_SIZE, KEYS, False, WINDOW, PRECISION, SCALED,
         )  # fmt: skip
     for at in tl.range(whole, last, KEYS, num_stages=1):
         top, total, acc = _add_keys(
-            q, k_cache_ptr, v_cache_ptr, table, kv_head, at, last, position, scale, top, total, acc,
-            KV_HEADS, DIM, BLOCK_SIZE, KEYS, True, WINDOW, PRECISION,
+            q, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, table, kv_head, at, last, position, scale, top, total, acc,
+            KV_HEADS, DIM, BLOCK_SIZE, KEYS, True, WINDOW, PRECISION, SCALED,
         )  # fmt: skip
     tl.store(out_ptr + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
 
@@ -142,9 +154,9 @@ def prefill_attention(
         return
     t = tiling or prefill_tiling(shape.head_dim, q.element_size(), card_of(q.device))
     _prefill[(shape.num_heads, tiles.shape[0])](
-        q, cache.k, cache.v, out, tiles, step.block_tables,
+        q, bits_of(cache.k), bits_of(cache.v), cache.k_scale, cache.v_scale, out, tiles, step.block_tables,
         step.block_tables.shape[1], shape.head_dim**-0.5 * LOG2_E,
         HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, DIM=shape.head_dim, BLOCK_SIZE=cache.k.shape[2],
         BLOCK_M=height, KEYS=t.keys, WINDOW=parts.window or 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=t.num_stages, num_warps=t.num_warps,
+        SCALED=cache.k_scale is not None, STAGES=t.num_stages, num_warps=t.num_warps,
     )  # fmt: skip

@@ -7,6 +7,7 @@ the tensor cores, the query heads that share them the right one, so that no rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ def _ask(buffer, cache_ptr, table, kv_head, first, position, stop, KV_HEADS: gl.
 
 
 @gluon.jit
-def _rotated(x_ptr, norm_ptr, cos_sin_ptr, rows, dim, live, eps, DIM: gl.constexpr, NORM: gl.constexpr):
+def rotated(x_ptr, norm_ptr, cos_sin_ptr, rows, dim, live, eps, DIM: gl.constexpr, NORM: gl.constexpr):
     """Heads at ``x_ptr + rows``, normalised and rotated, float32 [heads, DIM]: number d turns with d + DIM / 2."""
     HALF: gl.constexpr = DIM // 2
     other = (dim + HALF) % DIM
@@ -64,7 +65,7 @@ def _store_new_token(q, qkv, kv_head, k_cache_ptr, v_cache_ptr, home, norm_ptr, 
     """The new token's key, normalised and rotated, and its value go to the cache. Its scores, float32 [heads], and the
     value [DIM], where MMA has its columns and rows."""
     # The same key in every line, so that it stands where the queries do.
-    k = _rotated(qkv + (HEADS + kv_head) * DIM, norm_ptr, cos_sin_ptr, head * 0, dim, head >= 0, eps, DIM, NORM)
+    k = rotated(qkv + (HEADS + kv_head) * DIM, norm_ptr, cos_sin_ptr, head * 0, dim, head >= 0, eps, DIM, NORM)
     k = k.to(q.dtype)
     gl.store(k_cache_ptr + home + dim[None, :] + head[:, None] * 0, k, mask=(head == 0)[:, None])
     scores = gl.convert_layout(gl.sum(q.to(gl.float32) * k.to(gl.float32), axis=1) * scale, gl.SliceLayout(0, MMA))
@@ -111,7 +112,7 @@ def _combine(partial_ptr, stats_ptr, out_ptr, slab, parts, GROUP: gl.constexpr, 
 
 
 @gluon.jit
-def _write(acc, top, total, out_ptr, partial_ptr, stats_ptr, counter_ptr, kv_head, row, split, splits, parts,
+def write(acc, top, total, out_ptr, partial_ptr, stats_ptr, counter_ptr, kv_head, row, split, splits, parts,
            HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEADS_2: gl.constexpr, DIM: gl.constexpr,
            MMA: gl.constexpr):  # fmt: skip
     """The result, if this is the context's only part; else this part, and if it is the last to arrive, the sum of all."""
@@ -215,7 +216,7 @@ def _decode_streamed(
     dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, copy))
     qkv = qkv_ptr + row.to(gl.int64) * WIDTH
     cos_sin = cos_sin_ptr + row * DIM
-    q = _rotated(qkv + kv_head * GROUP * DIM, q_norm_ptr, cos_sin, head * DIM, dim, head < GROUP, eps, DIM, NORM)
+    q = rotated(qkv + kv_head * GROUP * DIM, q_norm_ptr, cos_sin, head * DIM, dim, head < GROUP, eps, DIM, NORM)
     if LOGN:
         q *= gl.load(q_scale_ptr + row)
     q = q.to(dtype)
@@ -261,7 +262,7 @@ def _decode_streamed(
         _ask(values, v_cache_ptr, table, kv_head, at + KEYS, position, stop, KV_HEADS, DIM, BLOCK_SIZE, KEYS, copy)
     async_copy.wait_group(0)
 
-    _write(
+    write(
         acc, top, total, out_ptr, partial_ptr, stats_ptr, counter_ptr, kv_head, row, split, splits, parts,
         HEADS, KV_HEADS, GROUP, HEADS_2, DIM, mma,
     )  # fmt: skip
@@ -315,14 +316,20 @@ def decode_attention(
 
 def try_out(device: torch.device) -> None:
     """Raises whatever Triton raises where it cannot compile this kernel, RuntimeError where that computes wrongly."""
-    parts = AttentionParts(HeadShape(2, 1, 64, 64))
     cache = LayerCache(*(torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device) for _ in range(2)))
+    try_out_with(cache, decode_attention, tolerance=0.0)
+
+
+def try_out_with(cache: LayerCache, attend: Callable[..., None], *, tolerance: float) -> None:
+    """One token alone in one block: what comes out is its value."""
+    device, parts = cache.k.device, AttentionParts(HeadShape(2, 1, 64, 64))
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     turn = torch.ones(1, 64, device=device)
     step = StepTokens(zero, zero, zero, turn, None, block_tables=zero.view(1, 1), num_decode_rows=1)
     qkv = torch.randn(1, 4 * 64, device=device).bfloat16()
     out = torch.empty(1, 2 * 64, dtype=torch.bfloat16, device=device)
     space = DecodeWorkspace(device, max_rows=1, shape=parts.shape, max_parts=1)
-    decode_attention(qkv, step, cache, parts, space, out=out)
-    if not torch.equal(out.view(2, 64), qkv[:, 3 * 64 :].expand(2, 64)):  # the only token there is
+    attend(qkv, step, cache, parts, space, out=out)
+    expected = qkv[:, 3 * 64 :].expand(2, 64)
+    if not torch.allclose(out.view(2, 64).float(), expected.float(), rtol=tolerance, atol=4 * tolerance):
         raise RuntimeError("attention came out wrong")
