@@ -41,6 +41,8 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True, fo
         return path
     if path.is_file():
         what = what_instead(path) or "is a file, but not a GGUF file: give the folder that holds config.json"
+        if path.suffix == ".safetensors":
+            what = "is one of a model's files: give the folder that holds it and config.json"
         raise ModelNotFound(f"{model} {what}")
     if model == DEMO:
         return demo_path()

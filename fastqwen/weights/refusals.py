@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fastqwen.errors import BadCheckpoint, FastqwenError, ModelNotFound, Unsupported
 from fastqwen.model_config import read_json
 from fastqwen.text_files import what_instead
 
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+OF_OTHERS = (".h5", ".msgpack", ".onnx", ".npz", ".tflite", ".mlpackage", ".nemo")  # TensorFlow's, Flax's and so on
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".!ut")
+HALF = ".aria2"  # stands beside a file of full length that has holes until it is gone
+SAFETENSORS = ".safetensors"
+
+
+def visible(folder: Path, *endings: str) -> list[str]:
+    """Names of a folder's files with these endings. macOS puts a file ._NAME beside each on other file systems."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return [name for name in names if name.endswith(endings)]
+
+
+def check_finished(path: Path) -> None:
+    if path.with_name(path.name + HALF).is_file():
+        raise BadCheckpoint(
+            f"{path} is an unfinished download, for {path.name}{HALF} is there: let aria2 finish it, or fetch this file again"
+        )
 
 
 def not_weights(path: Path) -> BadCheckpoint | None:
     """For a file that is something else entirely."""
-    what = what_instead(path)
+    if path.is_symlink() and not path.exists():
+        return BadCheckpoint(f"{path} is a link to {os.readlink(path)}, which is not there; fetch this file again")
+    what = "is a folder, not a file" if path.is_dir() else what_instead(path)
     return None if what is None else BadCheckpoint(f"{path} {what}")
 
 
@@ -38,20 +58,37 @@ def no_weights(folder: Path) -> FastqwenError:
         return ModelNotFound(
             f"{folder} holds no .safetensors files, but {_some(ggufs)}: give that file itself, {folder / ggufs[0]}"
         )
-    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    unfinished = visible(folder, *(SAFETENSORS + ending for ending in UNFINISHED))
+    if unfinished:
+        return BadCheckpoint(f"{folder / unfinished[0]} is an unfinished download: fetch this file again")
+    pickled = visible(folder, *PICKLED)
     if pickled:
         return Unsupported(
             f"{folder / pickled[0]}: weights in this format can run code when loaded, so they are refused; "
             "get the safetensors version, or convert it with `transformers` on a machine where you trust the file"
         )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    return _something_else(folder)
+
+
+def _something_else(folder: Path) -> FastqwenError:
+    others = visible(folder, SAFETENSORS)
     if others:
         return ModelNotFound(f"{folder} holds no model's weights, only {_some(others)}")
-    return ModelNotFound(f"{folder} holds no .safetensors files")
+    odd = [name for name in visible(folder, "") if name.lower().endswith(SAFETENSORS)]
+    if odd:
+        return ModelNotFound(f"{folder} holds {_some(odd)}, whose ending must be in small letters: rename it")
+    foreign = visible(folder, *OF_OTHERS)
+    if foreign:
+        return Unsupported(
+            f"{folder} holds no .safetensors files, but {_some(foreign)}, which is not read; get the safetensors version"
+        )
+    below = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+    hint = f"; {_some(below)} below it does: give that folder" if below else ""
+    return ModelNotFound(f"{folder} holds no .safetensors files{hint}")
 
 
 def gguf_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    return [name for name in visible(folder, "") if name.lower().endswith(".gguf")]
 
 
 def check_folder(folder: Path) -> None:

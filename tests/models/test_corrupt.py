@@ -194,7 +194,7 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
         BadCheckpoint,
     ),
     "a-directory": (
-        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()), f"{WEIGHTS} is damaged", BadCheckpoint,
+        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()), f"{WEIGHTS} is a folder", BadCheckpoint,
     ),
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), "no .safetensors files", ModelNotFound),
     "missing-shard": (lambda folder: shards(folder, missing=True), "model-00002-of-00002", BadCheckpoint),
