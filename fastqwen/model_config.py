@@ -17,6 +17,7 @@ from fastqwen.text_files import decoded, what_instead
 RopeKind = Literal["default", "linear", "yarn", "llama3", "qwen1_ntk"]
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_SHARDS = 64
+OWN_WORDS = ("dense", "online")  # for what is no quant_method of a file: not packed, and packed while loading
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,7 +266,8 @@ class Fields:
         """Refuse a checkpoint whose ``key`` has a value that this architecture's code does not compute."""
         value = self.get(key)
         if value is not None and value not in allowed:
-            raise Unsupported(f"{self.source}: {key} is {short(value)}; supported: {', '.join(map(str, allowed))}")
+            what = f"; supported: {', '.join(map(str, allowed))}" if allowed else ", which is not supported"
+            raise Unsupported(f"{self.source}: {key} is {short(value)}{what}")
 
     def _first(self, keys: tuple[str, ...], default: Any) -> Any:
         value = self.get(*keys)
@@ -358,6 +360,10 @@ def checkpoint_facts(fields: Fields) -> dict[str, Any]:
         )
     if quantization is not None and not isinstance(quantization, dict):
         raise BadCheckpoint(f"{fields.source}: quantization_config is {short(quantization)}, expected an object")
+    if quantization is not None and quantization.get("quant_method") in OWN_WORDS:
+        raise Unsupported(
+            f"{fields.source}: quantization method {short(quantization['quant_method'])} is no method of files"
+        )
     dtype = str(fields.get("dtype", "torch_dtype") or "bfloat16").removeprefix("torch.")
     return {
         "quantization": quantization,

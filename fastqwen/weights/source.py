@@ -96,6 +96,10 @@ class Weights:
             raise self._missing(name)
         return self._file.shape(name)
 
+    def height(self, name: str) -> int | None:
+        """A tensor's first size; None where it is made up, and has whichever is asked for."""
+        return self.shape(name)[0]
+
     def codes(self, name: str, shape: tuple[int, int]) -> CodedWeight | None:
         """A matrix as small whole numbers; None where the file does not hold it so."""
         if not isinstance(self._file, CodedFile):
@@ -245,6 +249,9 @@ class DummyWeights(Weights):
         return None
 
     def rows(self, name: str, shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+        return None
+
+    def height(self, name: str) -> int | None:
         return None
 
     def unread(self) -> list[str]:
