@@ -11,10 +11,11 @@ import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from fastqwen.common_config import OWN_WORDS
 from fastqwen.errors import BadConfig, Unsupported
 from fastqwen.kernels import Ops
 from fastqwen.layers.linear import Linear
-from fastqwen.model_config import OWN_WORDS, Fields, short
+from fastqwen.model_config import Fields, short
 from fastqwen.sharding import Ranges
 
 if TYPE_CHECKING:
