@@ -223,7 +223,8 @@ def test_a_number_type_that_is_not_known_is_told():
     [
         {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}},
         {"use_sliding_window": "false"}, {"tie_word_embeddings": 1}, {"rms_norm_eps": "1e-6"}, {"rope_theta": "10000.0"},
-        {"rope_scaling": {"type": "yarn", "factor": 0.5}}, {"rope_scaling": {"type": "yarn"}}, {"rope_scaling": {"type": "linear"}}, {"layer_types": ["full_attention"]},
+        {"rope_scaling": {"type": "yarn", "factor": 0.5}},
+        {"rope_scaling": {"type": "yarn"}}, {"rope_scaling": {"type": "linear"}}, {"layer_types": ["full_attention"]},
         {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     ],
     ids=lambda wrong: next(iter(wrong)),
