@@ -294,6 +294,8 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise ModelNotFound(f"{path} does not exist") from None
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path} {what_instead(path) or f'is not valid JSON: {error}'}") from None
     if not isinstance(values, dict):

@@ -82,9 +82,17 @@ def decoded(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
+def read_bytes(path: Path) -> bytes:
+    """Of a small file. Raises BadCheckpoint, naming it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+
+
 def read_text(path: Path) -> str:
     """Lines end with \\n. Raises BadCheckpoint, naming the file."""
-    data = path.read_bytes()
+    data = read_bytes(path)
     what = what_head_is(data[:HEAD_BYTES]) if data else None
     if what is not None:
         raise BadCheckpoint(f"{path} {what}")

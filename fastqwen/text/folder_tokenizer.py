@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.model_config import read_json
 from fastqwen.text.tokenizer import QWEN_WORDS, JsonTokenizer
-from fastqwen.text_files import decoded, read_text, what_head_is
+from fastqwen.text_files import decoded, read_bytes, read_text, what_head_is
 
 if TYPE_CHECKING:
     import tokenizers
@@ -44,7 +44,7 @@ def from_tokenizer_json(folder: Path, words: dict[str, Any]) -> tuple[JsonTokeni
 
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise BadCheckpoint(f"{path} is larger than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer is")
-    data = path.read_bytes()
+    data = read_bytes(path)
     try:
         inner = tokenizers.Tokenizer.from_str(decoded(data))
     except Exception as error:  # the library raises plain Exception

@@ -14,6 +14,15 @@ OF_OTHERS = (".h5", ".msgpack", ".onnx", ".npz", ".tflite", ".mlpackage", ".nemo
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".!ut")
 HALF = ".aria2"  # stands beside a file of full length that has holes until it is gone
 SAFETENSORS = ".safetensors"
+ADAPTER = "adapter_config.json"
+OF_OTHER_PROGRAMS = {
+    "model_index.json": "a pipeline of diffusers, which makes images",
+    "params.json": "weights in their publisher's own layout",
+    "Modelfile": "a recipe of Ollama's, which names a GGUF file",
+    "genai_config.json": "a model of ONNX Runtime",
+    "mlc-chat-config.json": "a model that MLC compiled",
+    "openvino_model.xml": "a model of OpenVINO",
+}
 
 
 def visible(folder: Path, *endings: str) -> list[str]:
@@ -33,6 +42,8 @@ def not_weights(path: Path) -> BadCheckpoint | None:
     """For a file that is something else entirely."""
     if path.is_symlink() and not path.exists():
         return BadCheckpoint(f"{path} is a link to {os.readlink(path)}, which is not there; fetch this file again")
+    if path.exists() and not os.access(path, os.R_OK):
+        return BadCheckpoint(f"{path} cannot be read: this user has no permission")
     what = "is a folder, not a file" if path.is_dir() else what_instead(path)
     return None if what is None else BadCheckpoint(f"{path} {what}")
 
@@ -53,6 +64,8 @@ def damaged(path: Path, error: Exception) -> BadCheckpoint:
 
 def no_weights(folder: Path) -> FastqwenError:
     """For a folder without a model's safetensors: what it holds instead, and what to do with that."""
+    if (folder / ADAPTER).is_file():
+        return _adapter(folder)
     ggufs = gguf_names(folder)
     if ggufs:
         return ModelNotFound(
@@ -95,15 +108,30 @@ def check_folder(folder: Path) -> None:
     """Raises, saying what it is, for a folder without a config.json."""
     if (folder / "config.json").is_file():
         return
-    if (adapter := folder / "adapter_config.json").is_file():
-        base = read_json(adapter).get("base_model_name_or_path")
-        of = f" of {str(base)[:200]}" if base else ""
-        raise Unsupported(
-            f"{folder} holds an adapter (LoRA){of}, not a model: merge it into its base model, and give that"
-        )
-    ggufs = gguf_names(folder) if folder.is_dir() else []
-    hint = f": give the file itself, for example {folder / ggufs[0]}" if ggufs else ""
+    if not folder.is_dir():
+        raise ModelNotFound(f"{folder} is no folder")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise BadCheckpoint(f"{folder} cannot be read: this user has no permission")
+    if (folder / ADAPTER).is_file():
+        raise _adapter(folder)
+    if ggufs := gguf_names(folder):
+        raise ModelNotFound(f"{folder} holds no config.json: give the file itself, for example {folder / ggufs[0]}")
+    for file, what in OF_OTHER_PROGRAMS.items():
+        if (folder / file).is_file():
+            raise Unsupported(
+                f"{folder} holds {what} ({file}), and no config.json: get the version that transformers reads"
+            )
+    below = [path.parent for pattern in ("*/config.json", "*/*/config.json") for path in sorted(folder.glob(pattern))]
+    hint = f", but {below[0]} does: give that folder" if below else ""
     raise ModelNotFound(f"{folder} holds no config.json{hint}")
+
+
+def _adapter(folder: Path) -> FastqwenError:
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    of = f" of {str(base)[:200]}" if base else ""
+    return Unsupported(
+        f"{folder} holds an adapter (LoRA){of}, not a model: merge it into its base model, and give that"
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -370,6 +370,53 @@ def test_what_a_download_left_instead(
     assert word in told and file in told
 
 
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("model_index.json", "diffusers"), ("params.json", "own layout"), ("Modelfile", "Ollama"),
+        ("snapshots/abc/config.json", "snapshots/abc does: give that folder"), ("x.GGUF", "x.GGUF"), ("readme", "no config.json"),
+    ],
+)  # fmt: skip
+def test_what_a_folder_is_that_has_no_config_json(
+    file: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    assert words in found(tmp_path, caplog)[1]
+
+
+def test_an_adapter_beside_a_config_json(
+    models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    shutil.copy(models("llama") / "config.json", tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen3-8B"}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    told = found(tmp_path, caplog)[1]
+    assert "adapter" in told and "Qwen/Qwen3-8B" in told
+
+
+@pytest.mark.parametrize("file", ["config.json", WHOLE])
+def test_files_of_another_user(
+    file: str,
+    models: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    folder = changed(models("llama"), tmp_path / "m", lambda tensors: None)
+    if file == WHOLE:  # who runs the tests may read all files
+        (folder / file).write_bytes(b"x")
+        monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != file)
+    else:
+        monkeypatch.setattr(Path, "read_bytes", denied)
+    told = found(folder, caplog)[1]
+    assert "cannot be read" in told and file in told
+
+
+def denied(path: Path) -> bytes:
+    raise PermissionError(13, "Permission denied")
+
+
 def test_adapters_and_mlx(models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
