@@ -25,7 +25,8 @@ from fastqwen.layers.decoder import Decoder
 from fastqwen.layers.rotary import inverse_frequencies
 from fastqwen.model_config import ModelConfig
 from fastqwen.text.gguf_tokenizer import tokenizer_from_gguf
-from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
+from fastqwen.weights.gguf_checkpoint import GgufCheckpoint
+from fastqwen.weights.gguf_config import config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.source import Weights
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fastqwen import quant
 from fastqwen.config import EngineConfig
 from fastqwen.demo import demo_path
 from fastqwen.errors import BadConfig, FastqwenError, ModelNotFound
@@ -24,6 +25,8 @@ from fastqwen.weights.checkpoint import open_checkpoint
 # Pickled weights and a checkpoint's code are never fetched: nothing here would run them.
 WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.tiktoken", "merges.txt", "vocab.txt"]
 TEMPLATES_FOLDER = "additional_chat_templates/"
+NO_MODELS = ("mmproj", "imatrix")  # GGUF files beside a model's: what sees, and what a quantization was made with
+_OTHER_WORD = {"f16": "fp16", "fp16": "f16"}
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.)")
 
 
@@ -41,6 +44,8 @@ def resolve(model: str, *, revision: str | None = None, weights: bool = True, fo
         return path
     if path.is_file():
         what = what_instead(path) or "is a file, but not a GGUF file: give the folder that holds config.json"
+        if path.suffix == ".safetensors":
+            what = "is one of a model's files: give the folder that holds it and config.json"
         raise ModelNotFound(f"{model} {what}")
     if model == DEMO:
         return demo_path()
@@ -77,7 +82,7 @@ def _from_hugging_face(
         names = _listed(repository, revision)
         if choice is None and (names is None or _has_weights(names)):
             if weights and published(repository) is None:
-                _check_served(repository, revision)
+                _check_served(repository, revision, cache)
             patterns = _wanted_files(weights) if names is None else _needed(names, weights)
             return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, cache_dir=cache))
         if names is None:
@@ -122,7 +127,7 @@ def _needed(names: list[str], weights: bool) -> list[str]:
     if "model.safetensors" in files:
         files = ["model.safetensors"]
     elif "model.safetensors.index.json" in names and shards:
-        files = shards
+        files = [name for name in shards if name.startswith("model-")] or shards
     return [*small, *files]
 
 
@@ -131,55 +136,69 @@ def choose_gguf(names: list[str], repository: str, choice: str | None) -> list[s
     those that there are, where that is not one."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
-        if name.lower().endswith(".gguf") and not Path(name).name.lower().startswith("mmproj"):
+        if name.lower().endswith(".gguf") and not Path(name).name.lower().startswith(NO_MODELS):
             found.setdefault(_SHARD.sub("", name), []).append(name)
     wanted = list(found)
     if choice is not None:
-        word = choice.lower()
-        wanted = [one for one in found if word in (Path(one).name.lower(), Path(one).stem.lower())]
-        wanted = wanted or [one for one in found if _quantization(one) == word]
-        wanted = wanted or [one for one in found if re.search(rf"(^|[-._/]){re.escape(word)}($|[-._/])", one.lower())]
+        words = [choice, _OTHER_WORD.get(choice.lower(), choice)]
+        wanted = next((some for word in words if (some := _called(list(found), word))), [])
     if len(wanted) == 1:
         return found[wanted[0]]
     what = f"no GGUF file {choice!r}" if choice and not wanted else "several GGUF files"
     if not found:
         raise ModelNotFound(f"{repository} holds no GGUF files; without {choice!r} behind the colon it is a folder")
-    words = sorted(_quantization(one).upper() for one in wanted or found)
+    words = [_quantization(one).upper() for one in wanted or found]
+    if len(set(words)) < len(words):  # of several models
+        words = [Path(one).stem for one in wanted or found]
     raise ModelNotFound(
-        f"{repository} holds {what}; choose one: " + ", ".join(f"{repository}:{word}" for word in words[:40])
+        f"{repository} holds {what}; choose one: " + ", ".join(f"{repository}:{word}" for word in sorted(words)[:40])
     )
 
 
+def _called(files: list[str], choice: str) -> list[str]:
+    """Those of ``files``, names without the number of a part, that are called so: in full, by their quantization, or by
+    words that stand in their names."""
+    word = _SHARD.sub("", choice).lower()
+    named = [one for one in files if word in (one.lower(), Path(one).name.lower(), Path(one).stem.lower())]
+    named = named or [one for one in files if _quantization(one) == word]
+    return named or [one for one in files if re.search(rf"(^|[-._/]){re.escape(word)}($|[-._/])", one.lower())]
+
+
 def _quantization(name: str) -> str:
-    """q4_k_m of Qwen3-0.6B-Q4_K_M.gguf, ud-q4_k_xl of X-UD-Q4_K_XL.gguf; else the file's name."""
-    stem = Path(name).stem.lower()
-    found = re.search(r"(?:^|[-.])((?:ud-)?(?:i?q\d\w*|tq\d\w*|bf16|f16|fp16|f32|mxfp4\w*))$", stem)
-    return found[1] if found else stem
+    """q4_k_m of Qwen3-0.6B-Q4_K_M.gguf and of Q4_K_M/part.gguf, ud-q4_k_xl of X-UD-Q4_K_XL.gguf; else the file's name."""
+    path = Path(name.lower())
+    for word in (path.stem, path.parent.name):
+        found = re.search(r"(?:^|[-._])((?:ud-)?(?:i?q\d\w*|tq\d\w*|bf16|f16|fp16|f32|mxfp4\w*))$", word)
+        if found is not None:
+            return found[1]
+    return path.stem
 
 
-def _check_served(model: str, revision: str | None) -> None:
-    """Raises Unsupported for an architecture that is not served, before gigabytes of its weights are fetched."""
-    file = _config_file(model, revision)
+def _check_served(model: str, revision: str | None, cache: str | None) -> None:
+    """Raises Unsupported for an architecture that is not served, or weights that are packed in a way that is not read, before
+    gigabytes of them are fetched."""
+    file = _config_file(model, revision, cache)
     if file is not None:
-        parse_config(read_json(file), f"{model}: config.json")
+        source = f"{model}: config.json"
+        quant.find(parse_config(read_json(file), source).quantization, source)
 
 
 def config_from_hub(model: str) -> dict[str, Any]:
     """Only config.json, from the cache or the hub. Raises ModelNotFound, saying what to do."""
-    file = _config_file(model, None)
+    file = _config_file(model, None, None)
     if file is None:
         raise ModelNotFound(f"{model} holds no config.json, which says what sizes it has")
     return read_json(file)
 
 
-def _config_file(model: str, revision: str | None) -> Path | None:
+def _config_file(model: str, revision: str | None, cache: str | None) -> Path | None:
     """None: the repository has none, as those that hold only .gguf files."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     with _hub_errors(model, revision):
         try:
-            return Path(hf_hub_download(model, "config.json", revision=revision))
+            return Path(hf_hub_download(model, "config.json", revision=revision, cache_dir=cache))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastqwen.common_config import common, routed_experts
 from fastqwen.errors import BadCheckpoint, Unsupported
-from fastqwen.model_config import DeltaConfig, Fields, ModelConfig, MoeConfig, common, routed_experts, short
+from fastqwen.model_config import DeltaConfig, Fields, ModelConfig, MoeConfig, short
 
 DEFAULT_ROTATED_SHARE = 0.25
 DEFAULT_INTERVAL = 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from fastqwen.errors import BadConfig, ModelNotFound, Unsupported
 from fastqwen.plan.catalog import Entry, catalog, published
@@ -18,13 +18,17 @@ DEMO = "demo"
 OWNER = "Qwen"
 _HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*?)(:(?P<choice>[\w.-]+))?")
 _NAME = re.compile(r"(?:(\w[\w.-]*)/)?(\w[\w.-]*)(?::([\w.-]+))?")
+_FILE_OF_HUB = re.compile(
+    r"(\w[\w.-]*/\w[\w.-]*)/(?:[\w.-]+/)?([\w.-]+\.gguf)"
+)  # owner/name/FILE.gguf, perhaps in a folder
 _QUANT = re.compile(r"(?:^|[-.])(i?q\d\w*|fp16|bf16|f16|f32)$", re.I)
 _IN_FULL = re.compile(r"Q\w+[\w.]*-.*(?:Embedding-|Reranker-|GGUF$).*")  # of kinds that the catalogue does not list
 _UNQUANTIZED = ("FP16", "F16", "BF16", "F32")
 _ADDRESS = re.compile(
-    r"(?:(?:https?|hf)://|(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.cn|ollama\.com)/)"
+    r"(?:(?:https?|hf)://|(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.cn|ollama\.com|registry\.ollama\.ai)/)"
 )
 _HOST_AND_PORT = re.compile(r"(?:[\w.-]+|\[[0-9a-f:.]+\]):\d{2,5}(?:/v1)?/?", re.I)  # Ollama's tags end in a letter
+_OLLAMA = ("ollama.com", "registry.ollama.ai")
 _HUBS = ("huggingface.co", "hf.co", "hf-mirror.com", "modelscope.cn")
 _FAMILY_OF_OLLAMA = {"qwen": "qwen1.5", "codeqwen": "codeqwen1.5"}  # whose names leave the generation out
 _OTHER_KINDS = (  # Qwen's models that read or make something else than text, by a word of their names
@@ -51,6 +55,8 @@ def known_name(text: str) -> str:
         return text
     if hub_address(text) or text.startswith(("http://", "https://")):
         return known_name(_of_address(text))
+    if file := _FILE_OF_HUB.fullmatch(text):
+        return f"{file[1]}:{file[2]}"
     if _looks_like_a_path(text):
         raise ModelNotFound(_missing(text))
     match = _NAME.fullmatch(text)
@@ -77,14 +83,14 @@ def split_hub_name(text: str) -> tuple[str, str | None]:
     """owner/name:Q4_K_M to the repository and which of its GGUF files."""
     found = _HUB_NAME.fullmatch(text)
     assert found is not None
-    return found["repository"], found["choice"]
+    return found["repository"], None if found["choice"] == "latest" else found["choice"]
 
 
 def hub_address(text: str) -> bool:
     """Whether it is the address of a model's page on a hub, and so not that of a server to talk to."""
     if not _ADDRESS.match(text):
         return False
-    return text.startswith("hf://") or _host(text) in (*_HUBS, "ollama.com")
+    return text.startswith("hf://") or _host(text) in (*_HUBS, *_OLLAMA)
 
 
 def server_address(text: str) -> str | None:
@@ -202,7 +208,7 @@ def _of_address(text: str) -> str:
         return text.removeprefix("hf://")
     host = _host(text)
     parts = [part for part in urlsplit(text if "://" in text else f"https://{text}").path.split("/") if part]
-    if host == "ollama.com":
+    if host in _OLLAMA:
         return "/".join(parts[1:] if parts[:1] == ["library"] else parts) or text
     if host == "modelscope.cn" and parts[:1] == ["models"]:
         parts = parts[1:]
@@ -215,9 +221,12 @@ def _of_address(text: str) -> str:
     revision = rest[1] if len(rest) > 1 and rest[0] in ("tree", "blob", "resolve") else "main"
     if revision not in ("main", "master"):
         raise ModelNotFound(f"{text} names the revision {revision}: give {name} --revision {revision}")
-    file = rest[-1] if rest and rest[-1].endswith(".gguf") else ""
-    quant = _QUANT.search(file.removesuffix(".gguf")) if file else None
-    return f"{name}:{quant[1].upper()}" if quant else name
+    shown = parse_qs(urlsplit(text).query).get("show_file_info", [""])[0]
+    file = next((one for one in (shown, rest[-1] if rest else "") if one.endswith(".gguf")), "")
+    quant = _QUANT.search(
+        file.removesuffix(".gguf") if file else (rest[-1] if len(rest) > 2 and rest[0] == "tree" else "")
+    )
+    return f"{name}:{quant[1].upper() if quant else file}" if quant or file else name
 
 
 def _host(text: str) -> str:

@@ -17,6 +17,14 @@ ERRORS = (
     b"access to model ", b"invalid credentials", b"unauthorized", b"forbidden", b"access denied", b"bad gateway",
     b"error code: ", b"too many requests",
 )  # fmt: skip
+# Files of another kind under this one's name, by what they begin with.
+OTHERS = {
+    b"PK\x03\x04": "is a zip archive, as torch.save writes pickled weights: those can run code when loaded, so they are refused; "
+    "get the safetensors or GGUF version",
+    b"\x80\x02": "holds pickled weights, which can run code when loaded, so they are refused; get the safetensors or GGUF version",
+    b"\x1f\x8b": "is packed with gzip: unpack it first",
+    GGUF: "is a GGUF file: give that file itself, not its folder",
+}
 HEAD_BYTES = 512
 
 
@@ -52,9 +60,19 @@ def what_head_is(head: bytes) -> str | None:
     if len(head) < HEAD_BYTES and text.lower().startswith(ERRORS):
         said = text[:60].decode(errors="replace").splitlines()[0]
         return f"holds an error of the hub ({said!r}), not the file itself: download it again"
+    if head and not head.strip(b"\0"):
+        return "begins with nothing but zeros: the download did not come through; download it again"
+    other = next((what for start, what in OTHERS.items() if head.startswith(start)), None)
+    if other is not None:
+        return other
     if not head:
         return "is empty: the download did not come through; download it again"
     return None
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file's first bytes are a header's length and the header, an object of JSON."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27
 
 
 def decoded(data: bytes) -> str:
@@ -64,9 +82,17 @@ def decoded(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
+def read_bytes(path: Path) -> bytes:
+    """Of a small file. Raises BadCheckpoint, naming it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+
+
 def read_text(path: Path) -> str:
     """Lines end with \\n. Raises BadCheckpoint, naming the file."""
-    data = path.read_bytes()
+    data = read_bytes(path)
     what = what_head_is(data[:HEAD_BYTES]) if data else None
     if what is not None:
         raise BadCheckpoint(f"{path} {what}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from fastqwen import hub
-from fastqwen.errors import BadConfig, ModelNotFound
+from fastqwen.errors import BadConfig, ModelNotFound, Unsupported
 from fastqwen.hub import resolve
 
 
@@ -35,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, st
     modelscope.snapshot_download = recorder("modelscope")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "modelscope", modelscope)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", recorder("hugging face"))
-    monkeypatch.setattr(hub, "_check_served", lambda model, revision: None)
+    monkeypatch.setattr(hub, "_check_served", lambda model, revision, cache: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unlisted)
     for name in ("FASTQWEN_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE"):
         monkeypatch.delenv(name, raising=False)
@@ -92,7 +93,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch):
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    monkeypatch.setattr(hub, "_check_served", lambda model, revision: None)
+    monkeypatch.setattr(hub, "_check_served", lambda model, revision, cache: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unlisted)
     with pytest.raises(ModelNotFound, match="no route to host") as caught:
         resolve("Qwen/Qwen-7B-Chat")
@@ -104,7 +105,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch):
 SAFETENSORS = [
     "config.json", "tokenizer.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors", "consolidated.safetensors", "onnx/model.safetensors", "onnx/config.json",
-    "additional_chat_templates/tool_use.jinja", "pytorch_model.bin", "README.md",
+    "additional_chat_templates/tool_use.jinja", "pytorch_model.bin", "README.md", "consolidated-00001-of-00002.safetensors",
 ]  # fmt: skip
 GGUF = [
     "README.md", "config.json", "X-Q4_K_M.gguf", "X-Q8_0.gguf", "X-UD-Q4_K_XL.gguf", "X-Q4_K_XL.gguf", "mmproj-F16.gguf",
@@ -120,7 +121,7 @@ def listing(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> list[str]:
         fetched.append(file)
         return f"/cache/{file}"
 
-    monkeypatch.setattr(hub, "_check_served", lambda model, revision: None)
+    monkeypatch.setattr(hub, "_check_served", lambda model, revision, cache: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, **options: names)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return fetched
@@ -130,7 +131,7 @@ def test_only_the_models_own_weights_are_fetched(calls: list[Any], monkeypatch: 
     listing(monkeypatch, SAFETENSORS)
     resolve("a/b")
     wanted = {name for name in SAFETENSORS if "/" not in name or name.endswith(".jinja")}
-    wanted -= {"consolidated.safetensors", "pytorch_model.bin", "README.md"}
+    wanted -= {"consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "pytorch_model.bin", "README.md"}
     assert set(calls[-1][2]["allow_patterns"]) == wanted
     listing(monkeypatch, [*SAFETENSORS, "model.safetensors"])
     resolve("a/b")
@@ -160,10 +161,58 @@ def test_gguf_files_to_choose_from_are_listed(calls: list[Any], monkeypatch: pyt
         with pytest.raises(ModelNotFound, match=r"a/X-GGUF:Q4_K_M, .*a/X-GGUF:Q8_0") as caught:
             resolve(name)
         assert "MMPROJ" not in str(caught.value)
-    assert listing(monkeypatch, ["X-Q8_0.gguf"]) == [] and resolve("a/X-GGUF") == Path("/cache/X-Q8_0.gguf")
+    for name in ("a/X-GGUF", "a/X-GGUF:latest"):
+        assert listing(monkeypatch, ["X-Q8_0.gguf"]) == [] and resolve(name) == Path("/cache/X-Q8_0.gguf")
     listing(monkeypatch, SAFETENSORS)
     with pytest.raises(ModelNotFound, match="no GGUF files"):
         resolve("a/b:Q4_K_M")
+
+
+PARTS = [f"Q4_K_M/X-0000{n}-of-00002.gguf" for n in (1, 2)]
+OTHERS = [*PARTS, "X.i1-IQ2_M.gguf", "X-F16.gguf", "imatrix.gguf", "a_Q6_K.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "files"),
+    [
+        (PARTS[0].partition("/")[2], PARTS), (PARTS[1].partition("/")[2], PARTS), ("Q4_K_M", PARTS), ("X", PARTS),
+        ("fp16", ["X-F16.gguf"]), ("iq2_m", ["X.i1-IQ2_M.gguf"]), ("Q6_K", ["a_Q6_K.gguf"]),
+    ],
+)  # fmt: skip
+def test_what_people_call_a_gguf_file(choice: str, files: list[str]):
+    assert hub.choose_gguf(OTHERS, "a/X-GGUF", choice) == files
+
+
+def test_a_choice_that_is_listed_can_be_made():
+    several = ["one-Q4_K_M.gguf", "two-Q4_K_M.gguf", "two-Q8_0.gguf"]
+    for names in (OTHERS, several):
+        for choice in (None, "Q4_K_M" if names is several else "nothing"):
+            with pytest.raises(ModelNotFound, match="choose one: ") as caught:
+                hub.choose_gguf(names, "a/X", choice)
+            offered = [one.partition(":")[2] for one in str(caught.value).partition("choose one: ")[2].split(", ")]
+            assert len(set(offered)) == len(offered) > 1 and not any("imatrix" in one.lower() for one in offered)
+            for one in offered:
+                hub.choose_gguf(names, "a/X", one)
+
+
+def test_weights_that_are_packed_in_another_way_are_refused_before_they_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = {"model_type": "qwen2", **sizes, "vocab_size": 256, "quantization_config": packed}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked: list[Any] = []
+
+    def download(name: str, file: str, **options: Any) -> str:
+        asked.append((file, options["cache_dir"]))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, **options: ["model.safetensors"])
+    with pytest.raises(Unsupported, match="bitsandbytes"):
+        resolve("a/b", folder="models")
+    assert asked == [("config.json", "models")]
 
 
 def test_files_of_other_names(tmp_path: Path):

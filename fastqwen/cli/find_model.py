@@ -38,7 +38,8 @@ def find_model(text: str) -> NamedModel:
 def _from_gguf(path: Path, text: str) -> NamedModel:
     """Only the file's header is read. Loading unpacks the weights, so the file's own size does not matter."""
     from fastqwen.text.gguf_tokenizer import kind_of_words
-    from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
+    from fastqwen.weights.gguf_checkpoint import GgufCheckpoint
+    from fastqwen.weights.gguf_config import config_from_gguf
     from fastqwen.weights.gguf_file import GgufFile
 
     file = GgufFile(path)

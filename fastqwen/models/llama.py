@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastqwen.model_config import Fields, ModelConfig, common
+from fastqwen.common_config import common
+from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.models.names import Names
 
 NAMES = Names()

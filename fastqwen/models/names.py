@@ -35,15 +35,25 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
     delta_out: tuple[str, ...] = ()
 
     def holds(self, tensor: str, num_layers: int) -> bool:
-        """Whether a tensor belongs to a part of a decoder of so many layers, under these names."""
+        """Whether a tensor belongs to a part of a decoder of so many layers, under these names or their variants."""
         module = tensor.rpartition(".")[0]
-        for names in self.variants():
-            if module in (names.embed, names.final_norm, names.head):
-                return True
-            layer = re.fullmatch(re.escape(names.layer).replace(r"\{layer\}", r"(\d+)") + "(.+)", module)
-            if layer is not None and int(layer[1]) < num_layers:
-                return re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", layer[2]) in self._of_layer()
-        return False
+        return any(names._of_module(module, num_layers) for names in self.variants())
+
+    def multiplies(self, tensor: str, num_layers: int) -> bool:
+        """Whether it belongs to a matrix that something is multiplied by: a bias of zeros would add nothing to it."""
+        module = tensor.rpartition(".")[0]
+        norms = (self.final_norm, self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm, *self.delta_norm)
+        others = (self.embed, *norms, *self.delta_conv)
+        ends_otherwise = f".{module}".endswith(tuple(f".{name.removeprefix('model.')}" for name in others))
+        return self.holds(tensor, num_layers) and not ends_otherwise
+
+    def _of_module(self, module: str, num_layers: int) -> bool:
+        if module in (self.embed, self.final_norm, self.head):
+            return True
+        layer = re.fullmatch(re.escape(self.layer).replace(r"\{layer\}", r"(\d+)") + "(.+)", module)
+        if layer is None or int(layer[1]) >= num_layers:
+            return False
+        return re.sub(r"\.experts\.\d+\.", ".experts.{expert}.", layer[2]) in self._of_layer()
 
     def variants(self) -> tuple[Names, ...]:
         """The same parts under each prefix that checkpoints are known to have."""

@@ -5,8 +5,9 @@ Reads both generations of config keys; the first 7B release of August 2023 used 
 
 from __future__ import annotations
 
+from fastqwen.common_config import checkpoint_facts
 from fastqwen.errors import BadCheckpoint
-from fastqwen.model_config import Fields, ModelConfig, RopeConfig, checkpoint_facts
+from fastqwen.model_config import Fields, ModelConfig, RopeConfig
 from fastqwen.models.names import Names
 
 NAMES = Names(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastqwen.model_config import Fields, ModelConfig, Windows, common
+from fastqwen.common_config import Windows, common
+from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.models.names import Names
 
 NAMES = Names()

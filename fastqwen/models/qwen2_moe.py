@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastqwen.model_config import Fields, ModelConfig, MoeConfig, Windows, common, routed_experts
+from fastqwen.common_config import Windows, common, routed_experts
+from fastqwen.model_config import Fields, ModelConfig, MoeConfig
 from fastqwen.models.names import Names
 
 NAMES = Names()

@@ -24,28 +24,31 @@ def free_bytes(root: Path = Path("/")) -> int:
 
 def _groups(root: Path) -> list[tuple[int, int]]:
     """Limit and use of each control group that this process is in, from its own up to the machine's."""
-    found = []
+    groups = []
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers:
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            # Above memory.high a process is not killed, but slowed down until it is of no use.
+            top, limits = root / "sys/fs/cgroup", ["memory.max", "memory.high"]
+            names = ("memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
             top = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            limits = ["memory.limit_in_bytes"]
+            names = ("memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         folder = top / path.lstrip("/")
         for one in (folder, *folder.parents):
-            limit = _number(one / names[0])
-            if limit is not None and limit < UNLIMITED:
+            limit = min((found for name in limits if (found := _number(one / name)) is not None), default=UNLIMITED)
+            if limit < UNLIMITED:
                 # Pages of files that were read are given back when memory is asked for.
                 cached = [
-                    int(line.split()[1]) for line in _lines(one / "memory.stat") if line.startswith(f"{names[2]} ")
+                    int(line.split()[1]) for line in _lines(one / "memory.stat") if line.startswith(f"{names[1]} ")
                 ]
-                found.append((limit, max(0, (_number(one / names[1]) or 0) - sum(cached))))
+                groups.append((limit, max(0, (_number(one / names[0]) or 0) - sum(cached))))
             if one == top:
                 break
-    return found
+    return groups
 
 
 def _own_limits(root: Path) -> list[tuple[int, int]]:

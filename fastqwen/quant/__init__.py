@@ -11,6 +11,7 @@ import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from fastqwen.common_config import OWN_WORDS
 from fastqwen.errors import BadConfig, Unsupported
 from fastqwen.kernels import Ops
 from fastqwen.layers.linear import Linear
@@ -68,20 +69,24 @@ def supported() -> list[str]:
 
 def method_word(quantization: dict[str, Any] | None) -> str:
     """The method's file name, whether there is such a file or not."""
-    return (
-        "dense"
-        if quantization is None
-        else str(quantization.get("quant_method", "")).lower().rpartition("/")[2].replace("-", "_")
-    )
+    if quantization is None:
+        return "dense"
+    word = quantization.get("quant_method")
+    if word is None and any(quantization.get(key) for key in ("load_in_4bit", "load_in_8bit")):
+        word = "bitsandbytes"  # whose older files do not say it
+    return str(word or "").lower().rpartition("/")[2].replace("-", "_")
 
 
 def find(quantization: dict[str, Any] | None, source: str) -> QuantMethod:
     """The method that a config.json's quantization_config asks for. Raises Unsupported."""
     word = method_word(quantization)
-    if word not in supported():
+    if not word:
         raise Unsupported(
-            f"{source}: quantization method {short(word)} is not supported; supported: {', '.join(supported())}"
+            f"{source}: quantization_config has no quant_method, so how the quantization method packs is not known"
         )
+    if word not in supported():
+        named = ", ".join(name for name in supported() if name not in OWN_WORDS)
+        raise Unsupported(f"{source}: quantization method {short(word)} is not supported; supported: {named}")
     method: QuantMethod = importlib.import_module(f"{__name__}.{word}").from_config(quantization or {}, source)
     return method
 

@@ -15,7 +15,7 @@ from fastqwen.layers.linear import GroupedLinear, Linear
 from fastqwen.model_config import Fields
 from fastqwen.quant import ExpertsSpec, LinearSpec, tell_unknown
 from fastqwen.quant.dense import of_modules, stacked
-from fastqwen.quant.gptq import SCALE_BYTES, ZERO_BYTES, divided
+from fastqwen.quant.gptq import SCALE_BYTES, ZERO_BYTES, check_groups, divided
 from fastqwen.sharding import Part, Ranges
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Awq:
             raise weights.fault(
                 f"{name}.qweight", f"cannot hold {in_size} x {out_size} numbers in groups of {group_size}"
             )
+        check_groups(weights, name, self.group_size, in_size // group_size)
         words = columns = groups = None  # which part of them; None: all
         if outputs is not None:
             words, columns = Part(1, divided(weights, name, outputs, PER_WORD, "numbers of a word")), Part(1, outputs)

@@ -114,8 +114,14 @@ class Gptq:
                 f"{name}.qweight", f"cannot hold {in_size} x {out_size} numbers of {self.file_bits} bits"
             )
         num_groups = self._num_groups(in_size)
-        groups = self._groups(weights, name, in_size, group_size, num_groups)
         words = words_of_unit(self.file_bits)
+        height = weights.height(f"{name}.qweight")
+        if height is not None and height != in_size // unit * words and height * 32 % in_size == 0:
+            raise weights.fault(
+                f"{name}.qweight", f"holds {height * 32 // in_size} bits a number, but bits is {self.file_bits}"
+            )
+        check_groups(weights, name, self.group_size, num_groups)
+        groups = self._groups(weights, name, in_size, group_size, num_groups)
         zeros = self._zeros(weights.words(f"{name}.qzeros", (num_groups, out_size // unit * words)))
         codes = scales = None  # which part of them; None: all
         if outputs is not None:
@@ -169,7 +175,18 @@ class Gptq:
         groups = weights.words(f"{name}.g_idx", (in_size,)).long()
         if int(groups.min()) < 0 or int(groups.max()) >= num_groups:
             raise weights.fault(f"{name}.g_idx", f"names groups outside 0 to {num_groups - 1}")
+        if num_groups > 1 and not groups.any():  # some tools leave them empty where inputs are in order
+            return None
         return None if groups.equal(_in_order(groups, in_size, group_size)) else groups
+
+
+def check_groups(weights: Weights, name: str, group_size: int, num_groups: int) -> None:
+    """That a matrix's scales are as many as ``group_size`` makes of its inputs."""
+    found = weights.height(f"{name}.scales")
+    if found not in (None, num_groups):
+        raise weights.fault(
+            f"{name}.scales", f"has {found} groups of inputs, but group_size is {group_size}, which makes {num_groups}"
+        )
 
 
 def _in_order(like: Tensor, in_size: int, group_size: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.model_config import read_json
 from fastqwen.text.tokenizer import QWEN_WORDS, JsonTokenizer
-from fastqwen.text_files import decoded, read_text, what_head_is
+from fastqwen.text_files import decoded, read_bytes, read_text, what_head_is
 
 if TYPE_CHECKING:
     import tokenizers
@@ -44,13 +44,18 @@ def from_tokenizer_json(folder: Path, words: dict[str, Any]) -> tuple[JsonTokeni
 
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise BadCheckpoint(f"{path} is larger than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer is")
-    data = path.read_bytes()
+    data = read_bytes(path)
     try:
         inner = tokenizers.Tokenizer.from_str(decoded(data))
     except Exception as error:  # the library raises plain Exception
         raise BadCheckpoint(f"{path} {what_head_is(data[:512]) or f'is damaged: {str(error)[:300]}'}") from None
+    # What a training script left in the file: here, all of a text counts, and nothing but it.
+    inner.no_truncation()
+    inner.no_padding()
+    if words.get("add_prefix_space") is True and "add_prefix_space=True" not in str(inner.pre_tokenizer):
+        log.warning("%s does not put a space before texts, add_prefix_space is true elsewhere; the former counts", path)
     specials = _add_tokens(inner, _added(folder, words), path)
-    return JsonTokenizer(inner, byte_level="ByteLevel" in str(inner.decoder), specials=specials), path
+    return _finished(inner, words, specials, byte_level="ByteLevel" in str(inner.decoder)), path
 
 
 def from_vocabulary(folder: Path, words: dict[str, Any]) -> tuple[JsonTokenizer, Path] | None:
@@ -70,13 +75,26 @@ def from_vocabulary(folder: Path, words: dict[str, Any]) -> tuple[JsonTokenizer,
     except Exception as error:  # the library raises plain Exception
         raise BadCheckpoint(f"{merges_file} does not fit {path.name}: {str(error)[:300]}") from None
     steps: list[Any] = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
+    prefixed = words.get("add_prefix_space") is True
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=prefixed, use_regex=pattern is None))
     inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
     inner.decoder = decoders.ByteLevel()
     if pattern is not None:
         inner.normalizer = normalizers.NFC()
     specials = _add_tokens(inner, _added(folder, words), path)
-    return JsonTokenizer(inner, specials=specials), path
+    return _finished(inner, words, specials), path
+
+
+def _finished(
+    inner: tokenizers.Tokenizer, words: dict[str, Any], specials: dict[str, bool], *, byte_level: bool = True
+) -> JsonTokenizer:
+    if words.get("split_special_tokens") is True:
+        log.warning(
+            "tokenizer_config.json: split_special_tokens is true, so control tokens are read as text everywhere"
+        )
+        inner.encode_special_tokens = True
+    named = dict.fromkeys((_text(words.get(name)) for name in NAMED_TOKENS), True)
+    return JsonTokenizer(inner, byte_level=byte_level, specials={**specials, **named})
 
 
 def no_tokenizer(folder: Path) -> BadCheckpoint:
@@ -143,16 +161,23 @@ def _added(folder: Path, words: dict[str, Any]) -> list[_Added]:
         texts: Any = words.get(key) or []
         listed = list(texts.values()) if isinstance(texts, dict) else texts
         found += [_Added(_text(one), None, True, {}) for one in listed if _text(one)]
-    return list({one.text: one for one in reversed(found) if one.text}.values())[::-1]
+    first: dict[str, _Added] = {}  # of several that say something of a token, the first counts
+    for token in found:
+        if token.text:
+            first.setdefault(token.text, token)
+    return list(first.values())
 
 
 def _add_tokens(inner: tokenizers.Tokenizer, added: list[_Added], path: Path) -> dict[str, bool]:
     """Adds what the tokenizer's own file lacks; which of all are control tokens, where other files say it."""
     from tokenizers import AddedToken
 
-    known = {token.content: number for number, token in inner.get_added_tokens_decoder().items()}
+    there = {token.content: (number, token) for number, token in inner.get_added_tokens_decoder().items()}
+    known = {text: number for text, (number, _) in there.items()}
     for one in added:
-        if one.text not in known:
+        if one.text in there:
+            _tell_of_flags(one, there[one.text][1], path)
+        else:
             flags = {"normalized": not one.special, **one.flags}
             inner.add_tokens([AddedToken(one.text, special=one.special, **flags)])
             known[one.text] = inner.token_to_id(one.text) or 0
@@ -162,6 +187,17 @@ def _add_tokens(inner: tokenizers.Tokenizer, added: list[_Added], path: Path) ->
                 path, one.text[:80], one.token_id, known[one.text],
             )  # fmt: skip
     return {one.text: one.special for one in added}
+
+
+def _tell_of_flags(one: _Added, there: tokenizers.AddedToken, path: Path) -> None:
+    """``normalized`` is not among them: for control tokens, which hold no letters to be composed, it changes nothing."""
+    differ = [
+        key
+        for key in ("lstrip", "rstrip", "single_word")
+        if one.flags.get(key, getattr(there, key)) != getattr(there, key)
+    ]
+    if differ:
+        log.warning("%s: %s of token %s differ elsewhere; the former counts", path, ", ".join(differ), one.text[:80])
 
 
 def _number(value: Any) -> int:

@@ -28,6 +28,9 @@ ADDED = re.compile(r"<[|\uff5c].+[|\uff5c]>|</?[a-z_]+>")
 # How text is cut into words before merges apply, by tokenizer.ggml.pre. The patterns are GPT-2's, and what the tokenizer.json
 # of Qwen2 and of Llama 3 contain.
 _LLAMA3 = QWEN_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_QWEN3_5 = QWEN_WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r"\s\p{L}\p{N}", r"\s\p{L}\p{M}\p{N}"
+)  # marks are letters
 
 
 class _Kind(NamedTuple):
@@ -44,7 +47,10 @@ KINDS = {
     "llama3": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
     "llama-v3": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
     "falcon3": _Kind(_LLAMA3, ignore_merges=True, add_bos=True),
+    "qwen35": _Kind(_QWEN3_5, nfc=True),
     "deepseek-r1-qwen": _Kind(QWEN_WORDS),
+    "kormo": _Kind(QWEN_WORDS),
+    "f2llmv2": _Kind(QWEN_WORDS),
     "megrez": _Kind(QWEN_WORDS),
     "stablelm2": _Kind(QWEN_WORDS),
     "dbrx": _Kind(_LLAMA3),
@@ -54,11 +60,17 @@ KINDS = {
     "refact": _Kind(None, digits_alone=True),
     "command-r": _Kind(None, digits_alone=True),
     "codeshell": _Kind(None, digits_alone=True),
+    "a.x-4.0": _Kind(None),
+    "mellum": _Kind(None),
+    "gigachat": _Kind(None),
     "gpt-2": _Kind(None),
     "mpt": _Kind(None),
     "phi-2": _Kind(None),
     "default": _Kind(None),
 }
+
+
+TEMPLATE = "tokenizer.chat_template"
 
 
 class TextFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,13 +87,11 @@ class TextFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 def text_facts(metadata: dict[str, Any], source: str = "the GGUF file") -> TextFacts:
     """``source`` is the file that errors name. Raises BadCheckpoint for a value of a wrong type."""
-    template, tool_template = (
-        _text(metadata, key, source) for key in ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
-    )
+    template, tool_template = (_text(metadata, key, source) for key in (TEMPLATE, f"{TEMPLATE}.tool_use"))
     pre = metadata.get("tokenizer.ggml.pre")
     default = isinstance(pre, str) and pre in KINDS and KINDS[pre].add_bos
     return TextFacts(
-        chat_template=template,
+        chat_template=template if template is not None and template.strip() else None,
         bos_token_id=_token_id(metadata, "bos_token_id", source),
         eos_token_id=_token_id(metadata, "eos_token_id", source),
         add_bos=metadata.get("tokenizer.ggml.add_bos_token", default) is True,
@@ -128,6 +138,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     _cut_words(tokenizer, kind)
     _add_tokens(tokenizer, metadata, tokens, source)
+    _tell_unread(metadata, source)
     _add_ends(tokenizer, text_facts(metadata, source), tokens, source)
     return tokenizer
 
@@ -138,7 +149,8 @@ def kind_of_words(metadata: dict[str, Any], source: str) -> _Kind:
     if model is None:
         raise BadCheckpoint(f"{source} holds no tokenizer: tokenizer.ggml.model is missing")
     if model != "gpt2":
-        what = "a SentencePiece tokenizer" if model == "llama" else f"a tokenizer of the kind {str(model)[:40]!r}"
+        kinds = {"llama": "a SentencePiece tokenizer", "none": "no tokenizer", "no_vocab": "no tokenizer"}
+        what = kinds.get(str(model), f"a tokenizer of the kind {str(model)[:40]!r}")
         raise Unsupported(
             f"{source} has {what} (tokenizer.ggml.model), only byte-level BPE ('gpt2') is supported; "
             "give a folder with the model's tokenizer.json as --tokenizer"
@@ -148,8 +160,33 @@ def kind_of_words(metadata: dict[str, Any], source: str) -> _Kind:
         pre = "qwen2" if str(metadata.get("general.architecture")).startswith("qwen") else "default"
         log.warning("%s: tokenizer.ggml.pre is missing; words are cut as %s does", source, pre)
     if not isinstance(pre, str) or pre not in KINDS:
-        raise Unsupported(f"{source}: tokenizer.ggml.pre is {str(pre)[:40]!r}; supported: {', '.join(KINDS)}")
+        raise Unsupported(
+            f"{source}: tokenizer.ggml.pre is {str(pre)[:40]!r}, and how that cuts words is not known here: give a folder with "
+            f"the model's tokenizer.json as --tokenizer; known: {', '.join(KINDS)}"
+        )
     return KINDS[pre]
+
+
+# What else a file says of its text; a key beside these is told.
+KNOWN_KEYS = frozenset((
+    "model", "pre", "tokens", "token_type", "merges", "scores", "token_type_count", "add_bos_token", "add_eos_token",
+    "add_sep_token", "add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap",
+    *(f"{name}_token_id" for name in (
+        "bos", "eos", "eot", "eom", "unk", "unknown", "sep", "seperator", "separator", "pad", "padding", "cls", "mask", "prefix",
+        "suffix", "middle", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep",
+    )),
+))  # fmt: skip
+
+
+def _tell_unread(metadata: dict[str, Any], source: str) -> None:
+    keys = [
+        key for key in metadata if key.startswith("tokenizer.ggml.") and key.partition(".ggml.")[2] not in KNOWN_KEYS
+    ]
+    named = [key for key in metadata if key.startswith(f"{TEMPLATE}.") and not key.endswith(".tool_use")]
+    if keys or named:
+        log.warning("%s: not read: %s", source, ", ".join([*keys, *named][:8]))
+    if isinstance(metadata.get(TEMPLATE), str) and not metadata[TEMPLATE].strip():
+        log.warning("%s: %s is empty, and taken as none", source, TEMPLATE)
 
 
 def _strings(metadata: dict[str, Any], name: str, source: str) -> list[str]:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# What begins and ends turns is never text, whatever a file calls it.
+TURNS = frozenset(
+    ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+)
 PROBE = "a"
 CHARS_PER_TOKEN = 32  # no real text comes near this average; longer input cannot fit and is not worth tokenising
 
@@ -150,7 +154,7 @@ class JsonTokenizer(Tokenizer):
         self.control_tokens = {
             token.content: token_id
             for token_id, token in self._added.items()
-            if specials.get(token.content, token.special)
+            if specials.get(token.content, token.special) or token.content in TURNS
         }
         self.vocab_size = max(inner.get_vocab_size(with_added_tokens=True), 1 + max(self._added, default=-1))
         self._bytes: dict[int, bytes] = {}  # as they are asked for; no larger than the vocabulary

@@ -29,7 +29,8 @@ BESIDE = {
 
 
 def account(weights: Weights, model: ModelConfig, source: str) -> None:
-    """Names what was not read, once. Raises Unsupported for a tensor that belongs to a part of this model."""
+    """Names what was not read, once, but for biases of zeros. Raises Unsupported for a tensor that belongs to a part of this
+    model, or would in another."""
     names, named = models.find(model.model_type).NAMES, []
     unread = weights.unread()
     beside = {part: [name for name in unread if found.search(name)] for part, found in BESIDE.items()}
@@ -37,10 +38,11 @@ def account(weights: Weights, model: ModelConfig, source: str) -> None:
     if told:
         log.warning("not read: %s", ", ".join(told))
     for name in sorted(set(unread).difference(*beside.values())):
-        if name.endswith("bias") and weights.is_zero(name):
+        is_zero = name.endswith("bias") and weights.is_zero(name)
+        if is_zero and name.endswith(".bias") and names.multiplies(name, model.num_layers):
             continue
-        inside = names.holds(name, model.num_layers) and not name.startswith(names.head)
-        if inside or (OTHER_PARTS.search(name) and re.search(r"\d", name)):
+        inside = names.holds(name, model.num_layers)
+        if not is_zero and (inside or (OTHER_PARTS.search(name) and re.search(r"\d", name))):
             raise Unsupported(
                 f"{weights.location(name)}: tensor {name} is there, but a {model.model_type} as {source} describes it "
                 "does not have it: it would be left out of the answers"

@@ -38,7 +38,8 @@ def open_checkpoint(
     Raises BadCheckpoint or ModelNotFound.
     """
     if path.is_file():
-        from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
+        from fastqwen.weights.gguf_checkpoint import GgufCheckpoint
+        from fastqwen.weights.gguf_config import config_from_gguf
         from fastqwen.weights.gguf_file import GgufFile
 
         file = GgufFile(path)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastqwen.errors import BadCheckpoint
 from fastqwen.model_config import read_json
 from fastqwen.sharding import Part
-from fastqwen.weights.refusals import damaged, no_weights, not_weights
+from fastqwen.weights.refusals import SAFETENSORS, check_finished, damaged, no_weights, not_weights, visible
 from fastqwen.weights.source import cut
+
+log = logging.getLogger(__name__)
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,14 +48,26 @@ class SafetensorsCheckpoint:
         self._places: dict[str, _Place] = {}
         chosen, listed = choose_files(folder, base_name)
         for path in chosen:
+            check_finished(path)
             self._files[path] = _open(path)
             for name in self._files[path].keys():
-                self._places.update(_places(self._files[path], path, name))
+                self._put(dict(_places(self._files[path], path, name)))
         gone = {shard for shard in set(listed.values()) if not (folder / shard).exists()}
         self.lacking = {name: folder / shard for name, shard in listed.items() if shard in gone or not self._has(name)}
-        self.unused_files = sorted(
-            {path.name for path in folder.glob("*.safetensors")} - {path.name for path in chosen}
-        )
+        self.unused_files = sorted({*visible(folder, SAFETENSORS)} - {path.name for path in chosen})
+
+    def _put(self, places: dict[str, _Place]) -> None:
+        """Of a tensor that stands in two files the later one counts, as in transformers."""
+        for name in places.keys() & self._places.keys():
+            earlier = self._read(self._places[name])
+            if not torch.equal(earlier, self._read(places[name])):
+                log.warning(
+                    "tensor %s is another one in %s and %s; the latter counts",
+                    name,
+                    self._places[name].file,
+                    places[name].file,
+                )
+        self._places.update(places)
 
     def names(self) -> list[str]:
         return list(self._places)
@@ -69,7 +85,9 @@ class SafetensorsCheckpoint:
         return shape[1:] if place.half is None else (shape[1] // 2, *shape[2:])
 
     def read(self, name: str, part: Part | None = None) -> Tensor:
-        place = self._places[name]
+        return cut(self._read(self._places[name]), part)
+
+    def _read(self, place: _Place) -> Tensor:
         file = self._files[place.file]
         if place.expert is None:
             tensor: Tensor = file.get_tensor(place.tensor)  # a view: only what is used is read
@@ -77,7 +95,7 @@ class SafetensorsCheckpoint:
             tensor = file.get_slice(place.tensor)[place.expert]
             if place.half is not None:
                 tensor = tensor.chunk(2)[place.half]
-        return cut(tensor, part)
+        return tensor
 
     def _has(self, name: str) -> bool:
         return name in self._places or STACKED.fullmatch(name) is not None
@@ -111,7 +129,7 @@ def choose_files(folder: Path, base_name: str | None = None) -> tuple[list[Path]
         listed = _weight_map(index)
         paths = sorted(folder / _plain_name(index, name) for name in set(listed.values()))
         return [path for path in paths if path.exists()], listed
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = visible(folder, SAFETENSORS)
     if base_name is not None and f"{base_name}.safetensors" in names:
         return [folder / f"{base_name}.safetensors"], {}
     own = [name for name in names if not OTHERS.match(name)]

@@ -96,6 +96,10 @@ class Weights:
             raise self._missing(name)
         return self._file.shape(name)
 
+    def height(self, name: str) -> int | None:
+        """A tensor's first size; None where it is made up, and has whichever is asked for."""
+        return self.shape(name)[0]
+
     def codes(self, name: str, shape: tuple[int, int]) -> CodedWeight | None:
         """A matrix as small whole numbers; None where the file does not hold it so."""
         if not isinstance(self._file, CodedFile):
@@ -147,14 +151,25 @@ class Weights:
             return BadCheckpoint(
                 f"{file}: {base} is packed ({base}.qweight), which config.json does not say, or not supported there"
             )
-        longer = next((other for other in self._names if other.endswith(f".{name}")), None)
+        longer = next((other for other in sorted(self._names) if other.endswith(f".{name}")), None)
         if longer is None:
-            return BadCheckpoint(f"{file}: tensor {name} is missing")
+            return BadCheckpoint(f"{file}: tensor {name} is missing{self._in_place_of(base)}")
         prefix = longer.removesuffix(name)
         return BadCheckpoint(
             f"{file}: tensor {name} is missing, but {longer} is there: the names have a foreign prefix {prefix!r}"
             f"{FOREIGN_PREFIXES.get(prefix, '')}; save the model again without it"
         )
+
+    def _in_place_of(self, base: str) -> str:
+        """What else a file may hold instead of a module's weight."""
+        parent = base.rpartition(".")[0]
+        joined = tuple(f"{parent}.{word}." for word in JOINED)
+        for other in sorted(self._names):
+            if other.startswith((f"{base}.base_layer.", f"{base}.lora_")):
+                return f", but {other} is there: an adapter (LoRA) was saved that is not merged into the model; merge it first"
+            if other.startswith((f"{base}.", *joined)) and not other.endswith(".bias"):
+                return f", but {other} is there, which is another program's layout"
+        return ""
 
     def unread(self) -> list[str]:
         """Tensors of the file that nobody asked for, but for those that are known to mean nothing."""
@@ -172,13 +187,16 @@ class Weights:
         return self.has(name) and self._file.read(name).element_size() == 1
 
     def is_zero(self, name: str) -> bool:
-        return not bool(self._file.read(name).any())
+        return not bool(self._file.read(name).float().any())
 
 
+# What other programs call queries, keys and values, or gate and up, in one matrix.
+JOINED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "W_pack", "qkv", "wqkv")
 # What other programs put in front of all names.
 FOREIGN_PREFIXES = {
     "_orig_mod.": " (torch.compile's)",
     "module.": " (torch's DataParallel)",
+    "_fsdp_wrapped_module.": " (torch's FSDP)",
     "base_model.model.": " (PEFT's)",
     "language_model.": " (a model with a vision part)",
 }
@@ -231,6 +249,9 @@ class DummyWeights(Weights):
         return None
 
     def rows(self, name: str, shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+        return None
+
+    def height(self, name: str) -> int | None:
         return None
 
     def unread(self) -> list[str]:

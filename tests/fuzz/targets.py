@@ -38,7 +38,8 @@ from fastqwen.text.qwen_tiktoken import QwenTiktoken
 from fastqwen.text.react import ReActParser
 from fastqwen.text.template import CHATML, ChatTemplate
 from fastqwen.text.tool_calls import Hermes, Xml
-from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
+from fastqwen.weights.gguf_checkpoint import GgufCheckpoint
+from fastqwen.weights.gguf_config import config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.safetensors_file import INDEX, SafetensorsCheckpoint
 from tests.server.harness import END, ByteTokenizer

@@ -203,10 +203,27 @@ def test_contradicting_keys(case: str):
     assert (found.rope, found.dtype, found.moe) == (plain.rope, plain.dtype, plain.moe)
 
 
+def test_the_number_of_experts_under_its_other_name_counts_more():
+    values = {**ALL["qwen3_moe"], "model_type": "qwen3_moe", "num_experts": 99, "num_local_experts": 8}
+    theirs = transformers.Qwen3MoeConfig(**{key: value for key, value in values.items() if key != "model_type"})
+    found = parse(values)
+    assert found.moe is not None and found.moe.num_experts == theirs.num_experts == 8
+    assert any("num_local_experts" in notice for notice in found.notices)
+
+
+def test_a_number_type_that_is_not_known_is_told():
+    for dtype in ("float64", "auto", "float8_e4m3fn"):
+        found = parse(QWEN2, dtype=dtype)
+        assert found.dtype == "bfloat16" and any(dtype in notice for notice in found.notices)
+    assert not any("dtype" in notice for notice in parse(QWEN2, torch_dtype="torch.float16").notices)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}},
         {"use_sliding_window": "false"}, {"tie_word_embeddings": 1}, {"rms_norm_eps": "1e-6"}, {"rope_theta": "10000.0"},
+        {"rope_scaling": {"type": "yarn", "factor": 0.5}},
         {"rope_scaling": {"type": "yarn"}}, {"rope_scaling": {"type": "linear"}}, {"layer_types": ["full_attention"]},
         {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     ],

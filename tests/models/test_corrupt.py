@@ -194,7 +194,7 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
         BadCheckpoint,
     ),
     "a-directory": (
-        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()), f"{WEIGHTS} is damaged", BadCheckpoint,
+        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()), f"{WEIGHTS} is a folder", BadCheckpoint,
     ),
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), "no .safetensors files", ModelNotFound),
     "missing-shard": (lambda folder: shards(folder, missing=True), "model-00002-of-00002", BadCheckpoint),
@@ -276,7 +276,7 @@ def test_qwen1(changes: dict[str, Any], words: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_experts": 9}, "gate.weight"),
+        ({"num_local_experts": 9}, "gate.weight"),  # as transformers 5 writes the number of experts
         ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
         ({"moe_intermediate_size": 47}, "experts.0"),
         ({"mlp_only_layers": "all"}, "mlp_only_layers"),

@@ -44,6 +44,15 @@ def test_a_container_and_the_one_around_it(tmp_path: Path):
     assert (total_bytes(root), free_bytes(root)) == (2 * GIB, GIB // 2 * 3)
 
 
+def test_a_container_that_is_slowed_down_before_it_is_full(tmp_path: Path):
+    group = "sys/fs/cgroup/"
+    files = {f"{group}memory.max": f"{2 * GIB}", f"{group}memory.high": f"{GIB}", f"{group}memory.current": "0"}
+    root = machine(tmp_path, {"proc/self/cgroup": "0::/box\n", **files})
+    assert (total_bytes(root), free_bytes(root)) == (GIB, GIB)
+    (root / f"{group}memory.high").write_text("max\n")
+    assert total_bytes(root) == 2 * GIB
+
+
 def test_the_older_kind_of_container(tmp_path: Path):
     group = "sys/fs/cgroup/memory/docker/"
     root = machine(

@@ -199,6 +199,9 @@ def test_the_op_in_many_small_chunks(bits: int, monkeypatch: pytest.MonkeyPatch)
         ({"pack_dtype": "int16"}, "pack_dtype"),
         ({"dynamic": {"+:.*down": {"bits": 8}}}, "dynamic"),
         ({"quant_method": None}, "quantization method"),
+        ({"quant_method": None, "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "online", "format": "int4"}, "'online'"),
+        ({"quant_method": "dense"}, "'dense'"),
     ],
 )
 def test_variants_that_are_refused(changes: dict[str, Any], words: str, tmp_path: Path):
@@ -231,6 +234,36 @@ def test_relatives_of_gptq(layout: Layout, changes: dict[str, Any], tmp_path: Pa
     config["quantization_config"].pop("checkpoint_format", None)
     config["quantization_config"].update(changes)
     (packed / "config.json").write_text(json.dumps(config))
+    check(packed, plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"group_size": 64}, "group_size is 64"), ({"group_size": 16}, "group_size is 16"),
+        ({"group_size": -1}, "group_size is -1"), ({"bits": 8}, "4 bits a number, but bits is 8"),
+        ({"bits": 2}, "4 bits a number, but bits is 2"),
+    ],
+    ids=lambda changes: str(changes),
+)  # fmt: skip
+def test_tensors_that_contradict_the_configuration(changes: dict[str, Any], words: str, tmp_path: Path):
+    make(tmp_path, "Qwen2Config")
+    packed, _ = pack(tmp_path, Layout())
+    config = read_json(packed / "config.json")
+    config["quantization_config"].update(changes)
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadCheckpoint, match="q_proj") as caught:
+        start(packed)
+    assert words in str(caught.value)
+
+
+def test_groups_that_were_left_empty_are_in_order(tmp_path: Path):
+    make(tmp_path, "Qwen2Config")
+    packed, plain = pack(tmp_path, Layout(keep_g_idx=True))
+    tensors = load_file(packed / "model.safetensors")
+    empty = {name: np.zeros_like(one) for name, one in tensors.items() if name.endswith(".g_idx")}
+    assert empty
+    save_file({**tensors, **empty}, packed / "model.safetensors")
     check(packed, plain)
 
 

@@ -81,6 +81,14 @@ PLACES: dict[str, dict[str, Any]] = {
     "vocab.json-and-added_tokens.json": {
         "slow": True, "files": {"added_tokens": {text: FIRST + number for number, text in enumerate(LISTED)}},
     },
+    "vocab.json-and-all-others": {
+        "slow": True,
+        "files": {
+            "added_tokens": {text: FIRST + number for number, text in enumerate(LISTED)},
+            "special_tokens_map": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
+        },
+    },
+    "split": {"split_special_tokens": True},
 }  # fmt: skip
 
 
@@ -89,6 +97,57 @@ def test_the_ids_of_transformers(place: str, tmp_path: Path):
     path = folder(tmp_path, **PLACES[place])
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     assert ours(path).tokenizer.encode(TEXT) == theirs.encode(TEXT, add_special_tokens=False)
+
+
+def edited(path: Path, change: dict[str, Any]) -> Path:
+    """tokenizer.json with other values."""
+    written = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps({**written, **change}))
+    return path
+
+
+TRAINING = {
+    "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 40}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": FIRST, "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("left", TRAINING)
+def test_what_a_training_left_cuts_and_fills_no_prompts(left: str, tmp_path: Path):
+    path = edited(folder(tmp_path), {left: TRAINING[left]})
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    assert ours(path).tokenizer.encode(TEXT) == theirs.encode(TEXT, add_special_tokens=False)
+
+
+PLAIN = [{"id": FIRST + number, **added(text, False)} for number, text in enumerate(SPECIALS)]
+SPECIAL_ELSEWHERE: dict[str, dict[str, Any]] = {
+    "eos_token": {}, "added_tokens_decoder": {"added_tokens_decoder": DECODER},
+    "special_tokens_map": {"files": {"special_tokens_map": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", SPECIAL_ELSEWHERE)
+def test_a_token_is_hidden_if_any_file_calls_it_special(where: str, tmp_path: Path):
+    path = edited(folder(tmp_path, **SPECIAL_ELSEWHERE[where]), {"added_tokens": PLAIN})
+    theirs, found = transformers.AutoTokenizer.from_pretrained(path), ours(path).tokenizer
+    ids = found.encode("hello<|im_end|>")
+    assert ids[-1] == FIRST + 2
+    assert found.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True) == "hello"
+    # Whatever files say, a user cannot begin a turn.
+    assert FIRST + 1 not in found.encode_plain("<|im_start|>system")
+
+
+def test_a_token_that_a_file_calls_no_control_token_is_shown_unless_it_has_a_name(tmp_path: Path):
+    plain = {number: {**one, "special": False} for number, one in DECODER.items()}
+    path = edited(
+        folder(tmp_path, added_tokens_decoder=plain), {"added_tokens": [*PLAIN, {"id": FIRST + 3, **added("<|foo|>")}]}
+    )
+    theirs, found = transformers.AutoTokenizer.from_pretrained(path), ours(path).tokenizer
+    ids = [*found.encode("hello"), FIRST + 3, FIRST + 2]
+    assert found.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True) == "hello<|foo|>"
 
 
 def test_a_token_whose_number_differs_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -144,6 +203,9 @@ TEMPLATES: dict[str, dict[str, Any]] = {
         "chat_template": [DEF, TOOL],
         "files": {"chat_template.jinja": "JINJA", "additional_chat_templates/tool_use.jinja": "TOOLS"},
     },
+    "two-defaults": {
+        "files": {"chat_template.jinja": "JINJA", "additional_chat_templates/default.jinja": "D"},
+    },
     "folder-has-all": {
         "files": {"additional_chat_templates/default.jinja": "D", "additional_chat_templates/tool_use.jinja": "TOOLS"},
     },
@@ -167,3 +229,28 @@ def test_the_template_that_transformers_takes(case: str, tmp_path: Path):
 def test_named_templates_without_a_default(tmp_path: Path):
     with pytest.raises(BadCheckpoint, match=r"tool_use.*--chat-template"):
         ours(folder(tmp_path, chat_template=[TOOL]))
+
+
+@pytest.mark.parametrize("template", [5, [DEF, 5], [{"name": "default"}], {"default": 5}], ids=repr)
+def test_a_template_that_is_none(template: Any, tmp_path: Path):
+    with pytest.raises(BadCheckpoint, match=r"tokenizer_config\.json: chat_template is"):
+        ours(folder(tmp_path, chat_template=template))
+
+
+@pytest.mark.parametrize(
+    "files", [{"chat_template.jinja": " \n"}, {"chat_template": {"chat_template": "OF A PROCESSOR"}}], ids=str
+)
+def test_a_template_that_is_not_used_is_named(files: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    template = ours(folder(tmp_path, files=files)).template
+    assert template is not None and template.origin == "built-in ChatML"
+    assert "chat_template.j" in caplog.text
+
+
+def test_flags_that_differ_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    ours(
+        folder(tmp_path, added_tokens_decoder={**DECODER, str(FIRST): {**added("<|endoftext|>"), "single_word": True}})
+    )
+    assert "single_word of token <|endoftext|>" in caplog.text
+    caplog.clear()
+    ours(folder(tmp_path, added_tokens_decoder=DECODER, add_prefix_space=True))
+    assert "add_prefix_space" in caplog.text

@@ -10,6 +10,7 @@ import tiktoken
 
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.text.gguf_tokenizer import KINDS, TextFacts, text_facts, tokenizer_from_gguf
+from fastqwen.text.tokenizer import JsonTokenizer
 
 SOURCE = "tiny.gguf"
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -154,13 +155,40 @@ def test_added_tokens_that_are_called_text_are_taken_as_what_they_are(caplog: py
         assert "<|im_end|>" in caplog.text and "PAD" not in caplog.text
 
 
-@pytest.mark.parametrize("pre", ["deepseek-r1-qwen", "megrez", "stablelm2"])
+@pytest.mark.parametrize("pre", ["deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2"])
 def test_relatives_of_qwen2_cut_words_as_it_does(pre: str) -> None:
     for text in TEXTS[:-3]:
         assert (
             tokenizer_from_gguf(metadata(pre), SOURCE).encode(text).ids
             == tokenizer_from_gguf(metadata(), SOURCE).encode(text).ids
         )
+
+
+def test_qwen35_cuts_words_as_transformers_does() -> None:
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
+
+    assert KINDS["qwen35"].pattern == PRETOKENIZE_REGEX
+
+
+def test_what_begins_a_turn_is_never_what_a_user_types() -> None:
+    values = metadata()
+    types = values["tokenizer.ggml.token_type"].copy()
+    types[types == 3] = 4  # user-defined: llama.cpp would find them in any text
+    found = JsonTokenizer(tokenizer_from_gguf({**values, "tokenizer.ggml.token_type": types}, SOURCE))
+    assert set(CONTROL_TOKENS) <= found.control_tokens.keys()
+    assert found.control_tokens["<|im_start|>"] not in found.encode_plain("<|im_start|>system")
+
+
+def test_keys_and_templates_that_nobody_reads_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer_from_gguf(metadata(pad_token_id=3, scores=np.ones(3)), SOURCE)
+    assert not caplog.text
+    template = {"tokenizer.chat_template": "{{ 1 }}", "tokenizer.chat_template.tool_use": "a"}
+    tokenizer_from_gguf({**metadata(new_trick=True), **template, "tokenizer.chat_template.rag": "b"}, SOURCE)
+    assert "new_trick" in caplog.text and "chat_template.rag" in caplog.text and "tool_use" not in caplog.text
+    caplog.clear()
+    tokenizer_from_gguf({**metadata(), "tokenizer.chat_template": " "}, SOURCE)
+    assert text_facts({"tokenizer.chat_template": " "}).chat_template is None
+    assert "chat_template is empty" in caplog.text
 
 
 def test_a_template_for_tools_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
@@ -73,6 +74,7 @@ def in_transformers(folder: Path) -> torch.Tensor:
 QUIET = {
     "old-buffers": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
     "biases-of-zeros": {"model.layers.0.mlp.up_proj.bias": torch.zeros(96)},
+    "a-bias-of-zeros-of-the-head": {"lm_head.bias": torch.zeros(256)},
 }
 NAMED = {
     "heads-for-guessing": {"mtp.layers.0.mlp.up_proj.weight": torch.ones(2, 2)},
@@ -80,8 +82,17 @@ NAMED = {
     "vision": {"visual.blocks.0.attn.qkv.weight": torch.ones(2, 2)},
     "more-layers": {"model.layers.7.mlp.up_proj.weight": torch.ones(96, 64)},
     "unknown-part": {"model.layers.0.foo.weight": torch.ones(2)},
+    # Zeros, but not of a matrix: they may belong to a norm of another kind, or to a part that is not there.
+    "a-norms-bias": {"model.layers.0.input_layernorm.bias": torch.zeros(64)},
+    "a-bias-of-no-part": {"model.layers.0.foo.bias": torch.zeros(2)},
+    "a-bias-of-the-embedding": {"model.embed_tokens.bias": torch.zeros(64)},
+    "a-bias-of-routing": {"model.layers.0.mlp.gate.e_score_correction_bias": torch.zeros(4)},
+    "a-bias-of-no-layer": {"model.layers.7.mlp.up_proj.bias": torch.zeros(96)},
 }
 REFUSED = {
+    "a-bias-of-the-head": {"lm_head.bias": torch.ones(256)},
+    "a-norms-bias-that-is-none": {"model.norm.bias": torch.ones(64)},
+    "another-prefix": {"layers.0.mlp.up_proj.weight": torch.ones(96, 64)},
     "bias": {"model.layers.0.mlp.up_proj.bias": torch.ones(96)},
     "query-norm": {"model.layers.1.self_attn.q_norm.weight": torch.ones(16)},
     "adapter": {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 64)},
@@ -181,7 +192,97 @@ def test_foreign_prefixes(prefix: str, models: Callable[[str], Path], tmp_path: 
     assert "prefix" in told and prefix in told
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("self_attn.q_proj.base_layer.weight", "an adapter"),
+        ("self_attn.qkv_proj.weight", "qkv_proj.weight is there, which is another program's layout"),
+        ("self_attn.q_proj.gamma", "q_proj.gamma is there"),
+        ("attention.q_proj.weight", "q_proj.weight is missing"),
+    ],
+)
+def test_what_stands_in_a_missing_tensors_place(
+    place: str, words: str, models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def rename(tensors: Tensors) -> None:
+        tensors[f"model.layers.0.{place}"] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
+
+    values, told = found(changed(models("llama"), tmp_path / "m", rename), caplog)
+    assert values is None and words in told
+
+
 # ---- files ----
+
+
+@pytest.mark.parametrize("other", [1.0, -1.0])
+def test_a_tensor_in_two_files_is_the_later_one_and_told_if_they_differ(
+    other: float, models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folder = changed(models("llama"), tmp_path / "m", lambda tensors: None)
+    shard(folder)
+    first, second = sorted(folder.glob("model-*.safetensors"))
+    name, tensors = "model.norm.weight", {**load_file(first), **load_file(second)}
+    holder, also = (first, second) if name in load_file(first) else (second, first)
+    save_file({**load_file(also), name: other * tensors[name]}, also, {"format": "pt"})
+    values, told = found(folder, caplog)
+    assert values is not None
+    torch.testing.assert_close(values, in_transformers(folder), rtol=0, atol=1e-3)
+    assert (name in told) == (other < 0) and (holder.name in told) == (other < 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.safetensors.incomplete", "unfinished download"), ("model.safetensors.part", "unfinished download"),
+        ("model-00001-of-00002.safetensors.crdownload", "unfinished download"), ("tf_model.h5", "tf_model.h5"),
+        ("model.onnx", "model.onnx"), ("MODEL.SAFETENSORS", "MODEL.SAFETENSORS"), ("pytorch_model.bin", "can run code"),
+        ("checkpoint-5/model.safetensors", "checkpoint-5"), ("consolidated.safetensors", "only consolidated.safetensors"),
+        ("._model.safetensors", "holds no .safetensors files"),
+    ],
+)  # fmt: skip
+def test_what_a_folder_without_weights_holds_instead(
+    name: str, words: str, models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    shutil.copy(models("llama") / "config.json", tmp_path)
+    assert words in found(tmp_path, caplog)[1]
+
+
+PICKLED = io.BytesIO()
+torch.save({"a": torch.ones(2)}, PICKLED)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (bytes(5000), "nothing but zeros"), (PICKLED.getvalue(), "can run code"), (b"GGUF" + bytes(600), "is a GGUF file"),
+        (b"\x1f\x8b" + bytes(600), "gzip"), (b"", "is empty"),
+    ],
+    ids=["zeros", "pickled", "gguf", "gzip", "empty"],
+)  # fmt: skip
+def test_a_file_of_another_kind_says_what_it_is(
+    data: bytes, words: str, models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folder = changed(models("llama"), tmp_path / "m", lambda tensors: None)
+    (folder / WHOLE).write_bytes(data)
+    assert words in found(folder, caplog)[1]
+
+
+def test_a_download_that_has_not_ended(models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = changed(models("llama"), tmp_path / "m", lambda tensors: None)
+    whole = (folder / WHOLE).read_bytes()
+    (folder / f"{WHOLE}.aria2").write_bytes(b"x")  # the file has its full length, and holes
+    assert "unfinished download" in found(folder, caplog)[1]
+    (folder / f"{WHOLE}.aria2").unlink()
+    (folder / WHOLE).write_bytes(whole[: len(whole) // 2])
+    assert "incomplete download" in found(folder, caplog)[1]
+    (folder / WHOLE).unlink()
+    (folder / WHOLE).symlink_to(tmp_path / "blob")
+    assert "is a link to" in found(folder, caplog)[1]
+    (folder / WHOLE).unlink()
+    (folder / WHOLE).mkdir()
+    assert "is a folder" in found(folder, caplog)[1]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +311,7 @@ def shard(folder: Path, also: dict[str, str] | None = None) -> None:
         file = f"model-0000{number}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, folder / file)
         where |= dict.fromkeys(part, file)
-    (folder / f"{WHOLE}.index.json").write_text(json.dumps({"weight_map": {**where, **(also or {})}}))
+    (folder / f"{WHOLE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {**where, **(also or {})}}))
 
 
 def test_an_index_that_lists_what_nobody_needs(
@@ -267,6 +368,53 @@ def test_what_a_download_left_instead(
             read_json(folder / file)
         told = str(caught.value)
     assert word in told and file in told
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("model_index.json", "diffusers"), ("params.json", "own layout"), ("Modelfile", "Ollama"),
+        ("snapshots/abc/config.json", "snapshots/abc does: give that folder"), ("x.GGUF", "x.GGUF"), ("readme", "no config.json"),
+    ],
+)  # fmt: skip
+def test_what_a_folder_is_that_has_no_config_json(
+    file: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    assert words in found(tmp_path, caplog)[1]
+
+
+def test_an_adapter_beside_a_config_json(
+    models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    shutil.copy(models("llama") / "config.json", tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen3-8B"}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    told = found(tmp_path, caplog)[1]
+    assert "adapter" in told and "Qwen/Qwen3-8B" in told
+
+
+@pytest.mark.parametrize("file", ["config.json", WHOLE])
+def test_files_of_another_user(
+    file: str,
+    models: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    folder = changed(models("llama"), tmp_path / "m", lambda tensors: None)
+    if file == WHOLE:  # who runs the tests may read all files
+        (folder / file).write_bytes(b"x")
+        monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != file)
+    else:
+        monkeypatch.setattr(Path, "read_bytes", denied)
+    told = found(folder, caplog)[1]
+    assert "cannot be read" in told and file in told
+
+
+def denied(path: Path) -> bytes:
+    raise PermissionError(13, "Permission denied")
 
 
 def test_adapters_and_mlx(models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -165,9 +165,9 @@ REFUSED = {
     "overflowing shape": (one_tensor(tensor_info((2**32, 2**32))), "impossible shape"),
     "half a block": (one_tensor(tensor_info((48,), kind=8)), "has rows of 48, which Q8_0 cannot hold"),
     "unaligned": (one_tensor(tensor_info((8,), offset=8)), "not a multiple of the alignment 32"),
-    "beyond the end": (one_tensor(tensor_info((33,))), "is it cut off?"),
-    "far beyond the end": (one_tensor(tensor_info(offset=2**63)), "is it cut off?"),
-    "no data": (header(1, 0) + tensor_info(), "is it cut off?"),
+    "beyond the end": (one_tensor(tensor_info((33,))), "fetch this file again"),
+    "far beyond the end": (one_tensor(tensor_info(offset=2**63)), "fetch this file again"),
+    "no data": (header(1, 0) + tensor_info(), "fetch this file again"),
     "overlap": (header(2, 0) + tensor_info() + tensor_info(name="u", offset=32) + bytes(512), "'t' and 'u' overlap"),
 }
 
@@ -214,7 +214,7 @@ def test_a_place_without_a_file(tmp_path: Path) -> None:
 
 
 def test_list_items_are_bounded_over_the_whole_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastqwen.weights.gguf_file.MAX_LIST_ITEMS", 5)
+    monkeypatch.setattr("fastqwen.weights.gguf_reader.MAX_LIST_ITEMS", 5)
     assert opened(path, gguf_bytes({"a": ["x"] * 3, "b": ["y"] * 2}, {})).metadata["b"] == ["y", "y"]
     with pytest.raises(BadCheckpoint, match="the length of 'b' is 3, more than the 2"):
         opened(path, gguf_bytes({"a": ["x"] * 3, "b": ["y"] * 3}, {}))
@@ -231,3 +231,24 @@ def test_a_models_sizes_are_read_without_torch() -> None:
     code = "import sys, fastqwen.weights.gguf_checkpoint, fastqwen.text.gguf_tokenizer; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"tjgg", "from before GGUF"), (b"lmgg", "from before GGUF"), (bytes(600), "nothing but zeros"),
+        (b"PK\x03\x04", "can run code"), (b'\x40\0\0\0\0\0\0\0{"a":1}', "is a safetensors file"), (b"what?", "is not a GGUF file"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_says_what_it_is(path: Path, start: bytes, words: str) -> None:
+    path.write_bytes(start + bytes(600))
+    with pytest.raises(BadCheckpoint, match=words) as caught:
+        GgufFile(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_download_that_has_not_ended(path: Path) -> None:
+    (path.parent / f"{path.name}.aria2").write_bytes(b"x")
+    path.write_bytes(b"GGUF")
+    with pytest.raises(BadCheckpoint, match="unfinished download"):
+        GgufFile(path)

@@ -15,7 +15,8 @@ from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.layers.rotary import inverse_frequencies
 from fastqwen.model_config import ModelConfig, RopeConfig
-from fastqwen.weights.gguf_checkpoint import MODEL_TYPES, GgufCheckpoint, config_from_gguf
+from fastqwen.weights.gguf_checkpoint import GgufCheckpoint
+from fastqwen.weights.gguf_config import MODEL_TYPES, config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.source import Weights
 from tests.weights.gguf_writer import Packed, Typed, write_gguf
@@ -146,6 +147,36 @@ def test_rope_scaling(path: Path) -> None:
     model.metadata["qwen2.rope.scaling.type"] = "longrope"
     with pytest.raises(Unsupported, match=r"rope\.scaling\.type is 'longrope'; supported: none, linear, yarn"):
         opened(model, path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({"rope.scaling.factor": 4.0}, 4.0),  # llama.cpp: without a type it is linear
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),  # its older name
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scale_linear": 0.0}, None),
+    ],
+    ids=str,
+)
+def test_a_factor_alone_scales_all_positions(path: Path, keys: dict[str, Any], factor: float | None) -> None:
+    model = tiny("qwen2")
+    model.metadata |= {f"qwen2.{key}": value for key, value in keys.items()}
+    linear = {} if factor is None else {"kind": "linear", "factor": factor}
+    assert opened(model, path)[0].rope == RopeConfig(theta=50000.0, trained_len=512, **linear)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix", "controlvector", 5])
+def test_what_is_no_model_is_named(path: Path, kind: Any) -> None:
+    model = tiny("qwen2")
+    model.metadata["general.type"] = kind
+    with pytest.raises(Unsupported, match=f"general.type is {kind!r}"):
+        opened(model, path)
+    model.metadata["general.type"] = "model"
+    opened(model, path)
 
 
 def rope_factors(values: np.ndarray) -> Packed:

@@ -17,7 +17,8 @@ from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.layers.decoder import Decoder
 from fastqwen.model_config import ModelConfig
 from fastqwen.text.gguf_tokenizer import text_facts, tokenizer_from_gguf
-from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
+from fastqwen.weights.gguf_checkpoint import GgufCheckpoint
+from fastqwen.weights.gguf_config import config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.source import Weights
 from tests.kernels.batches import one_prompt

@@ -19,7 +19,8 @@ from fastqwen.build import build_decoder
 from fastqwen.errors import FastqwenError
 from fastqwen.kernels.reference import ReferenceOps
 from fastqwen.text.gguf_tokenizer import tokenizer_from_gguf
-from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
+from fastqwen.weights.gguf_checkpoint import GgufCheckpoint
+from fastqwen.weights.gguf_config import config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.source import Weights
 from tests.weights.gguf_writer import Typed, gguf_bytes

@@ -18,7 +18,8 @@ from fastqwen.layers.decoder import Embedding, FileEmbedding
 from fastqwen.layers.linear import DenseLinear, JoinedLinear, PackedLinear
 from fastqwen.plan.facts import DeviceFacts
 from fastqwen.plan.weights import as_held, read_bytes, weights_bytes
-from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
+from fastqwen.weights.gguf_checkpoint import GgufCheckpoint
+from fastqwen.weights.gguf_config import config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.gguf_types import TYPES
 from fastqwen.weights.source import Weights
