@@ -191,13 +191,13 @@ def unpack_coded(weight: CodedWeight) -> Tensor:
 
 def round_to_blocks(x: Tensor, size: int = 32) -> Tensor:
     """x float32 [tokens, in] as products with coded weights see it, in float64: each ``size`` numbers are multiples of their
-    largest / 127."""
+    largest / 32639, the most that two signed bytes hold evenly."""
     blocks: Tensor = x.unflatten(1, (-1, size))
     largest = blocks.abs().amax(-1, keepdim=True)
-    # ``127 / largest`` would be 127 times a rounded reciprocal; the kernel divides
-    inverse = torch.full_like(largest, 127.0) / largest.clamp(min=1e-30)
+    # ``32639 / largest`` would be 32639 times a rounded reciprocal; the kernel divides
+    inverse = torch.full_like(largest, 32639.0) / largest.clamp(min=1e-30)
     whole: Tensor = (blocks.double() * inverse.double()).round()
-    return (whole * (largest / 127).double()).flatten(1)
+    return (whole * (largest / 32639).double()).flatten(1)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

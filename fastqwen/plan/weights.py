@@ -10,7 +10,6 @@ import msgspec
 
 from fastqwen import quant
 from fastqwen.errors import Unsupported
-from fastqwen.kernels.limits import cpu_keeps_packed
 from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.plan.allocator import rounded_up_bytes
 from fastqwen.plan.facts import DTYPE_BYTES, DeviceFacts
@@ -133,7 +132,7 @@ def as_held(model: ModelConfig, facts: DeviceFacts) -> ModelConfig:
 
 def keeps_packed(model: ModelConfig, dtype: str, num_gpus: int) -> bool:
     """In float32 nothing is rounded, so all is unpacked; so are the parts of several processes."""
-    return cpu_keeps_packed() and model.packed_bytes is not None and dtype != "float32" and num_gpus == 1
+    return model.packed_bytes is not None and dtype != "float32" and num_gpus == 1
 
 
 def rounding_of_weights(model: ModelConfig, dtype: str, num_gpus: int = 1) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,6 @@ from tests.weights.tiny_gguf import HIDDEN, TinyGguf, tiny
 
 PACKED = [kind.name for kind in TYPES.values() if kind.split is not None]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packed_on_the_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTQWEN_CPU_PACKED", "1")
-        yield
 
 
 def opened(model: TinyGguf, path: Path) -> GgufCheckpoint:

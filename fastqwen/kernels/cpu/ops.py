@@ -19,7 +19,6 @@ from fastqwen.kernels import (
     StepTokens,
 )
 from fastqwen.kernels.cpu import packed
-from fastqwen.kernels.limits import cpu_keeps_packed
 from fastqwen.kernels.reference import ReferenceOps
 
 _TYPES = packed.TYPES
@@ -117,7 +116,7 @@ class CpuOps(ReferenceOps):
 
     def takes_codes(self, dtype: torch.dtype) -> bool:
         """In float32 nothing is rounded, and these products round the activations."""
-        return dtype != torch.float32 and cpu_keeps_packed()
+        return dtype != torch.float32
 
     def coded(self, weight: CodedWeight) -> Product:
         return self._product(weight, None)

@@ -104,7 +104,7 @@ def coded(weight: GroupedWeight) -> tuple[CodedWeight, Tensor | None] | None:
 
 
 class TiledProduct:
-    """A Product (see kernels/__init__.py) of float32 activations, which are rounded to 8 bits in blocks of 32 inputs."""
+    """A Product (see kernels/__init__.py) of float32 activations, which are rounded to 16 bits in blocks of 32 inputs."""
 
     def __init__(
         self,
