@@ -211,6 +211,9 @@ class Product(Protocol):
 
     num_bytes: int
 
+    def reads_norm(self, norm: Norm, x: Tensor) -> bool:
+        """Whether the forms with a norm take this one beside such activations."""
+
     def plain(self, x: Tensor) -> Tensor: ...
 
     def of_norm(self, x: Tensor, norm: Norm) -> Tensor: ...

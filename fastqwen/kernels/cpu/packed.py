@@ -122,6 +122,9 @@ class TiledProduct:
         self._out_size = weight.header.outputs
         self.num_bytes = weight.num_bytes + (0 if order is None else order.nbytes)
 
+    def reads_norm(self, norm: Norm, x: Tensor) -> bool:
+        return norm.weight.dtype in TYPES
+
     def plain(self, x: Tensor) -> Tensor:
         return self._of(x, None, PLAIN)
 
