@@ -132,9 +132,7 @@ class ReferenceOps:
     def add_experts(self, out: Tensor, residual: Tensor, norm: Norm, experts: ExpertsWeight) -> None:
         x = self.rms_norm(residual, norm)
         logits = self.linear(x, DenseWeight(experts.router))
-        chances, expert_ids = torch.topk(torch.softmax(logits.float(), dim=-1), experts.top_k, dim=-1)
-        if experts.normalize:
-            chances = chances / chances.sum(-1, keepdim=True)
+        chances, expert_ids = chosen_experts(logits, experts.top_k, experts.normalize)
         weights = chances.to(x.dtype).float()
         found = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in expert_ids.unique().tolist():
@@ -146,6 +144,13 @@ class ReferenceOps:
 
     def feed_forward_rows(self, tokens: int, width: int) -> int:
         return tokens
+
+
+def chosen_experts(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """A router's logits [tokens, experts] -> the largest chances, float32 [tokens, top_k], and whose they are, int64; with
+    ``normalize`` brought to a sum of 1."""
+    chances, expert_ids = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
+    return chances / chances.sum(-1, keepdim=True) if normalize else chances, expert_ids
 
 
 def unpack_grouped(weight: GroupedWeight, start: int, stop: int) -> Tensor:

@@ -15,12 +15,14 @@ from fastqwen.kernels.cpu.ops import CpuOps
 from fastqwen.kernels.reference import ReferenceOps, unpack_coded
 from fastqwen.layers.decoder import Embedding, FileEmbedding
 from fastqwen.layers.linear import DenseLinear, JoinedLinear, PackedLinear
+from fastqwen.layers.moe import DenseExperts, Moe, PackedExperts
 from fastqwen.plan.facts import DeviceFacts
 from fastqwen.plan.weights import as_held, read_bytes, weights_bytes
 from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.gguf_types import TYPES
 from fastqwen.weights.source import Weights
+from tests.kernels.batches import one_prompt
 from tests.weights.gguf_writer import random_tensor
 from tests.weights.tiny_gguf import HIDDEN, TinyGguf, tiny
 
@@ -118,3 +120,43 @@ def test_memory_on_a_cpu_is_the_files(ops: CpuOps, demo_gguf: Path) -> None:
     gpu = DeviceFacts(kind="cuda", name="", total_bytes=0, free_bytes=0)
     assert weights_bytes(as_held(config, gpu), "bfloat16") > 2.5 * planned
     assert weights_bytes(config, "float32") > 5 * planned
+
+
+@pytest.mark.parametrize("architecture", ["qwen2moe", "qwen3moe"])
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q5_1", "Q8_0"])
+def test_experts_stay_packed(ops: CpuOps, architecture: str, type_name: str, tmp_path: Path) -> None:
+    """They compute what the same experts compute in float32, but for the router's weights, and each token the same in any batch."""
+    checkpoint = opened(tiny(architecture, type_name), tmp_path / "tiny.gguf")
+    config = config_from_gguf(GgufFile(tmp_path / "tiny.gguf"))
+    packed, plain = (
+        build_decoder(config, Weights(checkpoint, dtype, CPU), ops).layers[1].feed_forward
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert isinstance(packed, Moe) and isinstance(packed.experts, PackedExperts)
+    assert isinstance(plain, Moe) and isinstance(plain.experts, DenseExperts)
+    x, norm = torch.randn(13, HIDDEN), plain.norm
+    step = one_prompt(config, 13)
+    found, right = torch.zeros_like(x), torch.zeros_like(x)
+    packed.experts.add_to(found, x, norm, step)
+    plain.experts.add_to(right, x, norm, step)
+    assert right.norm() > 0 and (found - right).norm() < 0.02 * right.norm()
+    for size in (1, 4):
+        alone = torch.zeros_like(x)
+        for part, rows in zip(alone.split(size), x.split(size), strict=True):
+            packed.experts.add_to(part, rows, norm, step)
+        assert torch.equal(alone, found)
+
+
+def test_gate_and_up_of_experts_in_one_tensor(tmp_path: Path) -> None:
+    model = tiny("qwen3moe", "Q4_0")
+    for layer in range(2):
+        gate = model.tensors.pop(f"blk.{layer}.ffn_gate_exps.weight")
+        del model.tensors[f"blk.{layer}.ffn_up_exps.weight"]
+        both = random_tensor("Q4_0", (gate.shape[0], 2 * gate.shape[1], gate.shape[2]))
+        model.tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = both
+    checkpoint = opened(model, tmp_path / "tiny.gguf")
+    for expert, part in ((0, "gate"), (2, "up"), (3, "down")):
+        name = f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"
+        codes = checkpoint.codes(name)
+        assert codes is not None
+        assert torch.equal(unpack_coded(codes), checkpoint.read(name))
