@@ -126,8 +126,9 @@ def weights_bytes(model: ModelConfig, dtype: str, num_gpus: int = 1, *, as_in_fi
 
 
 def as_held(model: ModelConfig, facts: DeviceFacts) -> ModelConfig:
-    """As the device holds it: only on a CPU do a GGUF file's weights and other files' packed experts stay packed."""
-    if facts.kind == "cpu":
+    """As the device holds it: only on a CPU, by our kernels, do a GGUF file's weights and other files' packed experts stay
+    packed."""
+    if facts.kind == "cpu" and not facts.unpacks:
         return msgspec.structs.replace(model, packs_experts=True)
     return msgspec.structs.replace(model, packed_bytes=None)
 

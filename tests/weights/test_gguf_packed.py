@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import log_softmax
 
 from fastqwen import LLM, SamplingParams
 from fastqwen.build import build_decoder
 from fastqwen.errors import BadCheckpoint
+from fastqwen.kernels import StateRoom
 from fastqwen.kernels.cpu import build
 from fastqwen.kernels.cpu.ops import CpuOps
 from fastqwen.kernels.reference import ReferenceOps, unpack_coded
 from fastqwen.layers.decoder import Embedding, FileEmbedding
 from fastqwen.layers.linear import DenseLinear, JoinedLinear, PackedLinear
 from fastqwen.layers.moe import DenseExperts, Moe, PackedExperts
+from fastqwen.model_config import ModelConfig
 from fastqwen.plan.facts import DeviceFacts
 from fastqwen.plan.weights import as_held, read_bytes, weights_bytes
 from fastqwen.weights.gguf_checkpoint import GgufCheckpoint, config_from_gguf
@@ -117,8 +120,9 @@ def test_memory_on_a_cpu_is_the_files(ops: CpuOps, demo_gguf: Path) -> None:
     assert abs(weights.num_bytes / planned - 1) < 0.02
     assert weights.num_bytes < 1.15 * demo_gguf.stat().st_size
     assert 0.9 * planned < read_bytes(config, "bfloat16", 1, 1) <= planned
-    gpu = DeviceFacts(kind="cuda", name="", total_bytes=0, free_bytes=0)
-    assert weights_bytes(as_held(config, gpu), "bfloat16") > 2.5 * planned
+    for kind, unpacks in (("cuda", False), ("cpu", True)):
+        facts = DeviceFacts(kind=kind, name="", total_bytes=0, free_bytes=0, unpacks=unpacks)
+        assert weights_bytes(as_held(config, facts), "bfloat16") > 2.5 * planned
     assert weights_bytes(config, "float32") > 5 * planned
 
 
@@ -160,3 +164,25 @@ def test_gate_and_up_of_experts_in_one_tensor(tmp_path: Path) -> None:
         codes = checkpoint.codes(name)
         assert codes is not None
         assert torch.equal(unpack_coded(codes), checkpoint.read(name))
+
+
+def test_rounded_activations_change_no_answer(ops: CpuOps, demo_gguf: Path) -> None:
+    """A product's 16 bits against float32: the same likeliest tokens, and predictions that are as good as equal."""
+    file = GgufFile(demo_gguf)
+    config = config_from_gguf(file)
+    ids = torch.randint(1000, 40000, (48,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    exact, rounded = (
+        log_softmax(whole_prompt(ops, GgufCheckpoint(file, config), config, dtype, ids).double(), dim=-1)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    divergence = (exact.exp() * (exact - rounded)).sum(-1)
+    assert 0 < divergence.max() < 1e-5
+    assert torch.equal(exact.argmax(-1), rounded.argmax(-1))
+
+
+def whole_prompt(
+    ops: CpuOps, checkpoint: GgufCheckpoint, config: ModelConfig, dtype: torch.dtype, ids: torch.Tensor
+) -> torch.Tensor:
+    decoder = build_decoder(config, Weights(checkpoint, dtype, CPU), ops)
+    states = decoder.make_states(StateRoom(1, len(ids), 1, torch.float32, CPU))
+    return decoder.logits(decoder.hidden(ids, one_prompt(config, len(ids)), states))

@@ -69,6 +69,8 @@ def compile_kernels(compilers: list[str], target: Path) -> bool:
     """By the first compiler and the first flags that work. Raises OSError where the target's folder cannot be written, or is
     full."""
     first_error = ""
+    if compilers:
+        log.info("compiling the CPU kernels, once for this machine (about ten seconds)")
     for compiler in compilers:
         for processor in PROCESSOR_FLAGS:
             error = _compile([compiler, *FLAGS, *processor], target)
