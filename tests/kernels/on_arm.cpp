@@ -1,5 +1,5 @@
 // A program for another processor: packs a matrix, multiplies with it, and prints the products. What it reads from standard
-// input is 12 numbers of 64 bits (bits of a code's kind, halves, zero, shift, inputs, outputs, rows, and which of parts, minima,
+// input is 12 numbers of 64 bits (kind, halves, zero, shift, inputs, outputs, rows, and which of parts, minima,
 // parts of minima there are, bytes of the packed matrix, groups of 16 scales), then codes, scales, parts, minima, their parts, x.
 
 #include <cstdio>
