@@ -1,4 +1,4 @@
-"""What 8-bit activations change: the demo model's packed products on a CPU against the same file in float32.
+"""What rounded activations change: the demo model's packed products on a CPU against the same file in float32.
 
     python bench/cpu_accuracy.py [MODEL.gguf] [--tokens 2048]
 
@@ -35,7 +35,7 @@ CONTEXT = 512  # tokens of a piece
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="KL divergence of 8-bit activations against float32")
+    parser = argparse.ArgumentParser(description="KL divergence of rounded activations against float32")
     parser.add_argument("model", nargs="?", type=Path, help="a .gguf file; default: the demo model")
     parser.add_argument("--tokens", type=int, default=2048)
     options = parser.parse_args()

@@ -106,6 +106,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     packed_bytes: int | None = (
         None  # of all tensors, as a GGUF file packs them; None: as other files, or unpacked when loaded
     )
+    packs_experts: bool = False  # the device multiplies by packed experts as they are; said once a device is known
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None

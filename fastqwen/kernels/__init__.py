@@ -212,6 +212,9 @@ class Product(Protocol):
 
     num_bytes: int
 
+    def reads_norm(self, norm: Norm, x: Tensor) -> bool:
+        """Whether the forms with a norm take this one beside such activations."""
+
     def plain(self, x: Tensor) -> Tensor: ...
 
     def of_norm(self, x: Tensor, norm: Norm) -> Tensor: ...
@@ -316,7 +319,7 @@ class Ops(Protocol):
 
     Activations (``x``, ``qkv``, ``residual`` and all results) are 2-dimensional with a row per token, and have the type of
     what ``embed`` gives: the C++ kernels compute in float32 whatever the weights are (beside bfloat16 weights with 16 bits of a
-    fraction at least, beside packed ones with 8 bits in blocks), the others in the weights' type.
+    fraction at least, beside packed ones with 16 bits in blocks), the others in the weights' type.
     Sums are float32 at least. No op changes its arguments but where it says so. ``residual`` is contiguous.
     """
 

@@ -8,12 +8,6 @@ import os
 KIB, MIB = 2**10, 2**20
 
 
-def cpu_keeps_packed() -> bool:
-    """Whether a CPU multiplies by packed weights as they are. It rounds activations to 8 bits, which changes greedy answers of
-    the smallest models, so it must be asked for."""
-    return os.environ.get("FASTQWEN_CPU_PACKED") == "1"
-
-
 FUSED_ROWS = 64  # products of up to so many rows use our own kernels, others cuBLAS
 SAMPLE_CHUNK = 4096  # entries of the vocabulary that one program of the sampler looks at
 SPLIT_PARTS = 4 * 2**20  # float32 numbers for products that are split over programs

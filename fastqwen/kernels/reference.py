@@ -135,9 +135,7 @@ class ReferenceOps:
     def add_experts(self, out: Tensor, residual: Tensor, norm: Norm, experts: ExpertsWeight) -> None:
         x = self.rms_norm(residual, norm)
         logits = self.linear(x, DenseWeight(experts.router))
-        chances, expert_ids = torch.topk(torch.softmax(logits.float(), dim=-1), experts.top_k, dim=-1)
-        if experts.normalize:
-            chances = chances / chances.sum(-1, keepdim=True)
+        chances, expert_ids = chosen_experts(logits, experts.top_k, experts.normalize)
         weights = chances.to(x.dtype).float()
         found = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in expert_ids.unique().tolist():
@@ -149,6 +147,13 @@ class ReferenceOps:
 
     def feed_forward_rows(self, tokens: int, width: int) -> int:
         return tokens
+
+
+def chosen_experts(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """A router's logits [tokens, experts] -> the largest chances, float32 [tokens, top_k], and whose they are, int64; with
+    ``normalize`` brought to a sum of 1."""
+    chances, expert_ids = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
+    return chances / chances.sum(-1, keepdim=True) if normalize else chances, expert_ids
 
 
 def unpack_grouped(weight: GroupedWeight, start: int, stop: int) -> Tensor:
@@ -194,13 +199,13 @@ def unpack_coded(weight: CodedWeight) -> Tensor:
 
 def round_to_blocks(x: Tensor, size: int = 32) -> Tensor:
     """x float32 [tokens, in] as products with coded weights see it, in float64: each ``size`` numbers are multiples of their
-    largest / 127."""
+    largest / 32639, the most that two signed bytes hold evenly."""
     blocks: Tensor = x.unflatten(1, (-1, size))
     largest = blocks.abs().amax(-1, keepdim=True)
-    # ``127 / largest`` would be 127 times a rounded reciprocal; the kernel divides
-    inverse = torch.full_like(largest, 127.0) / largest.clamp(min=1e-30)
+    # ``32639 / largest`` would be 32639 times a rounded reciprocal; the kernel divides
+    inverse = torch.full_like(largest, 32639.0) / largest.clamp(min=1e-30)
     whole: Tensor = (blocks.double() * inverse.double()).round()
-    return (whole * (largest / 127).double()).flatten(1)
+    return (whole * (largest / 32639).double()).flatten(1)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -156,12 +156,12 @@ class PackedLinear(Linear):
         return self.product.plain(x)
 
     def of_norm(self, x: Tensor, norm: Norm, step: StepTokens | None) -> Tensor:
-        if norm.weight.dtype != x.dtype:  # these kernels read a norm in the activations' type
+        if not self.product.reads_norm(norm, x):
             return super().of_norm(x, norm, step)
         return self.product.of_norm(x, norm)
 
     def gated_of_norm(self, x: Tensor, norm: Norm, step: StepTokens) -> Tensor:
-        if norm.weight.dtype != x.dtype:
+        if not self.product.reads_norm(norm, x):
             return super().gated_of_norm(x, norm, step)
         return self.product.gated_of_norm(x, norm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastqwen.kernels import DenseWeight, ExpertsWeight, Norm, Ops, StepTokens
+from fastqwen.kernels.reference import chosen_experts
 from fastqwen.layers.linear import Linear
 from fastqwen.sharding import World
 
@@ -27,6 +29,28 @@ class DenseExperts:
 
     def add_to(self, out: Tensor, residual: Tensor, norm: Norm, step: StepTokens) -> None:
         self.ops.add_experts(out, residual, norm, self.weight)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """Each expert as two matrices of its own, packed: a step reads those that its tokens chose, one after the other."""
+
+    ops: Ops
+    router: DenseWeight  # [experts, hidden]
+    experts: Sequence[tuple[Linear, Linear]]  # gate and up as one, and down
+    top_k: int
+    normalize: bool  # the chosen experts' chances are brought to a sum of 1
+
+    def add_to(self, out: Tensor, residual: Tensor, norm: Norm, step: StepTokens) -> None:
+        logits = self.ops.linear(self.ops.rms_norm(residual, norm), self.router)
+        chances, ids = chosen_experts(logits, self.top_k, self.normalize)
+        found = torch.zeros(residual.shape, dtype=torch.float32)
+        for expert in ids.unique().tolist():  # in their order, which is a token's own
+            gate_up, down = self.experts[expert]
+            token, choice = (ids == expert).nonzero(as_tuple=True)
+            hidden = gate_up.gated_of_norm(residual[token], norm, step)
+            found.index_add_(0, token, down(hidden, step) * chances[token, choice, None])
+        out += found
 
 
 @dataclass(frozen=True)

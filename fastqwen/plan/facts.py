@@ -19,6 +19,7 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     multiprocessors: int | None = None
     bandwidth_gb_s: float | None = None
     matmul_tflops: float | None = None  # dense products of 16-bit numbers
+    unpacks: bool = False  # a CPU without our kernels (no compiler): packed weights are unpacked there
 
 
 class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):

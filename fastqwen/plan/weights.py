@@ -10,7 +10,6 @@ import msgspec
 
 from fastqwen import quant
 from fastqwen.errors import Unsupported
-from fastqwen.kernels.limits import cpu_keeps_packed
 from fastqwen.model_config import Fields, ModelConfig
 from fastqwen.plan.allocator import rounded_up_bytes
 from fastqwen.plan.facts import DTYPE_BYTES, DeviceFacts
@@ -28,6 +27,7 @@ class Matrix(msgspec.Struct, frozen=True):
     bias: bool = False
     packed: bool = True  # what a quantized checkpoint stores packed
     expert: bool = False  # of many; the engine holds those of a layer as one tensor
+    unpacked: bool = False  # an expert that the device cannot multiply by as it is packed
     read_share: float = 1.0  # share that one token's step reads: experts are read as they are chosen
 
     @property
@@ -59,7 +59,8 @@ def matrices(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
         sparse = layers - dense
         share = moe.experts_per_token / moe.num_experts
         yield Matrix(sparse, hidden, moe.num_experts, packed=False)
-        yield from _mlp(sparse * moe.num_experts, hidden, moe.expert_size, False, share)
+        unpacked = not (model.packs_experts and num_gpus == 1)
+        yield from _mlp(sparse * moe.num_experts, hidden, moe.expert_size, False, share, unpacked)
         if moe.shared_size:
             yield from _mlp(sparse, hidden, moe.shared_size, False)
             yield Matrix(sparse, hidden, 1, packed=False)
@@ -84,7 +85,7 @@ def matrix_bytes(matrix: Matrix, quantization: dict[str, Any] | None, element: i
     if as_in_file or quant.method_word(quantization) not in quant.supported():
         return _bytes_in_file(matrix, quantization) + bias
     method = quant.find(quantization, "config.json")
-    held = method.held_bytes(matrix.inputs, matrix.outputs, element=element, is_expert=matrix.expert)
+    held = method.held_bytes(matrix.inputs, matrix.outputs, element=element, is_expert=matrix.unpacked)
     # Every linear of a GPTQ checkpoint has a bias, even where the model has none.
     has_bias = matrix.bias or (quant.method_word(quantization) in ("gptq", "auto_round") and not matrix.expert)
     return held + (matrix.outputs * element if has_bias else 0)
@@ -119,27 +120,33 @@ def weights_bytes(model: ModelConfig, dtype: str, num_gpus: int = 1, *, as_in_fi
     if keeps_packed(model, dtype, num_gpus):
         return model.packed_bytes or 0
     element = DTYPE_BYTES[dtype]
-    parts = (*matrices(model, num_gpus), *tables(model, num_gpus))
+    parts = (*matrices(in_type(model, dtype), num_gpus), *tables(model, num_gpus))
     held = sum(m.count * matrix_bytes(m, model.quantization, element, as_in_file=as_in_file) for m in parts)
     return held + _norm_entries(model) * (DTYPE_BYTES["float32"] if model.norms_around_one else element)
 
 
 def as_held(model: ModelConfig, facts: DeviceFacts) -> ModelConfig:
-    """As the device holds it: only on a CPU do a GGUF file's weights stay packed."""
-    if facts.kind == "cpu" or model.packed_bytes is None:
-        return model
+    """As the device holds it: only on a CPU, by our kernels, do a GGUF file's weights and other files' packed experts stay
+    packed."""
+    if facts.kind == "cpu" and not facts.unpacks:
+        return msgspec.structs.replace(model, packs_experts=True)
     return msgspec.structs.replace(model, packed_bytes=None)
+
+
+def in_type(model: ModelConfig, dtype: str) -> ModelConfig:
+    """In float32 experts are unpacked."""
+    return msgspec.structs.replace(model, packs_experts=model.packs_experts and dtype != "float32")
 
 
 def keeps_packed(model: ModelConfig, dtype: str, num_gpus: int) -> bool:
     """In float32 nothing is rounded, so all is unpacked; so are the parts of several processes."""
-    return cpu_keeps_packed() and model.packed_bytes is not None and dtype != "float32" and num_gpus == 1
+    return model.packed_bytes is not None and dtype != "float32" and num_gpus == 1
 
 
 def rounding_of_weights(model: ModelConfig, dtype: str, num_gpus: int = 1) -> int:
     """What the allocator adds: large tensors have memory of their own, in steps of 2 MiB. A layer's experts are one tensor."""
     element, added = DTYPE_BYTES[dtype], 0
-    for matrix in (*matrices(model, num_gpus), *tables(model, num_gpus)):
+    for matrix in (*matrices(in_type(model, dtype), num_gpus), *tables(model, num_gpus)):
         together = model.moe.num_experts if matrix.expert and model.moe is not None else 1
         size = together * matrix_bytes(matrix, model.quantization, element)
         added += matrix.count // together * (rounded_up_bytes(size) - size)
@@ -153,7 +160,7 @@ def read_bytes(model: ModelConfig, dtype: str, num_gpus: int, batch: int) -> flo
     """
     element = DTYPE_BYTES[dtype]
     total = 0.0
-    for matrix in (*matrices(model, num_gpus), *tables(model, num_gpus)):
+    for matrix in (*matrices(in_type(model, dtype), num_gpus), *tables(model, num_gpus)):
         share = 1 - (1 - matrix.read_share) ** batch if 0 < matrix.read_share < 1 else matrix.read_share
         total += share * matrix.count * matrix_bytes(matrix, model.quantization, element)
     if keeps_packed(model, dtype, num_gpus):
@@ -191,7 +198,9 @@ def num_tensors(model: ModelConfig) -> int:
     return model.num_layers * (4 + 2) + 2
 
 
-def _mlp(count: int, hidden: int, size: int, bias: bool, expert_share: float | None = None) -> Iterator[Matrix]:
+def _mlp(
+    count: int, hidden: int, size: int, bias: bool, expert_share: float | None = None, unpacked: bool = False
+) -> Iterator[Matrix]:
     expert, share = expert_share is not None, 1.0 if expert_share is None else expert_share
-    yield Matrix(count, hidden, 2 * size, bias, expert=expert, read_share=share)
-    yield Matrix(count, size, hidden, bias, expert=expert, read_share=share)
+    yield Matrix(count, hidden, 2 * size, bias, expert=expert, unpacked=unpacked, read_share=share)
+    yield Matrix(count, size, hidden, bias, expert=expert, unpacked=unpacked, read_share=share)

@@ -14,7 +14,7 @@ from fastqwen.kernels import GroupedWeight, Ops
 from fastqwen.layers.linear import GroupedLinear, Linear
 from fastqwen.model_config import Fields
 from fastqwen.quant import ExpertsSpec, LinearSpec, tell_unknown
-from fastqwen.quant.dense import of_modules, stacked
+from fastqwen.quant.dense import of_modules, one_by_one, stacked, stays_packed
 from fastqwen.quant.gptq import SCALE_BYTES, ZERO_BYTES, check_groups, divided
 from fastqwen.sharding import Part, Ranges
 
@@ -57,7 +57,11 @@ class Awq:
         return of_modules(weights, spec, ops, has_bias, make)
 
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
-        if not self._told and weights.has(f"{spec.down.format(expert=0)}.qweight"):
+        is_packed = weights.has(f"{spec.down.format(expert=0)}.qweight")
+        if is_packed and stays_packed(weights, spec, ops):
+            router = self._plain(weights, spec.router, (spec.num_experts, spec.hidden_size), None)
+            return one_by_one(weights, spec, ops, self.linear, router)
+        if is_packed and not self._told:
             self._told = True
             log.warning("the experts' %d-bit weights are unpacked to %s while loading", BITS, weights.dtype)
         return stacked(weights, spec, ops, lambda name, shape, part: self._plain(weights, name, shape, part))

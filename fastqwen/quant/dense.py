@@ -45,6 +45,10 @@ class Dense:
         return join(ops, parts)
 
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
+        down = f"{spec.down.format(expert=0)}.weight"
+        if stays_packed(weights, spec, ops) and weights.codes(down, (spec.hidden_size, spec.expert_size)) is not None:
+            router = weights.tensor(f"{spec.router}.weight", (spec.num_experts, spec.hidden_size))
+            return one_by_one(weights, spec, ops, self.linear, router)
         return stacked(weights, spec, ops, lambda name, shape, part: weights.tensor(f"{name}.weight", shape, part=part))
 
 
@@ -108,6 +112,34 @@ def part_of(spec: LinearSpec, index: int) -> Part | None:
     if spec.outputs is not None:
         return Part(0, spec.outputs[index])
     return None if spec.inputs is None else Part(1, spec.inputs)
+
+
+def stays_packed(weights: Weights, spec: ExpertsSpec, ops: Ops) -> bool:
+    """Whether the device multiplies by packed experts; a shard's are plain numbers."""
+    return ops.takes_codes(weights.dtype) and spec.inner is None
+
+
+def one_by_one(
+    weights: Weights,
+    spec: ExpertsSpec,
+    ops: Ops,
+    linear_of: Callable[[Weights, LinearSpec, Ops], Linear],
+    router: Tensor,
+) -> Experts:
+    """Each expert's matrices as linears of the method's own."""
+    from fastqwen.layers.moe import PackedExperts
+
+    hidden, size = spec.hidden_size, spec.expert_size
+
+    def linear(names: tuple[str, ...], expert: int, in_size: int, out_size: int) -> Linear:
+        names = tuple(name.format(expert=expert) for name in names)
+        return linear_of(weights, LinearSpec(names, in_size, (out_size,) * len(names), bias=False), ops)
+
+    experts = [
+        (linear(spec.gate_up, expert, hidden, size), linear((spec.down,), expert, size, hidden))
+        for expert in range(spec.num_experts)
+    ]
+    return PackedExperts(ops, DenseWeight(router), experts, spec.top_k, spec.normalize)
 
 
 def stacked(weights: Weights, spec: ExpertsSpec, ops: Ops, matrix: Matrix) -> Experts:

@@ -18,7 +18,7 @@ from fastqwen.kernels import Ops, ScaledWeight
 from fastqwen.layers.linear import Linear, ScaledLinear
 from fastqwen.model_config import Fields, short
 from fastqwen.quant import ExpertsSpec, LinearSpec, tell_unknown
-from fastqwen.quant.dense import of_modules, stacked
+from fastqwen.quant.dense import of_modules, one_by_one, stacked, stays_packed
 from fastqwen.sharding import Part, Ranges
 
 if TYPE_CHECKING:
@@ -70,7 +70,11 @@ class Fp8:
         return of_modules(weights, spec, ops, spec.bias and spec.adds_bias, make)
 
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
-        if not self._told and weights.has(f"{spec.down.format(expert=0)}.{self.scheme.scales}"):
+        is_packed = weights.has(f"{spec.down.format(expert=0)}.{self.scheme.scales}")
+        if is_packed and stays_packed(weights, spec, ops):
+            router = self._plain(weights, spec.router, (spec.num_experts, spec.hidden_size), None)
+            return one_by_one(weights, spec, ops, self.linear, router)
+        if is_packed and not self._told:
             self._told = True
             log.warning("the experts' 8-bit weights are unpacked to %s while loading", weights.dtype)
         return stacked(weights, spec, ops, lambda name, shape, part: self._plain(weights, name, shape, part))

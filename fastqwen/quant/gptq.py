@@ -16,7 +16,7 @@ from fastqwen.kernels import GroupedWeight, Ops
 from fastqwen.layers.linear import GroupedLinear, Linear
 from fastqwen.model_config import Fields, short
 from fastqwen.quant import ExpertsSpec, LinearSpec, tell_unknown
-from fastqwen.quant.dense import of_modules, stacked
+from fastqwen.quant.dense import of_modules, one_by_one, stacked, stays_packed
 from fastqwen.sharding import Part, Ranges
 
 if TYPE_CHECKING:
@@ -76,7 +76,11 @@ class Gptq:
         return of_modules(weights, spec, ops, has_bias, make)
 
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts:
-        if not self._told and weights.has(f"{spec.down.format(expert=0)}.qweight"):
+        is_packed = weights.has(f"{spec.down.format(expert=0)}.qweight")
+        if is_packed and stays_packed(weights, spec, ops):
+            router = self._plain(weights, spec.router, (spec.num_experts, spec.hidden_size), None)
+            return one_by_one(weights, spec, ops, self.linear, router)
+        if is_packed and not self._told:
             self._told = True
             log.warning("the experts' %d-bit weights are unpacked to %s while loading", self.file_bits, weights.dtype)
         return stacked(weights, spec, ops, lambda name, shape, part: self._plain(weights, name, shape, part))

@@ -130,14 +130,17 @@ def start_computer(
     stored = quant.wished(checkpoint.model.quantization, config.quantization, checkpoint.source)
     checkpoint = replace(checkpoint, model=msgspec.structs.replace(checkpoint.model, quantization=stored))
     quant.find(stored, checkpoint.source)  # refused by its file's name, before it is planned for
-    plan = make_plan(checkpoint.model, config, _shared_facts(device, world))
+    ops = choose_ops(device)
+    facts = _shared_facts(device, world)
+    facts = msgspec.structs.replace(facts, unpacks=facts.kind == "cpu" and not ops.takes_codes(torch.bfloat16))
+    plan = make_plan(checkpoint.model, config, facts)
     if world.index == 0:
         for notice in plan.notices:
             log.warning("%s", notice)
     world.prepare(checkpoint.model.hidden_size, TORCH_DTYPES[plan.dtype])
     paper = plan
     mapped = MappedFiles(checkpoint.tensor_files)
-    decoder, weights_bytes = _load(config, checkpoint, plan, device, choose_ops(device), world, progress)
+    decoder, weights_bytes = _load(config, checkpoint, plan, device, ops, world, progress)
     mapped.check()
     compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
     structured = None if compiler is None else StructuredOutput(compiler)
@@ -156,7 +159,7 @@ def start_computer(
         executor=executor,
         compiler=compiler,
         plan=plan,
-        model=msgspec.structs.replace(as_held(checkpoint.model, device_facts(device)), has_head=decoder.has_head),
+        model=msgspec.structs.replace(as_held(checkpoint.model, facts), has_head=decoder.has_head),
         comparison=compare(paper, measured),
         tile_tokens=TILE_TOKENS if has_own_kernels(device) else 1,
         has_states=executor.states.has_fixed,

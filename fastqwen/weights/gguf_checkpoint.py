@@ -68,14 +68,18 @@ class GgufCheckpoint:
         return cut(tensor.view(place.shape), part)
 
     def codes(self, name: str) -> CodedWeight | None:
-        """None: plain numbers, or one of a stack of experts."""
+        """None: plain numbers."""
         place = self._places[name]
         kind = self._file.tensors[place.tensor].type
-        found = None if place.expert is not None else self._file.split(place.tensor)
+        found = self._file.split(place.tensor, place.expert)
         if found is None:
             return None
+        if place.half is not None:  # gate and up of an expert are one matrix in the file
+            both = _coded(found, kind, (2 * place.shape[0], place.shape[1]))
+            return _each(both, lambda one: one.chunk(2)[place.half or 0])
         coded = _coded(found, kind, place.shape)
-        return coded if place.rotary_heads is None else _halves_of_coded(coded, place.rotary_heads)
+        heads = place.rotary_heads
+        return coded if heads is None else _each(coded, lambda one: _halves(one, heads))
 
     def rows(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """Some rows of a packed matrix, ids [n] -> float32 [n, columns]; None: it holds plain numbers."""
@@ -116,11 +120,12 @@ def _coded(found: Split, kind: TensorType, shape: tuple[int, ...]) -> CodedWeigh
     )
 
 
-def _halves_of_coded(coded: CodedWeight, num_heads: int) -> CodedWeight:
+def _each(coded: CodedWeight, change: Callable[[Tensor], Tensor]) -> CodedWeight:
+    """All tensors, whose rows are those of the matrix, changed alike."""
     tensors: dict[str, Any] = {
         name: getattr(coded, name) for name in ("codes", "scales", "parts", "minima", "min_parts")
     }
-    tensors = {name: one if one is None else _halves(one, num_heads) for name, one in tensors.items()}
+    tensors = {name: one if one is None else change(one) for name, one in tensors.items()}
     return replace(coded, **tensors)
 
 

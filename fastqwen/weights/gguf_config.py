@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import pi
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,9 +20,6 @@ from fastqwen.model_config import ModelConfig, RopeConfig
 from fastqwen.models.names import Names
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.gguf_reader import short
-
-if TYPE_CHECKING:
-    pass
 
 MODEL_TYPES = {
     "llama": "llama",
@@ -146,9 +143,8 @@ def config_from_gguf(file: GgufFile, overrides: Mapping[str, Any] = MappingProxy
     unread = _unread_keys(file, architecture)
     config = msgspec.structs.replace(config, notices=(*config.notices, *unread))
     _check_heads(file, architecture, config)
-    if config.moe is None:  # experts are unpacked
-        packed_bytes = sum(tensor.num_bytes for tensor in file.tensors.values())
-        config = msgspec.structs.replace(config, packed_bytes=packed_bytes)
+    packed_bytes = sum(tensor.num_bytes for tensor in file.tensors.values())
+    config = msgspec.structs.replace(config, packed_bytes=packed_bytes)
     if ROPE_FACTORS in file.tensors:
         config = msgspec.structs.replace(config, rope=_with_factors(file, config))
     return config

@@ -52,12 +52,17 @@ class GgufFile:
         start = tensor.offset_bytes + index * part_bytes
         return self._decode(self._home[name], tensor, start, tensor.shape[1:])
 
-    def split(self, name: str) -> Split | None:
-        """A packed tensor's codes and what they mean; None for one of plain numbers."""
+    def split(self, name: str, index: int | None = None) -> Split | None:
+        """A packed tensor's codes and what they mean, or those of its part ``index``; None for one of plain numbers."""
         tensor = self.tensors[name]
         if tensor.type.split is None:
             return None
-        data = self._home[name][tensor.offset_bytes : tensor.offset_bytes + tensor.num_bytes]
+        start, num_bytes = tensor.offset_bytes, tensor.num_bytes
+        if index is not None:
+            assert 0 <= index < tensor.shape[0]
+            num_bytes //= tensor.shape[0]
+            start += index * num_bytes
+        data = self._home[name][start : start + num_bytes]
         return tensor.type.split(data.reshape(-1, tensor.type.block_bytes))
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:

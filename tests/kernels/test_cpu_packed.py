@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,6 @@ TYPES = {
 }
 # Without AVX-512, and with nothing but what every processor of its kind has.
 PATHS = {"avx2": ["-march=x86-64-v3"], "plain": []}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packed_on_the_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTQWEN_CPU_PACKED", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

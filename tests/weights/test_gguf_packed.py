@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import log_softmax
 
 from fastqwen import LLM, SamplingParams
 from fastqwen.build import build_decoder
 from fastqwen.errors import BadCheckpoint
+from fastqwen.kernels import StateRoom
 from fastqwen.kernels.cpu import build
 from fastqwen.kernels.cpu.ops import CpuOps
 from fastqwen.kernels.reference import ReferenceOps, unpack_coded
 from fastqwen.layers.decoder import Embedding, FileEmbedding
 from fastqwen.layers.linear import DenseLinear, JoinedLinear, PackedLinear
+from fastqwen.layers.moe import DenseExperts, Moe, PackedExperts
+from fastqwen.model_config import ModelConfig
 from fastqwen.plan.facts import DeviceFacts
 from fastqwen.plan.weights import as_held, read_bytes, weights_bytes
 from fastqwen.weights.gguf_checkpoint import GgufCheckpoint
@@ -23,18 +26,12 @@ from fastqwen.weights.gguf_config import config_from_gguf
 from fastqwen.weights.gguf_file import GgufFile
 from fastqwen.weights.gguf_types import TYPES
 from fastqwen.weights.source import Weights
+from tests.kernels.batches import one_prompt
 from tests.weights.gguf_writer import random_tensor
 from tests.weights.tiny_gguf import HIDDEN, TinyGguf, tiny
 
 PACKED = [kind.name for kind in TYPES.values() if kind.split is not None]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packed_on_the_cpu() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTQWEN_CPU_PACKED", "1")
-        yield
 
 
 def opened(model: TinyGguf, path: Path) -> GgufCheckpoint:
@@ -124,6 +121,69 @@ def test_memory_on_a_cpu_is_the_files(ops: CpuOps, demo_gguf: Path) -> None:
     assert abs(weights.num_bytes / planned - 1) < 0.02
     assert weights.num_bytes < 1.15 * demo_gguf.stat().st_size
     assert 0.9 * planned < read_bytes(config, "bfloat16", 1, 1) <= planned
-    gpu = DeviceFacts(kind="cuda", name="", total_bytes=0, free_bytes=0)
-    assert weights_bytes(as_held(config, gpu), "bfloat16") > 2.5 * planned
+    for kind, unpacks in (("cuda", False), ("cpu", True)):
+        facts = DeviceFacts(kind=kind, name="", total_bytes=0, free_bytes=0, unpacks=unpacks)
+        assert weights_bytes(as_held(config, facts), "bfloat16") > 2.5 * planned
     assert weights_bytes(config, "float32") > 5 * planned
+
+
+@pytest.mark.parametrize("architecture", ["qwen2moe", "qwen3moe"])
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q5_1", "Q8_0"])
+def test_experts_stay_packed(ops: CpuOps, architecture: str, type_name: str, tmp_path: Path) -> None:
+    """They compute what the same experts compute in float32, but for the router's weights, and each token the same in any batch."""
+    checkpoint = opened(tiny(architecture, type_name), tmp_path / "tiny.gguf")
+    config = config_from_gguf(GgufFile(tmp_path / "tiny.gguf"))
+    packed, plain = (
+        build_decoder(config, Weights(checkpoint, dtype, CPU), ops).layers[1].feed_forward
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert isinstance(packed, Moe) and isinstance(packed.experts, PackedExperts)
+    assert isinstance(plain, Moe) and isinstance(plain.experts, DenseExperts)
+    x, norm = torch.randn(13, HIDDEN), plain.norm
+    step = one_prompt(config, 13)
+    found, right = torch.zeros_like(x), torch.zeros_like(x)
+    packed.experts.add_to(found, x, norm, step)
+    plain.experts.add_to(right, x, norm, step)
+    assert right.norm() > 0 and (found - right).norm() < 0.02 * right.norm()
+    for size in (1, 4):
+        alone = torch.zeros_like(x)
+        for part, rows in zip(alone.split(size), x.split(size), strict=True):
+            packed.experts.add_to(part, rows, norm, step)
+        assert torch.equal(alone, found)
+
+
+def test_gate_and_up_of_experts_in_one_tensor(tmp_path: Path) -> None:
+    model = tiny("qwen3moe", "Q4_0")
+    for layer in range(2):
+        gate = model.tensors.pop(f"blk.{layer}.ffn_gate_exps.weight")
+        del model.tensors[f"blk.{layer}.ffn_up_exps.weight"]
+        both = random_tensor("Q4_0", (gate.shape[0], 2 * gate.shape[1], gate.shape[2]))
+        model.tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = both
+    checkpoint = opened(model, tmp_path / "tiny.gguf")
+    for expert, part in ((0, "gate"), (2, "up"), (3, "down")):
+        name = f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"
+        codes = checkpoint.codes(name)
+        assert codes is not None
+        assert torch.equal(unpack_coded(codes), checkpoint.read(name))
+
+
+def test_rounded_activations_change_no_answer(ops: CpuOps, demo_gguf: Path) -> None:
+    """A product's 16 bits against float32: the same likeliest tokens, and predictions that are as good as equal."""
+    file = GgufFile(demo_gguf)
+    config = config_from_gguf(file)
+    ids = torch.randint(1000, 40000, (48,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    exact, rounded = (
+        log_softmax(whole_prompt(ops, GgufCheckpoint(file, config), config, dtype, ids).double(), dim=-1)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    divergence = (exact.exp() * (exact - rounded)).sum(-1)
+    assert 0 < divergence.max() < 1e-5
+    assert torch.equal(exact.argmax(-1), rounded.argmax(-1))
+
+
+def whole_prompt(
+    ops: CpuOps, checkpoint: GgufCheckpoint, config: ModelConfig, dtype: torch.dtype, ids: torch.Tensor
+) -> torch.Tensor:
+    decoder = build_decoder(config, Weights(checkpoint, dtype, CPU), ops)
+    states = decoder.make_states(StateRoom(1, len(ids), 1, torch.float32, CPU))
+    return decoder.logits(decoder.hidden(ids, one_prompt(config, len(ids)), states))

@@ -5,6 +5,7 @@
 // vector's lanes; an output adds its keys' values one after the other.
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "pool.h"
@@ -14,9 +15,20 @@ namespace {
 
 constexpr int64_t KEYS = LANES;        // as many keys are looked at together, one in each lane
 constexpr int ROWS = 4;                // as many queries of a task share what was read of a key
-constexpr int64_t ROWS_OF_TASK = 16;   // at most, unless one token has more heads
+constexpr int64_t ROWS_OF_TASK = 32;   // at most, unless one token has more heads
 
-struct Shape { int64_t heads, kv_heads, head_dim, rotary_dim, block_size, window; };
+struct Shape {
+  int64_t heads, kv_heads, head_dim, rotary_dim, block_size, window;
+  int shift;  // block_size is 2^shift; -1: it is no power of two, which no engine takes
+
+  int64_t block_of(int64_t position) const { return shift < 0 ? position / block_size : position >> shift; }
+};
+
+inline int shift_of(int64_t size) {
+  int shift = 0;
+  while (int64_t{1} << shift < size) shift++;
+  return int64_t{1} << shift == size ? shift : -1;
+}
 
 // A layer's cache. Scales are of int8 only: a number is its scale times what is stored.
 template <typename C>
@@ -84,9 +96,9 @@ void rope_all(const float* qkv, int64_t width, const float* cos_sin, const float
               const HeadNorms& norms, const Cache<C>& cache, float* q_out, int64_t tokens, const Shape& s) {
   in_parts(tokens, part_size(tokens, width), [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; t++) {
-      const int64_t block = pages.of(t)[pages.positions[t] / s.block_size], offset = pages.positions[t] % s.block_size;
+      const int64_t block = s.block_of(pages.positions[t]), offset = pages.positions[t] - block * s.block_size;
       rope_token(qkv + t * width, cos_sin + t * s.rotary_dim, q_scale ? q_scale[t] : 1.0f, norms,
-                 block * s.kv_heads * s.block_size + offset, cache, q_out + t * s.heads * s.head_dim, s);
+                 pages.of(t)[block] * s.kv_heads * s.block_size + offset, cache, q_out + t * s.heads * s.head_dim, s);
     }
   });
 }
@@ -126,7 +138,8 @@ struct Lines {
   int64_t kv_head;
 
   int64_t place(int64_t position) const {
-    return (table[position / s.block_size] * s.kv_heads + kv_head) * s.block_size + position % s.block_size;
+    const int64_t block = s.block_of(position);
+    return (table[block] * s.kv_heads + kv_head) * s.block_size + position - block * s.block_size;
   }
   Line<C> of(const C* numbers, const f16* scales, int64_t position) const {
     const int64_t at = place(position);
@@ -267,6 +280,18 @@ void values_of_rows(const Row* rows, const Lines<C>& lines) {
   for (int n = 0; n < N; n++) add_all_values<1>(rows + n, lines, std::max(last, rows[n].first), rows[n].last);
 }
 
+// body(rows, how many) with at most four at a time; how many is a constant.
+template <typename F>
+inline void by_fours(const std::vector<Row>& rows, F&& body) {
+  const Row *row = rows.data(), *end = row + rows.size();
+  for (; row + ROWS <= end; row += ROWS) body(row, std::integral_constant<int, ROWS>());
+  switch (end - row) {
+    case 3: return body(row, std::integral_constant<int, 3>());
+    case 2: return body(row, std::integral_constant<int, 2>());
+    case 1: return body(row, std::integral_constant<int, 1>());
+  }
+}
+
 // Rows of a task are neighbours in ``q`` of one token only: they are laid out one after the other first.
 template <typename C>
 void attend(const Task& t, const float* q, const Cache<C>& cache, const Pages& pages, float* out, const Shape& s) {
@@ -290,15 +315,12 @@ void attend(const Task& t, const float* q, const Cache<C>& cache, const Pages& p
     }
   }
   const Lines<C> lines{cache, s, pages.of(t.token), t.kv_head};
-  const int64_t count = t.rows(), fours = count / ROWS * ROWS;
   for (int64_t p = start / KEYS * KEYS; p < end; p += KEYS) {
     columns_of_keys(lines, p, start, end, keys.data());
-    for (int64_t r = 0; r < fours; r += ROWS) score_rows<ROWS>(&rows[r], d, keys.data(), p);
-    for (int64_t r = fours; r < count; r++) score_rows<1>(&rows[r], d, keys.data(), p);
+    by_fours(rows, [&](const Row* some, auto n) { score_rows<n>(some, d, keys.data(), p); });
   }
   for (const Row& row : rows) softmax(row.weights, row.last - row.first);
-  for (int64_t r = 0; r < fours; r += ROWS) values_of_rows<ROWS>(&rows[r], lines);
-  for (int64_t r = fours; r < count; r++) values_of_rows<1>(&rows[r], lines);
+  by_fours(rows, [&](const Row* some, auto n) { values_of_rows<n>(some, lines); });
 }
 
 std::vector<Task> tasks_of(const Pages& pages, int64_t tokens, const Shape& s) {
@@ -331,7 +353,7 @@ void fq_attend(const float* qkv, int64_t width, const float* cos_sin, const floa
                float* out, int64_t tokens, int64_t window, int64_t heads, int64_t kv_heads, int64_t head_dim,
                int64_t rotary_dim, int64_t block_size) {
   static thread_local std::vector<float> queries;
-  const Shape s{heads, kv_heads, head_dim, rotary_dim, block_size, window};
+  const Shape s{heads, kv_heads, head_dim, rotary_dim, block_size, window, shift_of(block_size)};
   const Pages pages{positions, slots, tables, table_width};
   queries.resize(tokens * heads * head_dim);
   float* q = queries.data();

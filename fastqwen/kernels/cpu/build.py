@@ -19,7 +19,7 @@ from fastqwen.paths import PRIVATE_FILE, cache_dir, is_trusted
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("kernels.cpp", "packed.cpp", "attention.cpp"))
+SOURCES = tuple(FOLDER / name for name in ("kernels.cpp", "packed.cpp", "scaled.cpp", "attention.cpp"))
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 # clang takes only the second of these on some processors; where neither is taken, it is compiled for any of its kind.
@@ -69,6 +69,8 @@ def compile_kernels(compilers: list[str], target: Path) -> bool:
     """By the first compiler and the first flags that work. Raises OSError where the target's folder cannot be written, or is
     full."""
     first_error = ""
+    if compilers:
+        log.info("compiling the CPU kernels, once for this machine (about ten seconds)")
     for compiler in compilers:
         for processor in PROCESSOR_FLAGS:
             error = _compile([compiler, *FLAGS, *processor], target)

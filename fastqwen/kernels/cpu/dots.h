@@ -3,6 +3,9 @@
 #pragma once
 
 #include "vectors.h"
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 namespace {
 
@@ -62,6 +65,34 @@ inline ints dot_of_quads(ints acc, bytes codes, const int8_t* x) {
   std::memcpy(a, &acc, sizeof a);
   std::memcpy(c, &codes, sizeof c);
   for (int half = 0; half < 2; half++) a[half] = half_dot<WIDE>(a[half], c[half], quad);
+  std::memcpy(&acc, a, sizeof a);
+  return acc;
+}
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+template <bool WIDE>
+inline int32x4_t quarter_dot(int32x4_t acc, uint8x16_t codes, int8x16_t x) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  return vusdotq_s32(acc, codes, x);
+#else
+  if (!WIDE) return vdotq_s32(acc, vreinterpretq_s8_u8(codes), x);
+  // 128 less is a signed byte, and what lacks is twice 64
+  const int8x16_t lacking = vdupq_n_s8(64);
+  acc = vdotq_s32(acc, vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128))), x);
+  return vdotq_s32(vdotq_s32(acc, lacking, x), lacking, x);
+#endif
+}
+
+template <bool WIDE>
+inline ints dot_of_quads(ints acc, bytes codes, const int8_t* x) {
+  int32_t quad;
+  std::memcpy(&quad, x, 4);
+  int32x4_t a[4];
+  uint8x16_t c[4];
+  std::memcpy(a, &acc, sizeof a);
+  std::memcpy(c, &codes, sizeof c);
+  for (int i = 0; i < 4; i++) a[i] = quarter_dot<WIDE>(a[i], c[i], vreinterpretq_s8_s32(vdupq_n_s32(quad)));
   std::memcpy(&acc, a, sizeof a);
   return acc;
 }

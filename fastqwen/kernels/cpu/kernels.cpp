@@ -22,18 +22,6 @@ struct Rows {
   Rows(const float* all, int64_t, int64_t inputs) : x(all), k(inputs) {}
 };
 
-template <int MT, int NT>
-inline void sums_of(floats (&acc)[MT][NT], float (&out)[MT][NT]) {
-  if constexpr (MT * NT == LANES) {
-    floats all[LANES];
-    std::memcpy(all, acc, sizeof all);
-    store(out[0], sums(all));
-  } else {
-    for (int m = 0; m < MT; m++)
-      for (int n = 0; n < NT; n++) out[m][n] = sum(acc[m][n]);
-  }
-}
-
 template <typename W, int MT, int NT>
 inline void dots(const Rows<W>& rows, int64_t row, const W* w, float (&out)[MT][NT]) {
   const int64_t k = rows.k;

@@ -18,8 +18,7 @@ from fastqwen.kernels import (
     ScaledWeight,
     StepTokens,
 )
-from fastqwen.kernels.cpu import packed
-from fastqwen.kernels.limits import cpu_keeps_packed
+from fastqwen.kernels.cpu import packed, scaled
 from fastqwen.kernels.reference import ReferenceOps
 
 _TYPES = packed.TYPES
@@ -27,6 +26,7 @@ _CACHE_TYPES = {**_TYPES, torch.int8: 3}
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
     **packed.SIGNATURES,
+    **scaled.SIGNATURES,
     "fq_set_threads": [_I],
     "fq_linear": [_P, _P, _P, _P, _L, _L, _L, _I, _I],
     "fq_rms_norm": [_P, _P, _P, _L, _L, _F, _I],
@@ -110,14 +110,17 @@ class CpuOps(ReferenceOps):
         self._call_linear(x, weight, residual, accumulate=1)
 
     def packed(self, weight: GroupedWeight | ScaledWeight, dtype: torch.dtype) -> Product | None:
-        if not isinstance(weight, GroupedWeight) or not self.takes_codes(dtype):
+        if isinstance(weight, ScaledWeight):
+            product = self._calls["fq_scaled_product"]
+            return scaled.ScaledProduct(weight, product=product, rms_norm=self.rms_norm, silu_mul=self.silu_mul)
+        if not self.takes_codes(dtype):
             return None
         found = packed.coded(weight)
         return None if found is None else self._product(*found)
 
     def takes_codes(self, dtype: torch.dtype) -> bool:
         """In float32 nothing is rounded, and these products round the activations."""
-        return dtype != torch.float32 and cpu_keeps_packed()
+        return dtype != torch.float32
 
     def coded(self, weight: CodedWeight) -> Product:
         return self._product(weight, None)

@@ -1,6 +1,6 @@
 // Products with matrices of small whole numbers: y[o] = sum over groups of scale * (code - zero) . x, and minimum * sum of x.
 //
-// A tile is 16 outputs, one in each lane of a vector. Inputs are taken 32 at a time (a block), and x is rounded to 8 bits in
+// A tile is 16 outputs, one in each lane of a vector. Inputs are taken 32 at a time (a block), and x is rounded to 16 bits in
 // such blocks: of each the products of codes and x are whole numbers, and exact. What a lane adds, and in which order,
 // depends on its own row and output alone, so a row gives the same bits alone and in any batch.
 
@@ -34,34 +34,48 @@ struct Matrix {
 
 // ---- x, rounded ----
 
+// A number is scale * (256 * high + low): two products of bytes give 16 bits of it.
 struct Block {
   float scale, sum;  // of all numbers as they were rounded
   int32_t sums[2];   // of each half's whole numbers
-  int8_t x[BLOCK];
+  int8_t high[BLOCK], low[BLOCK];
 };
+
+constexpr float TOP = 32639.0f;  // 256 * 127 + 127
+
+inline int32_t total(ints v) {
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) v[i] += v[i + width];
+  return v[0];
+}
+
+inline void store_bytes(int8_t* p, ints v) {
+  typedef int8_t small __attribute__((vector_size(LANES)));
+  const small narrowed = __builtin_convertvector(v, small);
+  std::memcpy(p, &narrowed, sizeof narrowed);
+}
 
 // NaN and infinity are larger than every number by their bits: the scale is one of them then, and so is the result.
 inline Block rounded(const float* x) {
-  const floats a = load(x), b = load(x + LANES);
-  const words mask = words{} + 0x7fffffffu, p = reinterpret_cast<words>(a) & mask, q = reinterpret_cast<words>(b) & mask;
+  const floats parts[2] = {load(x), load(x + LANES)};
+  const words mask = words{} + 0x7fffffffu;
+  const words p = reinterpret_cast<words>(parts[0]) & mask, q = reinterpret_cast<words>(parts[1]) & mask;
   const words larger = p > q ? p : q;
   uint32_t bits[LANES], top = 0;
   std::memcpy(bits, &larger, sizeof bits);
   for (uint32_t one : bits) top = one > top ? one : top;
   Block block{};
   const float largest = as_float(top);
-  block.scale = largest < 1e-30f ? 0.0f : largest / 127.0f;
+  block.scale = largest < 1e-30f ? 0.0f : largest / TOP;
   if (!(block.scale > 0.0f && largest <= 3e38f)) return block;  // zeros, or nothing that could be rounded
-  const float inverse = 127.0f / largest;
-  // adding 1.5 * 2^23 rounds to the nearest integer, which is in the lowest bits then
-  const floats shifter = spread(12582912.0f);
-  const ints low = reinterpret_cast<ints>(a * inverse + shifter) - 0x4b400000;
-  const ints high = reinterpret_cast<ints>(b * inverse + shifter) - 0x4b400000;
-  for (int i = 0; i < LANES; i++) {
-    block.x[i] = static_cast<int8_t>(low[i]);
-    block.x[LANES + i] = static_cast<int8_t>(high[i]);
-    block.sums[0] += low[i];
-    block.sums[1] += high[i];
+  const float inverse = TOP / largest;
+  for (int h = 0; h < 2; h++) {
+    // adding 1.5 * 2^23 rounds to the nearest integer, which is in the lowest bits then
+    const ints whole = reinterpret_cast<ints>(parts[h] * inverse + spread(12582912.0f)) - 0x4b400000;
+    const ints high = (whole + 128) >> 8;
+    store_bytes(block.high + h * LANES, high);
+    store_bytes(block.low + h * LANES, whole - (high << 8));
+    block.sums[h] = total(whole);
   }
   block.sum = block.scale * static_cast<float>(block.sums[0] + block.sums[1]);
   return block;
@@ -135,16 +149,15 @@ struct Scales {
   }
 };
 
-// Whole numbers may be added in any order: two sums keep the processor from waiting for the last one.
+// Half ``h`` of a block: whole numbers may be added in any order, and products of high and low bytes are two sums.
 template <int KIND, int HALVES>
-inline ints dot_of_half(const bytes (&codes)[QUADS], const int8_t* x, int h, int32_t first) {
-  constexpr int QUARTER = QUADS / HALVES / 2;
-  ints even = ints{} + first, odd = {};
-  for (int q = 2 * h * QUARTER; q < 2 * (h + 1) * QUARTER; q += 2) {
-    even = dot_of_quads<KIND == BYTES>(even, codes[q], x + 4 * q);
-    odd = dot_of_quads<KIND == BYTES>(odd, codes[q + 1], x + 4 * (q + 1));
+inline ints dot_of_half(const bytes (&codes)[QUADS], const Block& x, int h, int32_t first) {
+  ints high = {}, low = ints{} + first;
+  for (int q = h * QUADS / HALVES; q < (h + 1) * QUADS / HALVES; q++) {
+    high = dot_of_quads<KIND == BYTES>(high, codes[q], x.high + 4 * q);
+    low = dot_of_quads<KIND == BYTES>(low, codes[q], x.low + 4 * q);
   }
-  return even + odd;
+  return (high << 8) + low;
 }
 
 template <int KIND, int HALVES, int ROWS>
@@ -162,7 +175,7 @@ __attribute__((noinline)) void tile_rows(const Matrix& matrix, int64_t tile, con
       const Block& block = x[m * blocks + b];
       for (int h = 0; h < HALVES; h++) {
         const int32_t sum = HALVES == 1 ? block.sums[0] + block.sums[1] : block.sums[h];
-        const ints dot = dot_of_half<KIND, HALVES>(quads, block.x, h, -zero * sum);
+        const ints dot = dot_of_half<KIND, HALVES>(quads, block, h, -zero * sum);
         y[m] += __builtin_convertvector(dot, floats) * (of.scale[h] * block.scale);
         if (w.minima) y[m] += of.minimum[h] * (HALVES == 1 ? block.sum : block.scale * static_cast<float>(sum));
       }

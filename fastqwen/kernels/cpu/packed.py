@@ -104,7 +104,7 @@ def coded(weight: GroupedWeight) -> tuple[CodedWeight, Tensor | None] | None:
 
 
 class TiledProduct:
-    """A Product (see kernels/__init__.py) of float32 activations, which are rounded to 8 bits in blocks of 32 inputs."""
+    """A Product (see kernels/__init__.py) of float32 activations, which are rounded to 16 bits in blocks of 32 inputs."""
 
     def __init__(
         self,
@@ -121,6 +121,9 @@ class TiledProduct:
         self._header = ctypes.byref(weight.header)
         self._out_size = weight.header.outputs
         self.num_bytes = weight.num_bytes + (0 if order is None else order.nbytes)
+
+    def reads_norm(self, norm: Norm, x: Tensor) -> bool:
+        return norm.weight.dtype in TYPES
 
     def plain(self, x: Tensor) -> Tensor:
         return self._of(x, None, PLAIN)

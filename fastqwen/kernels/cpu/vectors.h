@@ -161,6 +161,19 @@ inline floats sums(floats (&v)[LANES]) {
   return v[0];
 }
 
+// The sum of each vector.
+template <int MT, int NT>
+inline void sums_of(floats (&acc)[MT][NT], float (&out)[MT][NT]) {
+  if constexpr (MT * NT == LANES) {
+    floats all[LANES];
+    std::memcpy(all, acc, sizeof all);
+    store(out[0], sums(all));
+  } else {
+    for (int m = 0; m < MT; m++)
+      for (int n = 0; n < NT; n++) out[m][n] = sum(acc[m][n]);
+  }
+}
+
 // 2^n times Cephes' polynomial on [-ln2/2, ln2/2]. Below -87 the result is 0, above 88 it stays at exp(88).
 inline floats exponential(floats x) {
   const floats low = spread(-87.0f), high = spread(88.0f), raised = x < low ? low : x;

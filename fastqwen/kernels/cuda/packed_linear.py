@@ -338,6 +338,9 @@ class PackedProduct:
         self._by_bytes = multiplies(weight, space.card.capability)
         self.most_rows = EIGHT_BIT_ROWS if self._by_bytes else PACKED_ROWS
 
+    def reads_norm(self, norm: Norm, x: Tensor) -> bool:
+        return norm.weight.dtype == x.dtype
+
     def plain(self, x: Tensor) -> Tensor:
         return self._product(self._inputs(x), None)
 
