@@ -25,9 +25,7 @@ LENGTHS = (1, 2, 7, 63, 64, 65, 130, 300)
 MODULES = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 
 
-def recurrence(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **_: Any
-) -> tuple[Tensor, None]:
+def recurrence(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **_: Any) -> tuple[Tensor, None]:
     """The definition, token after token, in float64: query, key [1, tokens, key heads, dim], value [1, tokens, heads, dim]."""
     group = value.shape[2] // key.shape[2]
     q, k = (one[0].double().repeat_interleave(group, 1).transpose(0, 1) for one in (query, key))
