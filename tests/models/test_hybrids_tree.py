@@ -74,7 +74,7 @@ def test_every_place_at_which_a_prompt_can_branch(checkpoint: Path, alone: Any):
     core, trunk = start(checkpoint), prompt(50)
     greedy(core, [trunk], ANSWER)
     for cut in range(1, len(trunk) + 1, 4):
-        branch = trunk[:cut] + [255 - trunk[cut % len(trunk)]] + prompt(20, seed=cut)
+        branch = [*trunk[:cut], 255 - trunk[cut % len(trunk)], *prompt(20, seed=cut)]
         assert [greedy(core, [branch], ANSWER)[0] for _ in range(2)] == [alone(branch)] * 2
     assert core.scheduler.num_prefix_hits > 0
 
