@@ -144,7 +144,7 @@ HISTORY = [
 )
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
 def test_old_reasoning_is_kept_where_the_template_keeps_it(template: str, body: Any, kept: bool, key: str):
-    history = [{("reasoning_content" != name and name) or key: text for name, text in one.items()} for one in HISTORY]
+    history = [{(name != "reasoning_content" and name) or key: text for name, text in one.items()} for one in HISTORY]
     assert ("old thoughts" in prompt_of(state_of(template), messages=history, **body)) == kept
 
 
