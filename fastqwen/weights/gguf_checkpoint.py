@@ -34,6 +34,7 @@ MODEL_TYPES = {
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
 }
+HYBRIDS = ("qwen35", "qwen35moe", "qwen3next")
 
 NAMES = Names(
     embed="token_embd",
@@ -120,6 +121,11 @@ MAX_TENSOR_NAMES = 2**20  # one per expert and matrix; the largest Qwen3-MoE has
 def config_from_gguf(file: GgufFile, overrides: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
     """Raises Unsupported for an unknown architecture or a variant that is not computed here, BadCheckpoint for damage."""
     architecture = file.metadata.get("general.architecture")
+    if architecture in HYBRIDS:
+        raise Unsupported(
+            f"{file.path}: general.architecture is {short(architecture)}: hybrids are not read from GGUF, which has their heads in "
+            "another order; load the model's safetensors files, with --quantization int4 or fp8 if they are too large"
+        )
     if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
         raise Unsupported(
             f"{file.path}: general.architecture is {short(architecture)}; supported in GGUF: {', '.join(MODEL_TYPES)}"
