@@ -41,7 +41,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PARTS = ("kernels", "golden", "decode", "prefill", "turn", "chats")
 MODELS = ("qwen3.5-0.8b", "qwen3.5-9b", "qwen3.5-35b-a3b")
 BASELINE = "qwen3-8b"  # whose prefill the hybrids' is compared with
-# How far numbers may be off, as a part of 1 + themselves. Triton's interpreter, which stands for the GPU on a CPU, does not take bfloat16.
+# How far numbers may be off, as a part of 1 + themselves. Triton's interpreter, which stands for the GPU on a CPU, does not
+# take bfloat16.
 RIGHT = {torch.float32: 1e-3, torch.bfloat16 if DEVICE.type == "cuda" else torch.float16: 4e-2}
 
 
