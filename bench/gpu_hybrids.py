@@ -31,6 +31,7 @@ from fastqwen.benchmark.machine import Machine, measure, synchronize
 from fastqwen.benchmark.report import commit
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineCore
+from fastqwen.errors import DoesNotFit
 from fastqwen.kernels import DeltaShape
 from fastqwen.records import EngineRequest, SamplingParams
 from fastqwen.runner.start import Engine, start_engine
@@ -205,16 +206,26 @@ class Model:
 
     def __init__(self, name: str, folder: Path, sizes: Sizes) -> None:
         self.name = name
-        longest = max(max(sizes.contexts) + sizes.steps, sum(sizes.turn) + sizes.answer) + 64
-        self.engine: Engine = start_engine(
-            EngineConfig(
-                model=name, load_format="dummy", max_model_len=longest, max_num_seqs=max(*sizes.batches, sizes.chats[0]),
-                prompts_first=True, **({"dtype": "float32"} if DEVICE.type == "cpu" else {}),
-            ),
-            folder,
-        )  # fmt: skip
+        longest = max(max(sizes.contexts) + sizes.steps, sizes.prompts[1], sum(sizes.turn) + sizes.answer) + 64
+        most = max(*sizes.batches, sizes.chats[0])
+        self.engine = self._start(folder, longest, (most, *(count for count in (16, 4) if count < most)))
         self.core: EngineCore = self.engine.core
         self._chance = random.Random(0)
+
+    def _start(self, folder: Path, longest: int, counts: tuple[int, ...]) -> Engine:
+        """With as many sequences as the card has room for beside the weights."""
+        for count in counts:
+            try:
+                config = EngineConfig(
+                    model=self.name, load_format="dummy", max_model_len=longest, max_num_seqs=count, prompts_first=True,
+                    **({"dtype": "float32"} if DEVICE.type == "cpu" else {}),
+                )  # fmt: skip
+                return start_engine(config, folder)
+            except DoesNotFit:
+                if count == counts[-1]:
+                    raise
+            forget()  # what was loaded before it was found out
+        raise AssertionError("no counts")
 
     def ids(self, count: int) -> list[int]:
         return [self._chance.randrange(self.engine.model.vocab_size) for _ in range(count)]
