@@ -177,10 +177,9 @@ class _Builder:
     def delta(self, prefix: str) -> GatedDelta:
         config, names, delta, local = self.config, self.names, self.config.delta, self.local.delta
         assert delta is not None and local is not None
-        lines = DeltaLines(
-            delta, (self.world.index * local.num_key_heads, (self.world.index + 1) * local.num_key_heads)
-        )
-        heads = Part(0, (lines.value_heads,))
+        split = HeadSplit.of(delta.num_value_heads, delta.num_key_heads, self.world.count)
+        lines = DeltaLines(delta, split, self.world.index)
+        heads = Part(0, lines.value_heads)
         decay, bias = (self.precise(prefix + name, (delta.num_value_heads,), heads) for name in names.delta_decay)
         conv = self.weights.tensor(
             f"{prefix}{names.delta_conv[0]}.weight", (delta.channels, 1, delta.taps), part=Part(0, lines.channels)
@@ -191,7 +190,7 @@ class _Builder:
             ops=self.ops,
             norm=self.norm(prefix + names.attention_norm),
             project=self.delta_projection(prefix, lines),
-            out=self.summed(prefix + names.delta_out[0], delta.value_size, False, (lines.values(0),)),
+            out=self.summed(prefix + names.delta_out[0], delta.value_size, False, lines.values(0)),
             parts=DeltaParts(shape, conv[:, 0].contiguous(), -decay.exp(), bias, Norm(norm, config.rms_norm_eps)),
         )
 
@@ -285,71 +284,70 @@ class _Builder:
 
 @dataclass(frozen=True)
 class DeltaLines:
-    """Which lines of a gated delta rule's matrices this shard holds: those of some key heads, and of their value heads.
+    """Which lines of a gated delta rule's matrices this shard holds. Its value heads are split as query heads are that share
+    a key head.
 
     A piece of a matrix is (its place among the checkpoint's matrices, all of that matrix's lines, those that are meant).
     """
 
     delta: DeltaConfig
-    heads: tuple[int, int]  # key heads
+    split: HeadSplit
+    index: int  # of the shard
 
     @property
-    def group(self) -> int:
-        return self.delta.num_value_heads // self.delta.num_key_heads
+    def value_heads(self) -> Ranges:
+        return self.split.queries(self.index, 1)
 
-    @property
-    def value_heads(self) -> tuple[int, int]:
-        return self.heads[0] * self.group, self.heads[1] * self.group
+    def keys(self, offset: int) -> Ranges:
+        return behind(self.split.keys(self.index, self.delta.key_dim), offset)
 
-    def keys(self, offset: int) -> tuple[int, int]:
-        return offset + self.heads[0] * self.delta.key_dim, offset + self.heads[1] * self.delta.key_dim
-
-    def values(self, offset: int) -> tuple[int, int]:
-        first, last = self.value_heads
-        return offset + first * self.delta.value_dim, offset + last * self.delta.value_dim
+    def values(self, offset: int) -> Ranges:
+        return behind(self.split.queries(self.index, self.delta.value_dim), offset)
 
     @property
     def channels(self) -> Ranges:
         size = self.delta.key_size
-        return self.keys(0), self.keys(size), self.values(2 * size)
+        return *self.keys(0), *self.keys(size), *self.values(2 * size)
 
     def of_four(self) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
         """Qwen3.5: q, k and v together, z, b, a."""
-        delta, heads = self.delta, (self.value_heads,)
-        wide = (0, delta.channels, self.channels), (1, delta.value_size, (self.values(0),))
+        delta, heads = self.delta, self.value_heads
+        wide = (0, delta.channels, self.channels), (1, delta.value_size, self.values(0))
         return wide, ((2, delta.num_value_heads, heads), (3, delta.num_value_heads, heads))
 
     def of_two(self) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
         """Qwen3-Next: each key head's q, k, v and z; each key head's b and a."""
-        delta, group = self.delta, self.group
-        sizes = (delta.key_dim, delta.key_dim, group * delta.value_dim, group * delta.value_dim)
-        wide, narrow = (self._by_heads(index, parts) for index, parts in enumerate((sizes, (group, group))))
-        return wide, narrow
+        delta, group, keys, values, heads = self.delta, self.split.group, self.keys(0), self.values(0), self.value_heads
+        many = group * delta.value_dim
+        wide = self._by_heads(0, ((keys, delta.key_dim), (keys, delta.key_dim), (values, many), (values, many)))
+        return wide, self._by_heads(1, ((heads, group), (heads, group)))
 
-    def _by_heads(self, index: int, sizes: tuple[int, ...]) -> tuple[Piece, ...]:
-        """Of a matrix that has these lines for each key head, the first of all heads, the second of all heads, ..."""
-        each = sum(sizes)
-        begins = itertools.accumulate(sizes, initial=0)
+    def _by_heads(self, index: int, parts: tuple[tuple[Ranges, int], ...]) -> tuple[Piece, ...]:
+        """Of a matrix that has lines of each part for each key head: those of the first part, of the second, ..."""
+        sizes = [size for _, size in parts]
+        each, begins = sum(sizes), itertools.accumulate(sizes, initial=0)
         return tuple(
-            (
-                index,
-                each * self.delta.num_key_heads,
-                tuple((head * each + begin, head * each + begin + size) for head in range(*self.heads)),
-            )
-            for begin, size in zip(begins, sizes, strict=False)
+            (index, each * self.delta.num_key_heads, _spread(lines, size, each=each, begin=begin))
+            for (lines, size), begin in zip(parts, begins, strict=False)
         )
 
 
 def _halves_of_pairs(heads: Ranges, size: int) -> tuple[Ranges, Ranges]:
     """The lines of heads' first and second halves in a matrix that has both of a head behind each other; ``heads`` are lines of
     one with the first halves alone, ``size`` for each."""
-    first: list[tuple[int, int]] = []
-    second: list[tuple[int, int]] = []
-    for start, stop in heads:
+    return _spread(heads, size, each=2 * size, begin=0), _spread(heads, size, each=2 * size, begin=size)
+
+
+def _spread(lines: Ranges, size: int, *, each: int, begin: int) -> Ranges:
+    """Lines of a matrix of blocks of ``size``, in one that has ``each`` lines a block, these from ``begin`` on."""
+    found: list[tuple[int, int]] = []
+    for start, stop in lines:
         if start < 0:  # zeros
-            first.append((start, stop))
-            second.append((start, stop))
-        for at in range(2 * start, 2 * stop, 2 * size) if start >= 0 else ():
-            first.append((at, at + size))
-            second.append((at + size, at + 2 * size))
-    return tuple(first), tuple(second)
+            found.append((start, stop))
+            continue
+        while start < stop:
+            block, at = divmod(start, size)
+            count = min(stop - start, size - at)
+            found.append((block * each + begin + at, block * each + begin + at + count))
+            start += count
+    return tuple(found)

@@ -73,8 +73,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_state_snapshots: Annotated[
         int | None,
         option(
-            "For models whose layers keep a state of fixed size: most copies of it that the prefix cache keeps. Default: as "
-            "many as fit into a fourth of what weights leave, at most 1024."
+            "For models whose layers keep a state of fixed size: most copies of it that the prefix cache keeps. Default: "
+            "two for each conversation whose keys and values find room beside those of running ones, at most 1024."
         ),
     ] = None
     kv_cache_dtype: Annotated[

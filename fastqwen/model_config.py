@@ -131,6 +131,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """The layers that keep keys and values."""
         return tuple(layer for layer in range(self.num_layers) if not self.is_delta(layer))
 
+    @property
+    def has_states(self) -> bool:
+        """Whether layers keep something of fixed size for each sequence, beside keys and values or in their place."""
+        return self.delta is not None
+
     def state_bytes(self, number_bytes: int) -> int:
         """What all layers keep of a sequence besides keys and values, whatever its length."""
         return 0 if self.delta is None else len(self.delta.layers) * self.delta.state_bytes(number_bytes)
@@ -167,13 +172,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         delta = self.delta
         if delta is not None:
-            if delta.num_key_heads % count:
-                raise BadConfig(
-                    f"--tensor-parallel-size is {count}, but {delta.num_key_heads} key heads of linear attention do not "
-                    "split evenly"
-                )
-            split = {name: getattr(delta, name) // count for name in ("num_key_heads", "num_value_heads")}
-            delta = msgspec.structs.replace(delta, **split)
+            own = HeadSplit.of(delta.num_value_heads, delta.num_key_heads, count)
+            delta = msgspec.structs.replace(delta, num_key_heads=own.each, num_value_heads=own.each * own.piece)
         return msgspec.structs.replace(
             self,
             num_heads=heads.each * heads.piece,

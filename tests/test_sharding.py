@@ -96,8 +96,11 @@ def in_shards(folder: Path, ids: list[int], count: int) -> list[torch.Tensor]:
         ("Qwen3Config", {"head_dim": 32, "num_attention_heads": 10, "num_key_value_heads": 2}, (3, 4)),
         ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, (2, 3)),
         ("Qwen2MoeConfig", {**MOE, "shared_expert_intermediate_size": 80}, (2, 3)),
-        ("Qwen3_5TextConfig", HYBRID, (2,)),
-        ("Qwen3NextConfig", {**HYBRID, **MOE, "shared_expert_intermediate_size": 80}, (2,)),
+        ("Qwen3_5TextConfig", HYBRID, (2, 3, 4)),
+        # Groups of 3 value heads over 2 shards of a key head: 2 and 1, filled up to 2.
+        ("Qwen3_5TextConfig", {**HYBRID, "linear_num_value_heads": 6}, (2, 3, 4)),
+        ("Qwen3NextConfig", {**HYBRID, **MOE, "shared_expert_intermediate_size": 80}, (2, 3, 4)),
+        ("Qwen3NextConfig", {**HYBRID, **MOE, "linear_num_key_heads": 4, "linear_num_value_heads": 12}, (3, 5)),
     ],
 )
 def test_shards_compute_what_one_does(tmp_path: Path, kind: str, changes: dict[str, Any], counts: tuple[int, ...]):

@@ -270,7 +270,7 @@ class Scheduler:
             return row
         # Every stream that passes a block's end replaces its newest copy. Where there are few places, they are left to
         # prompts, which others may begin with.
-        answers = row.end > sequence.num_prompt and snapshots.num_places >= 2 * len(self._running)
+        answers = row.end >= sequence.num_prompt and snapshots.num_places >= 2 * len(self._running)
         if not answers and row.end not in sequence.keep_at:
             return row
         hashes = sequence.hashes(size)
@@ -288,7 +288,7 @@ class Scheduler:
             return
         hashes = sequence.hashes(self.blocks.block_size)
         snapshots.file(place, hashes, row.end)
-        if row.end > sequence.num_prompt:
+        if row.end >= sequence.num_prompt:
             block_hash = hashes[row.end // self.blocks.block_size - 1]
             if sequence.newest_copy is not None and sequence.newest_copy != block_hash:
                 snapshots.drop(sequence.newest_copy)

@@ -84,7 +84,8 @@ def make_plan(
     room_bytes = available_kv_bytes
     if room_bytes is None:
         room_bytes = max(0, budget_bytes(need, facts, config.gpu_memory_utilization) - need.fixed) + need.states
-    states = share_room(model, config, profile, bytes_of_slot(model, dtype, facts), room_bytes)
+    each = bytes_of_slot(model, dtype, facts, num_gpus=config.tensor_parallel_size)
+    states = share_room(model, config, profile, each, room_bytes, per_token=per_token, max_model_len=wished_len)
     kv_bytes = config.kv_cache_memory_bytes or room_bytes - states.bytes
     num_blocks = min(kv_bytes // (per_token * block_size), states.max_num_seqs * -(-wished_len // block_size))
     room = num_blocks * block_size

@@ -24,6 +24,11 @@ def _held(model: ModelConfig, count: int) -> Iterator[tuple[str, int, int]]:
         sizes.append(("expert size", model.moe.expert_size, local.moe.expert_size))
         if model.moe.shared_size:
             sizes.append(("shared expert size", model.moe.shared_size, local.moe.shared_size))
+    if model.delta is not None and local.delta is not None:
+        sizes += [
+            ("linear attention's key heads", model.delta.num_key_heads, local.delta.num_key_heads),
+            ("linear attention's value heads", model.delta.num_value_heads, local.delta.num_value_heads),
+        ]
     for what, size, of_one in sizes:
         if count * of_one != size:
             yield what, size, count * of_one

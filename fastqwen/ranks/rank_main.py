@@ -15,7 +15,7 @@ import zmq
 
 from fastqwen.config import EngineConfig
 from fastqwen.engine.executor import Executor, StepHandle
-from fastqwen.errors import BadConfig, FastqwenError, Unsupported
+from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.lifeline import end_with_parent
 from fastqwen.logs import configure_logging
 from fastqwen.ranks import wire
@@ -82,7 +82,6 @@ def _start(socket: zmq.Socket[bytes], begin: wire.Begin) -> Computer:
         lambda done, total: told(True, done, total),
         None if begin.index or config.skip_tokenizer_init else _tokenizer_of(config, Path(begin.path)),
     )
-    _check_states(computer)
     facts = computer.plan, computer.model, computer.comparison, computer.tile_tokens, computer.executor.run_ahead
     patience_s = None
     if device.type == "cuda":
@@ -108,12 +107,6 @@ def _tokenizer_of(config: EngineConfig, path: Path) -> GrammarTokenizer:
         return load_text(path, model, config).grammar_tokenizer(model)
 
     return grammar_tokenizer
-
-
-def _check_states(computer: Computer) -> None:
-    """Layers with a state of fixed size were not tried in several ranks."""
-    if computer.has_states:
-        raise Unsupported(f"--tensor-parallel-size: {computer.model.model_type} runs on one device only so far")
 
 
 def _lead(socket: zmq.Socket[bytes], executor: Executor) -> None:

@@ -65,7 +65,6 @@ class Computer:
     model: ModelConfig
     comparison: list[Line]  # what was planned on paper against what was measured
     tile_tokens: int  # steps that are multiples of this are no dearer than smaller ones
-    has_states: bool = False  # layers keep states of fixed size beside keys and values
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def engine_of(config: EngineConfig, computer: Computer, check: Callable[[], None
         max_num_seqs=plan.max_num_seqs,
         enable_prefix_caching=config.enable_prefix_caching,
         rope_key_of=partial(rope_key, model.rope, per_request=config.rope_per_request),
-        snapshots=SnapshotPool(plan.max_state_snapshots, plan.block_size) if computer.has_states else None,
+        snapshots=SnapshotPool(plan.max_state_snapshots, plan.block_size) if model.has_states else None,
     )
     core = EngineCore(scheduler, computer.executor)
     return Engine(core, computer.compiler, plan, model, computer.comparison, check)
@@ -162,7 +161,6 @@ def start_computer(
         model=msgspec.structs.replace(as_held(checkpoint.model, facts), has_head=decoder.has_head),
         comparison=compare(paper, measured),
         tile_tokens=TILE_TOKENS if has_own_kernels(device) else 1,
-        has_states=executor.states.has_fixed,
     )
 
 

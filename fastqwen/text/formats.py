@@ -39,8 +39,9 @@ class Formats:
         """Whether the template looks at that key of a message, as far as its usual spellings tell."""
         return re.search(rf"\bm\w*(?:\.|\[\s*['\"]|\.get\(\s*['\"]){re.escape(name)}\b", self.source) is not None
 
-    def names_role(self, role: str) -> bool:
-        return f"'{role}'" in self.source or f'"{role}"' in self.source
+    def names(self, word: str) -> bool:
+        """Whether the template has the word in quotes: a role or a switch's value that it knows."""
+        return f"'{word}'" in self.source or f'"{word}"' in self.source
 
     def parser(self, *, opened: bool, tools: Sequence[dict[str, Any]] = ()) -> TextParser | None:
         """None where the text is the content, as it is."""

@@ -28,6 +28,7 @@ MODEL_TYPES = {
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
 }
+HYBRIDS = ("qwen35", "qwen35moe", "qwen3next")
 
 NAMES = Names(
     embed="token_embd",
@@ -126,6 +127,11 @@ def config_from_gguf(file: GgufFile, overrides: Mapping[str, Any] = MappingProxy
             f"{file.path} holds {what} (general.type is {short(kind)}), not a model: give the model's own file"
         )
     architecture = file.metadata.get("general.architecture")
+    if architecture in HYBRIDS:
+        raise Unsupported(
+            f"{file.path}: general.architecture is {short(architecture)}: hybrids are not read from GGUF, which has their heads in "
+            "another order; load the model's safetensors files, with --quantization int4 or fp8 if they are too large"
+        )
     if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
         raise Unsupported(
             f"{file.path}: general.architecture is {short(architecture)}; supported in GGUF: {', '.join(MODEL_TYPES)}"

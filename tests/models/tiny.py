@@ -32,8 +32,11 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 
 
-def make(folder: Path, config_class: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A transformers model with random weights, saved into ``folder``; norms and biases are random as well."""
+def make(
+    folder: Path, config_class: str, *, dtype: torch.dtype = torch.float32, slow_fading: bool = True, **changes: Any
+) -> Any:
+    """A transformers model with random weights, saved into ``folder``; norms and biases are random as well.
+    ``slow_fading``: memories of a gated delta rule last for some tokens; as transformers draws them, most fade at once."""
     torch.manual_seed(20261123)
     config = getattr(transformers, config_class)(**{**COMMON, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -41,7 +44,7 @@ def make(folder: Path, config_class: str, *, dtype: torch.dtype = torch.float32,
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith(".bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            if name.endswith("A_log"):  # by default memories fade at once
+            if slow_fading and name.endswith("A_log"):
                 parameter.copy_(torch.randn_like(parameter) - 3.0)
             parameter.data = parameter.to(
                 dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastqwen.model_config import read_json
 from tests.models.tiny import logits, prompt
 
-LINEAR = re.compile(r"(_proj|c_attn|mlp\.w1|mlp\.w2)\.weight$")
+LINEAR = re.compile(r"(_proj(_\w+)?|c_attn|mlp\.w1|mlp\.w2)\.weight$")
 Stored = tuple[dict[str, Tensor], Tensor]  # a module's tensors, and the matrix that they stand for
 
 

@@ -24,6 +24,10 @@ from tests.models.tiny import MOE, greedy, make, make_qwen1, prompt
 from tests.quant.packing import Layout
 from tests.quant.test_gptq import pack
 
+HYBRID = {
+    "num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+}  # fmt: skip
 PROMPTS = [prompt(length) for length in (5, 40, 90, 17)]
 PUSHING = [prompt(length) for length in (30, 31, 33)]
 TOKENS = 24
@@ -46,6 +50,10 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "qwen3-moe": lambda folder: same(folder, lambda at: make(at, "Qwen3MoeConfig", **MOE, head_dim=16)),
     "qwen2-moe": lambda folder: same(
         folder, lambda at: make(at, "Qwen2MoeConfig", **MOE, shared_expert_intermediate_size=96)
+    ),
+    "qwen3-5": lambda folder: same(folder, lambda at: make(at, "Qwen3_5TextConfig", **HYBRID)),
+    "qwen3-next": lambda folder: same(
+        folder, lambda at: make(at, "Qwen3NextConfig", **HYBRID, **MOE, shared_expert_intermediate_size=96)
     ),
     "int4": lambda folder: packed(folder, Layout(sym=False)),
     "int4-desc-act": lambda folder: packed(folder, Layout(desc_act=True, sym=False)),

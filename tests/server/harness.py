@@ -24,6 +24,7 @@ from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
+from fastqwen.engine.snapshots import SnapshotPool
 from fastqwen.model_config import ModelConfig, RopeConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.records import Failure, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
@@ -201,9 +202,11 @@ def make_state(
     template: str = QWEN3,
     max_model_len: int = 4096,
     blocks: int | None = None,
+    snapshots: int | None = None,
     engine: dict[str, Any] | None = None,
     **server: Any,
 ) -> ServerState:
+    """``snapshots``: copies of states, as if the model's layers had such of fixed size; None: they have none."""
     tokenizer = ByteTokenizer()
     text = TextTools(
         tokenizer=tokenizer,
@@ -217,12 +220,14 @@ def make_state(
         dtype="float32", kv_cache_dtype="float32", block_size=16,
         num_blocks=blocks or 8 * max_model_len // 16, max_model_len=max_model_len,
         max_num_seqs=64, max_num_batched_tokens=512, weights_bytes=0, kv_bytes_per_token=1,
+        max_state_snapshots=snapshots or 0, states_bytes=0 if snapshots is None else 1,
     )  # fmt: skip
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, plan.block_size),
         StepPolicy(max_num_batched_tokens=plan.max_num_batched_tokens),
         max_num_seqs=plan.max_num_seqs,
         enable_prefix_caching=config.enable_prefix_caching,
+        snapshots=None if snapshots is None else SnapshotPool(snapshots, plan.block_size),
     )
     words = grammar_tokenizer(tokenizer, text.stop_token_ids, VOCAB)
     return ServerState(

@@ -6,6 +6,7 @@ import asyncio
 
 from fastqwen.server.answer.cache_story import CacheStories
 from tests.server.harness import client_of, make_state
+from tests.server.hybrid_templates import WITH_EFFORT
 
 LONG = "A system message that is longer than one block of the cache. " * 3
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds " * 20, "parameters": {"type": "object"}}}
@@ -113,6 +114,48 @@ def test_a_state_that_was_not_kept():
             story, [], thought=False, num_cached=num_cached, block_size=16, explain=True, has_states=True
         )
     assert found is not None and found["cause"] == "state_not_kept" and found["equal_tokens"] == 32
+
+
+def cached(*bodies: dict, said: str, **state_options) -> list[tuple[str, int, int]]:
+    """Of each turn its cause, and how many of its prompt's tokens usage says were found."""
+
+    async def run() -> list:
+        state, found = make_state(lambda prompt, seed: said, **state_options), []
+        async with client_of(state) as client:
+            for body in bodies:
+                answer = (await client.post("/v1/chat/completions?explain_cache=1", json=body)).json()
+                usage = answer["usage"]
+                number = usage["prompt_tokens_details"]["cached_tokens"]
+                assert answer["cache"]["cached_tokens"] == number
+                found.append((answer["cache"]["cause"], number, usage["prompt_tokens"]))
+        return found
+
+    return asyncio.run(run())
+
+
+def test_the_second_turn_of_a_model_with_states_finds_all_of_the_first():
+    """Prompt and answer up to the last block's end, as without states; so does the same prompt again."""
+    said = "Hm.\n</think>\n\nHello, this is an answer that is longer than a block."
+    answer = {"role": "assistant", "content": said.partition("</think>\n\n")[2], "reasoning_content": "Hm."}
+    first = {"messages": turns("hi")["messages"], "max_tokens": 90}
+    second = {"messages": [*first["messages"], answer, {"role": "user", "content": "and now more"}], "max_tokens": 5}
+    for snapshots in (None, 8):
+        found = cached(first, first, second, said=said, template=WITH_EFFORT, snapshots=snapshots)
+        assert [cause for cause, *_ in found] == ["first_request", "hit", "new_text"]
+        (_, none, length), (_, again, _), (_, hit, _) = found
+        assert none == 0 and again == (length - 1) // 16 * 16
+        assert hit >= (length + len(said)) // 16 * 16 - 32
+
+
+def test_a_branch_is_told_as_not_kept_once_and_found_from_then_on():
+    bodies = [turns(text + "x" * 40, max_tokens=3) for text in ("a", "b", "c")]
+    (_, first, _), (cause, second, _), (_, third, _) = cached(*bodies, said="Hello", snapshots=8)
+    assert first == second == 0 and cause == "state_not_kept" and third > 100
+
+
+def test_without_copies_a_model_with_states_finds_nothing_and_says_why():
+    found = cached(turns("hi"), turns("hi"), said="Hello", snapshots=0)
+    assert [(cause, number) for cause, number, _ in found] == [("first_request", 0), ("state_not_kept", 0)]
 
 
 def test_too_short_for_a_block():

@@ -199,7 +199,15 @@ def test_llama_31_frequencies_are_recognised(path: Path) -> None:
         opened(model, path)
 
 
-@pytest.mark.parametrize("architecture", ["qwen35", "deepseek2", 7, ["qwen2"], None])
+@pytest.mark.parametrize("architecture", ["qwen35", "qwen35moe", "qwen3next"])
+def test_a_hybrid_is_refused_with_what_to_take_instead(path: Path, architecture: str) -> None:
+    model = tiny("qwen2")
+    model.metadata["general.architecture"] = architecture
+    with pytest.raises(Unsupported, match=rf"'{architecture}': .*heads in another order.*safetensors"):
+        opened(model, path)
+
+
+@pytest.mark.parametrize("architecture", ["deepseek2", 7, ["qwen2"], None])
 def test_an_unknown_architecture_is_named_with_the_known_ones(path: Path, architecture: Any) -> None:
     model = tiny("qwen2")
     model.metadata["general.architecture"] = architecture

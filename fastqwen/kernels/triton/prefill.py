@@ -128,7 +128,9 @@ def prefill_tiling(head_dim: int, element_bytes: int, card: Card) -> PrefillTili
     holds the stages' keys and values, and of float32, which tensor cores do not take, the tile's queries as well."""
     if not card.has_dots:
         return PrefillTiling(16, 8, 1)
-    keys = 64 if card.shared_bytes >= LARGE_SHARED_BYTES else 32
+    # Of heads wider than 128, registers hold the sums beside 64 keys only where tensor cores read from shared memory.
+    many = card.shared_bytes >= LARGE_SHARED_BYTES and (head_dim <= 128 or card.capability >= (9, 0))
+    keys = 64 if many else 32
     if element_bytes == 2:
         return PrefillTiling(keys, 4, stages_that_fit(3 if head_dim <= 128 else 2, 4 * keys * head_dim, card))
     queries = 4 * TILE_TOKENS * head_dim

@@ -116,7 +116,7 @@ def _note_keys(values: dict[str, Any], role: str, place: str, formats: Formats, 
 
 def _role(role: str, place: str, formats: Formats, warnings: Warnings) -> str:
     role = ROLE_ALIASES.get(role, role)
-    if role in ROLES or formats.names_role(role):
+    if role in ROLES or formats.names(role):
         return role
     warnings.unknown(f"{place}.role", f"the chat template has no role {role!r}, so it is told as the user's")
     return "user"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastqwen.errors import BadRequest
@@ -12,7 +13,7 @@ from fastqwen.text.formats import Formats
 EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
 # For templates without an effort of their own.
 EFFORT_TOKENS = {"minimal": 512, "low": 1024, "medium": 8192}
-# Under the names that the templates with an effort accept.
+# What Qwen's own API makes of other APIs' words for the templates with an effort, which raise for words that are not theirs.
 EFFORT_ALIASES = {"minimal": "low", "high": "xhigh", "max": "xhigh"}
 
 
@@ -28,12 +29,11 @@ def thinking_options(body: ChatRequest, formats: Formats, usual: dict[str, Any] 
     if effort is not None and effort not in EFFORTS:
         body.warnings.unknown("reasoning_effort", f"{effort[:50]!r} is none of {', '.join(sorted(EFFORTS))}")
         effort = None
-    if effort == "none":
-        switches["enable_thinking"] = False
-    elif effort is not None and formats.has_switch("reasoning_effort"):
-        switches["reasoning_effort"] = EFFORT_ALIASES.get(effort, effort)
+    if effort is not None and (effort == "none" or formats.has_switch("reasoning_effort")):
+        switches["reasoning_effort"] = effort
     elif effort is not None and budget is None:
         budget = EFFORT_TOKENS.get(effort)
+    _translate_effort(switches, formats if body.chat_template is None else replace(formats, source=body.chat_template))
     if budget == 0 and formats.has_switch("enable_thinking"):
         switches["enable_thinking"] = False
     if body.documents:
@@ -49,3 +49,15 @@ def thinking_options(body: ChatRequest, formats: Formats, usual: dict[str, Any] 
     if not formats.reasoning and (budget is not None or (effort is not None and effort != "none")):
         warnings.append("this model does not think in a marked block, so there is no thinking to limit")
     return ThinkingOptions(switches, budget, body.loop_recovery, warnings)
+
+
+def _translate_effort(switches: dict[str, Any], formats: Formats) -> None:
+    """The same effort in the template's words, wherever the caller has put it; no effort is no thinking."""
+    effort = switches.get("reasoning_effort")
+    if not isinstance(effort, str) or formats.names(effort):
+        return
+    if effort == "none":
+        del switches["reasoning_effort"]
+        switches["enable_thinking"] = False
+    else:
+        switches["reasoning_effort"] = EFFORT_ALIASES.get(effort, effort)
