@@ -97,11 +97,15 @@ Mask = tuple[Tensor, str | None]  # bool [tokens that the grammar knows], and wh
 
 
 class _Constraint:
-    """One row's matcher. It sleeps until the text ``after`` has been generated."""
+    """One row's matcher. It sleeps until the text ``after`` has been generated; until then nothing may end the answer, which
+    would be none of the required form."""
 
     def __init__(
-        self, grammar: Grammar, matcher: llguidance.LLMatcher, meter: Meter, tokenizer: llguidance.LLTokenizer
+        self, admission: Admission, matcher: llguidance.LLMatcher, meter: Meter, tokenizer: llguidance.LLTokenizer
     ) -> None:
+        grammar = admission.grammar
+        assert grammar is not None
+        self.end_ids = admission.stop_token_ids
         self._matcher = matcher
         self._tokenizer = tokenizer
         self._awaited = grammar.after.encode()
@@ -168,7 +172,7 @@ class StructuredOutput:
             self._constraints.pop(admission.slot, None)
             if admission.grammar is not None:
                 matcher, meter = self._compiler.compile(admission.grammar.text)
-                constraint = _Constraint(admission.grammar, matcher, meter, self._compiler.tokenizer())
+                constraint = _Constraint(admission, matcher, meter, self._compiler.tokenizer())
                 constraint.take(admission.token_ids[admission.num_prompt_tokens :])
                 self._constraints[admission.slot] = constraint
                 self._begin(constraint)
@@ -185,6 +189,9 @@ class StructuredOutput:
         found = {index: self._constraints.get(choice.slot) for index, choice in enumerate(choices)}
         active = {index: one for index, one in found.items() if one is not None and one.active}
         self._wait(list(active.values()), alone=len(active) == len(choices))
+        for index, asleep in found.items():
+            if asleep is not None and not asleep.active and asleep.end_ids:
+                logits[index, torch.tensor(asleep.end_ids, device=logits.device)] = FORBIDDEN
         late = set()
         for index, constraint in active.items():
             row = choices[index].row
