@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastqwen.records import Admission, Failure, Grammar
+from fastqwen.records import Admission, Failure
 from fastqwen.runner.choices import Choice
 from fastqwen.runner.results import only_this_row
 from fastqwen.runner.sampler import FORBIDDEN
