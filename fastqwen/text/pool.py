@@ -27,7 +27,8 @@ log = logging.getLogger("fastqwen.server")
 # A worker's first grammar has to wait for its tokenizer, its first body for what knows the bodies: done before with a job of
 # ours, so that it is not a user's that gets this time.
 FIRST_OF_A_KIND_S = 20.0
-FIRST_JOBS: dict[type, Job] = {Compile: Compile('start: "a"'), Check: Check("", b"", False, 0)}
+Frames = tuple[bytes | bytearray, ...]
+FIRST_JOBS: dict[type, Job] = {Compile: Compile('start: "a"'), Check: Check("", False, 0)}
 MAX_WAITING = 4096
 LAST_WORDS_S = 1.0
 
@@ -86,19 +87,19 @@ class TextPool:
         assert isinstance(answer, Ids)
         return answer.token_ids
 
-    async def check(self, job: Check) -> Checked:
-        answer = await self._answer(job)
+    async def check(self, job: Check, body: bytes | bytearray) -> Checked:
+        answer = await self._answer(job, body)
         assert isinstance(answer, Checked)
         return answer
 
-    async def _answer(self, job: Job) -> Ids | Checked:
+    async def _answer(self, job: Job, *more: bytes | bytearray) -> Ids | Checked:
         if self._num_waiting >= MAX_WAITING:
             raise Overloaded(
                 f"{self._num_waiting} prompts wait to be read, no more are accepted: try again in a moment"
             )
         self._num_waiting += 1
         # A task of its own: a client that leaves must not leave half an answer in a worker's pipe.
-        task = asyncio.create_task(self._run(job))
+        task = asyncio.create_task(self._run(job, *more))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -116,26 +117,24 @@ class TextPool:
         for process in list(self._all):
             await self._end(process)
 
-    async def _run(self, job: Job) -> Answer:
-        if isinstance(job, Compile | Check):
-            async with self._heavy:
-                return await self._tried(type(job), worker.encode(job))
-        data = worker.encode(job)
-        if len(data) <= HEAVY_BYTES:
-            return await self._tried(type(job), data)
+    async def _run(self, job: Job, *more: bytes | bytearray) -> Answer:
+        """``more`` is sent behind the job."""
+        kind, frames = type(job), (worker.encode(job), *more)
+        if kind not in FIRST_JOBS and len(frames[0]) <= HEAVY_BYTES:
+            return await self._tried(kind, frames)
         async with self._heavy:
-            return await self._tried(type(job), data)
+            return await self._tried(kind, frames)
 
-    async def _tried(self, kind: type[Job], data: bytes) -> Answer:
+    async def _tried(self, kind: type[Job], frames: Frames) -> Answer:
         """Asked again where it was not the job's fault that there was no answer."""
         for _ in range(MAX_TRIES):
-            answer = await self._asked(kind, data)
+            answer = await self._asked(kind, frames)
             if answer is not None:
                 return answer
             await asyncio.sleep(RETRY_PAUSE_S)
         raise ReadersGone("the processes that read prompts were stopped or killed: send the request again")
 
-    async def _asked(self, kind: type[Job], data: bytes) -> Answer | None:
+    async def _asked(self, kind: type[Job], frames: Frames) -> Answer | None:
         """None where the worker was stopped, killed or could not be started."""
         process = await self._idle.get()
         answer: Answer | None = None
@@ -144,7 +143,7 @@ class TextPool:
                 await self._end(process)
                 process = await self._new()
             before_s = process.computed_s()
-            answer = await self._ask(process, kind, data)
+            answer = await self._ask(process, kind, frames)
         except TimeoutError:
             assert process is not None
             if process.computed_s() - before_s >= BUSY_SHARE * self._timeout_s:
@@ -163,13 +162,13 @@ class TextPool:
             self._idle.put_nowait(process)
         return answer
 
-    async def _ask(self, process: _Process, kind: type[Job], data: bytes) -> Answer:
+    async def _ask(self, process: _Process, kind: type[Job], frames: Frames) -> Answer:
         if kind in FIRST_JOBS and kind not in process.has_done:
             async with asyncio.timeout(FIRST_OF_A_KIND_S):
-                await process.ask(worker.encode(FIRST_JOBS[kind]))
+                await process.ask(worker.encode(FIRST_JOBS[kind]), *([b""] if kind is Check else []))
             process.has_done.add(kind)
         async with asyncio.timeout(self._timeout_s):
-            return await process.ask(data)
+            return await process.ask(*frames)
 
     async def _new(self) -> _Process:
         made = await asyncio.create_subprocess_exec(
@@ -209,11 +208,12 @@ class _Process:
     def ended(self) -> bool:
         return self._process.returncode is not None
 
-    async def ask(self, data: bytes) -> Answer:
+    async def ask(self, *frames: bytes | bytearray) -> Answer:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little"))
-            self._process.stdin.write(data)
+            for frame in frames:
+                self._process.stdin.write(len(frame).to_bytes(LENGTH_BYTES, "little"))
+                self._process.stdin.write(frame)
             await self._process.stdin.drain()
             head = await self._process.stdout.readexactly(LENGTH_BYTES)
             body = await self._process.stdout.readexactly(int.from_bytes(head, "little"))

@@ -82,10 +82,10 @@ class Compile(msgspec.Struct, frozen=True, tag=True):
 
 
 class Check(msgspec.Struct, frozen=True, tag=True):
-    """A request's body that may take long to read. ``kind`` is the checking module's name for what it should be."""
+    """A request's body that may take long to read, and is sent behind this. ``kind`` is the checking module's name for what it
+    should be."""
 
     kind: str
-    body: bytes
     strict_fields: bool
     max_chars: int
 
@@ -131,7 +131,7 @@ def main() -> int:
     worker = _Worker(begin, load_text(Path(begin.path), begin.model, begin.config), checks)
     _write(sink, Ids([]))
     while (data := _read(source)) is not None:
-        _write(sink, worker.answer(data))
+        _write(sink, worker.answer(data, lambda: _read(source) or b""))
     return 0
 
 
@@ -141,11 +141,10 @@ class _Worker:
         self._text = text
         self._checks = checks
 
-    def answer(self, data: bytes) -> Answer:
+    def answer(self, data: bytes, read_body: Callable[[], bytes]) -> Answer:
         try:
             job = _jobs.decode(data)
-            del data
-            return self._check(job) if isinstance(job, Check) else Ids(self._ids(job))
+            return self._check(job, read_body()) if isinstance(job, Check) else Ids(self._ids(job))
         except BadRequest as error:
             return Refused(str(error), error.param, error.code)
         except FastqwenError as error:
@@ -154,8 +153,8 @@ class _Worker:
             return Refused(f"this input needs too much to be processed ({type(error).__name__})")
 
     @functools.cached_property
-    def _check(self) -> Callable[[Check], Checked]:
-        found: Callable[[Check], Checked] = importlib.import_module(self._checks).check
+    def _check(self) -> Callable[[Check, bytes], Checked]:
+        found: Callable[[Check, bytes], Checked] = importlib.import_module(self._checks).check
         return found
 
     def _ids(self, job: TextJob) -> list[int]:

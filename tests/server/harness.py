@@ -186,8 +186,8 @@ class LocalWorkers:
     def __init__(self, text: TextTools, words: llguidance.LLTokenizer) -> None:
         self._text, self._words = text, words
 
-    async def check(self, job: Check) -> Checked:
-        return checking.check(job)
+    async def check(self, job: Check, body: bytes | bytearray) -> Checked:
+        return checking.check(job, body)
 
     async def run(self, job: TextJob) -> list[int]:
         if isinstance(job, Compile):

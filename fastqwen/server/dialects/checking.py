@@ -31,6 +31,8 @@ PROMPT_FIELDS = frozenset(
         "text", "arguments", "reasoning", "reasoning_content", "thinking", "output",
     }
 )  # fmt: skip
+# Of a conversation, all that stands beside the texts included: templates leave out what was thought in earlier turns.
+CONVERSATION_SHARE = 4
 CONTAINERS = frozenset({"tool_calls", "function"})
 
 
@@ -40,13 +42,13 @@ async def read_as(state: ServerState, kind: type[B], body: bytes | bytearray) ->
     if len(body) <= DIRECT_BYTES:
         return parse(kind, body, strict_fields=strict)
     name = f"{kind.__module__}:{kind.__name__}"
-    found = await state.workers.check(Check(name, body, strict, state.text.tokenizer.max_chars))  # type: ignore[arg-type]
+    found = await state.workers.check(Check(name, strict, state.text.tokenizer.max_chars), body)
     read = parse_checked(kind, body if found.body is None else found.body, found.warnings, strict_fields=strict)
     await asyncio.sleep(0)  # what thousands of messages take is spent in pieces
     return read
 
 
-def check(job: Check) -> Checked:
+def check(job: Check, body: bytes | bytearray) -> Checked:
     """Raises BadRequest."""
     if not job.kind:  # the first of a worker: everything is imported before anybody's time is counted
         for room in ("chat", "messages", "responses", "scores"):
@@ -54,17 +56,29 @@ def check(job: Check) -> Checked:
         return Checked(None, [])
     module, name = job.kind.split(":")
     kind: type[Body] = getattr(importlib.import_module(module), name)
-    found = parse(kind, job.body, strict_fields=job.strict_fields)
+    found = parse(kind, body, strict_fields=job.strict_fields)
     plain = _plain(found)
-    for place, length in _long_texts(plain, job.max_chars):
-        raise BadRequest(
-            f"the prompt has {length} characters; more than {job.max_chars} cannot fit into the model's context",
-            place,
-            "context_length_exceeded",
-        )
+    _check_length(plain, job.max_chars)
     if found.is_as_sent and not found.warnings.listed:
         return Checked(None, [])
     return Checked(json.dumps(plain, ensure_ascii=False).encode(), found.warnings.listed)
+
+
+def _check_length(plain: dict[str, Any], max_chars: int) -> None:
+    """Raises BadRequest where it is sure that the prompt cannot fit."""
+    for place, length in _long_texts(plain, max_chars):
+        raise _too_long(length, max_chars, place)
+    length, allowed = _num_chars(plain.get("messages")), CONVERSATION_SHARE * max_chars
+    if length > allowed:
+        raise _too_long(length, allowed, "messages")
+
+
+def _too_long(length: int, allowed: int, place: str) -> BadRequest:
+    return BadRequest(
+        f"the prompt has {length} characters; more than {allowed} cannot fit into the model's context",
+        place,
+        "context_length_exceeded",
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -96,3 +110,13 @@ def _long_texts(value: Any, max_chars: int, place: str = "", counts: bool = Fals
         for name, one in value.items():
             if isinstance(one, (str, list, dict)) and (name in PROMPT_FIELDS or name in CONTAINERS):
                 yield from _long_texts(one, max_chars, place or name, name in PROMPT_FIELDS)
+
+
+def _num_chars(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list):
+        return sum(map(_num_chars, value))
+    if isinstance(value, dict) and value.get("type") not in MEDIA_PARTS:
+        return sum(len(name) + _num_chars(one) for name, one in value.items() if name not in MEDIA_PARTS)
+    return 0

@@ -41,7 +41,7 @@ async def read_body(request: Request, config: FrontConfig, max_numbers: int = MA
             f"the request body was not there after {config.body_timeout_s:g} s", None, "request_timeout"
         ) from None
     except TooManyValues as error:
-        raise too_many(error, body) from None
+        raise await too_many(error, body) from None
     if not fits:
         raise _too_large(max_bytes)
     return body

@@ -6,6 +6,7 @@ makes an error of each. Strings are skipped, however long.
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 from fastqwen.errors import BadRequest
@@ -14,6 +15,7 @@ from fastqwen.records import MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 MAX_PARTS = 40_000  # texts, keys, lists and objects: 8,000 messages, or a tool's schema many times over
 OWN_LIMITS = {"logit_bias": f"at most {MAX_LOGIT_BIAS} entries", "stop": f"at most {MAX_STOP_STRINGS} strings"}
 MAX_LONG_NUMBERS = 1000  # of more digits than a float counts, each of which costs as much as a thousand others
+LOOKED_AT_ONCE = 2000  # texts and brackets, before others have their turn
 NAMED_WITHIN_BYTES = 4 * 2**20  # a larger body is refused without saying in which field
 MAX_NUMBERS = 2**20  # token ids: more than any model's context
 
@@ -66,18 +68,20 @@ class JsonSize:
         return outside
 
 
-def too_many(found: TooManyValues, begun: bytes | bytearray) -> BadRequest:
+async def too_many(found: TooManyValues, begun: bytes | bytearray) -> BadRequest:
     """What to answer; ``begun`` is the body as far as it was read."""
-    field = _field_at_end(begun) if len(begun) <= NAMED_WITHIN_BYTES else None
+    field = await _field_at_end(begun) if len(begun) <= NAMED_WITHIN_BYTES else None
     where = "the request body" if field is None else field
     advice = OWN_LIMITS.get(field or "", "no request needs that many")
     return BadRequest(f"{where} holds {found}: {advice}", field, "too_many_values")
 
 
-def _field_at_end(begun: bytes | bytearray) -> str | None:
+async def _field_at_end(begun: bytes | bytearray) -> str | None:
     """The name of the outermost object's field that is being read where the text breaks off."""
     depth, field = 0, None
-    for match in _TEXT_OR_BRACKET.finditer(begun):
+    for number, match in enumerate(_TEXT_OR_BRACKET.finditer(begun)):
+        if number % LOOKED_AT_ONCE == 0:
+            await asyncio.sleep(0)
         first = match[0][:1]
         if first == b'"':
             if depth == 1 and match[2]:
