@@ -7,6 +7,10 @@ the others do not wait for it, and it is computed again in a later step. A gramm
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,6 +32,7 @@ MAX_CACHED_GRAMMARS = 64
 PATIENCE_S = 0.02  # what one step's other rows wait for masks in all
 LONE_PATIENCE_S = 0.2  # where no other row waits
 SLOW_S = 0.01  # masks that take longer have a thread of their own, so that the quick ones do not stand behind them
+SLOW_NICENESS = 10
 BUDGET_S = 2.0  # of processor time for one grammar's masks, whoever uses it, and
 BUDGET_PER_TOKEN_S = 0.02  # as much more for each of its tokens
 
@@ -157,6 +162,13 @@ class Constraints(Protocol):
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None: ...
 
 
+def _stand_back() -> None:
+    """This thread alone, which Linux can rank by itself: where processors are short, the model's threads go first."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICENESS)
+
+
 class StructuredOutput:
     """A constraint per slot, for the slots that have one."""
 
@@ -164,7 +176,7 @@ class StructuredOutput:
         self._compiler = compiler
         self._constraints: dict[int, _Constraint] = {}
         self._fast = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow-masks")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow-masks", initializer=_stand_back)
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Also after a preemption: what was generated before is taken in again."""

@@ -175,6 +175,7 @@ class TextPool:
             sys.executable,
             "-P",  # nothing in the working folder is imported
             "-m",
+            "fastqwen.lifeline",
             "fastqwen.text.worker",
             *self._arguments,
             stdin=asyncio.subprocess.PIPE,
