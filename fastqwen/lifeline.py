@@ -1,10 +1,14 @@
-"""A process that another one starts ends with it, however that one ends."""
+"""A process that another one starts ends with it, however that one ends.
+
+``python -m fastqwen.lifeline MODULE ARGUMENTS`` runs a module so from its first line on: importing torch takes seconds.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -44,3 +48,9 @@ def watch_parent(tidy: Callable[[], None]) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -13,7 +13,7 @@ import pytest
 from fastqwen.cli.main import main
 from fastqwen.plan import host
 from fastqwen.plan.facts import GIB
-from fastqwen.text import worker
+from fastqwen.text.memory import limit_memory
 
 
 def test_windows_is_pointed_to_wsl_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -57,11 +57,11 @@ def without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_proc_text_work_has_no_limit_on_memory_and_memory_is_still_known(monkeypatch: pytest.MonkeyPatch):
     limits: list[object] = []
     monkeypatch.setattr(resource, "setrlimit", lambda *limit: limits.append(limit))
-    worker._limit_memory()
+    limit_memory(2**40)
     assert limits, "where there is /proc there is a limit"
     without_proc(monkeypatch)
     limits.clear()
-    worker._limit_memory()
+    limit_memory(2**40)
     assert not limits
     facts = host.host_facts()
     assert 0 < facts.free_bytes <= facts.total_bytes

@@ -29,8 +29,15 @@ class Assembler:
     """Feed it deltas until a piece has a finish_reason; ``output`` is the answer so far."""
 
     def __init__(
-        self, index: int, sampling: SamplingParams, tokenizer: Tokenizer | None, stop_token_ids: list[int]
+        self,
+        index: int,
+        sampling: SamplingParams,
+        tokenizer: Tokenizer | None,
+        stop_token_ids: list[int],
+        *,
+        stops_after: str = "",
     ) -> None:
+        """``stops_after``: stop strings count only behind this text (``Grammar.after``)."""
         self.output = CompletionOutput(index=index)
         self.num_cached_tokens = 0
         self._sampling = sampling
@@ -44,6 +51,7 @@ class Assembler:
                 include_stop=sampling.include_stop_str_in_output,
                 skip_special_tokens=sampling.skip_special_tokens,
                 min_tokens=sampling.min_tokens,
+                stops_after=stops_after,
             )
 
     def feed(self, delta: RequestDelta) -> Piece:

@@ -28,6 +28,7 @@ from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.app import create_routes
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.checking import CHECKS
 from fastqwen.text.formats import derive_formats
 from fastqwen.text.load import load_text
 from fastqwen.text.pool import TextPool
@@ -248,6 +249,7 @@ class Fleet:
                 files.model,
                 num_workers=self._config.text_workers,
                 timeout_s=self._config.text_timeout_s,
+                checks=CHECKS,
                 log_format=self._config.log_format,
             )
             await pool.start()

@@ -33,7 +33,9 @@ class Arrivals:
             self._compiling[request.request_id] = (request, future)
 
     def drop(self, request_id: str) -> None:
+        """Its client left before the engine knew of it: it may have come in the same handful of messages."""
         self._compiling.pop(request_id, None)
+        self._ready = [one for one in self._ready if one.request_id != request_id]
 
     def patience_ms(self, idle_ms: int) -> int:
         return COMPILING_WAIT_MS if self._compiling else idle_ms

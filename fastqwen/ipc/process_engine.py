@@ -22,6 +22,7 @@ log = logging.getLogger("fastqwen.server")
 GONE = Failure(
     "gone", "the engine stopped unexpectedly while this request was running; it restarts, please send the request again"
 )
+FAILED = Failure("gone", "the engine failed while this request was running; the server's log says why")
 CLOSED = Failure("closed", "the server is shutting down")
 MAX_FAILED_RESTARTS, RESTARTS_WITHIN_S, RESTART_PAUSE_S = 3, 60.0, 1.0
 
@@ -186,6 +187,7 @@ class ProcessEngine:
     def _fail(self, why: str) -> None:
         self.failure = why
         self._set_state("failed")
+        self._streams.end(FAILED)
 
     def _set_state(self, state: State) -> None:
         if self.state != "stopped":

@@ -19,7 +19,7 @@ from fastqwen.lifeline import PARENT_VARIABLE
 from fastqwen.ranks import wire
 from fastqwen.ranks.pulse import BEAT_S, Pulses
 
-RANK_COMMAND = (sys.executable, "-P", "-m", "fastqwen.ranks.rank_main")
+RANK_COMMAND = (sys.executable, "-P", "-m", "fastqwen.lifeline", "fastqwen.ranks.rank_main")
 SILENT_WHILE_LOADING_S, SILENT_S = 120.0, 10.0
 Progress = Callable[[int, int], None]
 

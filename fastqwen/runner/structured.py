@@ -7,6 +7,10 @@ the others do not wait for it, and it is computed again in a later step. A gramm
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastqwen.records import Admission, Failure, Grammar
+from fastqwen.records import Admission, Failure
 from fastqwen.runner.choices import Choice
 from fastqwen.runner.results import only_this_row
 from fastqwen.runner.sampler import FORBIDDEN
@@ -28,6 +32,7 @@ MAX_CACHED_GRAMMARS = 64
 PATIENCE_S = 0.02  # what one step's other rows wait for masks in all
 LONE_PATIENCE_S = 0.2  # where no other row waits
 SLOW_S = 0.01  # masks that take longer have a thread of their own, so that the quick ones do not stand behind them
+SLOW_NICENESS = 10
 BUDGET_S = 2.0  # of processor time for one grammar's masks, whoever uses it, and
 BUDGET_PER_TOKEN_S = 0.02  # as much more for each of its tokens
 
@@ -97,11 +102,15 @@ Mask = tuple[Tensor, str | None]  # bool [tokens that the grammar knows], and wh
 
 
 class _Constraint:
-    """One row's matcher. It sleeps until the text ``after`` has been generated."""
+    """One row's matcher. It sleeps until the text ``after`` has been generated; until then nothing may end the answer, which
+    would be none of the required form."""
 
     def __init__(
-        self, grammar: Grammar, matcher: llguidance.LLMatcher, meter: Meter, tokenizer: llguidance.LLTokenizer
+        self, admission: Admission, matcher: llguidance.LLMatcher, meter: Meter, tokenizer: llguidance.LLTokenizer
     ) -> None:
+        grammar = admission.grammar
+        assert grammar is not None
+        self.end_ids = admission.stop_token_ids
         self._matcher = matcher
         self._tokenizer = tokenizer
         self._awaited = grammar.after.encode()
@@ -153,6 +162,13 @@ class Constraints(Protocol):
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None: ...
 
 
+def _stand_back() -> None:
+    """This thread alone, which Linux can rank by itself: where processors are short, the model's threads go first."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICENESS)
+
+
 class StructuredOutput:
     """A constraint per slot, for the slots that have one."""
 
@@ -160,7 +176,7 @@ class StructuredOutput:
         self._compiler = compiler
         self._constraints: dict[int, _Constraint] = {}
         self._fast = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow-masks")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow-masks", initializer=_stand_back)
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Also after a preemption: what was generated before is taken in again."""
@@ -168,7 +184,7 @@ class StructuredOutput:
             self._constraints.pop(admission.slot, None)
             if admission.grammar is not None:
                 matcher, meter = self._compiler.compile(admission.grammar.text)
-                constraint = _Constraint(admission.grammar, matcher, meter, self._compiler.tokenizer())
+                constraint = _Constraint(admission, matcher, meter, self._compiler.tokenizer())
                 constraint.take(admission.token_ids[admission.num_prompt_tokens :])
                 self._constraints[admission.slot] = constraint
                 self._begin(constraint)
@@ -185,6 +201,9 @@ class StructuredOutput:
         found = {index: self._constraints.get(choice.slot) for index, choice in enumerate(choices)}
         active = {index: one for index, one in found.items() if one is not None and one.active}
         self._wait(list(active.values()), alone=len(active) == len(choices))
+        for index, asleep in found.items():
+            if asleep is not None and not asleep.active and asleep.end_ids:
+                logits[index, torch.tensor(asleep.end_ids, device=logits.device)] = FORBIDDEN
         late = set()
         for index, constraint in active.items():
             row = choices[index].row

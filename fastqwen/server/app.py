@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
+from fastqwen.server.dialects.checking import read_as
 from fastqwen.server.dialects.completions import Completion
 from fastqwen.server.dialects.embeddings import Embeddings
 from fastqwen.server.dialects.messages import CountRequest, Messages, MessagesRequest, count_tokens
@@ -22,7 +23,6 @@ from fastqwen.server.dialects.schema import (
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    parse,
 )
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest, rerank, score
 from fastqwen.server.dialects.tokens import detokenize, tokenize, tokenizer_info
@@ -89,7 +89,9 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
     def add_post(path: str, name: str, kind: type[B], answer: Callable[[Request, B], Any]) -> None:
         async def route(request: Request) -> Response:
             body = await read_body(request, state.config, _max_numbers(state))
-            found = await answer(request, parse(kind, body, strict_fields=state.config.strict_fields))
+            checked = await read_as(state, kind, body)
+            del body
+            found = await answer(request, checked)
             return found if isinstance(found, Response) else _json(found)
 
         app.post(path, name=name, openapi_extra=openapi.documented(kind))(route)

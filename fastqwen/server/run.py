@@ -29,6 +29,7 @@ from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.app import create_app
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.checking import CHECKS
 from fastqwen.server.http.exposure import check_exposure
 from fastqwen.server.http.listen import DrainingServer, address_of, listening, run_loop
 from fastqwen.server.mcp import McpTools, read_mcp_file
@@ -71,6 +72,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: 
             model,
             num_workers=config.text_workers,
             timeout_s=config.text_timeout_s,
+            checks=CHECKS,
             log_format=config.log_format,
         )
         state = ServerState(

@@ -19,12 +19,16 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        stops_after: str = "",
     ) -> None:
+        """``stops_after``: only behind this text does a stop string count."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._hidden = frozenset(tokenizer.control_tokens.values()) if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._awaited = stops_after
+        self._passed = ""  # what may be the beginning of the awaited text
         self._held = ""  # decoded, but possibly the beginning of a stop string
         self._tokens_until_stop = min_tokens
         self.stopped_by: str | None = None
@@ -47,6 +51,8 @@ class Detokenizer:
     def _release(self, text: str) -> str:
         if not self._stop or not text:
             return text
+        if self._awaited:
+            return self._until_awaited(text)
         seen = self._held + text
         if self._tokens_until_stop >= 0:  # min_tokens: this token may not end the text
             self._held = ""
@@ -59,6 +65,16 @@ class Detokenizer:
         keep = max(overlap(seen, stop) for stop in self._stop)
         self._held = seen[len(seen) - keep :] if keep else ""
         return seen[: len(seen) - keep]
+
+    def _until_awaited(self, text: str) -> str:
+        seen = self._passed + text
+        before, found, behind = seen.partition(self._awaited)
+        if not found:
+            self._passed = seen[-len(self._awaited) + 1 :] if len(self._awaited) > 1 else ""
+            return text
+        free = (before + found)[len(self._passed) :]
+        self._awaited = self._passed = ""
+        return free + self._release(behind)
 
 
 def overlap(text: str, stop: str) -> int:

@@ -27,11 +27,11 @@ def to_grammar(spec: StructuredOutputs) -> str:
     if spec.json is not None:
         return _json_grammar(_schema(spec.json))
     if spec.regex is not None:
-        return _limited(llguidance.LLMatcher.grammar_from_regex(spec.regex), "regex")
+        return _limited(llguidance.LLMatcher.grammar_from_regex(_limited(spec.regex, "regex")), "regex")
     if spec.choice is not None:
         return lark(f"start: {_alternatives(spec.choice)}")
     assert spec.grammar is not None
-    text = spec.grammar
+    text = _limited(spec.grammar, "grammar")
     if "::=" in text:
         try:
             text = gbnf_to_lark(text)
@@ -41,7 +41,7 @@ def to_grammar(spec: StructuredOutputs) -> str:
 
 
 def lark(text: str) -> str:
-    return _limited(llguidance.LLMatcher.grammar_from_lark(text), "grammar")
+    return _limited(llguidance.LLMatcher.grammar_from_lark(_limited(text, "grammar")), "grammar")
 
 
 def quoted(text: str) -> str:
@@ -108,7 +108,7 @@ def _json_grammar(schema: Any) -> str:
     if schema is False:
         raise BadRequest("the schema false allows nothing", "json")
     try:
-        text = json.dumps({} if schema is True else without_annotations(schema))
+        text = _limited(json.dumps({} if schema is True else without_annotations(schema)), "json")
         return _limited(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS), "json")
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the JSON schema cannot be used: {error}", "json") from None
@@ -117,7 +117,7 @@ def _json_grammar(schema: Any) -> str:
 def _schema(value: Any) -> Any:
     if isinstance(value, str):
         try:
-            value = loads(value)
+            value = loads(_limited(value, "json"))
         except StrictJsonError as error:
             raise BadRequest(f"the JSON schema is not JSON: {error}", "json") from None
     if not isinstance(value, (dict, bool)):

@@ -20,12 +20,15 @@ from fastqwen.errors import BadCheckpoint, BadRequest, Overloaded, ReadersGone
 from fastqwen.lifeline import PARENT_VARIABLE
 from fastqwen.model_config import ModelConfig
 from fastqwen.text import worker
-from fastqwen.text.worker import LENGTH_BYTES, Begin, Compile, Ids, Job, Refused
+from fastqwen.text.worker import LENGTH_BYTES, Answer, Begin, Check, Checked, Compile, Ids, Job, Refused, TextJob
 
 log = logging.getLogger("fastqwen.server")
 
-FIRST_GRAMMAR_S = 10.0  # a worker's first grammar has to wait for its tokenizer
-ANY_GRAMMAR = Compile('start: "a"')  # so that it is not a user's grammar that gets this time
+# A worker's first grammar has to wait for its tokenizer, its first body for what knows the bodies: done before with a job of
+# ours, so that it is not a user's that gets this time.
+FIRST_OF_A_KIND_S = 20.0
+Frames = tuple[bytes | bytearray, ...]
+FIRST_JOBS: dict[type, Job] = {Compile: Compile('start: "a"'), Check: Check("", False, 0)}
 MAX_WAITING = 4096
 LAST_WORDS_S = 1.0
 
@@ -55,17 +58,19 @@ class TextPool:
         timeout_s: float = 2.0,
         start_timeout_s: float = 60.0,
         log_format: str = "text",
+        checks: str = "",
     ) -> None:
+        """``checks``: the module that reads requests' bodies (``fastqwen/text/worker.py``)."""
         self._begin = worker.encode(Begin(config, str(path), model))
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._source = str(path)
-        self._log_format = log_format
+        self._arguments = [log_format, checks]
         self._idle: asyncio.LifoQueue[_Process | None] = asyncio.LifoQueue()
         self._heavy = asyncio.Semaphore(max(1, num_workers - 1))
         self._num_waiting = 0
         self._all: set[_Process] = set()
-        self._tasks: set[asyncio.Task[list[int]]] = set()
+        self._tasks: set[asyncio.Task[Answer]] = set()
         for _ in range(num_workers):
             self._idle.put_nowait(None)  # started when needed
 
@@ -77,20 +82,33 @@ class TextPool:
         await self._idle.get()
         self._idle.put_nowait(await self._new())
 
-    async def run(self, job: Job) -> list[int]:
+    async def run(self, job: TextJob) -> list[int]:
+        answer = await self._answer(job)
+        assert isinstance(answer, Ids)
+        return answer.token_ids
+
+    async def check(self, job: Check, body: bytes | bytearray) -> Checked:
+        answer = await self._answer(job, body)
+        assert isinstance(answer, Checked)
+        return answer
+
+    async def _answer(self, job: Job, *more: bytes | bytearray) -> Ids | Checked:
         if self._num_waiting >= MAX_WAITING:
             raise Overloaded(
                 f"{self._num_waiting} prompts wait to be read, no more are accepted: try again in a moment"
             )
         self._num_waiting += 1
         # A task of its own: a client that leaves must not leave half an answer in a worker's pipe.
-        task = asyncio.create_task(self._run(job))
+        task = asyncio.create_task(self._run(job, *more))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            return await asyncio.shield(task)
+            answer = await asyncio.shield(task)
         finally:
             self._num_waiting -= 1
+        if isinstance(answer, Refused):
+            raise BadRequest(answer.message, answer.param, answer.code)
+        return answer
 
     async def close(self) -> None:
         for task in list(self._tasks):
@@ -99,36 +117,33 @@ class TextPool:
         for process in list(self._all):
             await self._end(process)
 
-    async def _run(self, job: Job) -> list[int]:
-        data = worker.encode(job)
-        if isinstance(job, Compile) or len(data) > HEAVY_BYTES:
-            async with self._heavy:
-                answer = await self._tried(job, data)
-        else:
-            answer = await self._tried(job, data)
-        if isinstance(answer, Refused):
-            raise BadRequest(answer.message, answer.param, answer.code)
-        return answer.token_ids
+    async def _run(self, job: Job, *more: bytes | bytearray) -> Answer:
+        """``more`` is sent behind the job."""
+        kind, frames = type(job), (worker.encode(job), *more)
+        if kind not in FIRST_JOBS and len(frames[0]) <= HEAVY_BYTES:
+            return await self._tried(kind, frames)
+        async with self._heavy:
+            return await self._tried(kind, frames)
 
-    async def _tried(self, job: Job, data: bytes) -> Ids | Refused:
+    async def _tried(self, kind: type[Job], frames: Frames) -> Answer:
         """Asked again where it was not the job's fault that there was no answer."""
         for _ in range(MAX_TRIES):
-            answer = await self._asked(job, data)
+            answer = await self._asked(kind, frames)
             if answer is not None:
                 return answer
             await asyncio.sleep(RETRY_PAUSE_S)
         raise ReadersGone("the processes that read prompts were stopped or killed: send the request again")
 
-    async def _asked(self, job: Job, data: bytes) -> Ids | Refused | None:
+    async def _asked(self, kind: type[Job], frames: Frames) -> Answer | None:
         """None where the worker was stopped, killed or could not be started."""
         process = await self._idle.get()
-        answer: Ids | Refused | None = None
+        answer: Answer | None = None
         try:
             if process is None or process.ended:
                 await self._end(process)
                 process = await self._new()
             before_s = process.computed_s()
-            answer = await self._ask(process, job, data)
+            answer = await self._ask(process, kind, frames)
         except TimeoutError:
             assert process is not None
             if process.computed_s() - before_s >= BUSY_SHARE * self._timeout_s:
@@ -147,21 +162,22 @@ class TextPool:
             self._idle.put_nowait(process)
         return answer
 
-    async def _ask(self, process: _Process, job: Job, data: bytes) -> Ids | Refused:
-        if isinstance(job, Compile) and not process.has_compiled:
-            async with asyncio.timeout(FIRST_GRAMMAR_S):
-                await process.ask(worker.encode(ANY_GRAMMAR))
-            process.has_compiled = True
+    async def _ask(self, process: _Process, kind: type[Job], frames: Frames) -> Answer:
+        if kind in FIRST_JOBS and kind not in process.has_done:
+            async with asyncio.timeout(FIRST_OF_A_KIND_S):
+                await process.ask(worker.encode(FIRST_JOBS[kind]), *([b""] if kind is Check else []))
+            process.has_done.add(kind)
         async with asyncio.timeout(self._timeout_s):
-            return await process.ask(data)
+            return await process.ask(*frames)
 
     async def _new(self) -> _Process:
         made = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # nothing in the working folder is imported
             "-m",
+            "fastqwen.lifeline",
             "fastqwen.text.worker",
-            self._log_format,
+            *self._arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
@@ -187,22 +203,24 @@ class TextPool:
 class _Process:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
-        self.has_compiled = False
+        self.has_done: set[type[Job]] = set()
 
     @property
     def ended(self) -> bool:
         return self._process.returncode is not None
 
-    async def ask(self, data: bytes) -> Ids | Refused:
+    async def ask(self, *frames: bytes | bytearray) -> Answer:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+            for frame in frames:
+                self._process.stdin.write(len(frame).to_bytes(LENGTH_BYTES, "little"))
+                self._process.stdin.write(frame)
             await self._process.stdin.drain()
             head = await self._process.stdout.readexactly(LENGTH_BYTES)
             body = await self._process.stdout.readexactly(int.from_bytes(head, "little"))
         except (asyncio.IncompleteReadError, OSError, RuntimeError):  # RuntimeError: uvloop's word for a closed pipe
             raise WorkerGone from None
-        answer: Ids | Refused = worker.answers.decode(body)
+        answer: Answer = worker.answers.decode(body)
         return answer
 
     def computed_s(self) -> float:

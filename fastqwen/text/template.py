@@ -16,6 +16,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fastqwen.errors import BadCheckpoint, BadRequest
+from fastqwen.text.memory import memory_limit
 from fastqwen.text.tokenizer import Tokenizer, break_control_tokens
 
 Message = dict[str, Any]
@@ -23,7 +24,8 @@ Message = dict[str, Any]
 UNREADABLE = (
     SyntaxError, RecursionError, MemoryError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError,
 )  # fmt: skip
-RENDER_WITHIN_S = 3.0
+READ_WITHIN_S = 2.0  # of processor time, to parse a template or to render a few words with it
+READ_WITHIN_BYTES = 2**30
 MAX_POWER, MAX_BASE, MAX_REPEATED = 64, 2**32, 2**20
 
 CHATML = (
@@ -54,8 +56,9 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source)
-            self._tool_template = self._template if tool_source is None else environment.from_string(tool_source)
+            with _bounded(origin):
+                self._template = environment.from_string(source)
+                self._tool_template = self._template if tool_source is None else environment.from_string(tool_source)
         except (jinja2.TemplateError, *UNREADABLE) as error:
             told = " ".join(str(error).split())[:300] or type(error).__name__
             raise BadCheckpoint(f"{origin}: the chat template does not parse: {told}") from None
@@ -75,7 +78,7 @@ class ChatTemplate:
         """``options`` are the template's own switches, such as enable_thinking."""
         try:
             template = self._template if tools is None else self._tool_template
-            with _ends_within(RENDER_WITHIN_S, self.origin):
+            with _bounded(self.origin):
                 return template.render(
                     **self._variables,
                     **options,
@@ -111,20 +114,22 @@ class ChatTemplate:
 
 
 @contextmanager
-def _ends_within(limit_s: float, origin: str) -> Iterator[None]:
-    """Raises BadCheckpoint inside once the process has computed for so long. Only in a program's main thread, where templates
-    are rendered while a model is loaded; a server renders messages in processes that it can end."""
+def _bounded(origin: str) -> Iterator[None]:
+    """Raises BadCheckpoint inside once the process has computed for so long, MemoryError once it has grown so much. Only in a
+    program's main thread, where templates are read while a model is loaded; a server renders messages in processes that it
+    can end."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def give_up(number: int, frame: object) -> None:
-        raise BadCheckpoint(f"{origin}: the chat template does not come to an end within {limit_s:g} s")
+        raise BadCheckpoint(f"{origin}: the chat template does not come to an end within {READ_WITHIN_S:g} s")
 
     before = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s)
+    signal.setitimer(signal.ITIMER_VIRTUAL, READ_WITHIN_S)
     try:
-        yield
+        with memory_limit(READ_WITHIN_BYTES):
+            yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)

@@ -1,4 +1,6 @@
-"""Text work in a process of its own: ``python -m fastqwen.text.worker LOG_FORMAT``, fed by ``fastqwen.text.pool``.
+"""Text work in a process of its own: ``python -m fastqwen.text.worker LOG_FORMAT [CHECKS]``, fed by ``fastqwen.text.pool``.
+
+``CHECKS`` names the module whose function ``check`` reads requests' bodies, which this room knows nothing of.
 
 Templates, tokenizers and grammars are given input by anybody. Here they can neither stall the server nor end it: the pool
 kills a worker that takes too long, and a limit on memory ends one that takes too much.
@@ -7,10 +9,11 @@ kills a worker that takes too long, and a limit on memory ends one that takes to
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import logging
-import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +26,7 @@ from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.load import TextTools, load_text
+from fastqwen.text.memory import limit_memory
 from fastqwen.text.template import ChatTemplate
 from fastqwen.text.tokenizer import Tokenizer
 
@@ -77,6 +81,22 @@ class Compile(msgspec.Struct, frozen=True, tag=True):
     grammar: str
 
 
+class Check(msgspec.Struct, frozen=True, tag=True):
+    """A request's body that may take long to read, and is sent behind this. ``kind`` is the checking module's name for what it
+    should be."""
+
+    kind: str
+    strict_fields: bool
+    max_chars: int
+
+
+class Checked(msgspec.Struct, frozen=True, tag=True):
+    """``body`` is the same request without what has no effect; None where that is the body as it was sent."""
+
+    body: bytes | None
+    warnings: list[str]
+
+
 class Ids(msgspec.Struct, frozen=True, tag=True):
     token_ids: list[int]
 
@@ -87,10 +107,12 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     code: str | None = None
 
 
-Job = Encode | Render | Compile
+TextJob = Encode | Render | Compile
+Job = TextJob | Check
+Answer = Ids | Checked | Refused
 _jobs = msgspec.msgpack.Decoder(Job)
 _begin = msgspec.msgpack.Decoder(Begin)
-answers = msgspec.msgpack.Decoder(Ids | Refused)
+answers = msgspec.msgpack.Decoder(Answer)
 encode = msgspec.msgpack.Encoder().encode
 
 
@@ -104,22 +126,25 @@ def main() -> int:
     if first is None:
         return 0
     begin = _begin.decode(first)
-    _limit_memory()
-    worker = _Worker(begin, load_text(Path(begin.path), begin.model, begin.config))
+    limit_memory(EXTRA_MEMORY_BYTES)
+    checks = sys.argv[2] if len(sys.argv) > 2 else ""
+    worker = _Worker(begin, load_text(Path(begin.path), begin.model, begin.config), checks)
     _write(sink, Ids([]))
     while (data := _read(source)) is not None:
-        _write(sink, worker.answer(data))
+        _write(sink, worker.answer(data, lambda: _read(source) or b""))
     return 0
 
 
 class _Worker:
-    def __init__(self, begin: Begin, text: TextTools) -> None:
+    def __init__(self, begin: Begin, text: TextTools, checks: str) -> None:
         self._begin = begin
         self._text = text
+        self._checks = checks
 
-    def answer(self, data: bytes) -> Ids | Refused:
+    def answer(self, data: bytes, read_body: Callable[[], bytes]) -> Answer:
         try:
-            return Ids(self._do(_jobs.decode(data)))
+            job = _jobs.decode(data)
+            return self._check(job, read_body()) if isinstance(job, Check) else Ids(self._ids(job))
         except BadRequest as error:
             return Refused(str(error), error.param, error.code)
         except FastqwenError as error:
@@ -127,7 +152,12 @@ class _Worker:
         except (MemoryError, RecursionError) as error:
             return Refused(f"this input needs too much to be processed ({type(error).__name__})")
 
-    def _do(self, job: Job) -> list[int]:
+    @functools.cached_property
+    def _check(self) -> Callable[[Check, bytes], Checked]:
+        found: Callable[[Check, bytes], Checked] = importlib.import_module(self._checks).check
+        return found
+
+    def _ids(self, job: TextJob) -> list[int]:
         tokenizer = self._text.tokenizer
         if isinstance(job, Compile):
             from fastqwen.text.grammar import check_grammar
@@ -144,16 +174,6 @@ class _Worker:
         return self._text.grammar_tokenizer(self._begin.model)
 
 
-def _limit_memory() -> None:
-    """Where the system says how much is used; elsewhere (macOS) the pool's limit on time has to do."""
-    try:
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_MEMORY_BYTES, used + EXTRA_MEMORY_BYTES))
-
-
 def _read(source: BinaryIO) -> bytes | None:
     head = source.read(LENGTH_BYTES)
     if len(head) < LENGTH_BYTES:
@@ -161,9 +181,10 @@ def _read(source: BinaryIO) -> bytes | None:
     return source.read(int.from_bytes(head, "little"))
 
 
-def _write(sink: BinaryIO, answer: Ids | Refused) -> None:
+def _write(sink: BinaryIO, answer: Answer) -> None:
     data = encode(answer)
-    sink.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+    sink.write(len(data).to_bytes(LENGTH_BYTES, "little"))
+    sink.write(data)
     sink.flush()
 
 

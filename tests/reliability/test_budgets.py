@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,6 +84,46 @@ def test_a_refusal_costs_no_more_than_the_request(mock_server: Server, name: str
         response = httpx.post(f"{mock_server.url}{path}", content=frame % repeated(item, 16 * 2**20), timeout=60)
     assert response.status_code in (400, 413), response.text[:200]
     assert response.json()["error"]["message"]
+
+
+CHAT = b'{"max_tokens":1,"messages":[{"role":"user","content":"a"}],%b}'
+BIG = 8 * 2**20  # each is one value, or as many as a body may hold: the count of values does not end it
+LARGE = {
+    "one emoji": ("/v1/completions", b'{"prompt":"\xf0\x9f\x98\x80' + b"a" * BIG + b'"}'),
+    "escapes": ("/v1/completions", b'{"prompt":"' + b"\\u0041" * (BIG // 6) + b'"}'),
+    "half pairs": ("/v1/completions", b'{"prompt":"\\ud800' + b"\\\\\\ud83d\\ude00" * (BIG // 14 - 9) + b'"}'),
+    "white space": ("/v1/completions", b'{"max_tokens":1,"prompt":"a"' + b" " * BIG + b"}"),
+    "key": ("/v1/chat/completions", CHAT % (b'"%b":1' % (b"a" * BIG))),
+    "key of a message": ("/v1/chat/completions", b'{"messages":[{"role":"user","content":"a","%b":1}]}' % (b"a" * BIG)),
+    "role": ("/v1/chat/completions", b'{"messages":[{"role":"%b","content":"a"}]}' % (b"a" * BIG)),
+    "endless numbers": ("/v1/chat/completions", CHAT % b'"metadata":{"a":[%b]}' % b",".join([b"1e999"] * 150_000)),
+    "long numbers": ("/v1/completions", b'{"prompt":"a","x":[%b]}' % b",".join([b"1" * 4300] * (BIG // 4300))),
+    "many digits": ("/v1/completions", b'{"prompt":"a","x":[%b]}' % b",".join([b"1." + b"1" * 200] * (BIG // 203))),
+    "unknown fields": ("/v1/chat/completions", CHAT % b",".join(b'"a%d":1' % at for at in range(39_000))),
+    "messages": ("/v1/messages", b'{"max_tokens":1,"model":"m","messages":[%b]}'
+                 % b",".join([b'{"role":"user","content":"a"}'] * 7900)),
+    "arguments": ("/v1/chat/completions", b'{"messages":[{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":'
+                  b'"{\\"a\\":[%b]}"}}]},{"role":"user","content":"a"}]}' % b",".join([b"{}"] * (BIG // 3))),
+    "schema": ("/v1/chat/completions", CHAT % b'"guided_json":"%b"' % (b"a" * BIG)),
+    "schema in a text": ("/v1/chat/completions", CHAT % b'"guided_json":"{\\"anyOf\\":[%b]}"' % b",".join([b"{}"] * (BIG // 3))),
+    "field that breaks off": ("/v1/completions", b'{"x":[%b"%b' % (b"{}," * 39_999, b'\\"' * 30_000 + b'",' * 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_no_single_body_costs_the_api_process_much(mock_server: Server, name: str):
+    path, body = LARGE[name]
+    process = psutil.Process(mock_server.process.pid)
+    begin_s, before = sum(process.cpu_times()[:2]), process.memory_info().rss
+    most = before
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, f"{mock_server.url}{path}", content=body, timeout=60)
+        while not asked.done():
+            most = max(most, process.memory_info().rss)
+            time.sleep(0.01)
+    assert asked.result().status_code in (200, 400), asked.result().text
+    assert sum(process.cpu_times()[:2]) - begin_s < AT_MOST_S
+    assert most - before < 3 * len(body) + 24 * 2**20, "what thousands of small objects need in any case"
 
 
 def test_a_mixed_list_is_refused_at_its_first_wrong_item(mock_server: Server):

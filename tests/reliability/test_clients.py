@@ -57,6 +57,16 @@ def test_clients_that_leave_are_aborted_and_leave_nothing_behind(model: Path, st
         assert psutil.Process(server.process.pid).num_fds() <= file_count + 2
 
 
+def test_clients_that_leave_at_once_leave_nothing_behind(model: Path):
+    """Their request and its end reach the engine together, between two of its steps."""
+    with serving(model, step_s=0.05) as server:
+        for at in range(150):
+            connection = send_request(server.port, {"prompt": "p", "max_tokens": 3000, "ignore_eos": True})
+            time.sleep(at % 10 / 1000)
+            connection.close()
+        wait_idle(server, 30.0)
+
+
 def test_a_client_that_does_not_read_is_aborted_and_others_do_not_notice(model: Path):
     with serving(model, step_s=0.002, stall_timeout_s=1.5) as server:
         body = {"prompt": "p", "max_tokens": 4000, "stream": True, "ignore_eos": True, "n": 16}

@@ -36,13 +36,14 @@ from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.app import create_app
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects import checking
 from fastqwen.text.formats import derive_formats
 from fastqwen.text.grammar import check_grammar, grammar_tokenizer
 from fastqwen.text.load import TextTools
 from fastqwen.text.stops import StopToken
 from fastqwen.text.template import ChatTemplate
 from fastqwen.text.tokenizer import Tokenizer
-from fastqwen.text.worker import Compile, Encode, Job
+from fastqwen.text.worker import Check, Checked, Compile, Encode, TextJob
 from tests.client.fake_engine import FakeEngine
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
@@ -186,7 +187,10 @@ class LocalWorkers:
     def __init__(self, text: TextTools, words: llguidance.LLTokenizer) -> None:
         self._text, self._words = text, words
 
-    async def run(self, job: Job) -> list[int]:
+    async def check(self, job: Check, body: bytes | bytearray) -> Checked:
+        return checking.check(job, body)
+
+    async def run(self, job: TextJob) -> list[int]:
         if isinstance(job, Compile):
             check_grammar(job.grammar, self._words)
             return []

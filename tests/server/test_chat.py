@@ -142,6 +142,25 @@ def test_structured_output_holds_with_thinking_and_several_answers(n: int, think
         assert choice["message"].get("reasoning_content", "") == ("Hm" if thinking else "")
 
 
+@pytest.mark.parametrize("budget", [None, 2])
+@pytest.mark.parametrize("stop", ["m", "think", "given", "</think>", ["Hm", "sol"]])
+def test_a_stop_string_in_the_thinking_does_not_replace_the_form_that_was_asked_for(stop: object, budget: int | None):
+    wish = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    body = chat(response_format=wish, stop=stop, enable_thinking=True, max_tokens=300, thinking_budget=budget)
+    choice = ask(make_state(says("Hm</think>Sure")), PATH, body).json()["choices"][0]
+    assert set(json.loads(choice["message"]["content"])) == {"age"}
+    assert choice["message"]["reasoning_content"].startswith("Hm")
+
+
+def test_a_stop_string_ends_the_form_and_without_a_form_the_thinking():
+    wish = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    body = chat(response_format=wish, stop=["age"], enable_thinking=True, max_tokens=300)
+    choice = ask(make_state(says("age</think>Sure")), PATH, body).json()["choices"][0]
+    assert "age" not in choice["message"]["content"] and choice["stop_reason"] == "age"
+    free = ask(make_state(says("Hm, age</think>Sure")), PATH, chat(stop=["age"], enable_thinking=True)).json()
+    assert free["choices"][0]["stop_reason"] == "age" and "Sure" not in str(free)
+
+
 @pytest.mark.parametrize(
     ("wish", "answers"),
     [

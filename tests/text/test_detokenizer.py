@@ -62,6 +62,14 @@ def read(pieces: Sequence[bytes], stop: Sequence[str] = (), **options: object) -
 
 
 @settings(max_examples=1000, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 3))
+def test_stop_strings_count_only_behind_the_text_that_they_wait_for(size: int, more: int):
+    text = "a stop, </think" + ">" * (1 + more) + "one stop two"
+    pieces = [text[at : at + size].encode() for at in range(0, len(text), size)]
+    found, stopped_by = read(pieces, ["stop"], stops_after="</think>")
+    assert ("".join(found), stopped_by) == (text.partition("stop two")[0], "stop")
+
+
 @given(cut_texts())
 def test_pieces_make_the_whole_and_no_character_is_broken(cut: tuple[str, list[bytes]]):
     text, pieces = cut

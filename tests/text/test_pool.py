@@ -13,7 +13,7 @@ import pytest
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadCheckpoint, BadRequest, ReadersGone
 from fastqwen.text.pool import TextPool, WorkerGone
-from fastqwen.text.worker import Compile, Encode, Job, Render
+from fastqwen.text.worker import Compile, Encode, Render, TextJob
 from fastqwen.weights.checkpoint import open_checkpoint
 from tests.reliability.mock_model import make_model
 from tests.text.hostile_templates import MARKER, TEMPLATES
@@ -22,7 +22,7 @@ HELLO = Encode("hello", False, 1000)
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-def run(folder: Path, *jobs: Job, template: str | None = None, timeout_s: float = 0.5) -> list[list[int] | str]:
+def run(folder: Path, *jobs: TextJob, template: str | None = None, timeout_s: float = 0.5) -> list[list[int] | str]:
     """The ids of each job, or why it was refused."""
 
     async def work() -> list[list[int] | str]:
@@ -62,7 +62,7 @@ def test_hostile_templates_are_given_up_and_the_next_prompt_works(tmp_path: Path
         for number, source in enumerate(TEMPLATES)
         if "extends" not in source  # that may only stand at the beginning
     )
-    jobs: list[Job] = []
+    jobs: list[TextJob] = []
     for number in range(len(TEMPLATES)):
         jobs += [Render.of([{"role": "user", "content": f"attack {number}"}], {}, 100_000), HELLO]
     found = run(tmp_path, *jobs, template=template)

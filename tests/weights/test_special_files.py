@@ -45,7 +45,7 @@ def test_what_is_no_regular_file_is_told_and_not_read(folder: Path, name: str, k
 
 
 def test_a_template_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fastqwen.text.template.RENDER_WITHIN_S", 0.2)
+    monkeypatch.setattr("fastqwen.text.template.READ_WITHIN_S", 0.2)
     with pytest.raises(BadCheckpoint, match="does not come to an end"):
         ChatTemplate(LOOPS, origin="x").render([{"role": "user", "content": "hi"}])
     assert ChatTemplate("{{ messages[0].content }}", origin="x").render([{"content": "hi"}]) == "hi"

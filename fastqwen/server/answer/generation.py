@@ -192,7 +192,13 @@ class Generation:
         thinking = self._options.thinking
         return Choice(
             request=request,
-            assembler=Assembler(index, self._sampling, self._state.text.tokenizer, stop_token_ids),
+            assembler=Assembler(
+                index,
+                self._sampling,
+                self._state.text.tokenizer,
+                stop_token_ids,
+                stops_after="" if request.grammar is None else request.grammar.after,
+            ),
             parser=parser,
             guard=None if parser is None or thinking is None else ThinkingGuard(thinking),
         )

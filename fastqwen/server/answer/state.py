@@ -24,7 +24,7 @@ from fastqwen.server.config import ServerConfig
 from fastqwen.server.mcp import McpTools
 from fastqwen.text.formats import Formats
 from fastqwen.text.load import TextTools
-from fastqwen.text.worker import Compile, Encode, Job, Render
+from fastqwen.text.worker import Check, Checked, Compile, Encode, Render, TextJob
 
 log = logging.getLogger("fastqwen.server")
 
@@ -37,7 +37,9 @@ RESERVED_OPTIONS = frozenset(
 
 
 class TextWorkers(Protocol):
-    async def run(self, job: Job) -> list[int]: ...
+    async def run(self, job: TextJob) -> list[int]: ...
+
+    async def check(self, job: Check, body: bytes | bytearray) -> Checked: ...
 
 
 @dataclass

@@ -5,6 +5,7 @@ What comes back from a client was often said by a model: its calls may be cut or
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ PART_KEYS = frozenset(
     {"type", "text", "cache_control", "annotations", "logprobs", "citations", "prompt_cache_breakpoint"}
 )
 CALL_KEYS = frozenset({"id", "type", "function", "custom", "index", "cache_control"})
+MAX_ARGUMENT_MARKS = 400_000  # brackets, quotes and commas in all of a conversation's arguments: they are read here
 RAW_ARGUMENTS = "arguments"  # the key for what was no object, because templates want one
 
 
@@ -58,6 +60,7 @@ async def rendered(
         )
     if continue_final_message and messages[-1]["role"] != "assistant":
         raise BadRequest("continue_final_message needs a last message of role assistant", "continue_final_message")
+    await asyncio.sleep(0)  # making thousands of messages and sending them on are two pieces of work
     how: dict[str, Any] = {
         "add_generation_prompt": add_generation_prompt is not False and not continue_final_message,
         "continue_final_message": continue_final_message,
@@ -89,6 +92,7 @@ def _system_first(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def for_template(messages: Sequence[ChatMessage], formats: Formats, warnings: Warnings) -> list[dict[str, Any]]:
     """Raises BadRequest for what the newest question cannot do without: media, where a model reads text only."""
+    _check_arguments(messages)
     newest = max((at for at, one in enumerate(messages) if one.role == "user"), default=-1)
     found = []
     for index, message in enumerate(messages):
@@ -105,6 +109,25 @@ def for_template(messages: Sequence[ChatMessage], formats: Formats, warnings: Wa
         _set_answer_keys(values, thoughts, place, warnings)
         found.append(values)
     return found
+
+
+def _check_arguments(messages: Sequence[ChatMessage]) -> None:
+    """Raises BadRequest for calls whose arguments would take long to read."""
+    marks = 0
+    for message in messages:
+        calls = (message.model_extra or {}).get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            told = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(told, str):
+                marks += sum(map(told.count, '[{",'))
+    if marks > MAX_ARGUMENT_MARKS:
+        raise BadRequest(
+            f"the arguments of the messages' tool_calls hold more than {MAX_ARGUMENT_MARKS} brackets, quotes and commas: "
+            "leave out earlier calls",
+            "messages",
+            "too_many_values",
+        )
 
 
 def _note_keys(values: dict[str, Any], role: str, place: str, formats: Formats, warnings: Warnings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -193,6 +194,7 @@ class Messages:
         self._writer = _BlockWriter(omits_thinking=omitted)
 
     async def prepare(self) -> None:
+        await asyncio.sleep(0)  # the messages were made into a chat's
         await self._chat.prepare()
 
     def tokens(self) -> tuple[int, int]:

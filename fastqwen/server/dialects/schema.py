@@ -85,6 +85,7 @@ class Body(FailFastModel, extra="allow", strict=True, allow_inf_nan=False):
     """An object of a request. What it does not know is kept in ``model_extra``."""
 
     _warnings: Warnings = PrivateAttr(default_factory=Warnings)
+    _is_as_sent: bool = PrivateAttr(default=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -96,13 +97,22 @@ class Body(FailFastModel, extra="allow", strict=True, allow_inf_nan=False):
     def warnings(self) -> Warnings:
         return self._warnings
 
+    @property
+    def is_as_sent(self) -> bool:
+        """Whether the body can be read again as it came, at no more cost."""
+        return self._is_as_sent
+
+    def note(self, warnings: Warnings) -> None:
+        """Those of whoever looked it through."""
+        self._warnings = warnings
+
     def look_through(self, *, strict: bool) -> None:
         """List what has no effect. Raises BadRequest for what cannot be left out."""
-        self._warnings = Warnings(strict=strict)
+        self._warnings = warnings = Warnings(strict=strict)
         for place, value in _unknown_fields(self):
             neutral, advice = CHANGES_THE_ANSWER.get(place, (None, ""))
             if neutral is None:
-                self._warnings.unknown(place)
+                warnings.unknown(place)
             elif not any(type(value) is type(one) and value == one for one in neutral):
                 raise BadRequest(f"{place} is not supported by this server: {advice}", place)
         known = WITHOUT_EFFECT & type(self).model_fields.keys()
@@ -389,7 +399,21 @@ def parse(kind: type[B], body: bytes | bytearray, *, strict_fields: bool = False
         found = _parsed(kind, repaired, strict_fields)
     except ValidationError as error:
         raise _refusal(error) from None
+    found._is_as_sent = False
     found.warnings.tell("the body has half of a surrogate pair, which is no character: U+FFFD stands in its place")
+    return found
+
+
+def parse_checked(kind: type[B], body: bytes | bytearray, warnings: list[str], *, strict_fields: bool = False) -> B:
+    """A body that was parsed and looked through before (``checking.py``), and what was said of it."""
+    try:
+        found = kind.model_validate_json(body[len(BOM_UTF8) :] if body.startswith(BOM_UTF8) else body)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    known = Warnings(strict=strict_fields)
+    for warning in warnings:
+        known.tell(warning)
+    found.note(known)
     return found
 
 
@@ -397,6 +421,7 @@ def _parsed(kind: type[B], body: bytes | bytearray, strict_fields: bool) -> B:
     found = kind.model_validate_json(body)
     if not _all_finite(found):
         found = kind.model_validate(_exact(body))
+        found._is_as_sent = False
     found.look_through(strict=strict_fields)
     return found
 

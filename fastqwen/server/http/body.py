@@ -11,7 +11,7 @@ from starlette.types import Receive
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.config import FrontConfig
-from fastqwen.server.http.codings import decoded
+from fastqwen.server.http.codings import TooLarge, decoded
 from fastqwen.server.http.json_size import MAX_NUMBERS, JsonSize, TooManyValues, too_many
 
 Answer = TypeVar("Answer")
@@ -32,26 +32,19 @@ async def read_body(request: Request, config: FrontConfig, max_numbers: int = MA
             chunks: AsyncIterator[bytes] = request.stream()
             coding = request.headers.get("content-encoding", "")
             if coding:
-                chunks = _decoded_chunks(chunks, coding, max_bytes)
+                chunks = decoded(chunks, coding, max_bytes)
             fits = await _read_counted(chunks, body, max_bytes, JsonSize(max_numbers))
+    except TooLarge:
+        fits = False
     except TimeoutError:
         raise BadRequest(
             f"the request body was not there after {config.body_timeout_s:g} s", None, "request_timeout"
         ) from None
     except TooManyValues as error:
-        raise too_many(error, body) from None
+        raise await too_many(error, body) from None
     if not fits:
         raise _too_large(max_bytes)
     return body
-
-
-async def _decoded_chunks(chunks: AsyncIterator[bytes], coding: str, max_bytes: int) -> AsyncIterator[bytes]:
-    whole = await joined(chunks, max_bytes)
-    found = None if whole is None else decoded(whole, coding, max_bytes)
-    if found is None:
-        raise _too_large(max_bytes)
-    for start in range(0, len(found), COUNTED_AT_ONCE):
-        yield bytes(found[start : start + COUNTED_AT_ONCE])
 
 
 async def _read_counted(chunks: AsyncIterator[bytes], body: bytearray, max_bytes: int, size: JsonSize) -> bool:

@@ -1,56 +1,100 @@
-"""Request bodies that were compressed on the way (RFC 9110 8.4), decoded no further than a body may be large."""
+"""Request bodies that were compressed on the way (RFC 9110 8.4), decoded piece by piece and no further than one may be large."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import AsyncIterator, Iterator
 
 from fastqwen.errors import BadRequest
 
-# What zlib is to expect: gzip's head, and for deflate its own, which some senders leave out.
-WINDOW_BITS = {
-    "gzip": (16 + zlib.MAX_WBITS,),
-    "x-gzip": (16 + zlib.MAX_WBITS,),
-    "deflate": (zlib.MAX_WBITS, -zlib.MAX_WBITS),
-}
-
-
+CODINGS = ("gzip", "x-gzip", "deflate")
 MAX_CODINGS = 3  # one over the other
-MAX_MEMBERS = 16  # gzip's files one behind the other (RFC 1952, 2.2); what is left is copied for each
+MAX_MEMBERS = 16  # gzip's files one behind the other (RFC 1952, 2.2)
+PIECE_BYTES = 64 * 2**10  # so much is decoded before others have their turn
 
 
-def decoded(body: bytes | bytearray, codings: str, max_bytes: int) -> bytes | bytearray | None:
-    """``codings`` as the header lists them: the last was done last. None if the body is more than ``max_bytes`` in between or
-    at the end. Raises BadRequest for a coding that is not known, or bytes that are not of it."""
+class TooLarge(Exception):
+    """More bytes than were allowed, in between or at the end."""
+
+
+def decoders(codings: str) -> list[Decoder]:
+    """In the order in which bytes go through them; ``codings`` as the header lists them: the last was done last.
+
+    Raises BadRequest for a coding that is not known.
+    """
     names = [name for name in (one.strip().lower() for one in codings.split(",")) if name not in ("", "identity")]
-    unknown = [name for name in names if name not in WINDOW_BITS]
-    if unknown or len(names) > MAX_CODINGS:
+    if any(name not in CODINGS for name in names) or len(names) > MAX_CODINGS:
         raise BadRequest(
             f"Content-Encoding {codings[:50]!r} is not known here: send the body as it is, or in gzip or deflate",
             None,
             "unsupported_content_encoding",
         )
-    for name in reversed(names):
-        found = _decoded_once(body, name, max_bytes)
-        if found is None:
-            return None
-        body = found
-    return body
+    return [Decoder(name) for name in reversed(names)]
 
 
-def _decoded_once(body: bytes | bytearray, name: str, max_bytes: int) -> bytearray | None:
-    for bits in WINDOW_BITS[name]:
-        found, rest = bytearray(), bytes(body)
-        for _ in range(1 if name == "deflate" else MAX_MEMBERS):
-            decoder = zlib.decompressobj(bits)
+async def decoded(chunks: AsyncIterator[bytes], codings: str, max_bytes: int) -> AsyncIterator[bytes]:
+    """Raises BadRequest for bytes that are not of the coding, TooLarge for more than ``max_bytes``."""
+    chain = decoders(codings)
+    async for chunk in chunks:
+        for piece in _through(chain, chunk, max_bytes):
+            yield piece
+    for decoder in chain:
+        decoder.check_end()
+
+
+def _through(chain: list[Decoder], data: bytes, max_bytes: int) -> Iterator[bytes]:
+    if not chain:
+        yield data
+        return
+    first, *rest = chain
+    for piece in first.pieces(data):
+        if first.num_decoded > max_bytes:
+            raise TooLarge
+        yield from _through(rest, piece, max_bytes)
+
+
+class Decoder:
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._begun = b""
+        self._inflater: zlib._Decompress | None = None
+        self._num_members = 0
+        self.num_decoded = 0
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        """What can be said of the bytes so far. Raises BadRequest."""
+        if self._inflater is None and self._name == "deflate" and len(self._begun + data) < 2:
+            self._begun += data
+            return
+        data, self._begun = self._begun + data, b""
+        piece = b""
+        while data or len(piece) == PIECE_BYTES:
+            if self._inflater is None or self._inflater.eof:
+                if not data:
+                    return
+                self._inflater = self._next(data)
             try:
-                found += decoder.decompress(rest, max_bytes + 1 - len(found))
+                piece = self._inflater.decompress(data, PIECE_BYTES)
             except zlib.error:
-                break
-            if len(found) > max_bytes:
-                return None
-            rest = decoder.unused_data
-            if not decoder.eof or not rest:
-                break
-        if decoder.eof and not rest:
-            return found
-    raise BadRequest(f"the request body is not valid {name}")
+                raise self._wrong() from None
+            data = self._inflater.unused_data if self._inflater.eof else self._inflater.unconsumed_tail
+            self.num_decoded += len(piece)
+            yield piece
+
+    def check_end(self) -> None:
+        """Raises BadRequest where there should be more."""
+        if self._inflater is None or not self._inflater.eof:
+            raise self._wrong()
+
+    def _next(self, data: bytes) -> zlib._Decompress:
+        self._num_members += 1
+        if self._num_members > (1 if self._name == "deflate" else MAX_MEMBERS):
+            raise self._wrong()
+        if self._name != "deflate":
+            return zlib.decompressobj(16 + zlib.MAX_WBITS)
+        # zlib's head, which some senders leave out, is a multiple of 31 and says 8 (RFC 1950, 2.2).
+        has_head = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
+        return zlib.decompressobj(zlib.MAX_WBITS if has_head else -zlib.MAX_WBITS)
+
+    def _wrong(self) -> BadRequest:
+        return BadRequest(f"the request body is not valid {self._name}")

@@ -21,7 +21,7 @@ from fastqwen.errors import (
     UnknownModelName,
     UpstreamGone,
 )
-from fastqwen.server.http.codings import WINDOW_BITS
+from fastqwen.server.http.codings import CODINGS
 from fastqwen.server.http.door import Door
 
 STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408, "unsupported_content_encoding": 415}
@@ -66,7 +66,7 @@ def error_response(
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if status == 415 and body["error"].get("code") == "unsupported_content_encoding":
-        headers["Accept-Encoding"] = ", ".join(WINDOW_BITS)
+        headers["Accept-Encoding"] = ", ".join(CODINGS)
     return JSONResponse(body, status, headers)
 
 
