@@ -99,10 +99,38 @@ def test_a_value_is_what_its_schema_makes_of_it(key: str, text: str, value: Any)
         "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</parameter>\n</tool_call>",
         '<tool_call>\n<function="f">\n<parameter = "s">a</parameter><parameter name="i">1</parameter></function></tool_call>',
         '<tool_call>\n{"name": "f", "arguments": {"s": "a", "i": 1}}\n</tool_call>',
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</tool_call>",
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</parameter>",
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>1</function></tool_call>",
+        "<tool_call>\r\n<function=f>\r\n<parameter=s>\r\na\r\n</parameter>\r\n<parameter=i>\r\n1\r\n</parameter>\r\n</function>\r\n",
+        "<tool_call>\n  <function=f>\n    <parameter=s>\n    a\n    </parameter>\n    <parameter=i>1</parameter>\n  </function>\n",
+        "<tool_call>\n<function = f>\n<parameter = s>\na\n</parameter=s>\n<parameter=i>1</parameter >\n</function=f>\n</tool_call>",
+        '<function name="f"><parameter name="s">a</parameter><parameter name="i">+1</parameter></function>',
+        "<tool_call>\n<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n01\n</parameter>\n</function>\n</tool_call>",
+        '<tool_call>\n<function=f>\n{"s": "a", "i": 1}\n</function>\n</tool_call>',
+        "<tool_call><function=f>{'s': 'a', 'i': 1</function></tool_call>",
     ],
 )
 def test_calls_are_read_as_models_write_them(text: str):
     assert read(text) == [{"s": "a", "i": 1}]
+
+
+def test_calls_without_arguments_and_values_of_several_lines():
+    assert read("<tool_call><function=f/></tool_call>") == read("<tool_call><function=f></tool_call>") == [{}]
+    code = "def f():\n    return 1\n    "
+    assert read(call("s", code)) == [{"s": code}]
+    assert read(f"<function=f><parameter=s>{code}</parameter></function>") == [{"s": code}]
+
+
+def test_what_is_needed_yet_may_begin_in_a_line():
+    tool = {"type": "object", "properties": {"s": {"type": "string"}, "i": {"type": "integer"}}}
+    text = "<tool_call><function=f><parameter=s>x<parameter=i>3</parameter></function></tool_call>"
+    for needed, found in ((["s", "i"], {"s": "x", "i": 3}), (["s"], {"s": "x<parameter=i>3"})):
+        parser = AnswerParser(
+            reasoning=False, calls=Xml([{"function": {"name": "f", "parameters": {**tool, "required": needed}}}])
+        )
+        [made] = parser.push(text).calls
+        assert json.loads(made.arguments) == found
 
 
 @pytest.mark.parametrize(
