@@ -11,6 +11,7 @@ import pytest
 
 from fastqwen.errors import BadRequest
 from fastqwen.text.answer import AnswerParser, Parts
+from fastqwen.text.grammar import json_grammar_part
 from fastqwen.text.json_schema import (
     embedded,
     properties_of,
@@ -151,6 +152,41 @@ def test_annotations_never_refuse_and_names_are_not_keywords():
         "minProperties": 1,
         "properties": {"title": {"type": "string"}, "format": {"type": "string", "format": "date"}},
     }
+
+
+def test_alternatives_that_exclude_each_other_are_any_of_them():
+    kinds = [
+        {"type": "object", "properties": {"kind": {"const": kind}}, "required": ["kind"]} for kind in ("cat", "dog")
+    ]
+    apart = (
+        [{"$ref": "#/$defs/cat"}, {"type": "null"}], [{"type": "integer"}, {"type": ["string", "boolean"]}], kinds,
+        [{"enum": ["a", "b"]}, {"const": "c"}],
+    )  # fmt: skip
+    for parts in apart:
+        assert without_annotations({"oneOf": parts, "$defs": {"cat": kinds[0]}})["anyOf"] == parts
+    both = {"anyOf": [{"type": "integer"}, {"type": "null"}], "oneOf": [{"type": "null"}, {"type": "integer"}]}
+    assert without_annotations(both)["allOf"] == [{"anyOf": both["oneOf"]}]
+    optional = [{**one, "required": []} for one in kinds]
+    for parts in ([{"type": "integer"}, {"type": "number"}], [{}, {"type": "null"}], optional):
+        assert without_annotations({"oneOf": parts}) == {"oneOf": parts}
+
+
+def test_schemas_that_generators_write_compile():
+    schema = {
+        "type": "object",
+        "properties": {
+            "id": {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}, "n": {"type": "integer", "nullable": True},
+            "u": {"type": "integer", "minimum": 0, "exclusiveMaximum": 1.8e19},
+        },
+        "required": ["id", "n", "u"],
+    }  # fmt: skip
+    found = without_annotations(schema)["properties"]
+    assert found["id"] == {"type": "integer", "minimum": -(10**18), "maximum": 10**18}
+    assert found["n"] == {"type": ["integer", "null"]} and found["u"]["exclusiveMaximum"] == 10**18
+    grammar = llguidance.LLMatcher.grammar_from_lark(f"start: {json_grammar_part(schema)}")
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar)
+    text = list(b'{"id": -5, "n": null, "u": 7}')
+    assert matcher.try_consume_tokens(text) == len(text) and matcher.is_accepting()
 
 
 def test_references_mean_the_root_wherever_a_part_is_embedded():
