@@ -18,6 +18,7 @@ ALL_TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array"
 MAX_INTEGER = 10**18  # the compiler knows 64 bits
 MAX_DEPTH = 32  # of references that lead to references
 MAX_VALUES = 10_000
+MAX_LOOKED_AT = 10_000
 MAX_COMPARED = 64  # alternatives, each with all others; and their values
 # Say nothing about which values are valid, but can be written so that a compiler stumbles.
 ANNOTATIONS = frozenset(
@@ -53,6 +54,7 @@ Schema = Any  # an object or a boolean; anything else was written wrongly and sa
 def without_annotations(root: Schema) -> Schema:
     """The same for every validator, in words that no compiler has a reason to refuse."""
     own_name = root.get("$id") if isinstance(root, dict) else None
+    effort = _Effort()
 
     def assertions(schema: dict[str, Any]) -> dict[str, Any]:
         found = {}
@@ -63,7 +65,7 @@ def without_annotations(root: Schema) -> Schema:
                 value = int(value)
             if _asserts(name, value):
                 found[name] = value
-        return _without_nullable(_within_compilers_integers(_with_any_for_one(found, root)))
+        return _without_nullable(_within_compilers_integers(_with_any_for_one(found, root, effort)))
 
     return _mapped(root, assertions)
 
@@ -87,12 +89,31 @@ def _within_compilers_integers(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _with_any_for_one(schema: dict[str, Any], root: Schema) -> dict[str, Any]:
+class _Effort:
+    """How many parts may be looked at to tell alternatives apart, in all of a schema: others can make that endless."""
+
+    def __init__(self) -> None:
+        self.left = MAX_LOOKED_AT
+
+    def types(self, schema: Schema, root: Schema) -> frozenset[str]:
+        known: Found = {}
+        found = _types(schema, root, known) if self.left > 0 else ALL_TYPES
+        self.left -= 1 + len(known)
+        return found or ALL_TYPES  # none were told
+
+    def values(self, schema: Schema, root: Schema) -> list[Any] | None:
+        known: dict[int, tuple[Schema, list[Any] | None]] = {}
+        found = _values(schema, root, known) if self.left > 0 else None
+        self.left -= 1 + len(known)
+        return found if found is not None and len(found) <= MAX_COMPARED else None
+
+
+def _with_any_for_one(schema: dict[str, Any], root: Schema, effort: _Effort) -> dict[str, Any]:
     """Where no value can be of two alternatives, oneOf says what anyOf does, which compilers know."""
     parts = _parts(schema, "oneOf")
     if not parts or len(parts) > MAX_COMPARED:
         return schema
-    told = [_Alternative(part, root) for part in parts]
+    told = [_Alternative(part, root, effort) for part in parts]
     if not all(one.excludes(other) for one, other in combinations(told, 2)):
         return schema
     others = {name: value for name, value in schema.items() if name != "oneOf"}
@@ -104,14 +125,14 @@ def _with_any_for_one(schema: dict[str, Any], root: Schema) -> dict[str, Any]:
 class _Alternative:
     """What tells one alternative from others: its types, its values, and those of what its objects need."""
 
-    def __init__(self, schema: Schema, root: Schema) -> None:
-        self._types, self._values = types_of(schema, root), _few_values(schema, root)
+    def __init__(self, schema: Schema, root: Schema, effort: _Effort) -> None:
+        self._types, self._values = effort.types(schema, root), effort.values(schema, root)
         schema = resolved(schema, root) if self._types == {"object"} else None
         needed = schema.get("required") if isinstance(schema, dict) else None
         listed = schema.get("properties") if isinstance(schema, dict) else None
         self._keys: dict[str, list[Any]] = {}
         if isinstance(needed, list) and isinstance(listed, dict):
-            found = {key: _few_values(listed[key], root) for key in needed if isinstance(key, str) and key in listed}
+            found = {key: effort.values(listed[key], root) for key in needed if isinstance(key, str) and key in listed}
             self._keys = {key: values for key, values in found.items() if values is not None}
 
     def excludes(self, other: _Alternative) -> bool:
@@ -120,11 +141,6 @@ class _Alternative:
         if self._values is not None and other._values is not None and _differ(self._values, other._values):
             return True
         return any(_differ(self._keys[key], other._keys[key]) for key in self._keys.keys() & other._keys.keys())
-
-
-def _few_values(schema: Schema, root: Schema) -> list[Any] | None:
-    found = values_of(schema, root)
-    return found if found is not None and len(found) <= MAX_COMPARED else None
 
 
 def _differ(values: list[Any], others: list[Any]) -> bool:
