@@ -48,6 +48,7 @@ class LocalPartner:
         self._seeds = random.Random(config.seed)  # noqa: S311 not a secret
         self.name = model
         self.names = [model]
+        self.thinks: bool | None = self._formats.reasoning
         self.max_model_len: int | None = self._model.facts.max_model_len
         self.generation_config = self._text.generation_config
 

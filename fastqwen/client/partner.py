@@ -14,6 +14,7 @@ class Partner(Protocol):
 
     name: str
     names: list[str]  # of all models there; setting ``name`` to one of them chooses it
+    thinks: bool | None  # whether the model can think before it answers; None: the server does not tell
     max_model_len: int | None  # None: the server does not tell
     generation_config: dict[str, Any]  # of the model's own file; empty where a server applies it
 

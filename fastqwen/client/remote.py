@@ -41,6 +41,7 @@ class RemotePartner:
             self.names = [str(one["id"]) for one in models]
         except (KeyError, IndexError, TypeError):
             raise FastqwenError(f"the server at {self.url} lists no model: is it an OpenAI-compatible one?") from None
+        self.thinks: bool | None = model.get("thinks")
         self.max_model_len: int | None = model.get("max_model_len")
         self.generation_config: dict[str, Any] = {}
 

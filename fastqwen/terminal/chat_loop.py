@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -41,6 +43,7 @@ Alt-Enter              a new line in the message; pasted lines stay together, to
 """                    begins and ends a message of several lines; a backslash at the end of a line joins the next one
 arrow up               earlier messages, also those of earlier conversations
 Ctrl-C                 stop the answer'''
+HELP_COLUMN = 23
 QUOTES = '"""'
 PROMPT = "> "
 PROMPT_INSIDE = ". "  # of a message of several lines
@@ -243,7 +246,7 @@ class Conversation:
         if word in ("/exit", "/quit", "/bye"):
             return False
         known = {
-            "/help": lambda rest: print(HELP),
+            "/help": lambda rest: print(_wrapped(HELP)),
             "/new": self._new,
             "/system": self._set_system,
             "/set": self._set,
@@ -286,7 +289,12 @@ class Conversation:
             except (ValueError, KeyError):
                 print(f"{value!r} is no value for {name}")
                 return
-        print(", ".join(f"{one} {self._options.get(one, 'default')}" for one in SETTINGS))
+        told = {**self._options}
+        if THINK in told:
+            told[THINK] = "on" if told[THINK] else "off"
+        print(", ".join(f"{one} {told.get(one, 'default')}" for one in SETTINGS))
+        if name == THINK and value and self.partner.thinks is False:
+            print(f"{self.partner.name} does not think before it answers, so this changes nothing.")
 
     def _model(self, name: str) -> None:
         if not name:
@@ -354,3 +362,10 @@ class Conversation:
         self._system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
         self._turns = [one for one in messages if one["role"] != "system"]
         print(f"Loaded {len(self._turns)} messages from {name}")
+
+
+def _wrapped(table: str) -> str:
+    """As wide as the terminal; what does not fit stands below its own column."""
+    width = shutil.get_terminal_size().columns
+    indent = " " * HELP_COLUMN
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=indent) for line in table.splitlines())

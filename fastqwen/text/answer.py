@@ -147,24 +147,26 @@ class AnswerParser(TextParser):
             if not final:
                 return False
             outcome = reader.finish()
-            if outcome.call is None:  # nothing in it will ever be complete
+            if not outcome.calls:  # nothing in it will ever be complete
                 self._reader = None
                 self._emit(parts, self._raw)
                 return False
         self._reader = None
-        call = None if outcome is None else outcome.call
-        if outcome is None or call is None or not self._counts(call, self._raw[: len(self._raw) - len(outcome.rest)]):
+        if outcome is None or not self._count(outcome.calls, self._raw[: len(self._raw) - len(outcome.rest)]):
             # No call: its first character is text, and what follows is looked at again.
             self._emit(parts, self._raw[0])
             self._held = self._raw[1:]
             return True
         self._held = outcome.rest
-        parts.calls.append(call)
+        parts.calls += outcome.calls
         self._space, self._at_start = "", True
         return True
 
-    def _counts(self, call: Call, taken: str) -> bool:
-        return self._section == "content" or (call.name in self._tool_names and not self._left_thinking(taken))
+    def _count(self, calls: Sequence[Call], taken: str) -> bool:
+        if self._section == "content":
+            return bool(calls)
+        known = bool(calls) and all(call.name in self._tool_names for call in calls)
+        return known and not self._left_thinking(taken)
 
     def _left_thinking(self, taken: str) -> bool:
         """A call that begins inside the thinking block must end there, or prose about calls would swallow the answer."""

@@ -60,7 +60,7 @@ class Formats:
             return ReActParser(tools)
         calls: CallFormat | None = None
         if tools and self.tools != "none":
-            calls = Xml(list(tools)) if self.tools == "qwen3_coder" else Hermes()
+            calls = (Xml if self.tools == "qwen3_coder" else Hermes)(tools)
         if calls is None and not self.reasoning:
             return None
         names = [tool["function"]["name"] for tool in tools]

@@ -5,7 +5,9 @@ A schema is looked at with its root, which its references mean, however deep it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,6 +18,8 @@ ALL_TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array"
 MAX_INTEGER = 10**18  # the compiler knows 64 bits
 MAX_DEPTH = 32  # of references that lead to references
 MAX_VALUES = 10_000
+MAX_LOOKED_AT = 10_000
+MAX_COMPARED = 64  # alternatives, each with all others; and their values
 # Say nothing about which values are valid, but can be written so that a compiler stumbles.
 ANNOTATIONS = frozenset(
     {
@@ -50,6 +54,7 @@ Schema = Any  # an object or a boolean; anything else was written wrongly and sa
 def without_annotations(root: Schema) -> Schema:
     """The same for every validator, in words that no compiler has a reason to refuse."""
     own_name = root.get("$id") if isinstance(root, dict) else None
+    effort = _Effort()
 
     def assertions(schema: dict[str, Any]) -> dict[str, Any]:
         found = {}
@@ -60,9 +65,86 @@ def without_annotations(root: Schema) -> Schema:
                 value = int(value)
             if _asserts(name, value):
                 found[name] = value
-        return found
+        return _without_nullable(_within_compilers_integers(_with_any_for_one(found, root, effort)))
 
     return _mapped(root, assertions)
+
+
+def _without_nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI's word for one more type."""
+    if schema.pop("nullable", False) is True and schema.get("type") is not None:
+        listed = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        schema["type"] = [*listed, "null"] if "null" not in listed else listed
+    return schema
+
+
+def _within_compilers_integers(schema: dict[str, Any]) -> dict[str, Any]:
+    """Bounds such as 2**64 - 1, which generators write for a machine's types: narrower ones allow nothing that is not valid."""
+    if "integer" in (schema.get("type"), *_parts(schema, "type")):
+        for name, least, most in (("inimum", -math.inf, -MAX_INTEGER), ("aximum", MAX_INTEGER, math.inf)):
+            for key in ("m" + name, "exclusiveM" + name):
+                bound = schema.get(key)
+                if isinstance(bound, (int, float)) and least <= bound <= most:
+                    schema[key] = min(max(bound, -MAX_INTEGER), MAX_INTEGER)
+    return schema
+
+
+class _Effort:
+    """How many parts may be looked at to tell alternatives apart, in all of a schema: others can make that endless."""
+
+    def __init__(self) -> None:
+        self.left = MAX_LOOKED_AT
+
+    def types(self, schema: Schema, root: Schema) -> frozenset[str]:
+        known: Found = {}
+        found = _types(schema, root, known) if self.left > 0 else ALL_TYPES
+        self.left -= 1 + len(known)
+        return found or ALL_TYPES  # none were told
+
+    def values(self, schema: Schema, root: Schema) -> list[Any] | None:
+        known: dict[int, tuple[Schema, list[Any] | None]] = {}
+        found = _values(schema, root, known) if self.left > 0 else None
+        self.left -= 1 + len(known)
+        return found if found is not None and len(found) <= MAX_COMPARED else None
+
+
+def _with_any_for_one(schema: dict[str, Any], root: Schema, effort: _Effort) -> dict[str, Any]:
+    """Where no value can be of two alternatives, oneOf says what anyOf does, which compilers know."""
+    parts = _parts(schema, "oneOf")
+    if not parts or len(parts) > MAX_COMPARED:
+        return schema
+    told = [_Alternative(part, root, effort) for part in parts]
+    if not all(one.excludes(other) for one, other in combinations(told, 2)):
+        return schema
+    others = {name: value for name, value in schema.items() if name != "oneOf"}
+    if "anyOf" in others:
+        return {**others, "allOf": [*_parts(schema, "allOf"), {"anyOf": parts}]}
+    return {**others, "anyOf": parts}
+
+
+class _Alternative:
+    """What tells one alternative from others: its types, its values, and those of what its objects need."""
+
+    def __init__(self, schema: Schema, root: Schema, effort: _Effort) -> None:
+        self._types, self._values = effort.types(schema, root), effort.values(schema, root)
+        schema = resolved(schema, root) if self._types == {"object"} else None
+        needed = schema.get("required") if isinstance(schema, dict) else None
+        listed = schema.get("properties") if isinstance(schema, dict) else None
+        self._keys: dict[str, list[Any]] = {}
+        if isinstance(needed, list) and isinstance(listed, dict):
+            found = {key: effort.values(listed[key], root) for key in needed if isinstance(key, str) and key in listed}
+            self._keys = {key: values for key, values in found.items() if values is not None}
+
+    def excludes(self, other: _Alternative) -> bool:
+        if not self._types & other._types:
+            return True
+        if self._values is not None and other._values is not None and _differ(self._values, other._values):
+            return True
+        return any(_differ(self._keys[key], other._keys[key]) for key in self._keys.keys() & other._keys.keys())
+
+
+def _differ(values: list[Any], others: list[Any]) -> bool:
+    return not any(one == other for one in values for other in others)
 
 
 def _asserts(name: str, value: Any) -> bool:

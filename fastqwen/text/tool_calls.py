@@ -12,10 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from fastqwen.text.json_schema import ALL_TYPES, TYPE_OF, properties_of, property_of, types_of, values_of
-from fastqwen.text.strict_json import MAX_DEPTH, StrictJsonError, loads
+from fastqwen.text import sloppy_json
+from fastqwen.text.json_schema import properties_of, property_of, required_of
+from fastqwen.text.strict_json import StrictJsonError
+from fastqwen.text.typed import typed_value
 
-CLOSER = "</tool_call>"
+OPENER, CLOSER = "<tool_call>", "</tool_call>"
 MAX_NAME_CHARS = 256
 
 
@@ -27,27 +29,20 @@ class Call(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """``call`` is None where the text behind the opener was no call after all; ``rest`` was not used."""
+    """``calls`` is empty where the text behind the opener was no call after all; ``rest`` was not used."""
 
-    call: Call | None
+    calls: tuple[Call, ...]
     rest: str = ""
 
 
 class CallReader(ABC):
-    """``_call`` once it is read; ``_text`` is what is behind it."""
-
-    _text = ""
-    _call: Call | None = None
-
     @abstractmethod
     def push(self, text: str) -> Outcome | None:
         """None as long as more text is needed."""
 
+    @abstractmethod
     def finish(self) -> Outcome:
         """The text has ended."""
-        if self._call is None:
-            return Outcome(None)
-        return _after_closer(self._call, self._text, final=True) or Outcome(self._call)
 
 
 class CallFormat(Protocol):
@@ -67,92 +62,6 @@ def schemas_of(tools: Sequence[dict[str, Any]]) -> dict[Any, Any]:
     return {function.get("name"): function.get("parameters") for function in functions}
 
 
-class Hermes:
-    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``"""
-
-    openers = ("<tool_call>",)
-
-    def reader(self, opener: str) -> CallReader:
-        return _HermesReader()
-
-
-class _HermesReader(CallReader):
-    """Finds the object's end by its braces, because a string in it may contain anything, the closing mark too."""
-
-    def __init__(self) -> None:
-        self._seen = 0
-        self._depth = 0
-        self._in_string = False
-
-    def push(self, text: str) -> Outcome | None:
-        self._text += text
-        if self._call is None:
-            end = self._object_end()
-            if end is None:
-                return None
-            self._call = None if end == 0 else _hermes_call(self._text[:end])
-            if self._call is None:
-                return Outcome(None)
-            self._text = self._text[end:]
-        return _after_closer(self._call, self._text, final=False)
-
-    def _object_end(self) -> int | None:
-        """Where the object ends, 0 if there is no object, None if it is not there yet."""
-        index, text = self._seen, self._text
-        while index < len(text):
-            char = text[index]
-            if self._in_string:
-                if char == "\\":
-                    if index + 1 == len(text):
-                        break  # what it escapes is not here yet
-                    index += 1
-                elif char == '"':
-                    self._in_string = False
-            elif self._depth == 0 and char != "{":
-                if not char.isspace():
-                    return 0
-            elif char == '"':
-                self._in_string = True
-            elif char in "{[":
-                self._depth += 1
-                if self._depth > MAX_DEPTH:
-                    return 0
-            elif char in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return index + 1
-            index += 1
-        self._seen = index
-        return None
-
-
-def _hermes_call(text: str) -> Call | None:
-    try:
-        value = loads(text, strict=False)
-    except StrictJsonError:
-        return None
-    name = value.get("name") if isinstance(value, dict) else None
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
-        return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):  # some models encode them once more
-        try:
-            arguments = loads(arguments, strict=False)
-        except StrictJsonError:
-            return None
-    return Call(name, dump(arguments)) if isinstance(arguments, dict) else None
-
-
-def _after_closer(call: Call, text: str, *, final: bool) -> Outcome | None:
-    """Pass over ``</tool_call>``, which may be missing, as may be its beginning."""
-    rest = text.lstrip()
-    if rest.startswith(CLOSER):
-        return Outcome(call, rest[len(CLOSER) :])
-    if CLOSER.startswith(rest) and not final:
-        return None
-    return Outcome(call, "" if CLOSER.startswith(rest) else text)
-
-
 class Xml:
     """``<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>``
 
@@ -160,31 +69,113 @@ class Xml:
     missing where the next opening one tells the same, names may stand in quotes, and the call may be JSON after all.
     """
 
-    openers = ("<tool_call>", "<function=")
+    openers: tuple[str, ...] = (OPENER, "<function=", "<function name=")
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
+    def __init__(self, tools: Sequence[dict[str, Any]] = ()) -> None:
         self._schemas = {name: (schema, properties_of(schema)) for name, schema in schemas_of(tools).items()}
 
     def reader(self, opener: str) -> CallReader:
-        return _XmlReader(self._schemas, bare=opener == "<function=")
+        return _XmlReader(self._schemas, begun="" if opener == OPENER else opener)
 
 
-_FUNCTION, _PARAMETER, _VALUE_END, _FUNCTION_END = "<function", "<parameter", "</parameter>", "</function>"
-_LABEL = re.compile(r"<(?:function|parameter)\s*(?:name\s*)?=\s*(?P<quote>[\"']?)(?P<label>[^<>]*?)(?P=quote)\s*>")
-# Where a value may end: at its closing mark, or at a line that begins with what can only follow it.
-_ENDS = re.compile(r"</parameter>|\n[ \t]{0,16}(?=<parameter|</function>)")
-_LONGEST_END = 32
+class Hermes(Xml):
+    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, several of them or a list; or XML after all."""
+
+    openers = (OPENER,)
+
+
+def _after_closer(calls: tuple[Call, ...], text: str, *, final: bool) -> Outcome | None:
+    """Pass over ``</tool_call>``, which may be missing, as may be its beginning, and over brackets too many in front of it."""
+    rest = text.lstrip(" \t\r\n}]")
+    if rest.startswith(CLOSER):
+        return Outcome(calls, rest[len(CLOSER) :])
+    if CLOSER.startswith(rest) and not final:
+        return None
+    return Outcome(calls, "" if CLOSER.startswith(rest) else text)
+
+
+class _HermesReader(CallReader):
+    def __init__(self) -> None:
+        self._text = ""
+        self._calls: tuple[Call, ...] = ()
+        self._brackets = sloppy_json.Brackets((CLOSER,))
+
+    def push(self, text: str) -> Outcome | None:
+        self._text += text
+        while not self._calls or self._text.lstrip().startswith(("{", ",")):
+            rest = self._text.lstrip().removeprefix(",") if self._calls else self._text
+            end = self._brackets.end(rest)
+            if end is None:
+                return None
+            found = _hermes_calls(rest[:end] + self._brackets.missing) if end else ()
+            if not found:
+                return Outcome(self._calls, self._text if self._calls else "")
+            self._calls += found
+            self._text, self._brackets = rest[end:], sloppy_json.Brackets((CLOSER,))
+        return _after_closer(self._calls, self._text, final=False)
+
+    def finish(self) -> Outcome:
+        return (_after_closer(self._calls, self._text, final=True) if self._calls else None) or Outcome(())
+
+
+def _hermes_calls(text: str) -> tuple[Call, ...]:
+    """Of an object, or of a list of them; none if one of them is no call."""
+    for spelling in (text, text.strip()[1:-1]):  # some write each brace twice, as their template does
+        try:
+            value = sloppy_json.read(spelling)
+        except StrictJsonError:
+            continue
+        found = [_hermes_call(one) for one in (value if isinstance(value, list) else [value])]
+        return tuple(one for one in found if one is not None) if None not in found else ()
+    return ()
+
+
+def _hermes_call(value: Any) -> Call | None:
+    value = value if isinstance(value, dict) else {}
+    if isinstance(value.get("function"), dict):  # as OpenAI's API writes calls
+        value = value["function"]
+    name = value.get("name", value.get("function"))
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
+        return None
+    flat = {key: one for key, one in value.items() if key not in ("name", "function", "type", "id")}
+    arguments = value.get("arguments", value.get("parameters", flat))
+    if isinstance(arguments, str) and arguments.strip():  # some models encode them once more
+        try:
+            arguments = sloppy_json.read(arguments)
+        except StrictJsonError:
+            return None
+    arguments = arguments or {}
+    return Call(name, dump(arguments)) if isinstance(arguments, dict) else None
+
+
+_FUNCTION, _PARAMETER, _VALUE_END, _FUNCTION_END = "<function", "<parameter", "</parameter", "</function"
+_LABEL = re.compile(
+    r"<(?:function|parameter)\s*(?:name\s*)?=\s*(?P<quote>[\"']?)(?P<label>[^<>]*?)(?P=quote)\s*(?P<closed>/?)>"
+)
+# Where a value may end: at its closing mark, or in front of what can only follow it.
+_ENDS = re.compile(
+    r"</parameter\s*(?:=[^<>\n]{0,64})?>|\r?\n[ \t]{0,16}(?=<parameter|</function|</tool_call>)|(?=<parameter)"
+)
+_LONGEST_END = 96
 _AFTER_VALUE = (_PARAMETER, _FUNCTION_END, CLOSER)
+# The same where nothing follows: at least one of the marks that end all.
+_LAST = re.compile(
+    r"(?:</parameter[^<>]{0,64}>|\s{0,64}</function[^<>]{0,64}>(?:\s{0,64}</tool_call>)?|\s{0,64}</tool_call>)\s{0,64}\Z"
+)
+_SPACE = re.compile(r"\s*")
 
 
 class _XmlReader(CallReader):
-    def __init__(self, schemas: dict[Any, tuple[Any, dict[str, Any]]], *, bare: bool) -> None:
+    def __init__(self, schemas: dict[Any, tuple[Any, dict[str, Any]]], *, begun: str) -> None:
         self._schemas = schemas
-        self._text = f"{_FUNCTION}=" if bare else ""
+        self._text = begun
+        self._call: Call | None = None
         self._json: _HermesReader | None = None
         self._name: str | None = None
         self._key: str | None = None
         self._values: dict[str, str] = {}
+        self._object: dict[str, Any] | None = None  # all arguments at once, as JSON
+        self._brackets = sloppy_json.Brackets((_FUNCTION_END, CLOSER))
         self._searched = 0  # a long value is searched for its end once, not once per token
 
     def push(self, text: str) -> Outcome | None:
@@ -192,26 +183,32 @@ class _XmlReader(CallReader):
             return self._json.push(text)
         self._text += text
         while self._call is None:
-            if self._name is None and self._text.lstrip().startswith("{"):
+            begun = "" if self._name is not None else self._text.lstrip().removeprefix(OPENER).lstrip()
+            if begun.startswith(("{", "[")):
                 self._json = _HermesReader()
-                return self._json.push(self._text)
+                return self._json.push(begun)
             advanced = self._advance()
             if advanced is None:
                 return None
             if not advanced:
-                return Outcome(None)
-        return _after_closer(self._call, self._text, final=False)
+                return Outcome(())
+        return _after_closer((self._call,), self._text, final=False)
 
     def finish(self) -> Outcome:
         if self._json is not None:
             return self._json.finish()
-        if self._key is not None and self._text.rstrip().endswith("\n" + _FUNCTION_END):
-            self._values[self._key] = (
-                self._text.rstrip().removesuffix(_FUNCTION_END).removeprefix("\n").removesuffix("\n")
-            )
-            self._text = ""
-            self._complete()
-        return super().finish()
+        if self._call is None:
+            self._finish_open_call()
+        return (_after_closer((self._call,), self._text, final=True) if self._call else None) or Outcome(())
+
+    def _finish_open_call(self) -> None:
+        """Values that are closed make a call, also where its own end is missing."""
+        if self._key is not None and (found := _LAST.search(self._text)) is not None:
+            self._values[self._key] = _value_of(self._text[: found.start()])
+        elif self._key is not None or self._text.strip() or not (self._values or self._object is not None):
+            return
+        self._text = ""
+        self._complete()
 
     def _advance(self) -> bool | None:
         """One element further: None if its end is not here yet, False if this is no call."""
@@ -219,34 +216,59 @@ class _XmlReader(CallReader):
             return self._take_value(self._key)
         text = self._text.lstrip()
         if self._name is None:
-            return self._take_label(text, _FUNCTION)
+            return self._take_label(text.removeprefix(OPENER).lstrip(), _FUNCTION)
+        if text.startswith("{") and not self._values and self._object is None:
+            return self._take_object(text)
         if text.startswith((_FUNCTION_END, CLOSER)):
-            self._text = text.removeprefix(_FUNCTION_END)
-            self._complete()
-            return True
+            return self._take_end(text)
         if _FUNCTION_END.startswith(text) or CLOSER.startswith(text):
             return None
         return self._take_label(text, _PARAMETER)
 
+    def _take_object(self, text: str) -> bool | None:
+        self._text = text
+        end = self._brackets.end(text)
+        if not end:
+            return None if end is None else False
+        try:
+            value = sloppy_json.read(text[:end] + self._brackets.missing)
+        except StrictJsonError:
+            return False
+        self._object, self._text = value, text[end:]
+        return True
+
+    def _take_end(self, text: str) -> bool | None:
+        if text.startswith(_FUNCTION_END):
+            end = text.find(">", 0, _LONGEST_END)
+            if end < 0:
+                return None if len(text) < _LONGEST_END else False
+            text = text[end + 1 :]
+        self._text = text
+        self._complete()
+        return True
+
     def _complete(self) -> None:
         assert self._name is not None
-        self._call = Call(self._name, dump(self._arguments(self._name)))
+        arguments = self._arguments(self._name) if self._object is None else self._object
+        self._call = Call(self._name, dump(arguments))
 
     def _take_label(self, text: str, opener: str) -> bool | None:
         if not text.startswith(opener):
-            return None if opener.startswith(text) else False
+            return None if any(one.startswith(text) for one in (opener, OPENER)) else False
         end = text.find(">", len(opener), len(opener) + MAX_NAME_CHARS + 1)
         if end < 0:
             return None if len(text) <= len(opener) + MAX_NAME_CHARS else False
         found = _LABEL.match(text[: end + 1])
         label = found["label"].strip() if found is not None else ""
-        if not label:
+        if found is None or not label:
             return False
-        if opener == _FUNCTION:
-            self._name = label
-        else:
-            self._key = label
         self._text, self._searched = text[end + 1 :], 0
+        if opener == _PARAMETER:
+            self._key = label
+            return True
+        self._name = label
+        if found["closed"]:
+            self._complete()
         return True
 
     def _take_value(self, key: str) -> bool | None:
@@ -256,8 +278,7 @@ class _XmlReader(CallReader):
                 self._searched = found.start()
                 return None
             if ends:
-                value = self._text[: found.start()].removeprefix("\n")
-                self._values[key] = value.removesuffix("\n") if found[0] == _VALUE_END else value
+                self._values[key] = _value_of(self._text[: found.start()])
                 self._text, self._key = self._text[found.end() :], None
                 return True
             self._searched = found.start() + 1
@@ -266,20 +287,30 @@ class _XmlReader(CallReader):
 
     def _ends_value(self, found: re.Match[str]) -> bool | None:
         """A value may contain marks like these; what follows tells. None if that is not here yet."""
-        rest = self._text[found.end() :].lstrip()
-        if found[0] == _VALUE_END:
+        behind = _SPACE.match(self._text, found.end())
+        at = found.end() if behind is None else behind.end()
+        rest = self._text[at : at + 2 * MAX_NAME_CHARS]
+        if found[0].startswith(_VALUE_END):
             if rest.startswith(_AFTER_VALUE):
                 return True
             return None if any(mark.startswith(rest) for mark in _AFTER_VALUE) else False
+        if rest.startswith(CLOSER):  # it ends the call if another one begins, or nothing
+            after = rest[len(CLOSER) :].lstrip()
+            return True if after.startswith(OPENER) else None if OPENER.startswith(after) else False
         if rest.startswith(_FUNCTION_END):
-            after = rest[len(_FUNCTION_END) :].lstrip()
+            end = rest.find(">", 0, _LONGEST_END)
+            after = rest[end + 1 :].lstrip() if end > 0 else ""
             return True if after.startswith(CLOSER) else None if CLOSER.startswith(after) else False
         end = rest.find(">", 0, len(_PARAMETER) + MAX_NAME_CHARS)
         if end < 0:
             return None if len(rest) < len(_PARAMETER) + MAX_NAME_CHARS else False
         label = _LABEL.match(rest[: end + 1])
-        known = self._schemas.get(self._name, (None, {}))[1]
-        return label is not None and label["label"] in known.keys() - self._values.keys() - {self._key}
+        return label is not None and label["label"] in self._expected(in_a_line=not found[0])
+
+    def _expected(self, *, in_a_line: bool) -> set[str]:
+        """What the next parameter may be called; in the midst of a line only if the call is not complete without it."""
+        root, known = self._schemas.get(self._name, (None, {}))
+        return ({*required_of(root)} if in_a_line else {*known}) - self._values.keys() - {self._key}
 
     def _arguments(self, name: str) -> dict[str, Any]:
         root, known = self._schemas.get(name, (None, {}))
@@ -287,62 +318,13 @@ class _XmlReader(CallReader):
         return {key: typed_value(text, schemas[key], root) for key, text in self._values.items()}
 
 
-def typed_value(text: str, schema: Any, root: Any = None) -> Any:
-    """The value that a property's schema makes of a text; the text itself where it fits nothing else.
-
-    None is no schema. ``root`` is what its references mean.
-    """
-    if schema is None:
-        return text
-    types, values = types_of(schema, root), values_of(schema, root)
-    readings = _readings(text)
-    if values is not None:
-        for one in (text, text.strip(), *readings):
-            if any(type(one) is type(value) and one == value for value in values):
-                return one
-    others = types - {"string"}
-    if types == ALL_TYPES:  # nothing is said of it: what is not a text beyond doubt
-        others = frozenset({"object", "array"})
-    for one in readings:
-        if isinstance(one, float) and "number" not in others and one.is_integer():
-            one = int(one)
-        kind = TYPE_OF[type(one)]
-        if kind in others or (kind == "integer" and "number" in others):
-            return one
-    return text
-
-
-def _readings(text: str) -> list[Any]:
-    """What it may mean beside itself: JSON, JSON as text in JSON, and the same as Python writes it."""
-    found: list[Any] = []
-    for spelling in (text.strip(), _as_json(text.strip())):
-        try:
-            found.append(loads(spelling, strict=False))
-            if isinstance(found[-1], str):
-                found.append(loads(found[-1], strict=False))
-        except StrictJsonError:
-            continue
-    return found
-
-
-_PYTHON = re.compile(
-    r"'(?P<single>(?:[^'\\]++|\\.)*+)'|\"(?:[^\"\\]++|\\.)*+\"|\b(?P<word>True|TRUE|False|FALSE|None)\b|,(?=\s*[}\]])",
-    re.DOTALL,
-)
-_WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}
-
-
-def _as_json(text: str) -> str:
-    """Python's spelling of lists, objects and constants in JSON's; nothing is evaluated."""
-
-    def change(found: re.Match[str]) -> str:
-        if found["word"]:
-            return _WORDS[found["word"]]
-        if found["single"] is not None:
-            inner = re.sub(
-                r"\\(.)|\"", lambda one: "'" if one[1] == "'" else one[0] if one[1] else '\\"', found["single"]
-            )
-            return f'"{inner}"'
-        return "" if found[0] == "," else found[0]
-
-    return _PYTHON.sub(change, text)
+def _value_of(raw: str) -> str:
+    """Without the line breaks around it, which belong to the marks; if these are indented, without that as well."""
+    inner = re.sub(r"\A\r?\n", "", raw)
+    tail = re.search(r"\r?\n([ \t]*)\Z", inner)
+    if tail is None or (tail[1] and inner == raw):
+        return inner
+    lines, indent = inner[: tail.start()].split("\n"), tail[1]
+    if indent and all(line.startswith(indent) or not line.strip() for line in lines):
+        lines = [line.removeprefix(indent) for line in lines]
+    return "\n".join(lines)

@@ -106,7 +106,7 @@ def test_axe_finds_nothing_and_fingers_hit(
 ) -> None:
     fake.set(answer=MARKUP + DIAGRAM + "\n```python\nprint(1)\n```\n")
     context = browser.new_context(**DEVICES[device])
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(60_000)
     page = context.new_page()
     visit(page, fake.url, short=False)
     view(page)

@@ -233,6 +233,18 @@ def test_the_page_is_installable_and_opens_without_its_server(page: Any, fake: S
     assert "The server does not answer." in page.locator(".banner").inner_text()
 
 
+def test_only_what_the_server_has_is_offered(page: Any, fake: Server) -> None:
+    models = {"object": "list", "data": [{"id": "small", "object": "model", "thinks": False, "mcp_tools": False}]}
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.route("**/v1/models", lambda route: route.fulfill(json=models))
+    page.set_viewport_size({"width": 390, "height": 844})
+    visit(page, fake.url, short=False)
+    assert page.locator(".composer .pill").count() == 0 and not any("mcp" in url for url in asked)
+    send, row = page.locator(".send").bounding_box(), page.locator(".composer").bounding_box()
+    assert row["x"] + row["width"] - send["x"] - send["width"] < 20, "Send stands at the edge"
+
+
 def test_tools_run_in_a_loop_and_only_when_confirmed(page: Any, fake: Server) -> None:
     tool = {
         "name": "get_weather",
@@ -247,6 +259,8 @@ def test_tools_run_in_a_loop_and_only_when_confirmed(page: Any, fake: Server) ->
         called.append(route.request.post_data_json)
         route.fulfill(json={"text": "31 degrees", "is_error": False})
 
+    models = {"object": "list", "data": [{"id": "Qwen3-4B", "object": "model", "mcp_tools": True}]}
+    page.route("**/v1/models", lambda route: route.fulfill(json=models))
     page.route("**/mcp/tools", lambda route: route.fulfill(json={"tools": [tool]}))
     page.route("**/mcp/call", answer)
     visit(page, fake.url, short=False)

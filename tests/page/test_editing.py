@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -131,6 +132,16 @@ def test_a_speed_is_told_from_twenty_tokens_on(page: Any, fake: Server) -> None:
     fake.set(answer="Many words, " * 20)
     ask(page, "write")
     assert "tokens/s" in page.locator(".figures").last.inner_text()
+
+
+def test_no_speed_is_told_of_a_stream_that_came_at_once(page: Any, fake: Server) -> None:
+    """A proxy that buffers gives all pieces in one: no model is that fast."""
+    piece = json.dumps({"choices": [{"index": 0, "delta": {"content": "word "}, "finish_reason": None}]})
+    body = f"data: {piece}\n\n" * 30 + "data: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    visit(page, fake.url, short=False)
+    ask(page, "write")
+    assert "30" in (shown := page.locator(".figures").inner_text()) and "tokens/s" not in shown
 
 
 def test_an_answer_can_be_read_as_it_was_written(page: Any, fake: Server) -> None:

@@ -77,6 +77,14 @@ def test_task_lists_footnotes_details_and_harmless_tags(page: Any, fake: Server)
     assert last_answer(page).index("After it.") > last_answer(page).index("Hidden")
 
 
+def test_what_belongs_to_a_task_stands_inside_it(page: Any, fake: Server) -> None:
+    fake.set(answer="- [ ] tea\n  - green\n- [x] milk")
+    visit(page, fake.url, short=False)
+    ask(page, "write")
+    task, inside = (page.locator(f".markdown {place}").first.bounding_box() for place in ("li.task", "li.task li"))
+    assert inside["x"] > task["x"] + 20
+
+
 def test_markup_may_stream_in_small_pieces(page: Any, fake: Server) -> None:
     """Every state that a growing answer passes through is drawn; the last must be as if it had come at once."""
     fake.set(answer=MARKUP * 3)

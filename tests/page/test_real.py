@@ -202,6 +202,7 @@ def least(measure: Callable[[], float], *, below: float) -> float:
     return best
 
 
+FRAME_MS = 1000 / 60
 PLAIN = "<div class=messages style='height: 600px; overflow: auto'>" + "<p>one line of text</p>" * 1500 + "</div>"
 
 
@@ -215,6 +216,7 @@ def scroll_of_a_plain_page_ms(page: Any) -> float:
         plain.close()
 
 
+@pytest.mark.timeout(1500)  # the model writes some hundred tokens, several times
 def test_twenty_thousand_tokens_scroll_and_stream_smoothly(page: Any, base_url: str, tmp_path: Any) -> None:
     whole = long_conversation(tokens_each=2600, turns=8)
     nodes = whole["conversations"][0]["sides"][0]["nodes"].values()
@@ -241,7 +243,7 @@ def test_twenty_thousand_tokens_scroll_and_stream_smoothly(page: Any, base_url: 
         return float(found["p95"])
 
     scrolling = least(scroll_p95_ms, below=50)
-    smooth_ms = max(50.0, 2 * scroll_of_a_plain_page_ms(page))
+    plain_ms = scroll_of_a_plain_page_ms(page)
     let_the_model_say(page, CODE + MATH)
     page.evaluate(FRAMES)
     streaming = least(lambda: freeze_while(lambda: ask(page, "And now?")), below=200)
@@ -260,13 +262,16 @@ def test_twenty_thousand_tokens_scroll_and_stream_smoothly(page: Any, base_url: 
     typing = least(
         lambda: freeze_while(lambda: page.locator("#composer").press_sequentially("still quick", delay=5)), below=150
     )
+    # On a busy machine every page is slow: the limits grow by what one costs that does nothing, before and after.
+    slowness = max(1.0, max(plain_ms, scroll_of_a_plain_page_ms(page)) / FRAME_MS)
+    smooth_ms = 50 * slowness
     print(
         f"\n{sum(counts)} tokens: scroll p95 {scrolling:.0f} ms a frame, {while_streaming[0]:.0f} while streaming; streaming "
         f"p95 {p95:.0f} ms a frame, longest task {streaming:.0f} ms; typing, longest task {typing:.0f} ms; "
         f"smooth is {smooth_ms:.0f} ms"
     )
     assert scrolling < smooth_ms and p95 < smooth_ms
-    assert streaming < 200 and typing < 150
+    assert streaming < 200 * slowness and typing < 150 * slowness
 
 
 def test_a_full_context_is_explained_and_can_be_left(page: Any, narrow: Server) -> None:

@@ -95,6 +95,10 @@ def test_an_edited_message():
     assert causes(turns("one", "two", "three"), turns("other", "two", "three"))[1] == ("message_changed", 1)
 
 
+def test_another_question_is_no_changed_message():
+    assert causes(turns("one"), turns("other"))[1] == ("new_text", None)
+
+
 def test_another_salt():
     assert causes(turns("hi", cache_salt="a"), turns("hi", cache_salt="b"))[1] == ("other_salt", None)
 

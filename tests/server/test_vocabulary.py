@@ -290,3 +290,50 @@ def test_a_failed_tool_says_so_and_no_key_of_a_block_is_lost():
     )
     named = [one.split(" ")[0] for one in found.json()["warnings"]]
     assert named == ["input.0.namespace", "input.1.mood", "input.2.phase"]
+
+
+@pytest.mark.parametrize(
+    "tool", [{"type": "function", "name": "add", "parameters": ADD}, {"name": "add", "input_schema": ADD}]
+)
+@pytest.mark.parametrize(
+    "choice", ["any", {"type": "required"}, {"type": "function", "name": "add"}, {"function": {"name": "add"}}]
+)
+def test_tools_and_their_choice_are_read_in_the_spellings_of_other_apis(tool: dict[str, Any], choice: Any):
+    state = make_state(template=QWEN3)
+    found = ask(state, CHAT, chat(tools=[tool], tool_choice=choice)).json()
+    assert "warnings" not in found and state.engine.requests[-1].grammar is not None
+    assert '"name": "add"' in prompt_of(state)
+
+
+@pytest.mark.parametrize("choice", ["none", {"type": "none"}])
+def test_no_call_in_either_spelling(choice: Any):
+    state = make_state(template=QWEN3)
+    ask(
+        state,
+        RESPONSES,
+        {"input": "hi", "tools": [{"type": "function", "function": {"name": "add"}}], "tool_choice": choice},
+    )
+    assert "add" not in prompt_of(state)
+
+
+def test_whatever_a_tool_gave_reaches_the_prompt():
+    flat = {"id": "c", "type": "function", "name": "add", "arguments": {"a": 1}}
+    for content, told in (({"sum": 2}, '{"sum": 2}'), (7, "7"), ([{"type": "text", "text": 7.5}], "7.5")):
+        state = make_state(template=QWEN3)
+        turns = [*USER, {"role": "assistant", "tool_calls": [flat]}, {"role": "tool", "content": content}]
+        assert "warnings" not in ask(state, CHAT, chat(messages=turns)).json()
+        assert told in prompt_of(state) and '"name": "add"' in prompt_of(state)
+
+
+def test_calls_that_came_back_broken_end_no_conversation():
+    for calls in ([{"id": "c"}], ["add"], {"0": {"function": {"name": "add"}}}):
+        turns = [*USER, {"role": "assistant", "content": "x", "tool_calls": calls}, *USER]
+        assert any("messages.1.tool_calls" in one for one in warned(CHAT, chat(messages=turns)))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(MESSAGES, {"messages": USER, "max_tokens": 64000}), (RESPONSES, {"input": "hi", "max_output_tokens": 64000})],
+)
+def test_agents_may_ask_for_more_than_the_context(path: str, body: dict[str, Any]):
+    assert any("max_tokens was shortened from 64000" in one for one in warned(path, body))

@@ -18,6 +18,7 @@ class FakePartner:
     name = "fake"
     names = ["fake", "other"]
     max_model_len = 100
+    thinks: bool | None = True
 
     def __init__(self) -> None:
         self.asked: list[tuple[list, dict]] = []
@@ -275,3 +276,20 @@ def test_one_answer_as_json(partner: FakePartner, talk: Conversation, capsys, mo
     assert found == {"model": "fake", "prompt": "one", "reasoning": "hmm", "text": "answer 1"}
     with pytest.raises(BadConfig, match="--json is for one answer"):
         run(talk, prompt=None, as_json=True)
+
+
+def test_a_switch_that_changes_nothing_is_said_to(capsys: pytest.CaptureFixture[str]):
+    partner = FakePartner()
+    talk = Conversation(partner, "", {"seed": 1})
+    talk.command("/set think on")
+    assert capsys.readouterr().out == "temperature default, top_p default, max_tokens default, seed 1, think on\n"
+    partner.thinks = False
+    talk.command("/set think on")
+    assert "fake does not think" in capsys.readouterr().out
+
+
+def test_help_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    Conversation(FakePartner(), "", {}).command("/help")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60 and " " * 23 + "seed" in "\n".join(lines)

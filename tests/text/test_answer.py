@@ -106,8 +106,8 @@ def test_a_closing_mark_inside_an_argument_does_not_end_the_call():
 @pytest.mark.parametrize(
     "text",
     [
-        "<tool_call>{'name': 'weather', 'arguments': {}}</tool_call>",
-        '<tool_call>{"name": "weather", "arguments": {"city": NaN}}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": {"city": "say "x" twice"}}</tool_call>',
         '<tool_call>{"name": "", "arguments": {}}</tool_call>',
         "<tool_call>__import__('os').system('true')</tool_call>",
         '<tool_call>{"name": "weather", "arguments": {"city": "unfin',
@@ -115,6 +115,42 @@ def test_a_closing_mark_inside_an_argument_does_not_end_the_call():
     ],
 )
 def test_what_is_no_call_stays_text(text: str):
+    assert whole(hermes(), text) == Parts("", text)
+
+
+KOELN, BERN = {"city": "Köln"}, {"city": "Bern"}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("{'name': 'weather', 'arguments': {'city': 'Köln',},}", [KOELN]),
+        ('{"name": "weather", "arguments": {"city": "Köln"}', [KOELN]),  # a bracket is missing
+        ('{"name": "weather", "arguments": {"city": "Köln"}}}', [KOELN]),  # or one too many
+        ('{{"name": "weather", "arguments": {"city": "Köln"}}}', [KOELN]),
+        ('{"name": "weather", "arguments": {"city": "Köln"}}\n{"name": "weather", "arguments": {"city": "Bern"}}', [KOELN, BERN]),
+        ('[{"name": "weather", "arguments": {"city": "Köln"}}, {"name": "weather", "arguments": {"city": "Bern"}}]', [KOELN, BERN]),
+        ('{"type": "function", "function": {"name": "weather", "arguments": "{\\"city\\": \\"Köln\\"}"}}', [KOELN]),
+        ('{"function": "weather", "parameters": {"city": "Köln"}}', [KOELN]),
+        ('{"name": "weather", "city": "Köln"}', [KOELN]),
+        ('{"name": "weather", "arguments": null}', [{}]),
+        ('{"name": "weather", "arguments": ""}', [{}]),
+        ('{"name": "weather", "arguments": {"city": "C:\\dir \\d \\ud83d", "b": True}}', [{"city": "C:\\dir \\d \ufffd", "b": True}]),
+        ('{"name": "weather", "arguments": {"a": NaN, "b": -Infinity, "c": 1e400}}', [{"a": "NaN", "b": "-Infinity", "c": 10**400}]),
+        ("<tool_call>" + '{"name": "weather", "arguments": {"city": "Köln"}}', [KOELN]),
+        ("<function=weather>\n<parameter=city>\nKöln\n</parameter>\n</function>", [KOELN]),
+    ],
+)  # fmt: skip
+def test_json_calls_are_read_as_models_write_them(text: str, wanted: list[dict[str, object]]):
+    text = f"A <tool_call>\n{text}\n</tool_call> B"
+    for cuts in ([], list(range(len(text)))):
+        parts = streamed(hermes(), text, cuts)
+        assert [json.loads(call.arguments, parse_constant=pytest.fail) for call in parts.calls] == wanted
+        assert parts.content == "A B"
+
+
+def test_a_call_that_is_cut_in_a_text_is_no_call():
+    text = '<tool_call>{"name": "weather", "arguments": {"city": "Köln", "note": "unfin'
     assert whole(hermes(), text) == Parts("", text)
 
 

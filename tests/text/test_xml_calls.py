@@ -11,6 +11,7 @@ import pytest
 
 from fastqwen.errors import BadRequest
 from fastqwen.text.answer import AnswerParser, Parts
+from fastqwen.text.grammar import json_grammar_part
 from fastqwen.text.json_schema import (
     embedded,
     properties_of,
@@ -99,10 +100,38 @@ def test_a_value_is_what_its_schema_makes_of_it(key: str, text: str, value: Any)
         "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</parameter>\n</tool_call>",
         '<tool_call>\n<function="f">\n<parameter = "s">a</parameter><parameter name="i">1</parameter></function></tool_call>',
         '<tool_call>\n{"name": "f", "arguments": {"s": "a", "i": 1}}\n</tool_call>',
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</tool_call>",
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n1\n</parameter>",
+        "<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>1</function></tool_call>",
+        "<tool_call>\r\n<function=f>\r\n<parameter=s>\r\na\r\n</parameter>\r\n<parameter=i>\r\n1\r\n</parameter>\r\n</function>\r\n",
+        "<tool_call>\n  <function=f>\n    <parameter=s>\n    a\n    </parameter>\n    <parameter=i>1</parameter>\n  </function>\n",
+        "<tool_call>\n<function = f>\n<parameter = s>\na\n</parameter=s>\n<parameter=i>1</parameter >\n</function=f>\n</tool_call>",
+        '<function name="f"><parameter name="s">a</parameter><parameter name="i">+1</parameter></function>',
+        "<tool_call>\n<tool_call>\n<function=f>\n<parameter=s>\na\n</parameter>\n<parameter=i>\n01\n</parameter>\n</function>\n</tool_call>",
+        '<tool_call>\n<function=f>\n{"s": "a", "i": 1}\n</function>\n</tool_call>',
+        "<tool_call><function=f>{'s': 'a', 'i': 1</function></tool_call>",
     ],
 )
 def test_calls_are_read_as_models_write_them(text: str):
     assert read(text) == [{"s": "a", "i": 1}]
+
+
+def test_calls_without_arguments_and_values_of_several_lines():
+    assert read("<tool_call><function=f/></tool_call>") == read("<tool_call><function=f></tool_call>") == [{}]
+    code = "def f():\n    return 1\n    "
+    assert read(call("s", code)) == [{"s": code}]
+    assert read(f"<function=f><parameter=s>{code}</parameter></function>") == [{"s": code}]
+
+
+def test_what_is_needed_yet_may_begin_in_a_line():
+    tool = {"type": "object", "properties": {"s": {"type": "string"}, "i": {"type": "integer"}}}
+    text = "<tool_call><function=f><parameter=s>x<parameter=i>3</parameter></function></tool_call>"
+    for needed, found in ((["s", "i"], {"s": "x", "i": 3}), (["s"], {"s": "x<parameter=i>3"})):
+        parser = AnswerParser(
+            reasoning=False, calls=Xml([{"function": {"name": "f", "parameters": {**tool, "required": needed}}}])
+        )
+        [made] = parser.push(text).calls
+        assert json.loads(made.arguments) == found
 
 
 @pytest.mark.parametrize(
@@ -123,6 +152,49 @@ def test_annotations_never_refuse_and_names_are_not_keywords():
         "minProperties": 1,
         "properties": {"title": {"type": "string"}, "format": {"type": "string", "format": "date"}},
     }
+
+
+def test_alternatives_that_exclude_each_other_are_any_of_them():
+    kinds = [
+        {"type": "object", "properties": {"kind": {"const": kind}}, "required": ["kind"]} for kind in ("cat", "dog")
+    ]
+    apart = (
+        [{"$ref": "#/$defs/cat"}, {"type": "null"}], [{"type": "integer"}, {"type": ["string", "boolean"]}], kinds,
+        [{"enum": ["a", "b"]}, {"const": "c"}],
+    )  # fmt: skip
+    for parts in apart:
+        assert without_annotations({"oneOf": parts, "$defs": {"cat": kinds[0]}})["anyOf"] == parts
+    both = {"anyOf": [{"type": "integer"}, {"type": "null"}], "oneOf": [{"type": "null"}, {"type": "integer"}]}
+    assert without_annotations(both)["allOf"] == [{"anyOf": both["oneOf"]}]
+    optional = [{**one, "required": []} for one in kinds]
+    for parts in ([{"type": "integer"}, {"type": "number"}], [{}, {"type": "null"}], optional):
+        assert without_annotations({"oneOf": parts}) == {"oneOf": parts}
+
+
+def test_telling_alternatives_apart_has_an_end():
+    """A schema of some hundred characters can mean millions of parts: what is not told apart by then is left as it was."""
+    big = {"anyOf": [{"type": "object", "title": str(at)} for at in range(600)]}
+    root = {"properties": {f"p{at}": {"oneOf": [{"$ref": "#/$defs/big"}, {"type": "null"}]} for at in range(100)}}
+    found = without_annotations({**root, "$defs": {"big": big}})["properties"]
+    assert "anyOf" in found["p0"] and "oneOf" in found["p99"]
+
+
+def test_schemas_that_generators_write_compile():
+    schema = {
+        "type": "object",
+        "properties": {
+            "id": {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}, "n": {"type": "integer", "nullable": True},
+            "u": {"type": "integer", "minimum": 0, "exclusiveMaximum": 1.8e19},
+        },
+        "required": ["id", "n", "u"],
+    }  # fmt: skip
+    found = without_annotations(schema)["properties"]
+    assert found["id"] == {"type": "integer", "minimum": -(10**18), "maximum": 10**18}
+    assert found["n"] == {"type": ["integer", "null"]} and found["u"]["exclusiveMaximum"] == 10**18
+    grammar = llguidance.LLMatcher.grammar_from_lark(f"start: {json_grammar_part(schema)}")
+    matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar)
+    text = list(b'{"id": -5, "n": null, "u": 7}')
+    assert matcher.try_consume_tokens(text) == len(text) and matcher.is_accepting()
 
 
 def test_references_mean_the_root_wherever_a_part_is_embedded():

@@ -136,7 +136,9 @@ class CacheStories:
         changed = next(
             (i for i, (new, old) in enumerate(zip(story.messages, past.messages, strict=False)) if new != old), None
         )
-        if not goes_on and changed is not None:
+        if (
+            not goes_on and changed is not None and changed < len(story.messages) - 1
+        ):  # else the newest one, a question of its own
             is_system = story.roles[changed] in ("system", "developer")
             return ("system_changed" if is_system else "message_changed"), changed
         if not goes_on and past.has_thinking and len(story.messages) > len(past.messages):

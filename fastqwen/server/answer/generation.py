@@ -34,6 +34,7 @@ class GenerationOptions:
     make_parser: Callable[[], TextParser | None] = lambda: None
     single_call: bool = False
     thinking: ThinkingOptions | None = None
+    shortens: bool = False  # agents ask for their own model's length, whatever the context here
     no_answer: bool = False  # max_tokens 0: the prompt is computed, and the one token that ends it is nobody's
 
 
@@ -100,7 +101,7 @@ class Generation:
 
     def _check_length(self, max_tokens: int | None, room: int) -> None:
         """Clients ask for the same number of tokens however long the conversation has become."""
-        if max_tokens is not None and max_tokens > self._max_model_len:
+        if max_tokens is not None and max_tokens > self._max_model_len and not self._options.shortens:
             raise BadRequest(
                 f"max_tokens is {max_tokens}, more than the model's whole context of {self._max_model_len} tokens: "
                 f"at most {room} can be generated behind this prompt",

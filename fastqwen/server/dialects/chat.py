@@ -34,8 +34,11 @@ class Chat(OpenAIWork):
 
     _body: ChatRequest
 
-    def __init__(self, state: ServerState, body: ChatRequest, *, explain_cache: bool = False) -> None:
+    def __init__(
+        self, state: ServerState, body: ChatRequest, *, explain_cache: bool = False, shortens: bool = False
+    ) -> None:
         super().__init__(state, body, prefix="chatcmpl", explain_cache=explain_cache)
+        self._shortens = shortens
         self._num_calls: dict[int, int] = {}
         self._echoed = ""
 
@@ -83,6 +86,7 @@ class Chat(OpenAIWork):
             make_parser=lambda: formats.parser(opened=opened, tools=tools.tools),
             single_call=tools.single,
             thinking=thinking,
+            shortens=self._shortens,
             no_answer=sampling_changes.get("max_tokens", body.max_tokens) == 0,
         )
         self.generations = [self.generated(0, token_ids, sampling, options)]

@@ -6,6 +6,7 @@ What comes back from a client was often said by a model: its calls may be cut or
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ MESSAGE_KEYS = frozenset(
 PART_KEYS = frozenset(
     {"type", "text", "cache_control", "annotations", "logprobs", "citations", "prompt_cache_breakpoint"}
 )
-CALL_KEYS = frozenset({"id", "type", "function", "custom", "index", "cache_control"})
+CALL_KEYS = frozenset({"id", "type", "function", "custom", "index", "cache_control", "name", "arguments", "args"})
 MAX_ARGUMENT_MARKS = 400_000  # brackets, quotes and commas in all of a conversation's arguments: they are read here
 RAW_ARGUMENTS = "arguments"  # the key for what was no object, because templates want one
 
@@ -156,10 +157,10 @@ def _part(part: Any, place: str, warnings: Warnings, thoughts: list[str], *, ref
         warnings.tell(f"{place} is left out: this model reads text only, and gets a note in place of the {kind}")
         return left_out(kind)
     if kind in TEXT_PARTS:
-        if not isinstance(text, str):
+        if "text" not in part:
             raise BadRequest(f"{place}: a part of type {kind!r} needs a text", "messages")
         note_rest(part, PART_KEYS, place, warnings)
-        return text
+        return text if isinstance(text, str) else "" if text is None else json.dumps(text, ensure_ascii=False)
     if kind == "refusal" and isinstance(part.get("refusal"), str):
         return str(part["refusal"])
     if kind in ("thinking", "reasoning", "reasoning_text"):
@@ -200,25 +201,31 @@ def _set_answer_keys(values: dict[str, Any], thoughts: list[str], place: str, wa
     if refusal and not values["content"]:
         values["content"] = str(refusal)
     old_call = values.pop("function_call", None)
-    calls = values.pop("tool_calls", None) or ([{"function": old_call}] if old_call else [])
+    calls = _calls(values.pop("tool_calls", None) or ([{"function": old_call}] if old_call else []), place, warnings)
     if calls:
-        values["tool_calls"] = _calls(calls, place, warnings)
+        values["tool_calls"] = calls
 
 
 def _calls(calls: Any, place: str, warnings: Warnings) -> list[dict[str, Any]]:
     """Templates want the arguments as an object; OpenAI's clients send them as text."""
     found = []
-    for index, call in enumerate(calls if isinstance(calls, list) else [None]):
+    if not isinstance(calls, list):
+        warnings.unknown(f"{place}.tool_calls", "it is no list")
+        return []
+    for index, call in enumerate(calls):
         where = f"{place}.tool_calls.{index}"
         given = call.get("function") if isinstance(call, dict) else None
         if isinstance(call, dict) and given is None and isinstance(call.get("custom"), dict):
             given = {"name": call["custom"].get("name"), "arguments": {"input": call["custom"].get("input")}}
+        if isinstance(call, dict) and given is None and "name" in call:  # LangChain's own form
+            given = {"name": call["name"], "arguments": call.get("arguments", call.get("args"))}
         if not isinstance(given, dict):
-            raise BadRequest("each of a message's tool_calls needs function.name", "messages")
+            given = {}
         name = given.get("name")
         if not isinstance(name, str) or not name:
             name = "unknown"
             warnings.tell(f"{where} has no name, so the prompt calls it {name!r}")
+        call = call if isinstance(call, dict) else {}
         note_rest(call, CALL_KEYS, where, warnings)
         function = {**given, "name": name, "arguments": _arguments(given.get("arguments"), where, warnings)}
         found.append({"type": "function", **{key: call[key] for key in ("id",) if key in call}, "function": function})

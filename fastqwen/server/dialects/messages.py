@@ -9,13 +9,14 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.answer.generation import Choice, Generation, parts_of
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects import spellings
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.conversation import MEDIA_PARTS, left_out, note_rest
 from fastqwen.server.dialects.openai import noted
@@ -77,7 +78,7 @@ class OutputConfig(Body):
 
 class InputMessage(Body):
     role: str
-    content: str | list[str | dict[str, Any]]
+    content: Annotated[str | list[str | dict[str, Any]], BeforeValidator(spellings.content)] = ""
 
 
 class CountRequest(Body):
@@ -187,7 +188,7 @@ class Messages:
     """One request. ``events`` streams it, ``response`` waits for the whole."""
 
     def __init__(self, state: ServerState, body: MessagesRequest, *, explain_cache: bool) -> None:
-        self._chat = Chat(state, body.as_chat(), explain_cache=explain_cache)
+        self._chat = Chat(state, body.as_chat(), explain_cache=explain_cache, shortens=True)
         self._model = state.model_name(body.model)
         self._id = f"msg_{uuid.uuid4().hex}"
         omitted = body.thinking is not None and body.thinking.display == "omitted"

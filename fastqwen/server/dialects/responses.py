@@ -8,13 +8,16 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
 from fastqwen.server.answer.generation import parts_of
 from fastqwen.server.answer.response_store import ResponseStore
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects import spellings
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.conversation import note_rest
 from fastqwen.server.dialects.schema import (
@@ -105,7 +108,7 @@ class ResponsesRequest(AccountFields):
     chat_template_kwargs: dict[str, Any] | None = None
     top_logprobs: Logprobs | None = None
     stream: bool = False
-    tools: list[FunctionTool] | None = None
+    tools: list[Annotated[FunctionTool, BeforeValidator(spellings.flat_tool)]] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
@@ -150,6 +153,8 @@ class ResponsesRequest(AccountFields):
                 )
             before = kept
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        if not before and not items:
+            raise BadRequest("input is empty: send a text or at least one item", "input")
         return before + [_referred(item, store) for item in items]
 
     def as_chat(self, items: list[dict[str, Any]]) -> ChatRequest:
@@ -203,10 +208,9 @@ def _chat_choice(choice: str | ChosenFunction | None) -> Any:
         return choice
     if choice.type == "allowed_tools":
         return {"type": choice.type, "allowed_tools": {"mode": choice.mode or "auto", "tools": choice.tools or []}}
-    return {
-        "type": choice.type,
-        "function": {"name": choice.name} if choice.type == "function" and choice.name else None,
-    }
+    if choice.type != "function" or not choice.name:
+        return {"type": choice.type}  # a word that the chat knows, or none of its tools
+    return {"type": choice.type, "function": {"name": choice.name}}
 
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str, warnings: Warnings) -> None:
@@ -265,7 +269,7 @@ class Responses:
         self._state = state
         self._body = body
         self._items = body.conversation_items(state.responses)
-        self._chat = Chat(state, body.as_chat(self._items), explain_cache=explain_cache)
+        self._chat = Chat(state, body.as_chat(self._items), explain_cache=explain_cache, shortens=True)
         self._model = state.model_name(body.model)
         self._id = _new_id("resp")
         self._created = int(time.time())

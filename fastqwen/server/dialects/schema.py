@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationE
 
 from fastqwen.errors import BadRequest
 from fastqwen.records import ALL, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_N, SamplingParams, StructuredOutputs
+from fastqwen.server.dialects import spellings
 from fastqwen.server.dialects.fail_fast import FailFastModel
 from fastqwen.server.dialects.warnings import Warnings
 from fastqwen.text.strict_json import StrictJsonError, loads
@@ -257,7 +258,7 @@ class ChatMessage(FailFastModel, extra="allow", strict=True, allow_inf_nan=False
     """Templates look at more keys than any list could name, so unknown ones pass through to them (``conversation.py``)."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[str | dict[str, Any]] | None = None
+    content: Annotated[str | list[str | dict[str, Any]] | None, BeforeValidator(spellings.content)] = None
 
 
 class Function(Body):
@@ -287,6 +288,9 @@ class Tool(AnyTool):
         return {"type": "function", "function": function}
 
 
+AnySpelling = Annotated[Tool, BeforeValidator(spellings.tool)]
+
+
 class NamedFunction(Body):
     name: str
 
@@ -312,8 +316,10 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    tools: Annotated[list[AnySpelling], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | ChosenTool | None, BeforeValidator(spellings.tool_choice)
+    ] = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None
@@ -364,7 +370,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    tools: list[AnySpelling] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False

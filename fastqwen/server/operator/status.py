@@ -57,6 +57,9 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
         else name,  # no path of this machine
         "max_model_len": None if ready is None else ready.plan.max_model_len,
         "default_sampling": state.text.default_sampling,
+        # for the page, which offers only what there is
+        "thinks": state.formats.reasoning,
+        "mcp_tools": state.mcp is not None,
     }
 
 

@@ -104,7 +104,7 @@ export const completeChat = async (body, signal) => (await request("v1/chat/comp
 
 export async function listModels() {
   const list = await (await request("v1/models")).json();
-  return (list.data ?? []).map((m) => ({ id: m.id, root: m.root ?? "", sampling: m.default_sampling ?? {}, maxLen: m.max_model_len ?? m.context_length ?? m.meta?.n_ctx_train ?? null }));
+  return (list.data ?? []).map((m) => ({ id: m.id, root: m.root ?? "", sampling: m.default_sampling ?? {}, thinks: m.thinks ?? true, mcp: m.mcp_tools ?? false, maxLen: m.max_model_len ?? m.context_length ?? m.meta?.n_ctx_train ?? null }));
 }
 
 let tokenizeMissing = false;

@@ -97,6 +97,6 @@ const place = document.getElementById("app");
 place.replaceChildren();
 render(html`<${App} />`, place);
 for (const link of document.querySelectorAll("link[rel=manifest], link[rel=icon]")) link.href = at(link.getAttribute("href").replace(/^(\.\.\/)*/, "")); // the address below changes
+on("server-ready", loadTools);
 check();
-loadTools();
 navigator.serviceWorker?.register(at("worker.js")).catch(() => {}); // forbidden in some private windows: then the page needs its server

@@ -9,6 +9,7 @@ import { announce, emit, newId, on } from "./ui.js";
 
 const running = new Map(); // id of an answer -> {controller, conversation, side}
 const FEWEST_FOR_SPEED = 20; // a speed of fewer tokens is chance
+const SHORTEST_FOR_SPEED_S = 0.01; // less means that something between held the stream back and gave it at once
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "seed", "thinking_budget"];
 const THINK = /^\s*<think>([\s\S]*?)(?:<\/think>\s*|$)/;
 
@@ -232,7 +233,7 @@ function finish(node, clock) {
   const seconds = (clock.last - clock.first) / 1000;
   node.stats = clock.first === null ? null : {
     ttftMs: Math.round(clock.first - clock.sent), tokens, exact: Boolean(usage),
-    rate: tokens >= FEWEST_FOR_SPEED && seconds > 0 ? (tokens - 1) / seconds : null,
+    rate: tokens >= FEWEST_FOR_SPEED && seconds >= SHORTEST_FOR_SPEED_S ? (tokens - 1) / seconds : null,
     why: clock.why, prompt: usage?.prompt_tokens ?? null, cached: usage?.prompt_tokens_details?.cached_tokens ?? null,
   };
   if (node.finish === "stopped") announce(t("finish_stopped"));

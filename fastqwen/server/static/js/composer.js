@@ -3,7 +3,7 @@ import { countTokens, guessTokens } from "./api.js";
 import { buildMessages, contextUse, isRunning, send, stop, withFiles } from "./chat.js";
 import { t } from "./i18n.js";
 import { SlashMenu, take, wanted } from "./library.js";
-import { server } from "./status.js";
+import { modelInfo, server } from "./status.js";
 import { setSettings, state } from "./store.js";
 import { offered } from "./tools.js";
 import { leafOf, shownPath } from "./tree.js";
@@ -172,7 +172,7 @@ export function Composer({ conversation }) {
       <div class="composer-row">
         <${IconButton} name="clip" label=${t("attach")} onClick=${() => picker.current.click()} />
         <input type="file" multiple hidden ref=${picker} onChange=${(e) => { addFiles([...e.target.files]); e.target.value = ""; }} />
-        <${ThinkingSwitch} side=${side} />
+        ${modelInfo(side.model ?? server.models[0]?.id)?.thinks !== false && html`<${ThinkingSwitch} side=${side} />`}
         ${offered.size > 0 && html`<button type="button" class="pill" aria-pressed=${Boolean(side.settings.mcp)} title=${[...offered.keys()].join(", ")} onClick=${() => setSettings(side, { mcp: side.settings.mcp ? "" : "on" })}>${t("mcpTools", { n: offered.size })}</button>`}
         <${ContextMeter} side=${side} draft=${draft} />
         ${busy

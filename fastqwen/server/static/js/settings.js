@@ -93,10 +93,10 @@ export function SettingsPanel({ conversation, onClose }) {
       <div class="field"><label for="set-system">${t("system")}</label>
         <textarea id="set-system" rows="4" placeholder=${t("systemHint")} value=${side.settings.system} onInput=${(e) => setSettings(side, { system: e.target.value })}></textarea></div>
       ${NUMBERS.map(([name, min, max, step, slider]) => html`<${NumberField} key=${name} side=${side} name=${name} min=${min} max=${max} step=${step} slider=${slider} />`)}
-      <div class="field"><label for="set-thinking">${t("thinkingMode")}</label>
+      ${modelInfo(side.model ?? server.models[0]?.id)?.thinks !== false && html`<div class="field"><label for="set-thinking">${t("thinkingMode")}</label>
         <select id="set-thinking" value=${side.settings.thinking} onChange=${(e) => setSettings(side, { thinking: e.target.value })}>
           ${["auto", "on", "off"].map((mode) => html`<option value=${mode}>${t("thinking_" + mode)}</option>`)}
-        </select></div>
+        </select></div>`}
       <${MoreFields} side=${side} />
       <${JsonField} side=${side} name="schema" isRight=${(value) => isObject(value) && !Array.isArray(value)} />
       <${JsonField} side=${side} name="tools" isRight=${Array.isArray} />

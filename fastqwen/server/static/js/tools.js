@@ -1,17 +1,19 @@
 // Tools of the MCP servers that the operator named: offered to the model, and run one by one when the reader says so.
 import { request } from "./api.js";
+import { server } from "./status.js";
 import { emit } from "./ui.js";
 
 /** name -> {name, description, parameters, server}; empty where the server offers none. */
 export const offered = new Map();
 
 export async function loadTools() {
+  if (!server.models.some((model) => model.mcp)) return;
   try {
     const { tools } = await (await request("mcp/tools")).json();
     offered.clear();
     for (const tool of tools) offered.set(tool.name, tool);
     emit("app");
-  } catch { /* a server without such tools, which are off by default */ }
+  } catch { /* they are missing until the server is there again */ }
 }
 
 export const asTools = () => [...offered.values()].map(({ name, description, parameters }) => ({ type: "function", function: { name, description, parameters } }));
