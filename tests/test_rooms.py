@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "fastqwen"
 # From the ground up. A room may import itself and those before it.
 ORDER = [
     "version", "errors", "logs", "lifeline", "paths", "plot", "text_files", "records", "outputs", "config",
-    "vllm_names", "sharding", "model_config", "config_keys", "hybrid_config", "models", "kernels", "layers", "weights",
-    "quant", "plan", "build", "engine", "runner", "names", "demo", "hub", "text", "ranks", "client", "ipc", "llm",
-    "chat_model", "vllm", "server", "cluster", "terminal", "benchmark", "cli",
+    "vllm_names", "sharding", "model_config", "classifier_config", "config_keys", "hybrid_config", "models", "kernels",
+    "layers", "weights", "quant", "plan", "build", "engine", "runner", "names", "demo", "hub", "text", "ranks",
+    "client", "ipc", "llm", "chat_model", "vllm", "server", "cluster", "terminal", "benchmark", "cli",
 ]  # fmt: skip
 # The same inside server/: app.py and run.py join what stands below them.
 SERVER_ORDER = ["config", "http", "mcp", "answer", "dialects", "operator", "web", "app", "run"]
@@ -21,6 +21,7 @@ WITHOUT_TORCH = [
     "engine",
     "records.py",
     "config.py",
+    "classifier_config.py",
     "model_config.py",
     "config_keys.py",
     "hybrid_config.py",

@@ -14,7 +14,8 @@ from fastqwen.version import __version__
 _HOME = {
     "fastqwen.llm": ("LLM",),
     "fastqwen.outputs": (
-        "BeamSearchOutput", "BeamSearchSequence", "CompletionOutput", "EmbeddingOutput", "EmbeddingRequestOutput",
+        "BeamSearchOutput", "BeamSearchSequence", "ClassificationOutput", "ClassificationRequestOutput",
+        "CompletionOutput", "EmbeddingOutput", "EmbeddingRequestOutput", "PoolingOutput", "PoolingRequestOutput",
         "RequestOutput", "ScoringOutput", "ScoringRequestOutput",
     ),
     "fastqwen.records": ("PoolingParams",),

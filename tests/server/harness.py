@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import llguidance
+import msgspec
 import numpy as np
 import torch
 
@@ -24,7 +25,7 @@ from fastqwen.engine.blocks import BlockPool
 from fastqwen.engine.core import EngineCore
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
-from fastqwen.model_config import ModelConfig, RopeConfig
+from fastqwen.model_config import Classifier, ModelConfig, RopeConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.records import Failure, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.choices import choices_of
@@ -304,3 +305,14 @@ def chat(content: str = "hi", **more: Any) -> dict[str, Any]:
 
 
 TESTS = Path(__file__).parents[1]
+
+
+def classifying(labels: int = 8) -> Any:
+    """A state whose engine says that it has a head; the numbers are the mock's."""
+    state = make_state()
+    ready = state.engine.ready
+    model = msgspec.structs.replace(
+        ready.model, has_head=False, classifier=Classifier(tuple(f"L{index}" for index in range(labels)), "softmax")
+    )
+    state.engine.ready = msgspec.structs.replace(ready, model=model)
+    return state

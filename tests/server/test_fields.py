@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from fastqwen.server.dialects.embeddings import EmbeddingRequest
 from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
-from fastqwen.server.dialects.responses import ResponsesRequest
+from fastqwen.server.dialects.responses_request import ResponsesRequest
 from fastqwen.server.dialects.schema import (
     WITHOUT_EFFECT,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    EmbeddingRequest,
     TokenizeRequest,
 )
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
