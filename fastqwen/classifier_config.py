@@ -18,12 +18,9 @@ OF_PROBLEM: dict[str, Activation] = {
 
 
 def classifier_of(fields: Fields) -> Classifier | None:
-    """None for a checkpoint without such a head; with ``classifier_from_token``, two rows of the output head are it
-    (client/scores.py). Raises BadCheckpoint, Unsupported."""
+    """None for a checkpoint without such a head. Raises BadCheckpoint, Unsupported."""
     architectures = fields.get("architectures")
     if not isinstance(architectures, list) or not str((architectures or [""])[0]).endswith(CLASSIFIER):
-        return None
-    if fields.get("classifier_from_token") is not None:
         return None
     labels = _labels(fields)
     return Classifier(labels, _activation(fields, len(labels)))

@@ -86,14 +86,21 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """One RequestOutput per prompt, in order. A prompt is a text, a list of ids, or {"prompt_token_ids": [...]}."""
         _refuse_lora(lora_request)
         listed = as_list(prompts)
         params = self._params_for(sampling_params, len(listed))
         texts_and_ids = [text_and_ids(prompt, self._loaded) for prompt in listed]
-        priorities = list(priority) if priority is not None else [0] * len(listed)
+        cut = cut_of(tokenization_kwargs)
+        if cut is not None:
+            params = [msgspec.structs.replace(one, truncate_prompt_tokens=cut) for one in params]
+        if mm_processor_kwargs:
+            raise BadRequest("mm_processor_kwargs: this model reads text only", "prompts")
+        priorities = [priority or 0] * len(listed) if priority is None or isinstance(priority, int) else list(priority)
         if len(priorities) != len(listed):
             raise BadRequest(f"{len(listed)} prompts, but {len(priorities)} priorities", "priority")
         job = self._job()
@@ -114,12 +121,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """One conversation, or a list of them; contents are texts or lists of text parts. Raises BadRequest.
 
@@ -134,7 +144,15 @@ class LLM:
             options.update(continue_final_message=True, add_generation_prompt=False)
         template = None if chat_template is None else self._loaded.template(chat_template)
         prompts = [self._chat_prompt(conversation, template, options) for conversation in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+        return self.generate(
+            prompts,
+            sampling_params,
+            use_tqdm=use_tqdm,
+            lora_request=lora_request,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
 
     def beam_search(
         self,
@@ -143,6 +161,7 @@ class LLM:
         lora_request: None = None,
         use_tqdm: bool | Callable[..., Any] = False,
         concurrency_limit: int | None = None,
+        priority: int = 0,
     ) -> list[BeamSearchOutput]:
         """The likeliest answers to each prompt, by a search that is slow and exact (client/beams.py).
 
@@ -150,7 +169,7 @@ class LLM:
         """
         _refuse_lora(lora_request)
         searches = [
-            BeamSearch(str(next(self._ids)), ids, params, self.facts, cache_salt=self._salt)
+            BeamSearch(str(next(self._ids)), ids, params, self.facts, priority=priority, cache_salt=self._salt)
             for _, ids in (text_and_ids(prompt, self._loaded) for prompt in as_list(prompts))
         ]
         at_once = concurrency_limit or len(searches) or 1

@@ -22,6 +22,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     model: ModelConfig
     max_model_len: int
     stop_token_ids: list[int]
+    takes_priorities: bool = True  # False: the operator wants all requests in the order in which they came
 
 
 def check_prompt(token_ids: list[int], facts: ModelFacts) -> None:
@@ -31,6 +32,16 @@ def check_prompt(token_ids: list[int], facts: ModelFacts) -> None:
     if not facts.model.has_head:
         raise BadRequest("this checkpoint holds no output head: it makes embeddings (/v1/embeddings), but no text")
     _check_ids(token_ids, facts, "prompt", "the prompt", room=facts.max_model_len - 1)
+
+
+def check_priority(priority: int, facts: ModelFacts) -> None:
+    """Raises BadRequest."""
+    if priority and not facts.takes_priorities:
+        raise BadRequest(
+            f"priority is {priority}, but requests run in the order in which they come (--scheduling-policy fcfs): leave it "
+            "out",
+            "priority",
+        )
 
 
 def _check_ids(token_ids: list[int], facts: ModelFacts, field: str, name: str, *, room: int) -> None:
@@ -125,6 +136,7 @@ def prepare(
     that it can be replayed. ``grammar`` has been checked; ``tokenizer`` is for bad_words. Raises BadRequest.
     """
     check_prompt(token_ids, facts)
+    check_priority(priority, facts)
     check_sampling(sampling, facts)
     if grammar is not None and (sampling.ignore_eos or sampling.min_tokens):
         field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
@@ -176,6 +188,7 @@ def prepare_pooling(
 ) -> EngineRequest:
     """The engine request for one text's vector, or its labels' numbers. ``field`` is what an error names. Raises BadRequest."""
     check_task(task, facts)
+    check_priority(priority, facts)
     _check_ids(token_ids, facts, field, field, room=facts.max_model_len)
     return EngineRequest(
         request_id=request_id,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from fastqwen.client.prepare import ModelFacts, check_prompt, prepare_pooling
+from fastqwen.client.prepare import ModelFacts, check_priority, check_prompt, prepare_pooling
 from fastqwen.client.vectors import activated, numbers_of
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadConfig, BadRequest
@@ -79,6 +79,7 @@ class Judge(msgspec.Struct, frozen=True):
                 )
             ]
         check_prompt(token_ids, facts)
+        check_priority(priority, facts)
         return [
             EngineRequest(
                 request_id=f"{name}-{word}",

@@ -121,7 +121,7 @@ class Speaker:
             scored = [self._logprobs(tokens[i + 1], admission.sampling.prompt_logprobs) for i in range(row.start, last)]
         if row.pools:
             numbers = np.array([hash((tuple(tokens), place)) % 997 - 498 for place in range(8)], dtype=np.float32)
-            return SampledRow(request_id=row.request_id, embedding=(numbers / np.linalg.norm(numbers)).tobytes())
+            return SampledRow(request_id=row.request_id, embedding=numbers.tobytes())
         if not row.num_logits:
             return SampledRow(request_id=row.request_id, prompt_logprobs=scored)
         logits = self._logits(admission, tokens)
@@ -307,9 +307,9 @@ def chat(content: str = "hi", **more: Any) -> dict[str, Any]:
 TESTS = Path(__file__).parents[1]
 
 
-def classifying(labels: int = 8) -> Any:
+def classifying(state: Any = None, labels: int = 8) -> Any:
     """A state whose engine says that it has a head; the numbers are the mock's."""
-    state = make_state()
+    state = make_state() if state is None else state
     ready = state.engine.ready
     model = msgspec.structs.replace(
         ready.model, has_head=False, classifier=Classifier(tuple(f"L{index}" for index in range(labels)), "softmax")

@@ -141,6 +141,30 @@ def test_what_would_change_the_answer_is_refused_at_once(wrong: dict[str, Any]):
         SamplingParams(**wrong)
 
 
+def test_positions_are_vllms(demo: LLM):
+    params = SamplingParams(1, 0.0, 0.0, 1.1, 0.0, None, 0.9, 20, 0.0, 7, ["x"], [5], True, 6, 2)
+    assert (params.repetition_penalty, params.top_p, params.top_k, params.seed) == (1.1, 0.9, 20, 7)
+    assert (params.stop, params.stop_token_ids, params.max_tokens, params.min_tokens) == (["x"], [5], 6, 2)
+    beams = BeamSearchParams(2, 3, True, 0.0, 0.5)
+    assert (beams.beam_width, beams.max_tokens, beams.ignore_eos, beams.length_penalty) == (2, 3, True, 0.5)
+    [output] = demo.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=2), False, None, 3, "{{ 1 }}")
+    assert output.prompt == "1"
+
+
+def test_who_wants_requests_in_their_order_gets_no_priorities(tiny: LLM):
+    ordered = LLM(tiny.config.model, dtype="float32", skip_tokenizer_init=True, scheduling_policy="fcfs")
+    assert ordered.generate(prompt(4), SamplingParams(max_tokens=1), priority=0)
+    for call in (
+        lambda: ordered.generate(prompt(4), SamplingParams(max_tokens=1), priority=1),
+        lambda: ordered.embed(prompt(4), priority=-1),
+        lambda: ordered.beam_search(prompt(4), BeamSearchParams(2, 2), priority=1),
+    ):
+        with pytest.raises(BadRequest, match="fcfs"):
+            call()
+    with pytest.raises(BadConfig, match="scheduling-policy"):
+        LLM("demo", scheduling_policy="lifo")
+
+
 def test_structured_outputs_of_either_class_or_a_dict(demo: LLM):
     for form in (StructuredOutputsParams(choice=["red", "blue"]), {"choice": ["red", "blue"], "json": None}):
         [output] = demo.chat(

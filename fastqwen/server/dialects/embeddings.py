@@ -97,11 +97,13 @@ def _check_types(types: list[str], dimensions: int) -> None:
 
 def _texts(body: CohereEmbedRequest) -> list[str]:
     """Raises BadRequest."""
-    given = [name for name in ("texts", "images", "inputs") if getattr(body, name)]
+    if body.images:
+        raise BadRequest("images: this model reads text only", "images")
+    given = [name for name in ("texts", "inputs") if getattr(body, name)]
     if len(given) != 1:
         raise BadRequest("give exactly one of texts and inputs, and at least one text in it", "texts")
-    if body.images or any(part.type != "text" for one in body.inputs or [] for part in one.content):
-        raise BadRequest("this model reads text only", "images" if body.images else "inputs")
+    if any(part.type != "text" for one in body.inputs or [] for part in one.content):
+        raise BadRequest("inputs: this model reads text only", "inputs")
     if body.texts:
         return body.texts
     return ["".join(part.text or "" for part in one.content) for one in body.inputs or []]

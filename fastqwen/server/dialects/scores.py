@@ -83,6 +83,8 @@ class Scores:
             body.warnings.tell(
                 f"chat_template_kwargs: {min(options)} has no effect without --chat-template FILE for pairs"
             )
+        if self._judge is None and not body.use_activation:
+            body.warnings.tell("use_activation has no effect: a cosine is made of no other number")
         if self._judge is None and self._instruction is not None:
             raise BadRequest("instruction is for models that read pairs; write it into the query", "instruction")
         self.num_prompt_tokens = 0
