@@ -29,6 +29,7 @@ from fastqwen.outputs import (
     ClassificationRequestOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
+    Histogram,
     Metric,
     PoolingOutput,
     PoolingRequestOutput,
@@ -342,7 +343,7 @@ class LLM:
         self._num_resets += 1
         return True
 
-    def get_metrics(self) -> list[Metric]:
+    def get_metrics(self) -> list[Metric | Histogram]:
         """What the engine has done so far, under vLLM's names."""
         return metrics_of(self.stats(), {"model_name": self.config.served_names[0]})
 

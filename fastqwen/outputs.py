@@ -157,5 +157,25 @@ class Counter(Metric):
 
 
 @dataclass
+class Histogram:
+    """How often something was at most so large; ``buckets`` are cumulative, by their bounds as texts."""
+
+    name: str
+    count: int
+    sum: float
+    buckets: dict[str, int]
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Vector:
+    """Several numbers of one kind. No figure of this engine is one."""
+
+    name: str
+    values: list[int]
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Gauge(Metric):
     """As it is now."""

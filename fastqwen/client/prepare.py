@@ -90,6 +90,11 @@ def truncated(
         return token_ids
     if wanted == 0:
         raise BadRequest("truncate_prompt_tokens is 0, which leaves nothing", "truncate_prompt_tokens")
+    if wanted > facts.max_model_len:
+        raise BadRequest(
+            f"truncate_prompt_tokens is {wanted}, but the model's context is {facts.max_model_len} tokens",
+            "truncate_prompt_tokens",
+        )
     room = max(0, (facts.max_model_len - answers if wanted == ALL else wanted) - spare)
     return token_ids[:room] if side == "right" else token_ids[max(0, len(token_ids) - room) :]
 

@@ -21,6 +21,7 @@ _HOME = {
     "fastqwen.records": ("PoolingParams",),
     "fastqwen.vllm.arguments": ("AsyncEngineArgs", "EngineArgs"),
     "fastqwen.vllm.async_llm": ("AsyncLLM", "AsyncLLMEngine"),
+    "fastqwen.vllm.llm_engine": ("LLMEngine",),
     "fastqwen.vllm.inputs": ("PromptType", "TextPrompt", "TokensPrompt"),
     "fastqwen.vllm.sampling_params": ("BeamSearchParams", "RequestOutputKind", "SamplingParams", "StructuredOutputsParams"),
 }  # fmt: skip

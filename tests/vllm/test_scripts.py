@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastqwen.errors import BadConfig, BadRequest
+from fastqwen.outputs import Histogram
 from fastqwen.server.config import ServerConfig
 from fastqwen.vllm import (
     LLM,
@@ -19,6 +20,7 @@ from fastqwen.vllm import (
     AsyncLLM,
     BeamSearchParams,
     EngineArgs,
+    LLMEngine,
     PoolingParams,
     RequestOutputKind,
     SamplingParams,
@@ -306,8 +308,35 @@ def test_the_prefix_cache_forgets_and_the_engine_sleeps(tiny: LLM):
     tiny.wake_up()
     [awake] = tiny.generate(ids, params)
     assert awake.outputs[0].token_ids == first.outputs[0].token_ids and awake.num_cached_tokens == 0
-    names = {one.name: one.value for one in tiny.get_metrics()}
+    metrics = tiny.get_metrics()
+    names = {one.name: one.value for one in metrics if not isinstance(one, Histogram)}
+    [steps] = [one for one in metrics if isinstance(one, Histogram)]
+    assert steps.count == steps.buckets["+Inf"] > 0 and steps.sum >= steps.count
     assert names["vllm:num_requests_running"] == 0 and "vllm:prefix_cache_hits" in names
+
+
+def test_an_engine_that_its_caller_steps(tiny: LLM):
+    ids = [prompt(9), prompt(20, seed=2)]
+    params = SamplingParams(max_tokens=6, n=2, seed=5)
+    expected = tiny.generate(ids, params, use_tqdm=False)
+    engine = LLMEngine.from_engine_args(EngineArgs(tiny.config.model, dtype="float32", skip_tokenizer_init=True))
+    engine.add_request("a", ids[0], params)
+    found: dict[str, Any] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            found[output.request_id] = output
+        if "b" not in found and engine.get_num_unfinished_requests() == 1:
+            engine.add_request("b", ids[1], params)
+            engine.add_request("gone", ids[1], SamplingParams(max_tokens=None, **GREEDY))
+            engine.step()
+            engine.abort_request("gone")
+            found.setdefault("b", None)
+    for name, wanted in zip("ab", expected, strict=True):
+        assert found[name].finished
+        assert [one.token_ids for one in found[name].outputs] == [one.token_ids for one in wanted.outputs]
+    with pytest.raises(BadRequest, match="empty"):
+        engine.add_request("c", [], params)
+    assert not engine.has_unfinished_requests() and engine.step() == []
 
 
 def test_the_asynchronous_engine(tiny: LLM):
