@@ -54,7 +54,7 @@ EXAMPLES = (
     Example("deployment/llm_engine_example.py", arguments=("--model", "MODEL", *SHORT)),
     Example("deployment/async_llm_streaming.py", named="meta-llama/Llama-3.2-1B-Instruct"),
     Example("features/structured_outputs/structured_outputs_offline.py", named="Qwen/Qwen2.5-3B-Instruct"),
-    Example("observability/metrics/metrics.py", named="facebook/opt-125m"),
+    Example("observability/metrics/offline.py", named="facebook/opt-125m"),
     Example("pooling/embed/embed_matryoshka_fy_offline.py", "embedder", ("--model", "MODEL")),
     Example(
         "pooling/reward/sequence_reward_offline.py", "cross-encoder", ("--model", "MODEL", "--max-model-len", "256")

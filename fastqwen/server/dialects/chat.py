@@ -44,8 +44,8 @@ class Chat(OpenAIWork):
         body, state = self._body, self._state
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        check_logprobs(state.config, "top_logprobs", body.top_logprobs)
         facts, formats = state.facts(), state.formats
+        check_logprobs(state.config, "top_logprobs", body.top_logprobs, facts.model.vocab_size)
         tools = tool_options(body, formats, self.warnings)
         thinking = thinking_options(body, formats, state.config.default_chat_template_kwargs)
         messages = tools.messages(for_template(body.messages, formats, self.warnings), formats)

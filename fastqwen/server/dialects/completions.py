@@ -167,6 +167,7 @@ class Completion(OpenAIWork):
             "finish_reason": said.finish_reason,
             "stop_reason": said.stop_reason,
         }
+        choice |= {"token_ids": None, "prompt_token_ids": None, "prompt_logprobs": None}  # vLLM's clients read them
         if self._body.return_token_ids:
             choice["token_ids"] = said.token_ids
             choice["prompt_token_ids"] = generation.prompt_token_ids if index in self._ids_left else None

@@ -436,8 +436,10 @@ def _is_union_label(part: int | str) -> bool:
 
 
 def _token_keys(bias: dict[str, float]) -> dict[int, float]:
-    if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in bias):
-        raise BadRequest("the keys of logit_bias must be token ids", "logit_bias")
+    wrong = [key for key in bias if not (key.isascii() and key.isdigit() and len(key) <= 10)]
+    if wrong:
+        named = ", ".join(key[:40] for key in wrong[:5])
+        raise BadRequest(f"the keys of logit_bias must be token ids, which these are not: {named}", "logit_bias")
     return {int(key): value for key, value in bias.items()}
 
 
