@@ -11,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 
-.PHONY: serve test test-slow test-page stress fuzz test-clients test-cluster test-agents test-compile check-install lint clean help
+.PHONY: serve test test-slow test-page stress fuzz test-clients test-vllm-examples test-cluster test-agents test-compile check-install lint clean help
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -44,6 +44,9 @@ fuzz: $(DEV_STAMP)  ## Fuzz every parser for SECONDS (default: 60) in all
 
 test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use, each installed in a room of its own; LOAD=1 adds guidellm
 	PYTHON=$(BIN)/python scripts/test_clients
+
+test-vllm-examples: $(DEV_STAMP)  ## Run vLLM's own examples, from its source package, with one import line or an address changed
+	$(BIN)/python scripts/vllm_examples.py
 
 test-cluster: $(DEV_STAMP)  ## Run a cluster of real processes: kills, drains and replacements under load, in network namespaces where that may be
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/cluster -s --timeout 1200

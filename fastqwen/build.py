@@ -60,6 +60,7 @@ class _Builder:
         self.names = next((one for one in names.variants() if weights.has(f"{one.embed}.weight")), names)
         bare = self.names == names.without_prefix()
         self.has_head = not bare or config.tie_word_embeddings or weights.has(f"{names.head}.weight")
+        self.has_head = self.has_head and config.classifier is None
         self.method = quant.find(config.quantization, source)
 
     def decoder(self, layers: list[Layer]) -> Decoder:
@@ -78,7 +79,15 @@ class _Builder:
             norm=self.norm(names.final_norm),
             head=linear if world.count == 1 else GatheredLinear(linear, world, config.vocab_size),
             has_head=self.has_head,
+            classifier=self.classifier(),
         )
+
+    def classifier(self) -> Tensor | None:
+        """Small, so that each shard has all of it, and the host computes with it."""
+        found = self.config.classifier
+        if found is None:
+            return None
+        return self.precise(f"{self.names.classifier}.weight", (len(found.labels), self.config.hidden_size)).cpu()
 
     def tables(
         self, embed: str, head: str, shape: tuple[int, int], part: Part | None

@@ -23,6 +23,9 @@ def option(text: str, *, ge: float | None = None, le: float | None = None, one_w
     return msgspec.Meta(description=text, ge=ge, le=le, extra=extra)  # type: ignore[return-value]
 
 
+POLICIES = ("priority", "fcfs")
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Frozen wishes under vLLM's names. Raises BadConfig, naming the flag, for a value that cannot work."""
 
@@ -85,6 +88,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "auto"
     enable_prefix_caching: Annotated[bool, option("Reuse the KV blocks of equal prompt beginnings.")] = True
+    scheduling_policy: Annotated[
+        str,
+        option(
+            "priority: requests with a smaller priority run first. fcfs: all run in the order in which they came, and one "
+            "with a priority is refused."
+        ),
+    ] = "priority"
     enforce_eager: Annotated[bool, option("Do not use CUDA graphs.")] = False
     num_threads: Annotated[int | None, option("CPU threads for computing. Default: all cores.")] = None
     tensor_parallel_size: Annotated[
@@ -142,6 +152,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         check_positive(self, *positive, "num_threads", "kv_cache_memory_bytes", "tensor_parallel_size")
         if self.max_state_snapshots is not None and self.max_state_snapshots < 0:
             raise BadConfig(f"--max-state-snapshots is {self.max_state_snapshots}, but must be at least 0")
+        if self.scheduling_policy not in POLICIES:
+            raise BadConfig(f"--scheduling-policy is {self.scheduling_policy!r}, but must be {' or '.join(POLICIES)}")
         if self.block_size is not None and (self.block_size < 8 or self.block_size & (self.block_size - 1)):
             raise BadConfig(f"--block-size is {self.block_size}, but must be a power of two, at least 8")
         check_utilization(self.gpu_memory_utilization)
@@ -149,6 +161,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def for_batches(self) -> EngineConfig:
         """The same, with prompts first unless something else was asked for: nobody watches a batch's streams pause."""
         return self if self.prompts_first is not None else msgspec.structs.replace(self, prompts_first=True)
+
+    @property
+    def takes_priorities(self) -> bool:
+        return self.scheduling_policy == "priority"
 
     @property
     def overrides(self) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import msgspec
 from tqdm import tqdm
 
 from fastqwen.client.batch_job import BatchJob, Prompt, as_list, salt_of, text_and_ids
@@ -16,20 +18,22 @@ from fastqwen.client.engine import Ready, error_of
 from fastqwen.client.local_engine import LocalEngine
 from fastqwen.client.model import LoadedModel, Template, batch_config
 from fastqwen.client.numbers import metrics_of
-from fastqwen.client.prepare import check_dimensions, prepare_embedding, truncated
-from fastqwen.client.scores import OWN_TEMPLATE, YesNo, pair_pieces, pairs, yes_no
+from fastqwen.client.pooled import Pooled, PoolingJob, cut_of
 from fastqwen.client.user_tokenizer import UserTokenizer
-from fastqwen.client.vectors import vector_of
 from fastqwen.engine.core import EngineStats
 from fastqwen.errors import BadRequest
 from fastqwen.model_config import ModelConfig
 from fastqwen.outputs import (
     BeamSearchOutput,
+    ClassificationOutput,
+    ClassificationRequestOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
+    Histogram,
     Metric,
+    PoolingOutput,
+    PoolingRequestOutput,
     RequestOutput,
-    ScoringOutput,
     ScoringRequestOutput,
 )
 from fastqwen.plan import EnginePlan
@@ -83,14 +87,21 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """One RequestOutput per prompt, in order. A prompt is a text, a list of ids, or {"prompt_token_ids": [...]}."""
         _refuse_lora(lora_request)
         listed = as_list(prompts)
         params = self._params_for(sampling_params, len(listed))
         texts_and_ids = [text_and_ids(prompt, self._loaded) for prompt in listed]
-        priorities = list(priority) if priority is not None else [0] * len(listed)
+        cut = cut_of(tokenization_kwargs)
+        if cut is not None:
+            params = [msgspec.structs.replace(one, truncate_prompt_tokens=cut) for one in params]
+        if mm_processor_kwargs:
+            raise BadRequest("mm_processor_kwargs: this model reads text only", "prompts")
+        priorities = [priority or 0] * len(listed) if priority is None or isinstance(priority, int) else list(priority)
         if len(priorities) != len(listed):
             raise BadRequest(f"{len(listed)} prompts, but {len(priorities)} priorities", "priority")
         job = self._job()
@@ -111,12 +122,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """One conversation, or a list of them; contents are texts or lists of text parts. Raises BadRequest.
 
@@ -131,7 +145,15 @@ class LLM:
             options.update(continue_final_message=True, add_generation_prompt=False)
         template = None if chat_template is None else self._loaded.template(chat_template)
         prompts = [self._chat_prompt(conversation, template, options) for conversation in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+        return self.generate(
+            prompts,
+            sampling_params,
+            use_tqdm=use_tqdm,
+            lora_request=lora_request,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
 
     def beam_search(
         self,
@@ -140,6 +162,7 @@ class LLM:
         lora_request: None = None,
         use_tqdm: bool | Callable[..., Any] = False,
         concurrency_limit: int | None = None,
+        priority: int = 0,
     ) -> list[BeamSearchOutput]:
         """The likeliest answers to each prompt, by a search that is slow and exact (client/beams.py).
 
@@ -147,7 +170,7 @@ class LLM:
         """
         _refuse_lora(lora_request)
         searches = [
-            BeamSearch(str(next(self._ids)), ids, params, self.facts, cache_salt=self._salt)
+            BeamSearch(str(next(self._ids)), ids, params, self.facts, priority=priority, cache_salt=self._salt)
             for _, ids in (text_and_ids(prompt, self._loaded) for prompt in as_list(prompts))
         ]
         at_once = concurrency_limit or len(searches) or 1
@@ -171,41 +194,52 @@ class LLM:
         dimensions: int | None = None,
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
-        pooling_params: PoolingParams | None = None,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         lora_request: None = None,
         priority: int = 0,
+        tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """One vector of length 1 per prompt: the last token's hidden state, cut to ``dimensions`` if given.
 
         Token ids are used as they are; a text is closed as the tokenizer's post-processor says. Raises BadRequest.
         """
-        _refuse_lora(lora_request)
-        asked = pooling_params or PoolingParams()
-        dimensions = asked.dimensions if dimensions is None else dimensions
-        cut = truncate_prompt_tokens if truncate_prompt_tokens is not None else asked.truncate_prompt_tokens
-        check_dimensions(dimensions, self.facts)
-        requests: list[EngineRequest] = []
-        for index, prompt in enumerate(as_list(prompts)):
-            text, ids = text_and_ids(prompt, self._loaded)
-            ids = truncated(ids, cut, self.facts, answers=False)
-            if text is not None and self.text is not None:
-                ids = truncated(self.text.tokenizer.closed_once(ids), cut, self.facts, answers=False)
-            name = str(next(self._ids))
-            requests.append(
-                prepare_embedding(
-                    name, ids, self.facts, field=f"prompts[{index}]", priority=priority, cache_salt=self._salt
-                )
-            )
-        found = self._run(requests, use_tqdm)
-        return [
-            EmbeddingRequestOutput(
-                request_id=one.request_id,
-                outputs=EmbeddingOutput(vector_of(found[one.request_id], dimensions).tolist()),
-                prompt_token_ids=one.prompt_token_ids,
-                num_cached_tokens=found[one.request_id].num_cached_tokens,
-            )
-            for one in requests
-        ]
+        if dimensions is not None or truncate_prompt_tokens is not None:
+            given = {"dimensions": dimensions, "truncate_prompt_tokens": truncate_prompt_tokens}
+            pooling_params = _params_with(pooling_params, {name: one for name, one in given.items() if one is not None})
+        found = self._pooled(
+            prompts, pooling_params, "embed", use_tqdm, lora_request, tokenization_kwargs, priority=priority
+        )
+        return [one.as_output(EmbeddingRequestOutput, EmbeddingOutput(one.numbers)) for one in found]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+    ) -> list[ClassificationRequestOutput]:
+        """Each label's probability, of a model with a sequence-classification head (its names: ``model.classifier.labels``).
+
+        With ``use_activation=False`` the head's own numbers. Raises BadRequest for a model without one.
+        """
+        found = self._pooled(prompts, pooling_params, "classify", use_tqdm, lora_request, tokenization_kwargs)
+        return [one.as_output(ClassificationRequestOutput, ClassificationOutput(one.numbers)) for one in found]
+
+    def reward(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        /,
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+    ) -> list[PoolingRequestOutput]:
+        """The classification head's own numbers: of a reward model one, the text's reward. Raises BadRequest."""
+        plain = _params_with(pooling_params, {"use_activation": False})
+        return self._tensors(self._pooled(prompts, plain, "classify", use_tqdm, lora_request, tokenization_kwargs))
 
     def score(
         self,
@@ -218,37 +252,71 @@ class LLM:
         pooling_params: PoolingParams | None = None,
         lora_request: None = None,
         instruction: str | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> list[ScoringRequestOutput]:
         """How well each of ``data_2`` answers ``data_1``, or its own of ``data_1``.
 
-        A reranker says it itself, with ``instruction`` in its prompt (client/scores.py); of any other model it is the
+        A model that reads pairs says it itself, in the prompt that it was trained with (client/scores.py), which has
+        ``instruction`` in it, or that ``chat_template`` makes of the roles query and document; of any other model it is the
         cosine of both texts' embeddings. Raises BadRequest.
         """
         _refuse_lora(lora_request)
+        cut = truncate_prompt_tokens if truncate_prompt_tokens is not None else cut_of(tokenization_kwargs)
+        asked = _params_with(pooling_params, {} if cut is None else {"truncate_prompt_tokens": cut})
+        assert isinstance(asked, PoolingParams)
         first, second = (
             ([data_1] if isinstance(data_1, str) else data_1),
             ([data_2] if isinstance(data_2, str) else data_2),
         )
-        listed = pairs(first, second, ("data_1", "data_2"))
-        judge = yes_no(self.config, self._loaded.need_text().tokenizer)
-        if judge is not None:
-            return self._judged(judge, listed, instruction, truncate_prompt_tokens, use_tqdm)
-        if instruction is not None:
-            raise BadRequest("instruction is for rerankers; write it into the text", "instruction")
-        texts = list(dict.fromkeys([*first, *second]))
-        vectors = dict(
-            zip(texts, self.embed(texts, truncate_prompt_tokens=truncate_prompt_tokens, use_tqdm=use_tqdm), strict=True)
+        return self._pooling_job(use_tqdm).scores(
+            first, second, asked, instruction=instruction, chat_template=chat_template
         )
-        return [_cosine(vectors[one], vectors[other]) for one, other in listed]
 
     def encode(
-        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None, **options: Any
-    ) -> list[EmbeddingRequestOutput]:
-        """``embed``, under vLLM's general name. Raises BadRequest for another task."""
-        task = options.pop("pooling_task", None) or (pooling_params.task if pooling_params else None) or "embed"
-        if task != "embed":
-            raise BadRequest(f"pooling_task {task!r}: this model's task is embed", "pooling_task")
-        return self.embed(prompts, pooling_params=pooling_params, **options)
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        pooling_task: str | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+    ) -> list[PoolingRequestOutput]:
+        """What ``embed`` or ``classify`` gives, as tensors; ``pooling_task`` says which of them. Raises BadRequest."""
+        if pooling_task is None and isinstance(pooling_params, PoolingParams):
+            pooling_task = pooling_params.task
+        return self._tensors(
+            self._pooled(prompts, pooling_params, pooling_task, use_tqdm, lora_request, tokenization_kwargs)
+        )
+
+    def _pooling_job(self, use_tqdm: bool | Callable[..., Any], priority: int = 0) -> PoolingJob:
+        run = functools.partial(self._run, use_tqdm=use_tqdm)
+        return PoolingJob(self._loaded, self._ids, run, salt=self._salt, priority=priority)
+
+    def _pooled(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: PoolingParams | Sequence[PoolingParams] | None,
+        task: str | None,
+        use_tqdm: bool | Callable[..., Any],
+        lora_request: None,
+        tokenization_kwargs: dict[str, Any] | None,
+        *,
+        priority: int = 0,
+    ) -> list[Pooled]:
+        _refuse_lora(lora_request)
+        cut = cut_of(tokenization_kwargs)
+        if cut is not None:
+            params = _params_with(params, {"truncate_prompt_tokens": cut})
+        job = self._pooling_job(use_tqdm, priority)
+        return job.of(prompts, job.task(task), params)
+
+    @staticmethod
+    def _tensors(found: list[Pooled]) -> list[PoolingRequestOutput]:
+        import torch
+
+        return [one.as_output(PoolingRequestOutput, PoolingOutput(torch.tensor(one.numbers))) for one in found]
 
     def chat_token_ids(self, messages: list[Message], **options: Any) -> list[int]:
         """The prompt that the chat template makes. Raises BadRequest."""
@@ -275,7 +343,7 @@ class LLM:
         self._num_resets += 1
         return True
 
-    def get_metrics(self) -> list[Metric]:
+    def get_metrics(self) -> list[Metric | Histogram]:
         """What the engine has done so far, under vLLM's names."""
         return metrics_of(self.stats(), {"model_name": self.config.served_names[0]})
 
@@ -329,35 +397,6 @@ class LLM:
                         progress.update(1)
         return found
 
-    def _judged(
-        self,
-        judge: YesNo,
-        listed: list[tuple[str, str]],
-        instruction: str | None,
-        cut: int | None,
-        use_tqdm: bool | Callable[..., Any],
-    ) -> list[ScoringRequestOutput]:
-        tokenizer = self._loaded.need_text().tokenizer
-        prompts = []
-        for query, document in listed:
-            if OWN_TEMPLATE in query:
-                prompts.append(tokenizer.encode(query + document))
-            else:
-                pieces = pair_pieces(query, document, instruction, tokenizer)
-                ids = [token_id for piece in pieces for token_id in tokenizer.encode(piece)]
-                prompts.append(judge.prompt(truncated(ids, cut, self.facts), self.facts))
-        names = [str(next(self._ids)) for _ in prompts]
-        requests = [
-            request
-            for name, ids in zip(names, prompts, strict=True)
-            for request in judge.requests(name, ids, self.facts, cache_salt=self._salt)
-        ]
-        found = self._run(requests, use_tqdm)
-        return [
-            ScoringRequestOutput(name, ScoringOutput(judge.score(name, found)), ids)
-            for name, ids in zip(names, prompts, strict=True)
-        ]
-
     def _chat_prompt(self, conversation: Any, template: Template | None, options: dict[str, Any]) -> Prompt:
         text = self._loaded.need_text()
         messages = for_template(conversation)
@@ -377,14 +416,12 @@ class LLM:
         return list(given)
 
 
-def _cosine(one: EmbeddingRequestOutput, other: EmbeddingRequestOutput) -> ScoringRequestOutput:
-    score = sum(a * b for a, b in zip(one.outputs.embedding, other.outputs.embedding, strict=True))
-    return ScoringRequestOutput(
-        request_id=f"{one.request_id}_{other.request_id}",
-        outputs=ScoringOutput(score),
-        prompt_token_ids=[*one.prompt_token_ids, *other.prompt_token_ids],
-        num_cached_tokens=one.num_cached_tokens + other.num_cached_tokens,
-    )
+def _params_with(
+    params: PoolingParams | Sequence[PoolingParams] | None, fields: dict[str, Any]
+) -> PoolingParams | Sequence[PoolingParams]:
+    if params is None or isinstance(params, PoolingParams):
+        return msgspec.structs.replace(params or PoolingParams(), **fields)
+    return [msgspec.structs.replace(one, **fields) for one in params]
 
 
 def _refuse_lora(lora_request: Any) -> None:

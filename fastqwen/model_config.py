@@ -13,6 +13,7 @@ from fastqwen.errors import BadCheckpoint, BadConfig, ModelNotFound, Unsupported
 from fastqwen.sharding import HeadSplit, even_size
 from fastqwen.text_files import decoded, what_instead
 
+Activation = Literal["softmax", "sigmoid", "none"]
 RopeKind = Literal["default", "linear", "yarn", "llama3", "qwen1_ntk"]
 MAX_CONFIG_BYTES = 16 * 2**20
 MAX_SHARDS = 64
@@ -74,6 +75,13 @@ class DeltaConfig(msgspec.Struct, frozen=True, kw_only=True):
         return 4 * self.value_size * self.key_dim + number_bytes * self.taps * self.channels
 
 
+class Classifier(msgspec.Struct, frozen=True):
+    """``labels``: the name of each number. ``activation``: what makes probabilities of the numbers."""
+
+    labels: tuple[str, ...]
+    activation: Activation
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes are of the whole model, before any tensor-parallel split."""
 
@@ -111,6 +119,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     has_head: bool = True  # False: the checkpoint holds no output head, so it makes embeddings but no text
+    classifier: Classifier | None = None  # it makes a number for each label in place of text and embeddings
     notices: tuple[str, ...] = ()  # what its files say and is not computed so, a line each
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -46,7 +47,7 @@ class RequestOutput:
 
 @dataclass
 class EmbeddingOutput:
-    """A vector of length 1."""
+    """A vector, of length 1 unless it was asked for as the model makes it."""
 
     embedding: list[float]
 
@@ -61,6 +62,46 @@ class EmbeddingRequestOutput:
 
     request_id: str
     outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
+@dataclass
+class ClassificationOutput:
+    """Each label's probability, in the order of the checkpoint's labels."""
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.probs)
+
+
+@dataclass
+class ClassificationRequestOutput:
+    """The labels of one prompt."""
+
+    request_id: str
+    outputs: ClassificationOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
+@dataclass
+class PoolingOutput:
+    """A torch tensor, float32: a vector's numbers, or one for each label."""
+
+    data: Any
+
+
+@dataclass
+class PoolingRequestOutput:
+    """The same of one prompt, whatever the task."""
+
+    request_id: str
+    outputs: PoolingOutput
     prompt_token_ids: list[int]
     num_cached_tokens: int = 0
     finished: bool = True
@@ -113,6 +154,26 @@ class Metric:
 @dataclass
 class Counter(Metric):
     """It only grows."""
+
+
+@dataclass
+class Histogram:
+    """How often something was at most so large; ``buckets`` are cumulative, by their bounds as texts."""
+
+    name: str
+    count: int
+    sum: float
+    buckets: dict[str, int]
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Vector:
+    """Several numbers of one kind. No figure of this engine is one."""
+
+    name: str
+    values: list[int]
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from fastqwen.errors import BadRequest
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 FailureKind = Literal["grammar", "not_finite", "sampling", "gone", "closed"]
 Pooling = Literal["last"]
+PoolingTask = Literal["embed", "classify"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -202,18 +203,39 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
                 raise BadRequest(f"{name}: each may be at most {MAX_STOP_CHARS} long", name)
 
 
-class PoolingParams(msgspec.Struct, kw_only=True):
-    """What a caller asks of a vector, under the names that vLLM's users know. Raises BadRequest for what cannot be had."""
+class PoolingParams(msgspec.Struct):
+    """What a caller asks of a vector or of a classifier, under the names, and in the order, that vLLM's users know.
 
+    ``use_activation``: whether a vector is brought to length 1, and a classifier's numbers made probabilities; None: yes.
+    ``normalize``, ``activation`` and ``softmax`` are older names of it. Raises BadRequest for what cannot be had.
+    """
+
+    use_activation: bool | None = None
     dimensions: int | None = None
+    step_tag_id: int | None = None
+    returned_token_ids: list[int] | None = None
+    task: str | None = None
     truncate_prompt_tokens: int | None = None
     normalize: bool | None = None
-    use_activation: bool | None = None  # vLLM's newer name for normalize
-    task: str | None = None
+    activation: bool | None = None
+    softmax: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.normalize is False or self.use_activation is False:
-            raise BadRequest("vectors have length 1 here: leave normalize and use_activation out", "normalize")
+        if self.task not in (None, "embed", "classify", "score"):
+            raise BadRequest(f"task {self.task!r}: there are embed and classify, of a text's last token", "task")
+        for name in ("step_tag_id", "returned_token_ids"):
+            if getattr(self, name) is not None:
+                raise BadRequest(f"{name} is for models that judge each step: a text has one result here", name)
+        names = ("use_activation", "normalize", "activation", "softmax")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if len(set(given.values())) > 1:
+            raise BadRequest(f"{' and '.join(given)} contradict each other: give use_activation alone", list(given)[-1])
+        self.use_activation = next(iter(given.values()), None)
+        self.normalize = self.activation = self.softmax = None
+
+    @property
+    def activated(self) -> bool:
+        return self.use_activation is not False
 
 
 GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less than this would only overflow
@@ -329,7 +351,9 @@ class SampledRow(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored
-    embedding: bytes | None = None  # float32, little-endian, of length 1
+    embedding: bytes | None = (
+        None  # float32, little-endian: as the model makes it, of any length; or a label's number each
+    )
     error: Failure | None = None
     stepped_aside: bool = False  # it has no token: StepHandle.late held its request
 

@@ -146,8 +146,8 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "response-role": ("assistant",), "logprobs-mode": ("raw_logprobs",),
         "tool-strict-level": (), "return-sampling-mask": (), "enable-return-routed-experts": (),
     },
-    "requests are served in the order of their priority, then as they came, and --max-concurrent-requests bounds them": {
-        "scheduling-policy": ("priority", "fcfs"), "max-num-queued-reqs": (), "max-num-queued-tokens": (),
+    "--max-concurrent-requests bounds them": {
+        "max-num-queued-reqs": (), "max-num-queued-tokens": (),
         "max-num-active-seqs": (),
     },
     "vectors come from /v1/embeddings with the model's own pooling": {

@@ -11,13 +11,17 @@ from pathlib import Path
 
 from fastqwen.config import EngineConfig, flag, options_of
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.classify import ClassifyRequest
+from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
+from fastqwen.server.dialects.pooling import PoolingRequest
+from fastqwen.server.dialects.responses_request import ResponsesRequest
 from fastqwen.server.dialects.schema import (
     CHANGES_THE_ANSWER,
     WITHOUT_EFFECT,
     ChatRequest,
     CompletionRequest,
-    EmbeddingRequest,
 )
+from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from fastqwen.vllm.sampling_params import ADVICE, NEUTRAL
 from fastqwen.vllm_names import ACCEPTED, REFUSED, RENAMED, VALUES
 
@@ -48,19 +52,24 @@ for output in llm.generate(["The capital of France is"], SamplingParams(temperat
     print(output.prompt, output.outputs[0].text)
 ```
 
-`fastqwen.vllm` has `LLM` (`generate`, `chat`, `embed`, `encode`, `score`, `beam_search`, `get_tokenizer`, `reset_prefix_cache`,
-`get_metrics`, `sleep`, `wake_up`), `AsyncLLM`, `EngineArgs`, `AsyncEngineArgs`, `SamplingParams`, `PoolingParams`,
-`BeamSearchParams`, `StructuredOutputsParams`, `TextPrompt`, `TokensPrompt`, and the modules that scripts import them from:
-`engine.arg_utils`, `entrypoints.llm`, `inputs`, `outputs`, `sampling_params`, `utils`, `v1.engine.async_llm`.
+`fastqwen.vllm` has `LLM` (`generate`, `chat`, `embed`, `encode`, `classify`, `reward`, `score`, `beam_search`,
+`get_tokenizer`, `reset_prefix_cache`, `get_metrics`, `sleep`, `wake_up`), `AsyncLLM`, `EngineArgs`, `AsyncEngineArgs`,
+`SamplingParams`, `PoolingParams`, `BeamSearchParams`, `StructuredOutputsParams`, `TextPrompt`, `TokensPrompt`, and the
+modules that scripts import them from: `engine.arg_utils`, `entrypoints.llm`, `inputs`, `outputs`, `sampling_params`,
+`utils`, `v1.engine.async_llm`.
 `LLM` takes the flags below as keywords. `sleep` gives weights and cache back, and `wake_up` reads the weights again.
 
-Not there: adapters (LoRA), images and sound, `classify` and `reward`, speculative decoding, plugins.
+Not there: adapters (LoRA), images and sound, results for each token of a text (`token_embed`, `token_classify`),
+speculative decoding, plugins.
 
 ## Scores
 
 `/v1/score`, `/v1/rerank` and `LLM.score` ask a reranker (a model with "reranker" in its name, or with `classifier_from_token`
-among `--hf-overrides`) for its yes and no, with the prompt of Qwen3-Reranker's model card. Of any other model the score is the cosine
-of both texts' embeddings.
+among `--hf-overrides`) for its yes and no, with the prompt of Qwen3-Reranker's model card, or the one that `--chat-template` makes of
+the roles `query` and `document`. A checkpoint with a sequence-classification head (`Qwen2ForSequenceClassification`, `Qwen3...`) with
+one label reads query and document one behind the other, or, with "reranker" in its name, in the same prompt. Of any other model
+the score is the cosine of both texts' embeddings. `/classify`, `/pooling`, `LLM.classify`, `LLM.reward` and `LLM.encode` give what a
+head says of a text's last token.
 
 ## Operation
 
@@ -78,7 +87,13 @@ def _fields() -> list[str]:
     for path, kind in (
         ("/v1/chat/completions", ChatRequest),
         ("/v1/completions", CompletionRequest),
+        ("/v1/responses", ResponsesRequest),
         ("/v1/embeddings", EmbeddingRequest),
+        ("/v2/embed", CohereEmbedRequest),
+        ("/classify", ClassifyRequest),
+        ("/pooling", PoolingRequest),
+        ("/v1/score", ScoreRequest),
+        ("/v1/rerank", RerankRequest),
     ):
         acting = sorted(name for name in kind.model_fields if name not in WITHOUT_EFFECT)
         lines += [f"`{path}` acts on: {_listed(acting)}.", ""]

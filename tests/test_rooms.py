@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "fastqwen"
 # From the ground up. A room may import itself and those before it.
 ORDER = [
     "version", "errors", "logs", "lifeline", "paths", "plot", "text_files", "records", "outputs", "config",
-    "vllm_names", "sharding", "model_config", "common_config", "config_keys", "hybrid_config", "models", "kernels",
+    "vllm_names", "sharding", "model_config", "classifier_config", "common_config", "config_keys", "hybrid_config", "models",
+    "kernels",
     "layers", "weights", "quant", "plan", "build", "engine", "runner", "names", "demo", "hub", "text", "ranks",
     "client", "ipc", "llm", "chat_model", "vllm", "server", "cluster", "terminal", "benchmark", "cli",
 ]  # fmt: skip
@@ -21,6 +22,7 @@ WITHOUT_TORCH = [
     "engine",
     "records.py",
     "config.py",
+    "classifier_config.py",
     "model_config.py",
     "common_config.py",
     "config_keys.py",

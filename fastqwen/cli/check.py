@@ -84,6 +84,11 @@ def _probe(llm: LLM) -> dict[str, Any]:
     from fastqwen.records import SamplingParams
 
     assert llm.text is not None
+    classifier = llm.model.classifier
+    if classifier is not None:
+        [judged] = llm.classify(PROBE, use_tqdm=False)
+        labels = dict(zip(classifier.labels, judged.outputs.probs, strict=True))
+        return {"question": PROBE, "finish_reason": "labels", "labels": labels}
     if not llm.model.has_head:
         [found] = llm.embed(PROBE, use_tqdm=False)
         return {"question": PROBE, "finish_reason": "embedding", "dimensions": found.outputs.hidden_size}
@@ -120,6 +125,9 @@ def as_text(found: dict[str, Any]) -> str:
     if not found["stop_tokens"]:
         lines.append("  none was found: answers end only at max_tokens, or at stop strings of the request")
     probe = found["probe"]
+    if probe["finish_reason"] == "labels":
+        count = len(probe["labels"])
+        return "\n".join([*lines, "", f"It classifies: {count} label{'s' * (count > 1)}, and it writes no text."])
     if probe["finish_reason"] == "embedding":
         vector = f"It holds no output head: it makes vectors of {probe['dimensions']} numbers, and no text."
         return "\n".join([*lines, "", vector])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from fastqwen.client.assemble import Assembler
-from fastqwen.client.engine import Stream
 from fastqwen.client.model import LoadedModel
 from fastqwen.client.prepare import prepare, truncated
 from fastqwen.errors import BadRequest
@@ -55,6 +54,12 @@ def salt_of(prompt: Prompt) -> str:
     return str(prompt.get("cache_salt") or "") if isinstance(prompt, Mapping) else ""
 
 
+class Aborts(Protocol):
+    """Where a request can be ended early."""
+
+    def abort(self, request_ids: list[str]) -> None: ...
+
+
 class BatchJob:
     """One call of ``generate``: what is asked of the engine, and what has come back."""
 
@@ -94,7 +99,7 @@ class BatchJob:
         self.requests += requests
         self.outputs.append(output)
 
-    def take(self, deltas: list[RequestDelta], stream: Stream) -> int:
+    def take(self, deltas: list[RequestDelta], stream: Aborts) -> int:
         """How many prompts these finished."""
         pending, num_finished = self._pending, 0
         self.num_generated += sum([len(delta.token_ids) for delta in deltas])

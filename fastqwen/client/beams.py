@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from fastqwen.client.prepare import ModelFacts, check_prompt
+from fastqwen.client.prepare import ModelFacts, check_priority, check_prompt
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
 from fastqwen.records import EngineRequest, FinishReason, Sampling, TokenLogprobs
@@ -20,9 +20,10 @@ from fastqwen.text.tokenizer import Tokenizer
 MAX_WIDTH = 64
 
 
-class BeamSearchParams(msgspec.Struct, kw_only=True):
+class BeamSearchParams(msgspec.Struct):
     """``length_penalty`` p: beams are compared by their log-probability / length**p, length of prompt and answer.
-    ``temperature`` changes nothing: beams are compared by the model's own probabilities. Raises BadRequest."""
+    ``temperature`` changes nothing: beams are compared by the model's own probabilities. The order is vLLM's, whose further
+    fields are taken at the values that mean nothing. Raises BadRequest."""
 
     beam_width: int
     max_tokens: int
@@ -30,8 +31,15 @@ class BeamSearchParams(msgspec.Struct, kw_only=True):
     temperature: float = 0.0
     length_penalty: float = 1.0
     include_stop_str_in_output: bool = False
+    structured_outputs: None = None
+    skip_special_tokens: bool = True
+    watermarking: bool | None = None
+    allowed_token_ids: None = None
 
     def __post_init__(self) -> None:
+        for name in ("structured_outputs", "watermarking", "allowed_token_ids"):
+            if getattr(self, name):
+                raise BadRequest(f"{name} cannot be combined with beam search, which takes the likeliest answers", name)
         if not 1 <= self.beam_width <= MAX_WIDTH:
             raise BadRequest(f"beam_width is {self.beam_width}, but must be at least 1 and at most {MAX_WIDTH}", "n")
         if self.max_tokens < 1:
@@ -61,6 +69,7 @@ class BeamSearch:
         cache_salt: str = "",
     ) -> None:
         check_prompt(prompt_ids, facts)
+        check_priority(priority, facts)
         self.prompt_ids = prompt_ids
         self._id, self._params, self._priority, self._salt = request_id, params, priority, cache_salt
         self._ends = frozenset(stop_token_ids) | frozenset(() if params.ignore_eos else facts.stop_token_ids)

@@ -43,9 +43,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     model: ModelConfig
     comparison: list[Line] = []  # planned on paper against measured
 
-    def facts(self, stop_token_ids: list[int]) -> ModelFacts:
+    def facts(self, stop_token_ids: list[int], *, takes_priorities: bool = True) -> ModelFacts:
         """``stop_token_ids`` are the text side's knowledge."""
-        return ModelFacts(self.model, self.plan.max_model_len, stop_token_ids)
+        return ModelFacts(self.model, self.plan.max_model_len, stop_token_ids, takes_priorities)
 
 
 S_co = TypeVar("S_co", bound="Stream", covariant=True)

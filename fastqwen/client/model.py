@@ -54,7 +54,8 @@ class LoadedModel:
         self.text: TextTools | None = None if config.skip_tokenizer_init else load_text(path, model, config)
         self._path = path
         self.ready, self.core = self.start()
-        self.facts = self.ready.facts(self.text.stop_token_ids if self.text else eos_without_tokenizer(path, model))
+        stops = self.text.stop_token_ids if self.text else eos_without_tokenizer(path, model)
+        self.facts = self.ready.facts(stops, takes_priorities=config.takes_priorities)
         if self.text is not None:
             self.text.tokenizer.limit_length(self.ready.plan.max_model_len)
 

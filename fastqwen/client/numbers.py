@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from fastqwen.engine.core import EngineStats
-from fastqwen.outputs import Counter, Gauge, Metric
+from itertools import accumulate
+
+from fastqwen.engine.core import STEP_BOUNDS_TOKENS, EngineStats
+from fastqwen.outputs import Counter, Gauge, Histogram, Metric
 
 
-def metrics_of(stats: EngineStats, labels: dict[str, str]) -> list[Metric]:
+def metrics_of(stats: EngineStats, labels: dict[str, str]) -> list[Metric | Histogram]:
     """Under vLLM's names."""
     gauges = {
         "num_requests_running": stats.num_running,
@@ -19,5 +21,9 @@ def metrics_of(stats: EngineStats, labels: dict[str, str]) -> list[Metric]:
         "prefix_cache_hits": stats.prefix_hits_tokens,
         "corrupted_requests": stats.num_corrupted,
     }
-    found: list[Metric] = [Gauge(f"vllm:{name}", value, dict(labels)) for name, value in gauges.items()]
-    return found + [Counter(f"vllm:{name}", value, dict(labels)) for name, value in counters.items()]
+    found: list[Metric | Histogram] = [Gauge(f"vllm:{name}", value, dict(labels)) for name, value in gauges.items()]
+    found += [Counter(f"vllm:{name}", value, dict(labels)) for name, value in counters.items()]
+    counts = accumulate(stats.steps_by_tokens)
+    buckets = dict(zip([*map(str, map(float, STEP_BOUNDS_TOKENS)), "+Inf"], counts, strict=False))
+    name = "vllm:iteration_tokens_total"
+    return [*found, Histogram(name, stats.num_steps, stats.num_step_tokens, buckets, dict(labels))]

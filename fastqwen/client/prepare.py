@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Literal
 
 import msgspec
 
 from fastqwen.errors import BadRequest
 from fastqwen.model_config import ModelConfig
-from fastqwen.records import ALL, EngineRequest, Grammar, Sampling, SamplingParams
+from fastqwen.records import ALL, EngineRequest, Grammar, PoolingTask, Sampling, SamplingParams
 from fastqwen.text.tokenizer import Tokenizer
+
+Side = Literal["left", "right"]
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -19,13 +22,26 @@ class ModelFacts(msgspec.Struct, frozen=True):
     model: ModelConfig
     max_model_len: int
     stop_token_ids: list[int]
+    takes_priorities: bool = True  # False: the operator wants all requests in the order in which they came
 
 
 def check_prompt(token_ids: list[int], facts: ModelFacts) -> None:
     """Raises BadRequest for a prompt that is empty, too long, or has ids outside the vocabulary."""
+    if facts.model.classifier is not None:
+        raise BadRequest("this checkpoint classifies texts (/classify) and has no output head to write any with")
     if not facts.model.has_head:
         raise BadRequest("this checkpoint holds no output head: it makes embeddings (/v1/embeddings), but no text")
     _check_ids(token_ids, facts, "prompt", "the prompt", room=facts.max_model_len - 1)
+
+
+def check_priority(priority: int, facts: ModelFacts) -> None:
+    """Raises BadRequest."""
+    if priority and not facts.takes_priorities:
+        raise BadRequest(
+            f"priority is {priority}, but requests run in the order in which they come (--scheduling-policy fcfs): leave it "
+            "out",
+            "priority",
+        )
 
 
 def _check_ids(token_ids: list[int], facts: ModelFacts, field: str, name: str, *, room: int) -> None:
@@ -59,14 +75,28 @@ def check_sampling(sampling: SamplingParams, facts: ModelFacts) -> None:
                 )
 
 
-def truncated(token_ids: list[int], wanted: int | None, facts: ModelFacts, *, answers: bool = True) -> list[int]:
-    """The last ``wanted`` tokens; ALL: as many as the context takes, and one for an answer if one ``answers``. Raises BadRequest
-    for none."""
+def truncated(
+    token_ids: list[int],
+    wanted: int | None,
+    facts: ModelFacts,
+    *,
+    answers: bool = True,
+    side: Side = "left",
+    spare: int = 0,
+) -> list[int]:
+    """At most ``wanted`` tokens, cut at ``side``; ALL: as many as the context takes, and one for an answer if one ``answers``.
+    ``spare`` of them are for what comes behind. Raises BadRequest for none."""
     if wanted is None:
         return token_ids
     if wanted == 0:
         raise BadRequest("truncate_prompt_tokens is 0, which leaves nothing", "truncate_prompt_tokens")
-    return token_ids[-(facts.max_model_len - answers if wanted == ALL else wanted) :]
+    if wanted > facts.max_model_len:
+        raise BadRequest(
+            f"truncate_prompt_tokens is {wanted}, but the model's context is {facts.max_model_len} tokens",
+            "truncate_prompt_tokens",
+        )
+    room = max(0, (facts.max_model_len - answers if wanted == ALL else wanted) - spare)
+    return token_ids[:room] if side == "right" else token_ids[max(0, len(token_ids) - room) :]
 
 
 def _for_engine(sampling: SamplingParams, facts: ModelFacts, tokenizer: Tokenizer | None) -> Sampling:
@@ -111,6 +141,7 @@ def prepare(
     that it can be replayed. ``grammar`` has been checked; ``tokenizer`` is for bad_words. Raises BadRequest.
     """
     check_prompt(token_ids, facts)
+    check_priority(priority, facts)
     check_sampling(sampling, facts)
     if grammar is not None and (sampling.ignore_eos or sampling.min_tokens):
         field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
@@ -139,16 +170,30 @@ def prepare(
     ]
 
 
-def prepare_embedding(
+def check_task(task: PoolingTask, facts: ModelFacts) -> None:
+    """Raises BadRequest for what the model has no head for."""
+    classifier = facts.model.classifier
+    if task == "classify" and classifier is None:
+        raise BadRequest("this model has no classification head: it makes embeddings (/v1/embeddings)", "task")
+    if task == "embed" and classifier is not None:
+        raise BadRequest(
+            "this model has a classification head: it classifies (/classify), it makes no embeddings", "task"
+        )
+
+
+def prepare_pooling(
     request_id: str,
     token_ids: list[int],
     facts: ModelFacts,
     *,
+    task: PoolingTask = "embed",
     field: str,
     priority: int = 0,
     cache_salt: str = "",
 ) -> EngineRequest:
-    """The engine request for one text's vector. ``field`` is what an error names. Raises BadRequest."""
+    """The engine request for one text's vector, or its labels' numbers. ``field`` is what an error names. Raises BadRequest."""
+    check_task(task, facts)
+    check_priority(priority, facts)
     _check_ids(token_ids, facts, field, field, room=facts.max_model_len)
     return EngineRequest(
         request_id=request_id,

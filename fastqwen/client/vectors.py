@@ -1,19 +1,35 @@
-"""An engine's vector for the caller: cut to fewer dimensions if asked for, and always of length 1."""
+"""What an engine makes of a text that pools, for the caller: a vector of length 1, or probabilities of labels."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastqwen.model_config import Activation
 from fastqwen.records import RequestDelta
 
 
-def vector_of(delta: RequestDelta, dimensions: int | None = None) -> NDArray[np.float32]:
-    """The first ``dimensions`` of a request's vector, as models trained for it (Matryoshka) are used."""
+def numbers_of(delta: RequestDelta) -> NDArray[np.float32]:
+    """As the model makes them: [hidden size], or [labels]."""
     assert delta.embedding is not None
-    vector = np.frombuffer(delta.embedding, dtype="<f4")
-    if dimensions is None or dimensions >= len(vector):
+    return np.frombuffer(delta.embedding, dtype="<f4")
+
+
+def vector_of(delta: RequestDelta, dimensions: int | None = None, *, normalize: bool = True) -> NDArray[np.float32]:
+    """The first ``dimensions`` of a request's vector, as models trained for it (Matryoshka) are used."""
+    vector = numbers_of(delta)[:dimensions]
+    if not normalize:
         return vector
-    part = vector[:dimensions]
-    length = float(np.sqrt(np.square(part, dtype=np.float64).sum()))
-    return (part / max(length, 1e-12)).astype(np.float32)
+    length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+    return (vector / max(length, 1e-12)).astype(np.float32)
+
+
+def activated(numbers: NDArray[np.float32], activation: Activation) -> NDArray[np.float64]:
+    """A label's number each as probabilities: of one label among all, or of each on its own."""
+    exact = numbers.astype(np.float64)
+    if activation == "softmax":
+        weights = np.exp(exact - exact.max())
+        return np.asarray(weights / weights.sum())
+    if activation == "sigmoid":
+        return np.asarray(0.5 * (1.0 + np.tanh(0.5 * exact)))  # which cannot overflow
+    return exact

@@ -29,16 +29,19 @@ from fastqwen.logs import configure_logging
 from fastqwen.server.answer.state import MAX_RECENT_ERRORS
 from fastqwen.server.app import MANY_NUMBERS, PROMPTS_OF_IDS
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.classify import ClassifyRequest
+from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
-from fastqwen.server.dialects.responses import ResponsesRequest
+from fastqwen.server.dialects.pooling import PoolingRequest
+from fastqwen.server.dialects.responses_request import ResponsesRequest
 from fastqwen.server.dialects.schema import (
     Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    EmbeddingRequest,
     TokenizeRequest,
 )
+from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from fastqwen.server.http import docs_page, errors, openapi
 from fastqwen.server.http.body import read_body
 from fastqwen.server.http.exposure import check_exposure
@@ -58,6 +61,11 @@ POSTED: dict[str, type[Body]] = {
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountRequest,
     "/v1/embeddings": EmbeddingRequest,
+    "/v2/embed": CohereEmbedRequest,
+    "/v1/score": ScoreRequest,
+    "/v1/rerank": RerankRequest,
+    "/classify": ClassifyRequest,
+    "/pooling": PoolingRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

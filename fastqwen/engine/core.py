@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 
 import msgspec
@@ -12,6 +13,7 @@ from fastqwen.engine.scheduler import Scheduler
 from fastqwen.records import EngineRequest, RequestDelta, ScheduledBatch
 
 ASIDE_S = 0.001
+STEP_BOUNDS_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # as vLLM counts them
 
 
 class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
@@ -26,6 +28,8 @@ class EngineStats(msgspec.Struct, kw_only=True, frozen=True):
     prefix_hits_tokens: int = 0
     num_steps: int = 0
     num_corrupted: int = 0
+    num_step_tokens: int = 0  # of all steps
+    steps_by_tokens: list[int] = []  # how many steps had at most so many tokens, by STEP_BOUNDS_TOKENS; last: more
 
 
 class EngineCore:
@@ -36,6 +40,8 @@ class EngineCore:
         self._aborted: list[RequestDelta] = []
         self.num_steps = 0
         self.num_corrupted = 0
+        self._num_step_tokens = 0
+        self._steps_by_tokens = [0] * (len(STEP_BOUNDS_TOKENS) + 1)
 
     @property
     def has_work(self) -> bool:
@@ -64,6 +70,8 @@ class EngineCore:
             batch, handle = self._in_flight.popleft()
             output = handle.result()
             self.num_steps += 1
+            self._num_step_tokens += batch.num_tokens
+            self._steps_by_tokens[bisect_left(STEP_BOUNDS_TOKENS, batch.num_tokens)] += 1
             self.num_corrupted += sum(row.error is not None for row in output.rows)
             deltas += self.scheduler.commit(batch, output)
         elif not self.scheduler.has_work:
@@ -84,4 +92,6 @@ class EngineCore:
             prefix_hits_tokens=scheduler.num_prefix_hits,
             num_steps=self.num_steps,
             num_corrupted=self.num_corrupted,
+            num_step_tokens=self._num_step_tokens,
+            steps_by_tokens=list(self._steps_by_tokens),
         )

@@ -71,6 +71,7 @@ class Decoder:
     norm: Norm
     head: Linear
     has_head: bool = True  # False: the checkpoint has none, and the embedding stands in its place
+    classifier: Tensor | None = None  # float32 [labels, hidden], on the host
 
     def make_states(self, room: StateRoom) -> list[LayerState]:
         """What the layers keep between steps, one of each."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from fastqwen.classifier_config import CLASSIFIER, classifier_of
 from fastqwen.config_keys import account
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.hybrid_config import text_part
@@ -53,11 +54,14 @@ def parse_config(
     except Unsupported as error:
         raise Unsupported(f"{source}: {error}") from None
     architectures = values.get("architectures")
-    heads = TEXT_HEADS + (WRAPPER,) * bool(module.NAMES.other_prefixes)
+    heads = (*TEXT_HEADS, CLASSIFIER) + (WRAPPER,) * bool(module.NAMES.other_prefixes)
     if isinstance(architectures, list) and architectures and not any(_reads_text(one, heads) for one in architectures):
-        raise Unsupported(f"{source}: architecture {short(architectures[0])} is not one that continues or embeds texts")
+        raise Unsupported(
+            f"{source}: architecture {short(architectures[0])} is not one that continues, embeds or classifies texts"
+        )
     fields = Fields(values, source)
     config: ModelConfig = module.parse(fields)
+    config = msgspec.structs.replace(config, classifier=classifier_of(fields))
     if not _fits(architectures, config.model_type):
         fields.tell(f"architectures is {short(architectures)}, model_type is {model_type}; {model_type} counts")
     return msgspec.structs.replace(config, notices=(*fields.notices, *account(fields, config)))

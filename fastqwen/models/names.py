@@ -11,6 +11,7 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
     embed: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    classifier: str = "score"
     other_prefixes: tuple[str, ...] = ()  # of models with a vision part, in place of ``model.``
     layer: str = "model.layers.{layer}."  # prefix of all that follow
     attention_norm: str = "input_layernorm"
@@ -72,7 +73,7 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, **tops)
 
 
-NOT_OF_LAYER = ("embed", "final_norm", "head", "layer", "other_prefixes")
+NOT_OF_LAYER = ("embed", "final_norm", "head", "classifier", "layer", "other_prefixes")
 
 HYBRID_NAMES = Names(
     other_prefixes=("model.language_model.", "language_model.model."),

@@ -67,10 +67,13 @@ def matrices(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
 
 
 def tables(model: ModelConfig, num_gpus: int = 1) -> Iterator[Matrix]:
-    """The embedding, of which a step reads a row a token, and the head, unless it is the same tensor."""
+    """The embedding, of which a step reads a row a token, and the head, unless it is the same tensor; or a classifier."""
     rows = even_size(model.vocab_size, num_gpus, VOCAB_UNIT)
     head_packed = bool((model.quantization or {}).get("lm_head"))
-    if model.tie_word_embeddings:
+    if model.classifier is not None:
+        yield Matrix(1, model.hidden_size, rows, packed=False, read_share=0.0)
+        yield Matrix(1, model.hidden_size, len(model.classifier.labels), packed=False)
+    elif model.tie_word_embeddings:
         yield Matrix(1, model.hidden_size, rows, packed=False)
     else:
         yield Matrix(1, model.hidden_size, rows, packed=False, read_share=0.0)

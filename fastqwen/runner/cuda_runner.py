@@ -124,7 +124,7 @@ class CudaRunner(ModelRunner):
                 tokens = self._choose_again(logits, extras)
         vectors = last_vectors(self._decoder, rows, hidden)
         pending = self._pending(batch, tokens, extras)
-        return pending if vectors is None else PooledStep(pending, rows, vectors)
+        return pending if vectors is None else PooledStep(pending, rows, vectors, self._decoder.classifier)
 
     def _take_last_step(self, structured: Constraints) -> None:
         """A grammar must see a row's last token before it allows the next one: such rows cannot run ahead."""

@@ -89,7 +89,7 @@ class ModelRunner:
         done = FinishedStep(self._finish(batch, hidden))
         vectors = last_vectors(self._decoder, batch.rows, hidden)
         self._check_weights()
-        return done if vectors is None else PooledStep(done, batch.rows, vectors)
+        return done if vectors is None else PooledStep(done, batch.rows, vectors, self._decoder.classifier)
 
     def _finish(self, batch: ScheduledBatch, hidden: Tensor) -> StepOutput:
         """Sample, and look for rows that failed: hidden [tokens, hidden], row after row"""

@@ -1,4 +1,4 @@
-"""Rows that end in a vector: the last token's hidden state after the final norm, brought to length 1."""
+"""Rows that end in a vector: the last token's hidden state after the final norm, or a number for each of a classifier's labels."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ def last_vectors(decoder: Decoder, rows: list[Row], hidden: Tensor | None) -> Te
 class PooledStep:
     """A step some of whose rows pool. Once the step's own result is there, so are the vectors launched before it."""
 
-    def __init__(self, step: StepHandle, rows: list[Row], vectors: Tensor) -> None:
+    def __init__(self, step: StepHandle, rows: list[Row], vectors: Tensor, classifier: Tensor | None = None) -> None:
+        """``classifier`` float32 [labels, hidden size], on the host."""
         self._step = step
         self._rows = rows
         self._vectors = vectors
+        self._classifier = None if classifier is None else classifier.double().numpy()
 
     @property
     def late(self) -> Sequence[str]:
@@ -46,17 +48,17 @@ class PooledStep:
         output = self._step.result()
         vectors = iter(self._vectors.numpy())
         rows = [
-            _with_vector(found, next(vectors)) if row.pools else found
+            _with_vector(found, next(vectors), self._classifier) if row.pools else found
             for row, found in zip(self._rows, output.rows, strict=True)
         ]
         return StepOutput(step_id=output.step_id, rows=rows)
 
 
-def _with_vector(row: SampledRow, vector: np.ndarray) -> SampledRow:
+def _with_vector(row: SampledRow, vector: np.ndarray, classifier: np.ndarray | None) -> SampledRow:
     if row.error is not None:
         return row
-    # One vector at a time, so that its bits depend on nothing else in the batch.
-    length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
-    if not np.isfinite(length):
+    if classifier is not None:  # one vector at a time, so that its bits depend on nothing else in the batch
+        vector = classifier @ vector
+    if not np.isfinite(vector).all():
         return msgspec.structs.replace(row, error=NOT_FINITE)
-    return msgspec.structs.replace(row, embedding=(vector / max(length, 1e-12)).astype("<f4").tobytes())
+    return msgspec.structs.replace(row, embedding=vector.astype("<f4").tobytes())

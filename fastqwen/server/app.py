@@ -12,16 +12,18 @@ from starlette.types import ASGIApp
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.checking import read_as
+from fastqwen.server.dialects.classify import ClassifyRequest, classify
 from fastqwen.server.dialects.completions import Completion
-from fastqwen.server.dialects.embeddings import Embeddings
+from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest, cohere_embed, embed
 from fastqwen.server.dialects.messages import CountRequest, Messages, MessagesRequest, count_tokens
-from fastqwen.server.dialects.responses import Responses, ResponsesRequest
+from fastqwen.server.dialects.pooling import PoolingRequest, pool
+from fastqwen.server.dialects.responses import Responses
+from fastqwen.server.dialects.responses_request import ResponsesRequest
 from fastqwen.server.dialects.schema import (
     Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    EmbeddingRequest,
     TokenizeRequest,
 )
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest, rerank, score
@@ -110,26 +112,23 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
 
         add_post(path, name, kind, answer)
 
-    async def embed(request: Request, body: EmbeddingRequest) -> Response:
-        work = Embeddings(state, body)
-        await work.prepare()
-        return await _whole(request, work.response())
+    def add_whole(path: str, name: str, kind: type[B], make: Callable[[ServerState, Any], Any]) -> None:
+        async def answer(request: Request, body: B) -> Response:
+            return await _whole(request, make(state, body))
+
+        add_post(path, name, kind, answer)
 
     add_work("/v1/chat/completions", "chat_completions", ChatRequest, Chat)
     add_work("/v1/completions", "completions", CompletionRequest, Completion)
     add_work("/v1/responses", "responses", ResponsesRequest, Responses, done=b"")
     add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"")
     add_post("/v1/messages/count_tokens", "counted", CountRequest, lambda _, body: count_tokens(state, body))
-    add_post("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
-
-    async def scored(request: Request, body: ScoreRequest) -> Response:
-        return await _whole(request, score(state, body))
-
-    async def reranked(request: Request, body: RerankRequest) -> Response:
-        return await _whole(request, rerank(state, body))
-
-    add_post("/v1/score", "score", ScoreRequest, scored)
-    add_post("/v1/rerank", "rerank", RerankRequest, reranked)
+    add_whole("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
+    add_whole("/v2/embed", "cohere_embed", CohereEmbedRequest, cohere_embed)
+    add_whole("/v1/score", "score", ScoreRequest, score)
+    add_whole("/v1/rerank", "rerank", RerankRequest, rerank)
+    add_whole("/classify", "classify", ClassifyRequest, classify)
+    add_whole("/pooling", "pooling", PoolingRequest, pool)
     add_post("/tokenize", "tokenize", TokenizeRequest, lambda _, body: tokenize(state, body))
     add_post("/detokenize", "detokenize", DetokenizeRequest, lambda _, body: detokenize(state, body))
 

@@ -109,7 +109,7 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
         option('Switches of the chat template where a request does not set them, such as {"enable_thinking": false}.'),
     ] = None
     enable_force_include_usage: Annotated[
-        bool, option("End every stream with its usage, whether or not it was asked for.")
+        bool, option("Tell usage in every chunk of every stream and at its end, whether or not it was asked for.")
     ] = False
     strict_fields: Annotated[
         bool,

@@ -14,12 +14,14 @@ from fastqwen.version import __version__
 _HOME = {
     "fastqwen.llm": ("LLM",),
     "fastqwen.outputs": (
-        "BeamSearchOutput", "BeamSearchSequence", "CompletionOutput", "EmbeddingOutput", "EmbeddingRequestOutput",
+        "BeamSearchOutput", "BeamSearchSequence", "ClassificationOutput", "ClassificationRequestOutput",
+        "CompletionOutput", "EmbeddingOutput", "EmbeddingRequestOutput", "PoolingOutput", "PoolingRequestOutput",
         "RequestOutput", "ScoringOutput", "ScoringRequestOutput",
     ),
     "fastqwen.records": ("PoolingParams",),
     "fastqwen.vllm.arguments": ("AsyncEngineArgs", "EngineArgs"),
     "fastqwen.vllm.async_llm": ("AsyncLLM", "AsyncLLMEngine"),
+    "fastqwen.vllm.llm_engine": ("LLMEngine",),
     "fastqwen.vllm.inputs": ("PromptType", "TextPrompt", "TokensPrompt"),
     "fastqwen.vllm.sampling_params": ("BeamSearchParams", "RequestOutputKind", "SamplingParams", "StructuredOutputsParams"),
 }  # fmt: skip

@@ -25,10 +25,18 @@ ADVICE = {
     "repetition_detection": "use repetition_penalty or frequency_penalty",
     "logprob_token_ids": "ask for logprobs=-1, which holds all tokens",
     "use_beam_search": "call LLM.beam_search",
+    "watermarking": "no answer carries a mark",
+    "prompt_logprob_token_ids": "ask for prompt_logprobs=-1, which holds all tokens",
+    "prompt_logprob_start": "ask for all prompt_logprobs and leave the first ones out",
+    "skip_reading_prefix_cache": "give the prompt a cache_salt of its own",
+    "trace_decode_token_ids": "answers are computed, not replayed",
+    "routed_experts_prompt_start": "routed experts are not given",
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 0, 1), "logits_processors": (None, []), "spaces_between_special_tokens": (True, None),
     "flat_logprobs": (False, None), "extra_args": (None, {}), "thinking_token_budget": (None, -1),
+    "watermarking": (None, False), "prompt_logprob_token_ids": (None, []), "prompt_logprob_start": (None, 0),
+    "skip_reading_prefix_cache": (None, False), "trace_decode_token_ids": (None, []), "routed_experts_prompt_start": (0,),
     "repetition_detection": (None,), "logprob_token_ids": (None, []), "use_beam_search": (False, None),
 }  # fmt: skip
 
@@ -63,21 +71,53 @@ class StructuredOutputsParams(StructuredOutputs, frozen=True, kw_only=True, omit
         StructuredOutputs(**{name: getattr(self, name) for name in StructuredOutputs.__struct_fields__})
 
 
-class SamplingParams(records.SamplingParams, kw_only=True, omit_defaults=True):
+# As vLLM 0.33 declares its fields, so that they may be given by position.
+ORDER = (
+    "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "watermarking", "top_p", "top_k", "min_p",
+    "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
+    "prompt_logprob_token_ids", "prompt_logprob_start", "logprob_token_ids", "flat_logprobs", "detokenize",
+    "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "stream_interval",
+    "skip_clone",
+)  # fmt: skip
+
+
+class _InOrder(msgspec.StructMeta):
+    """A class whose fields are declared in another order than they are given in."""
+
+    def __call__(cls, *given: Any, **named: Any) -> Any:
+        if len(given) > len(ORDER):
+            raise TypeError(
+                f"SamplingParams takes {len(ORDER)} values by position, {len(given)} are given: name the others"
+            )
+        twice = sorted(set(ORDER[: len(given)]) & named.keys())
+        if twice:
+            raise TypeError(f"SamplingParams got several values for {twice[0]}")
+        return super().__call__(**dict(zip(ORDER, given, strict=False)), **named)
+
+
+class SamplingParams(records.SamplingParams, kw_only=True, omit_defaults=True, metaclass=_InOrder):
     """fastqwen's own, and vLLM's further fields. Raises BadRequest where one of them would change the answer."""
 
-    best_of: int | None = None
-    logits_processors: list[Any] | None = None
-    spaces_between_special_tokens: bool | None = True
+    watermarking: bool | None = None
+    prompt_logprob_token_ids: list[int] | None = None
+    prompt_logprob_start: int | None = None
+    logprob_token_ids: list[int] | None = None
     flat_logprobs: bool | None = False
+    spaces_between_special_tokens: bool | None = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    stream_interval: int | None = None  # each output is given as it comes, which holds all of them
+    skip_clone: bool = False  # whether vLLM may keep the caller's own object: here it is only read
     extra_args: dict[str, Any] | None = None
+    skip_reading_prefix_cache: bool | None = None
     thinking_token_budget: int | None = None
     repetition_detection: Any = None
-    logprob_token_ids: list[int] | None = None
+    routed_experts_prompt_start: int = 0
+    trace_decode_token_ids: list[int] | None = None
+    # Of older releases.
+    best_of: int | None = None
+    logits_processors: list[Any] | None = None
     use_beam_search: bool | None = False
-    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     guided_decoding: Any = None
-    skip_clone: bool = False  # whether vLLM may keep the caller's own object: here it is only read
 
     def __post_init__(self) -> None:
         for name, values in NEUTRAL.items():

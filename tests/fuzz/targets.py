@@ -25,7 +25,7 @@ from fastqwen.records import RequestDelta, SamplingParams
 from fastqwen.server.answer.response_store import ResponseStore
 from fastqwen.server.dialects.conversation import for_template
 from fastqwen.server.dialects.messages import MessagesRequest
-from fastqwen.server.dialects.responses import ResponsesRequest
+from fastqwen.server.dialects.responses_request import ResponsesRequest
 from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, TokenizeRequest, parse
 from fastqwen.terminal.batch import read_requests
 from fastqwen.text import strict_json

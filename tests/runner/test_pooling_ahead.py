@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 from fastqwen import LLM, SamplingParams
-from fastqwen.client.prepare import prepare, prepare_embedding
+from fastqwen.client.prepare import prepare, prepare_pooling
 from fastqwen.client.vectors import vector_of
 from fastqwen.kernels.triton.ops import TritonOps
 from fastqwen.runner import cuda_runner, start
@@ -52,7 +52,7 @@ def test_vectors_and_tokens_in_the_same_steps(on_cpu: None, tmp_path: Path, opti
     [wanted] = llm.generate([prompt(9)], GREEDY)
     for _ in range(2):  # the second time only one token of the 17 and the 33 is left to compute
         requests = prepare("answer", prompt(9), GREEDY, llm.facts, seeds=random.Random(0))
-        requests += [prepare_embedding(str(index), text, llm.facts, field="x") for index, text in enumerate(TEXTS)]
+        requests += [prepare_pooling(str(index), text, llm.facts, field="x") for index, text in enumerate(TEXTS)]
         tokens: list[int] = []
         vectors = {}
         with llm.engine.stream(requests) as stream:

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import llguidance
+import msgspec
 import numpy as np
 import torch
 
@@ -25,7 +26,7 @@ from fastqwen.engine.core import EngineCore
 from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
 from fastqwen.engine.snapshots import SnapshotPool
-from fastqwen.model_config import ModelConfig, RopeConfig
+from fastqwen.model_config import Classifier, ModelConfig, RopeConfig
 from fastqwen.plan import EnginePlan
 from fastqwen.records import Failure, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.choices import choices_of
@@ -122,7 +123,7 @@ class Speaker:
             scored = [self._logprobs(tokens[i + 1], admission.sampling.prompt_logprobs) for i in range(row.start, last)]
         if row.pools:
             numbers = np.array([hash((tuple(tokens), place)) % 997 - 498 for place in range(8)], dtype=np.float32)
-            return SampledRow(request_id=row.request_id, embedding=(numbers / np.linalg.norm(numbers)).tobytes())
+            return SampledRow(request_id=row.request_id, embedding=numbers.tobytes())
         if not row.num_logits:
             return SampledRow(request_id=row.request_id, prompt_logprobs=scored)
         logits = self._logits(admission, tokens)
@@ -313,3 +314,14 @@ def chat(content: str = "hi", **more: Any) -> dict[str, Any]:
 
 
 TESTS = Path(__file__).parents[1]
+
+
+def classifying(state: Any = None, labels: int = 8) -> Any:
+    """A state whose engine says that it has a head; the numbers are the mock's."""
+    state = make_state() if state is None else state
+    ready = state.engine.ready
+    model = msgspec.structs.replace(
+        ready.model, has_head=False, classifier=Classifier(tuple(f"L{index}" for index in range(labels)), "softmax")
+    )
+    state.engine.ready = msgspec.structs.replace(ready, model=model)
+    return state

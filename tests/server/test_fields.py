@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 
+from fastqwen.server.dialects.classify import ClassifyRequest
+from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
-from fastqwen.server.dialects.responses import ResponsesRequest
+from fastqwen.server.dialects.pooling import PoolingRequest
+from fastqwen.server.dialects.responses_request import ResponsesRequest
 from fastqwen.server.dialects.schema import (
     WITHOUT_EFFECT,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    EmbeddingRequest,
     TokenizeRequest,
 )
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
-from tests.server.harness import QWEN3, ask, get, make_state
+from tests.server.harness import QWEN3, ask, classifying, get, make_state
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 CALL = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
@@ -66,6 +68,7 @@ SAMPLING: dict[str, tuple[Any, dict[str, Any], str]] = {
     "return_token_ids": (True, {}, "Hello"),
     "return_tokens_as_token_ids": (True, {"logprobs": True}, "Hello"),
     "request_id": ("mine", {}, "Hello"),
+    "truncation_side": ("right", {"truncate_prompt_tokens": 1}, "Hello"),
     **{
         name: ({"a": "b"} if name == "metadata" else name in ("store",) or "x", {}, "Hello")
         for name in sorted(WITHOUT_EFFECT)
@@ -90,6 +93,7 @@ CHAT = {
     "include_reasoning": (False, {}, "<think>Hm</think>Hello"),
     "loop_recovery": (False, {"max_tokens": 900}, "<think>" + "abc" * 300),
     "echo": (True, {"messages": BEGUN, "continue_final_message": True}, "Hello"),
+    "return_prompt_text": (True, {}, "Hello"),
     # Refused: templates of requests are not trusted, and this model's has no place for documents.
     "chat_template": ("x", {}, "Hello"),
     "documents": ([{"text": "x"}], {}, "Hello"),
@@ -104,15 +108,41 @@ COMPLETIONS = {
     "add_special_tokens": (False, {}, "Hello"),
     "return_tokens_as_token_ids": (True, {"logprobs": 1}, "Hello"),
 }
-EMBEDDINGS = {
+MINE = {"input": None, "messages": [{"role": "user", "content": "hi"}]}
+POOLED = {
     "input": ("other", {}, ""),
-    "encoding_format": ("base64", {}, ""),
-    "dimensions": (3, {}, ""),
+    "messages": ([{"role": "user", "content": "hi"}], {"input": None}, ""),
+    "add_generation_prompt": (True, MINE, ""),
+    "continue_final_message": (True, {"input": None, "messages": BEGUN}, ""),
+    "chat_template": ("x", MINE, ""),
+    "chat_template_kwargs": ({"extra": "x"}, MINE, ""),
     "truncate_prompt_tokens": (1, {}, ""),
+    "truncation_side": ("right", {"truncate_prompt_tokens": 1}, ""),
     "add_special_tokens": (False, {}, ""),
+    "use_activation": (False, {}, ""),
     "priority": (-3, {}, ""),
     "cache_salt": ("x", {}, ""),
+    "request_id": ("mine", {}, ""),
     "user": ("x", {}, ""),
+}
+EMBEDDINGS = {
+    **POOLED,
+    "encoding_format": ("base64", {}, ""),
+    "embed_dtype": ("float16", {"encoding_format": "base64"}, ""),
+    "endianness": ("big", {"encoding_format": "base64"}, ""),
+    "dimensions": (3, {}, ""),
+    "normalize": (False, {}, ""),
+}
+COHERE_EMBED = {
+    "texts": (["other"], {}, ""),
+    "inputs": ([{"content": [{"type": "text", "text": "hi"}]}], {"texts": None}, ""),
+    "images": (["data:"], {}, ""),
+    "input_type": ("search_query", {}, ""),
+    "output_dimension": (3, {}, ""),
+    "embedding_types": (["base64"], {}, ""),
+    "truncate": ("START", {"max_tokens": 1}, ""),
+    "max_tokens": (1, {}, ""),
+    "priority": (-3, {}, ""),
 }
 FUNCTION = {"type": "function", **TOOL["function"]}
 RESPONSES = {
@@ -135,7 +165,12 @@ RESPONSES = {
     "store": (False, {}, "Hello"),
     "truncation": ("auto", {}, "Hello"),
     # Refused by name, as they need a server with a longer memory.
+    **{name: SAMPLING[name] for name in ("logit_bias", "stop_token_ids", "ignore_eos", "include_stop_str_in_output")},
+    **{name: SAMPLING[name] for name in ("skip_special_tokens", "structured_outputs", "priority", "cache_salt")},
+    "include_reasoning": (False, {}, "<think>Hm</think>Hello"),
+    "request_id": ("is-mine", {}, "Hello"),
     "background": (True, {}, "Hello"),
+    "previous_input_messages": ([{"role": "user", "content": "a"}], {}, "Hello"),
     "prompt": ({"id": "x"}, {}, "Hello"),
     **dict.fromkeys(("previous_response_id", "conversation"), ("x", {}, "Hello")),
 }
@@ -159,6 +194,7 @@ MESSAGES = {
     "top_k": (3, {}, "Hello"),
     "metadata": ({"user_id": "b"}, {}, "Hello"),
     "service_tier": ("auto", {}, "Hello"),
+    "cache_salt": ("x", {}, "Hello"),
     "output_format": ({"type": "json_schema", "schema": {"type": "object"}}, {}, "Hello"),
 }
 TOKENIZE = {
@@ -174,7 +210,13 @@ TOKENIZE = {
 }
 SCORES = {
     "instruction": ("Judge.", {}, ""),
+    "chat_template_kwargs": ({"extra": "x"}, {}, ""),
     "truncate_prompt_tokens": (3, {}, ""),
+    "truncation_side": ("right", {"truncate_prompt_tokens": 1}, ""),
+    "max_tokens_per_query": (1, {}, ""),
+    "max_tokens_per_doc": (1, {}, ""),
+    "use_activation": (False, {}, ""),
+    "request_id": ("mine", {}, ""),
     "priority": (-3, {}, ""),
     "cache_salt": ("x", {}, ""),
     "user": ("x", {}, ""),
@@ -185,16 +227,21 @@ RERANK = {
     "query": ("other", {}, ""),
     "documents": (["other"], {}, ""),
     "top_n": (1, {}, ""),
-    "max_tokens_per_doc": (1, {}, ""),
     "return_documents": (False, {}, ""),
 }
 USER = [{"role": "user", "content": "hi"}]
 # The only value that is accepted is what happens anyhow.
-ONE_VALUE = {route: {"cache_control"} for route in ("/v1/messages", "/v1/messages/count_tokens")}
+ONE_VALUE = {
+    **{route: {"cache_control"} for route in ("/v1/messages", "/v1/messages/count_tokens")},
+    **{route: {"padding"} for route in ("/v1/embeddings", "/classify", "/pooling")},
+}
 ROUTES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "/v1/chat/completions": (ChatRequest, CHAT, {"messages": USER, "max_tokens": 60}),
     "/v1/completions": (CompletionRequest, COMPLETIONS, {"prompt": "hi", "max_tokens": 60}),
     "/v1/embeddings": (EmbeddingRequest, EMBEDDINGS, {"input": "hi"}),
+    "/classify": (ClassifyRequest, POOLED, {"input": "hi"}),
+    "/pooling": (PoolingRequest, {**EMBEDDINGS, "task": ("classify", {}, "")}, {"input": "hi"}),
+    "/v2/embed": (CohereEmbedRequest, COHERE_EMBED, {"texts": ["hi"]}),
     "/v1/score": (ScoreRequest, SCORE, {"text_1": "hi", "text_2": ["you", "them"]}),
     "/v1/rerank": (RerankRequest, RERANK, {"query": "hi", "documents": ["you", "them"]}),
     "/v1/responses": (ResponsesRequest, RESPONSES, {"input": "hi"}),
@@ -224,6 +271,8 @@ def outcome(route: str, body: dict[str, Any], said: str) -> Any:
         return "A" if "Considering" in prompt else said
 
     state = make_state(script, template=SWITCH)
+    if route == "/classify":
+        classifying(state)
     asked: list[Any] = []
     run = state.workers.run
 
@@ -259,8 +308,8 @@ def test_each_field_has_an_effect(route: str, name: str):
     value, rest, said = table[name]
     body = {key: item for key, item in {**base, **rest}.items() if item is not None}
     if name == "max_completion_tokens" or (name == "max_tokens" and route != "/v1/messages"):
-        del body["max_tokens"]
-    if name == "messages" and route == "/tokenize":
+        body.pop("max_tokens", None)
+    if name in ("messages", "inputs") and base.keys() & rest.keys():  # in the place of what the others have
         without: Any = ("refused", "prompt")
     else:
         without = outcome(route, body, said)
@@ -280,7 +329,8 @@ def test_a_name_decides_only_where_names_are_strict():
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_unknown_field_is_told_or_where_fields_are_strict_refused_by_name(route: str):
     body = {**ROUTES[route][2], "no_such_field": 1}
-    assert "no_such_field" in ask(make_state(), route, body).json()["warnings"][0]
+    state = classifying() if route == "/classify" else make_state()
+    assert "no_such_field" in ask(state, route, body).json()["warnings"][0]
     refused = ask(make_state(strict_fields=True), route, body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "no_such_field")
 

@@ -9,7 +9,7 @@ import re
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.harness import TESTS, client_of, make_state
+from tests.server.harness import TESTS, ask, client_of, get, make_state
 
 BOARD = json.loads((TESTS.parent / "docs/grafana/fastqwen.json").read_text())
 EXPRESSIONS = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
@@ -60,3 +60,24 @@ def test_one_request_is_counted_once():
     assert found["vllm:inter_token_latency_seconds_count", ""] == 3
     assert found["vllm:request_generation_tokens_bucket", "8.0"] == 1
     assert found["vllm:request_generation_tokens_bucket", "1.0"] == 0
+
+
+def test_what_vllms_boards_read_of_the_engine_is_there():
+    """Names of examples/observability in vLLM 0.33.0's source."""
+    state = make_state()
+    ask(state, "/v1/completions", {"prompt": "a" * 20, "max_tokens": 3, "temperature": 0})
+    text = get(state, "/metrics").text
+    names = (
+        "e2e_request_latency_seconds_bucket generation_tokens_total inter_token_latency_seconds_bucket "
+        "iteration_tokens_total_bucket iteration_tokens_total_count iteration_tokens_total_sum kv_cache_usage_perc "
+        "num_requests_running num_requests_waiting prompt_tokens_total request_decode_time_seconds_sum "
+        "request_generation_tokens_bucket request_max_num_generation_tokens_sum request_prefill_time_seconds_sum "
+        "request_prompt_tokens_bucket request_queue_time_seconds_sum request_success_total "
+        "request_time_per_output_token_seconds_bucket time_to_first_token_seconds_bucket prompt_tokens_cached_total "
+        "cache_config_info engine_sleep_state num_preemptions_total prefix_cache_queries_total prefix_cache_hits_total"
+    )
+    for name in names.split():
+        assert f"\nvllm:{name}{{" in text, name
+    steps = state.engine.stats().num_steps
+    assert steps and f'vllm:iteration_tokens_total_count{{model_name="mock"}} {float(steps)}' in text
+    assert 'vllm:iteration_tokens_total_sum{model_name="mock"} 22.0' in text, "the last token of an answer is not read"

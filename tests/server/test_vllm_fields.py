@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -162,3 +163,35 @@ def test_json_object_with_a_schema_is_that_schema():
     schema = {"type": "object", "properties": {"a": {"const": 7}}, "required": ["a"], "additionalProperties": False}
     body = {**chat(), "response_format": {"type": "json_object", "schema": schema}, "enable_thinking": False}
     assert answer(CHAT, body)["choices"][0]["message"]["content"].replace(" ", "") == '{"a":7}'
+
+
+def test_usage_is_told_as_vllm_tells_it():
+    """Continuous usage needs include_usage; an operator who forces it gets it in every chunk."""
+
+    def usages(state: Any, **more: Any) -> list[Any]:
+        body = {"prompt": "hi", "max_tokens": 3, "stream": True, **more}
+        lines = [
+            line[6:] for line in ask(state, "/v1/completions", body).text.splitlines() if line.startswith("data: {")
+        ]
+        return [json.loads(line).get("usage") for line in lines]
+
+    assert not any(usages(make_state(), stream_options={"include_usage": False, "continuous_usage_stats": True}))
+    forced = usages(make_state(enable_force_include_usage=True))
+    assert len(forced) > 1 and all(forced)
+
+
+def test_null_fields_of_a_completion_are_there():
+    [choice] = ask(make_state(), "/v1/completions", {"prompt": "hi", "max_tokens": 2}).json()["choices"]
+    assert [choice[name] for name in ("token_ids", "prompt_token_ids", "prompt_logprobs")] == [None] * 3
+
+
+def test_a_limit_as_large_as_the_vocabulary_allows_all_of_it():
+    body = {"prompt": "hi", "max_tokens": 1, "logprobs": -1}
+    size = make_state().facts().model.vocab_size
+    assert ask(make_state(max_logprobs=size), "/v1/completions", body).status_code == 200
+    assert ask(make_state(max_logprobs=size - 1), "/v1/completions", body).status_code == 400
+
+
+def test_a_key_of_logit_bias_that_is_no_id_is_named():
+    refused = ask(make_state(), "/v1/completions", {"prompt": "hi", "logit_bias": {"5": 1, "five": 1, "six": 2}})
+    assert refused.status_code == 400 and "five, six" in refused.json()["error"]["message"]

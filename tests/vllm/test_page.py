@@ -9,21 +9,53 @@ from typing import Any
 
 import pytest
 
-from fastqwen.server.dialects.schema import CHANGES_THE_ANSWER, ChatRequest, CompletionRequest, EmbeddingRequest
-from tests.server.harness import ask, make_state
+from fastqwen.server.dialects.classify import ClassifyRequest
+from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
+from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
+from fastqwen.server.dialects.pooling import PoolingRequest
+from fastqwen.server.dialects.responses_request import ResponsesRequest
+from fastqwen.server.dialects.schema import (
+    CHANGES_THE_ANSWER,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
+from tests.server.harness import ask, classifying, make_state
 from tests.server.live import ROOT, environment
 
-# Fields of vLLM 0.33's requests. Those that are marked have no effect on a text model of one process, which is said.
-FIELDS: dict[str, list[str]] = {
-    name: (Path(__file__).parent / f"{name}_fields.txt").read_text().split()
-    for name in ("chat", "completion", "embedding")
+USER = [{"role": "user", "content": "hi"}]
+# Of each kind of request: where it goes, the least that it holds, and what reads it.
+REQUESTS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "chat": ("/v1/chat/completions", {"messages": USER}, ChatRequest),
+    "completion": ("/v1/completions", {"prompt": "hi"}, CompletionRequest),
+    "responses": ("/v1/responses", {"input": "hi"}, ResponsesRequest),
+    "messages": ("/v1/messages", {"messages": USER, "max_tokens": 4}, MessagesRequest),
+    "count_tokens": ("/v1/messages/count_tokens", {"messages": USER}, CountRequest),
+    "embedding": ("/v1/embeddings", {"input": "hi"}, EmbeddingRequest),
+    "classify": ("/classify", {"input": "hi"}, ClassifyRequest),
+    "pooling": ("/pooling", {"input": "hi"}, PoolingRequest),
+    "score": ("/v1/score", {"text_1": "a", "text_2": "b"}, ScoreRequest),
+    "rerank": ("/v1/rerank", {"query": "a", "documents": ["b"]}, RerankRequest),
+    "cohere_embed": ("/v2/embed", {"texts": ["hi"]}, CohereEmbedRequest),
+    "tokenize": ("/tokenize", {"prompt": "hi"}, TokenizeRequest),
+    "detokenize": ("/detokenize", {"tokens": [97]}, DetokenizeRequest),
 }
-SCHEMAS: dict[str, Any] = {"chat": ChatRequest, "completion": CompletionRequest, "embedding": EmbeddingRequest}
-BODIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
-    "completion": ("/v1/completions", {"prompt": "hi"}),
-    "embedding": ("/v1/embeddings", {"input": "hi"}),
-}
+
+
+def _fields() -> dict[str, list[str]]:
+    """fields.txt holds those of vLLM's requests, and says where they were read."""
+    found: dict[str, list[str]] = {}
+    for word in " ".join((Path(__file__).parent / "fields.txt").read_text().splitlines()[2:]).split():
+        if word.endswith(":"):
+            listed = found.setdefault(word.removesuffix(":"), [])
+        else:
+            listed.append(word)
+    return found
+
+
+FIELDS = _fields()
 
 
 def test_the_page_is_up_to_date():
@@ -35,14 +67,15 @@ def test_the_page_is_up_to_date():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_each_field_acts_or_is_refused_or_told(name: str):
-    known = set(SCHEMAS[name].model_fields)
-    path, body = BODIES[name]
+    path, body, kind = REQUESTS[name]
+    known = set(kind.model_fields)
     for field in FIELDS[name]:
         said, marked = field.removesuffix("*"), field.endswith("*")
         if said in known or said in CHANGES_THE_ANSWER:
             assert not marked, f"{said} acts or is refused"
             continue
         assert marked, f"{said} of vLLM's is not known here"
-        assert ask(make_state(), path, {**body, said: None}).json().get("warnings") is None
-        found = ask(make_state(), path, {**body, said: {"a": 1}})
+        make = classifying if name == "classify" else make_state
+        assert ask(make(), path, {**body, said: None}).json().get("warnings") is None
+        found = ask(make(), path, {**body, said: {"a": 1}})
         assert found.status_code == 200 and any(said in one for one in found.json()["warnings"])

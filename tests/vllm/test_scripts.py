@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastqwen.errors import BadConfig, BadRequest
+from fastqwen.outputs import Histogram
 from fastqwen.server.config import ServerConfig
 from fastqwen.vllm import (
     LLM,
@@ -19,6 +20,7 @@ from fastqwen.vllm import (
     AsyncLLM,
     BeamSearchParams,
     EngineArgs,
+    LLMEngine,
     PoolingParams,
     RequestOutputKind,
     SamplingParams,
@@ -141,6 +143,30 @@ def test_what_would_change_the_answer_is_refused_at_once(wrong: dict[str, Any]):
         SamplingParams(**wrong)
 
 
+def test_positions_are_vllms(demo: LLM):
+    params = SamplingParams(1, 0.0, 0.0, 1.1, 0.0, None, 0.9, 20, 0.0, 7, ["x"], [5], True, 6, 2)
+    assert (params.repetition_penalty, params.top_p, params.top_k, params.seed) == (1.1, 0.9, 20, 7)
+    assert (params.stop, params.stop_token_ids, params.max_tokens, params.min_tokens) == (["x"], [5], 6, 2)
+    beams = BeamSearchParams(2, 3, True, 0.0, 0.5)
+    assert (beams.beam_width, beams.max_tokens, beams.ignore_eos, beams.length_penalty) == (2, 3, True, 0.5)
+    [output] = demo.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=2), False, None, 3, "{{ 1 }}")
+    assert output.prompt == "1"
+
+
+def test_who_wants_requests_in_their_order_gets_no_priorities(tiny: LLM):
+    ordered = LLM(tiny.config.model, dtype="float32", skip_tokenizer_init=True, scheduling_policy="fcfs")
+    assert ordered.generate(prompt(4), SamplingParams(max_tokens=1), priority=0)
+    for call in (
+        lambda: ordered.generate(prompt(4), SamplingParams(max_tokens=1), priority=1),
+        lambda: ordered.embed(prompt(4), priority=-1),
+        lambda: ordered.beam_search(prompt(4), BeamSearchParams(2, 2), priority=1),
+    ):
+        with pytest.raises(BadRequest, match="fcfs"):
+            call()
+    with pytest.raises(BadConfig, match="scheduling-policy"):
+        LLM("demo", scheduling_policy="lifo")
+
+
 def test_structured_outputs_of_either_class_or_a_dict(demo: LLM):
     for form in (StructuredOutputsParams(choice=["red", "blue"]), {"choice": ["red", "blue"], "json": None}):
         [output] = demo.chat(
@@ -249,8 +275,8 @@ def test_without_a_reranker_a_score_is_the_cosine(demo_gguf: Path):
     assert same.outputs.score == pytest.approx(1, abs=1e-5) and other.outputs.score < 0.999
     [short] = llm.embed("A cat.", pooling_params=PoolingParams(dimensions=8))
     [encoded] = llm.encode("A cat.", PoolingParams(dimensions=8), pooling_task="embed")
-    assert short.outputs.embedding == encoded.outputs.embedding and len(short.outputs.embedding) == 8
-    with pytest.raises(BadRequest, match="classify"):
+    assert short.outputs.embedding == encoded.outputs.data.tolist() and len(short.outputs.embedding) == 8
+    with pytest.raises(BadRequest, match="no classification head"):
         llm.encode("A cat.", pooling_task="classify")
 
 
@@ -282,8 +308,35 @@ def test_the_prefix_cache_forgets_and_the_engine_sleeps(tiny: LLM):
     tiny.wake_up()
     [awake] = tiny.generate(ids, params)
     assert awake.outputs[0].token_ids == first.outputs[0].token_ids and awake.num_cached_tokens == 0
-    names = {one.name: one.value for one in tiny.get_metrics()}
+    metrics = tiny.get_metrics()
+    names = {one.name: one.value for one in metrics if not isinstance(one, Histogram)}
+    [steps] = [one for one in metrics if isinstance(one, Histogram)]
+    assert steps.count == steps.buckets["+Inf"] > 0 and steps.sum >= steps.count
     assert names["vllm:num_requests_running"] == 0 and "vllm:prefix_cache_hits" in names
+
+
+def test_an_engine_that_its_caller_steps(tiny: LLM):
+    ids = [prompt(9), prompt(20, seed=2)]
+    params = SamplingParams(max_tokens=6, n=2, seed=5)
+    expected = tiny.generate(ids, params, use_tqdm=False)
+    engine = LLMEngine.from_engine_args(EngineArgs(tiny.config.model, dtype="float32", skip_tokenizer_init=True))
+    engine.add_request("a", ids[0], params)
+    found: dict[str, Any] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            found[output.request_id] = output
+        if "b" not in found and engine.get_num_unfinished_requests() == 1:
+            engine.add_request("b", ids[1], params)
+            engine.add_request("gone", ids[1], SamplingParams(max_tokens=None, **GREEDY))
+            engine.step()
+            engine.abort_request("gone")
+            found.setdefault("b", None)
+    for name, wanted in zip("ab", expected, strict=True):
+        assert found[name].finished
+        assert [one.token_ids for one in found[name].outputs] == [one.token_ids for one in wanted.outputs]
+    with pytest.raises(BadRequest, match="empty"):
+        engine.add_request("c", [], params)
+    assert not engine.has_unfinished_requests() and engine.step() == []
 
 
 def test_the_asynchronous_engine(tiny: LLM):

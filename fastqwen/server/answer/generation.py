@@ -72,8 +72,8 @@ class Generation:
         sampling: SamplingParams,
         options: GenerationOptions,
     ) -> None:
-        check_limits(state.config, sampling)
         facts = state.facts()
+        check_limits(state.config, sampling, facts.model.vocab_size)
         self._state = state
         self._options = options
         self._sampling = sampling

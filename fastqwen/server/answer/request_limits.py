@@ -7,11 +7,11 @@ from fastqwen.records import ALL, SamplingParams
 from fastqwen.server.config import ServerConfig
 
 
-def check_limits(config: ServerConfig, sampling: SamplingParams) -> None:
+def check_limits(config: ServerConfig, sampling: SamplingParams, vocab_size: int) -> None:
     """Raises BadRequest that names the field, the limit and the flag that sets it."""
     stops = sampling.stop_strings
-    check_logprobs(config, "logprobs", sampling.logprobs)
-    check_logprobs(config, "prompt_logprobs", sampling.prompt_logprobs)
+    check_logprobs(config, "logprobs", sampling.logprobs, vocab_size)
+    check_logprobs(config, "prompt_logprobs", sampling.prompt_logprobs, vocab_size)
     given = {
         "n": (sampling.n, config.max_n, "--max-n"),
         "logit_bias": (len(sampling.logit_bias or ()), config.max_logit_bias, "--max-logit-bias"),
@@ -28,10 +28,10 @@ def check_limits(config: ServerConfig, sampling: SamplingParams) -> None:
         )
 
 
-def check_logprobs(config: ServerConfig, field: str, number: int | None) -> None:
+def check_logprobs(config: ServerConfig, field: str, number: int | None, vocab_size: int) -> None:
     """Raises BadRequest for more alternatives of each token than are given."""
     limit = config.max_logprobs
-    if number is not None and limit != ALL and (number == ALL or number > limit):
+    if number is not None and limit != ALL and (vocab_size if number == ALL else number) > limit:
         told = "the whole vocabulary" if number == ALL else number
         raise BadRequest(f"{field}: {told} is more than this server's limit of {limit} (--max-logprobs)", field)
 

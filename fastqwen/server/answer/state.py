@@ -80,7 +80,7 @@ class ServerState:
         ready = self.engine.ready
         if ready is None:
             raise EngineGone(self.why_not_ready())
-        return ready.facts(self.text.stop_token_ids)
+        return ready.facts(self.text.stop_token_ids, takes_priorities=self.engine_config.takes_priorities)
 
     @property
     def block_size(self) -> int:

@@ -47,8 +47,8 @@ class Chat(OpenAIWork):
         body, state = self._body, self._state
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        check_logprobs(state.config, "top_logprobs", body.top_logprobs)
         facts, formats = state.facts(), state.formats
+        check_logprobs(state.config, "top_logprobs", body.top_logprobs, facts.model.vocab_size)
         tools = tool_options(body, formats, self.warnings)
         thinking = thinking_options(body, formats, state.config.default_chat_template_kwargs)
         messages = tools.messages(for_template(body.messages, formats, self.warnings), formats)
@@ -62,7 +62,7 @@ class Chat(OpenAIWork):
             continue_final_message=body.continue_final_message,
             template=body.chat_template,
         )
-        token_ids = truncated(token_ids, body.truncate_prompt_tokens, facts)
+        token_ids = truncated(token_ids, body.truncate_prompt_tokens, facts, side=body.truncation_side)
         if body.echo and messages[-1]["role"] == "assistant":
             self._echoed = messages[-1]["content"]
         if len(token_ids) >= facts.max_model_len:
@@ -134,6 +134,7 @@ class Chat(OpenAIWork):
             "choices": [self._choice(choice) for choice in generation.choices],
             "usage": self.usage(),
             **({"prompt_token_ids": generation.prompt_token_ids} if self._body.return_token_ids else {}),
+            **self._prompt_text(),
             **self._ending(),
         }
 
@@ -165,9 +166,17 @@ class Chat(OpenAIWork):
         chunk = self._chunk(head, index, {"role": "assistant", "content": self._echoed})
         if self._body.return_token_ids and index == 0:
             chunk["prompt_token_ids"] = self.generation.prompt_token_ids
+        if index == 0:
+            chunk.update(self._prompt_text())
         if self._always_usage:
             chunk["usage"] = self.usage()
         return chunk
+
+    def _prompt_text(self) -> dict[str, Any]:
+        """What the template made of the messages, for who asks."""
+        if not self._body.return_prompt_text:
+            return {}
+        return {"prompt_text": self._state.text.tokenizer.decode(self.generation.prompt_token_ids)}
 
     def _ending(self) -> dict[str, Any]:
         """What comes once, with the whole answer or its last chunk."""

@@ -27,8 +27,8 @@ DIRECT_BYTES = 32 * 2**10  # what is smaller takes a few milliseconds, whatever 
 # Fields whose texts become a part of the prompt, wherever they stand.
 PROMPT_FIELDS = frozenset(
     {
-        "prompt", "input", "messages", "system", "instructions", "query", "documents", "text_1", "text_2", "content",
-        "text", "arguments", "reasoning", "reasoning_content", "thinking", "output",
+        "prompt", "input", "inputs", "messages", "system", "instructions", "query", "documents", "text_1", "text_2", "content",
+        "text", "texts", "arguments", "reasoning", "reasoning_content", "thinking", "output",
     }
 )  # fmt: skip
 # Of a conversation, all that stands beside the texts included: templates leave out what was thought in earlier turns.
@@ -51,7 +51,7 @@ async def read_as(state: ServerState, kind: type[B], body: bytes | bytearray) ->
 def check(job: Check, body: bytes | bytearray) -> Checked:
     """Raises BadRequest."""
     if not job.kind:  # the first of a worker: everything is imported before anybody's time is counted
-        for room in ("chat", "messages", "responses", "scores"):
+        for room in ("chat", "classify", "embeddings", "messages", "responses", "scores"):
             importlib.import_module(f"fastqwen.server.dialects.{room}")
         return Checked(None, [])
     module, name = job.kind.split(":")

@@ -56,7 +56,10 @@ class Completion(OpenAIWork):
             priority=body.priority, cache_salt=body.cache_salt, grammar=grammar, no_answer=body.max_tokens == 0
         )
         facts = self._state.facts()
-        prompts = [truncated(one, body.truncate_prompt_tokens, facts) for one in await self._prompts()]
+        prompts = [
+            truncated(one, body.truncate_prompt_tokens, facts, side=body.truncation_side)
+            for one in await self._prompts()
+        ]
         if len(prompts) * sampling.n > MAX_SEQUENCES:
             raise BadRequest(
                 f"{len(prompts)} prompts with {sampling.n} answers each: at most {MAX_SEQUENCES} in one request", "n"
@@ -164,6 +167,7 @@ class Completion(OpenAIWork):
             "finish_reason": said.finish_reason,
             "stop_reason": said.stop_reason,
         }
+        choice |= {"token_ids": None, "prompt_token_ids": None, "prompt_logprobs": None}  # vLLM's clients read them
         if self._body.return_token_ids:
             choice["token_ids"] = said.token_ids
             choice["prompt_token_ids"] = generation.prompt_token_ids if index in self._ids_left else None

@@ -1,106 +1,120 @@
-"""POST /v1/embeddings"""
+"""POST /v1/embeddings, and /v2/embed in Cohere's shape (https://docs.cohere.com/reference/embed)"""
 
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastqwen.client.engine import error_of
-from fastqwen.client.prepare import check_dimensions, prepare_embedding, truncated
-from fastqwen.client.vectors import vector_of
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
 from fastqwen.errors import BadRequest
-from fastqwen.records import EngineRequest, RequestDelta
-from fastqwen.server.answer.metrics import RequestClock
-from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.records import ALL
+from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.openai import noted
-from fastqwen.server.dialects.schema import EmbeddingRequest, as_list
+from fastqwen.server.dialects.pooling import MAX_INPUTS, Pooled, VectorFields, listing
+from fastqwen.server.dialects.schema import Body, Priority, Whole
 
-MAX_INPUTS = 2048  # as OpenAI's
+TO_SIGNED = 128
 
 
-class Embeddings:
-    """One request: each input's vector, in order."""
+class EmbeddingRequest(VectorFields):
+    """Token ids are used as they are; texts are closed as the tokenizer's post-processor says."""
 
-    def __init__(self, state: ServerState, body: EmbeddingRequest) -> None:
-        self._state = state
-        self._body = body
-        self._id = new_id("embd")
-        self._model = state.model_name(body.model)
-        self._requests: list[EngineRequest] = []
 
-    async def prepare(self) -> None:
-        """Tokenise and check everything before anything runs. Raises BadRequest."""
-        body, facts = self._body, self._state.facts()
-        check_dimensions(body.dimensions, facts)
-        inputs = as_list(body.input)
-        if not inputs:
-            raise BadRequest("input is empty, at least one text is needed", "input")
-        if len(inputs) > MAX_INPUTS:
-            raise BadRequest(f"input has {len(inputs)} texts, at most {MAX_INPUTS} are allowed in one request", "input")
-        for index, one in enumerate(inputs):
-            field = "input" if len(inputs) == 1 else f"input.{index}"
-            self._requests.append(
-                prepare_embedding(
-                    f"{self._id}-{index}",
-                    await self._ids(one, field) if isinstance(one, str) else self._cut(one),
-                    facts,
-                    field=field,
-                    priority=body.priority,
-                    cache_salt=self._state.salted(body.cache_salt),
-                )
-            )
+async def embed(state: ServerState, body: EmbeddingRequest) -> dict[str, Any]:
+    work = Pooled(state, body, "embd", "embed")
+    await work.prepare()
+    data = [
+        {"object": "embedding", "index": index, "embedding": body.written(numbers)}
+        for index, numbers in enumerate(await work.run())
+    ]
+    return listing(work, data)
 
-    async def _ids(self, text: str, field: str) -> list[int]:
-        special = self._body.add_special_tokens
-        try:
-            ids = await self._state.tokenize(text, add_special_tokens=special)
-        except BadRequest as error:
-            raise BadRequest(
-                f"{field}: {error}", field if error.param == "prompt" else error.param, error.code
-            ) from None
-        return self._cut(self._state.text.tokenizer.closed_once(self._cut(ids)) if special else ids)
 
-    def _cut(self, ids: list[int]) -> list[int]:
-        return truncated(ids, self._body.truncate_prompt_tokens, self._state.facts(), answers=False)
+class CohereContent(Body):
+    type: str
+    text: str | None = None
 
-    async def response(self) -> dict[str, Any]:
-        found = await self._run()
-        data = [
-            {"object": "embedding", "index": index, "embedding": self._written(found[one.request_id])}
-            for index, one in enumerate(self._requests)
-        ]
-        prompt = sum(len(one.prompt_token_ids) for one in self._requests)
-        cached = sum(delta.num_cached_tokens for delta in found.values())
-        return {
-            "object": "list",
-            "data": data,
-            "model": self._model,
-            "usage": {
-                "prompt_tokens": prompt,
-                "total_tokens": prompt,
-                "prompt_tokens_details": {"cached_tokens": cached},
-            },
-            **noted(self._state, self._body.warnings),
-        }
 
-    async def _run(self) -> dict[str, RequestDelta]:
-        """Raises GenerationFailed if the engine cannot finish one of them; the others are aborted then."""
-        metrics = self._state.metrics
-        clocks = {one.request_id: RequestClock(metrics, len(one.prompt_token_ids), 1) for one in self._requests}
-        found: dict[str, RequestDelta] = {}
-        with self._state.engine.stream(self._requests) as stream:
-            async for deltas in stream:
-                for delta in deltas:
-                    assert delta.finish_reason is not None
-                    clocks[delta.request_id].finished(0, delta.finish_reason, 0)
-                    if delta.embedding is None:
-                        raise error_of(delta.error)
-                    found[delta.request_id] = delta
-        return found
+class CohereInput(Body):
+    content: list[CohereContent]
 
-    def _written(self, delta: RequestDelta) -> list[float] | str:
-        vector = vector_of(delta, self._body.dimensions)
-        if self._body.encoding_format == "base64":
-            return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        floats: list[float] = vector.tolist()
-        return floats
+
+class CohereEmbedRequest(Body):
+    model: str | None = None
+    input_type: str | None = None
+    texts: Annotated[list[str], Field(max_length=MAX_INPUTS)] | None = None
+    images: list[str] | None = None
+    inputs: Annotated[list[CohereInput], Field(max_length=MAX_INPUTS)] | None = None
+    output_dimension: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    embedding_types: list[Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]] | None = None
+    truncate: Literal["NONE", "START", "END"] = "END"
+    max_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    priority: Priority = 0
+
+
+async def cohere_embed(state: ServerState, body: CohereEmbedRequest) -> dict[str, Any]:
+    """Every text in each of the asked types."""
+    texts, types = _texts(body), body.embedding_types or ["float"]
+    _check_types([*types], body.output_dimension or state.facts().model.hidden_size)
+    if body.input_type is not None:
+        body.warnings.tell("input_type has no effect: write the model's instruction into the text")
+    cut = None if body.truncate == "NONE" else body.max_tokens or ALL
+    fields = VectorFields(
+        model=body.model,
+        input=texts,
+        truncate_prompt_tokens=cut,
+        truncation_side="left" if body.truncate == "START" else "right",
+        priority=body.priority,
+        dimensions=body.output_dimension,
+    )
+    work = Pooled(state, fields, "embd", "embed")
+    await work.prepare()
+    vectors = await work.run()
+    return {
+        "id": work.id,
+        "embeddings": {kind: [_typed(vector, kind) for vector in vectors] for kind in types},
+        "texts": texts,
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": work.num_prompt_tokens}},
+        "response_type": "embeddings_by_type",
+        **noted(state, body.warnings),
+    }
+
+
+def _check_types(types: list[str], dimensions: int) -> None:
+    """Raises BadRequest."""
+    for kind in types:
+        if kind in ("int8", "uint8"):
+            wrong = "needs a model's own scales: ask for float, base64, binary or ubinary"
+        elif kind in ("binary", "ubinary") and dimensions % 8:
+            wrong = f"needs a multiple of 8 dimensions, not {dimensions}"
+        else:
+            continue
+        raise BadRequest(f"embedding_types: {kind} {wrong}", "embedding_types")
+
+
+def _texts(body: CohereEmbedRequest) -> list[str]:
+    """Raises BadRequest."""
+    if body.images:
+        raise BadRequest("images: this model reads text only", "images")
+    given = [name for name in ("texts", "inputs") if getattr(body, name)]
+    if len(given) != 1:
+        raise BadRequest("give exactly one of texts and inputs, and at least one text in it", "texts")
+    if any(part.type != "text" for one in body.inputs or [] for part in one.content):
+        raise BadRequest("inputs: this model reads text only", "inputs")
+    if body.texts:
+        return body.texts
+    return ["".join(part.text or "" for part in one.content) for one in body.inputs or []]
+
+
+def _typed(vector: NDArray[Any], kind: str) -> Any:
+    """Bits of signs, the first one the highest of a byte; or all of a number."""
+    if kind == "float":
+        return vector.tolist()
+    if kind == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    bits = np.packbits(vector >= 0).astype(int)
+    packed: list[int] = (bits - TO_SIGNED if kind == "binary" else bits).tolist()
+    return packed

@@ -20,7 +20,7 @@ from fastqwen.server.dialects import spellings
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.conversation import MEDIA_PARTS, left_out, note_rest
 from fastqwen.server.dialects.openai import noted
-from fastqwen.server.dialects.schema import AnyTool, Body, ChatRequest, Count, Probability, Temperature, TopK
+from fastqwen.server.dialects.schema import AnyTool, Body, CacheSalt, ChatRequest, Count, Probability, Temperature, TopK
 from fastqwen.server.dialects.warnings import Warnings
 from fastqwen.server.http.errors import in_anthropics_words
 from fastqwen.server.http.sse import named_event
@@ -174,10 +174,11 @@ class MessagesRequest(CountRequest):
     top_k: TopK | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    cache_salt: CacheSalt = ""  # vLLM's
     output_format: OutputFormat | None = None  # where output_config.format was before
 
     def as_chat(self) -> ChatRequest:
-        same = self.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"})
+        same = self.model_dump(include={"max_tokens", "temperature", "top_p", "top_k", "cache_salt"})
         fields = self.chat_fields()
         if self.output_format is not None:
             fields["response_format"] = _chat_format(self.output_format)

@@ -37,9 +37,9 @@ class OpenAIWork:
         options = body.stream_options
         if options is not None and not body.stream:
             self.warnings.tell("stream_options has no effect: stream is not true")
-        self._final_usage = options is not None and options.include_usage
-        self._final_usage = self._final_usage or state.config.enable_force_include_usage
-        self._always_usage = options is not None and options.continuous_usage_stats
+        forced = state.config.enable_force_include_usage
+        self._final_usage = forced or (options is not None and options.include_usage)
+        self._always_usage = forced or (self._final_usage and options is not None and options.continuous_usage_stats)
 
     @property
     def generation(self) -> Generation:

@@ -37,11 +37,9 @@ CHANGES_THE_ANSWER: dict[str, tuple[tuple[Any, ...], str]] = {
     "json_schema": (({},), "send response_format"),
     "truncate_prompt_tokens": ((), "shorten the prompt"),
     "documents": (([],), "they belong to a chat's messages"),
-    "normalize": ((True,), "vectors have length 1 here"),
-    "use_activation": ((True,), "vectors have length 1 here"),
-    "embed_dtype": (("float32",), "numbers have 32 bits here"),
-    "endianness": (("native", "little"), "base64 holds little-endian numbers"),
     "logits_processors": (([],), "send logit_bias, bad_words or allowed_token_ids"),
+    "logprob_token_ids": (([],), "send logprobs or top_logprobs -1, which holds all tokens"),
+    "watermarking": ((False,), "no answer carries a mark"),
     "repetition_detection": ((), "send repetition_penalty or frequency_penalty"),
 }
 MAX_TOOLS = 1024
@@ -58,13 +56,14 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _whole_ids(value: Any) -> Any:
+def whole_ids(value: Any) -> Any:
+    """Of ids, or lists of them."""
     if not isinstance(value, list):
         return value
     kinds = set(map(type, value))
     if float in kinds:
         return [_whole(one) for one in value]
-    return [_whole_ids(one) for one in value] if list in kinds else value
+    return [whole_ids(one) for one in value] if list in kinds else value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
@@ -212,6 +211,7 @@ class SamplingFields(AccountFields):
     bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: list[Whole] | None = None
     truncate_prompt_tokens: Truncation | None = None
+    truncation_side: Literal["left", "right"] = "left"
     use_beam_search: bool = False
     length_penalty: Annotated[float, Field(ge=-100.0, le=100.0)] = 1.0
     return_token_ids: bool = False
@@ -328,6 +328,7 @@ class ChatRequest(SamplingFields):
     include_reasoning: bool | None = None
     loop_recovery: bool = True
     echo: bool = False
+    return_prompt_text: bool = False
     chat_template: str | None = None
     documents: list[dict[str, Any]] | None = None
 
@@ -344,26 +345,12 @@ class ChatRequest(SamplingFields):
 
 class CompletionRequest(SamplingFields):
     # ids first: a kind tried before costs an error for each
-    prompt: Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_whole_ids)]
+    prompt: Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(whole_ids)]
     suffix: str | None = None
     echo: bool = False
     best_of: Annotated[Whole, Field(ge=0, le=MAX_N)] | None = None
     logprobs: Logprobs | None = None
     add_special_tokens: bool = True
-
-
-class EmbeddingRequest(Body):
-    """Token ids are used as they are; texts are closed as the tokenizer's post-processor says."""
-
-    model: str | None = None
-    input: Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_whole_ids)]
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
-    truncate_prompt_tokens: Truncation | None = None
-    add_special_tokens: bool = True
-    priority: Priority = 0
-    cache_salt: CacheSalt = ""
-    user: str | None = None
 
 
 class TokenizeRequest(Body):
@@ -381,7 +368,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], BeforeValidator(_whole_ids)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], BeforeValidator(whole_ids)]
 
 
 def as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
@@ -480,8 +467,10 @@ def _is_union_label(part: int | str) -> bool:
 
 
 def _token_keys(bias: dict[str, float]) -> dict[int, float]:
-    if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in bias):
-        raise BadRequest("the keys of logit_bias must be token ids", "logit_bias")
+    wrong = [key for key in bias if not (key.isascii() and key.isdigit() and len(key) <= 10)]
+    if wrong:
+        named = ", ".join(key[:40] for key in wrong[:5])
+        raise BadRequest(f"the keys of logit_bias must be token ids, which these are not: {named}", "logit_bias")
     return {int(key): value for key, value in bias.items()}
 
 

@@ -24,10 +24,17 @@ OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping", "/favicon.ico"})
 COUNTED_PATHS = frozenset(
     {
         "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/score",
-        "/v1/rerank",
+        "/v1/rerank", "/v2/embed", "/classify", "/pooling",
     }
 )  # fmt: skip
-UNVERSIONED = frozenset({*(path.removeprefix("/v1") for path in COUNTED_PATHS), "/models", "/messages/count_tokens"})
+UNVERSIONED = frozenset(
+    {
+        *(path.removeprefix("/v1") for path in COUNTED_PATHS if path.startswith("/v1/")),
+        "/models",
+        "/messages/count_tokens",
+    }
+)
+WITHOUT_VERSION = frozenset({"/classify", "/pooling"})  # as vLLM has them
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})  # these compute nothing
 MAX_HEADERS = 128
@@ -165,6 +172,8 @@ def routed(path: str, root: str = "") -> str:
     path = single if single.startswith("/v1/") else path
     if path in UNVERSIONED:
         return f"/v1{path}"
+    if path.removeprefix("/v1") in WITHOUT_VERSION:
+        return path.removeprefix("/v1")
     if path == "/v2/rerank":  # Cohere's, with the same fields
         return "/v1/rerank"
     return path.removeprefix("/v1") if path.startswith("/v1/v1/") else path

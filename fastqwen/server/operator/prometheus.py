@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from fastqwen.engine.core import STEP_BOUNDS_TOKENS, EngineStats
 from fastqwen.server.answer.state import ServerState
 from fastqwen.version import __version__
 
@@ -70,6 +72,8 @@ class _Families:
         yield self._counter("engine_restarts", restarts, [((), engine.num_restarts)])
         finished = [((reason,), count) for reason, count in metrics.finished.items()]
         yield self._counter("request_success", "Requests that ended", finished, labels=["finished_reason"])
+        yield self._step_tokens(stats)
+        yield from self._of_the_engine(stats)
         for one in metrics.histograms:
             family = HistogramMetricFamily(f"vllm:{one.name}", one.text, labels=["model_name"])
             family.add_metric([self._model_name], *one.buckets())
@@ -80,6 +84,30 @@ class _Families:
         yield self._gauge("fastqwen:plan", planned, sides, labels=["figure", "side"])
         version = "1, with the version as a label"
         yield self._gauge("fastqwen:info", version, [((__version__,), 1)], labels=["version"])
+
+    def _step_tokens(self, stats: EngineStats) -> Metric:
+        family = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens in a step", labels=["model_name"])
+        counts = list(accumulate(stats.steps_by_tokens or [0] * (len(STEP_BOUNDS_TOKENS) + 1)))
+        bounds = [*(str(float(bound)) for bound in STEP_BOUNDS_TOKENS), "+Inf"]
+        buckets = list(zip(bounds, map(float, counts), strict=True))
+        family.add_metric([self._model_name], buckets, float(stats.num_step_tokens))
+        return family
+
+    def _of_the_engine(self, stats: EngineStats) -> Iterator[Metric]:
+        engine, config = self._state.engine, self._state.engine_config
+        cached = "Prompt tokens that were not computed again"
+        yield self._counter("prompt_tokens_cached", cached, [((), stats.prefix_hits_tokens)])
+        asleep = engine.state == "asleep"
+        states = [(("awake",), float(not asleep)), (("weights_offloaded",), 0.0), (("discard_all",), float(asleep))]
+        yield self._gauge("vllm:engine_sleep_state", "1 for the state it is in", states, labels=["sleep_state"])
+        labels = {
+            "block_size": self._state.block_size,
+            "num_gpu_blocks": stats.num_blocks,
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+        }
+        said = [(tuple(map(str, labels.values())), 1.0)]
+        yield self._gauge("vllm:cache_config_info", "1, with the cache's sizes as labels", said, labels=[*labels])
 
     def _gauge(self, name: str, text: str, samples: Samples, labels: Sequence[str] = ()) -> Metric:
         return self._filled(GaugeMetricFamily(name, text, labels=["model_name", *labels]), samples)

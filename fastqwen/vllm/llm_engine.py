@@ -1,0 +1,115 @@
+"""LLMEngine: an engine that its caller steps, for programs that add requests while others run."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from fastqwen.client.batch_job import BatchJob, Prompt, salt_of, text_and_ids
+from fastqwen.client.engine import Deltas, error_of
+from fastqwen.client.local_engine import LocalEngine
+from fastqwen.client.model import LoadedModel, batch_config
+from fastqwen.client.user_tokenizer import UserTokenizer
+from fastqwen.errors import BadRequest
+from fastqwen.outputs import RequestOutput
+from fastqwen.records import SamplingParams
+
+
+class LLMEngine:
+    """
+    engine = LLMEngine.from_engine_args(EngineArgs(model="demo"))
+    engine.add_request("1", "Hello", SamplingParams(max_tokens=20))
+    while engine.has_unfinished_requests():
+        for output in engine.step(): ...
+
+    Keywords as LLM's. Raises FastqwenError with one line that says what to change.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._loaded = LoadedModel(batch_config(model, options))
+        self._engine = LocalEngine(self._loaded.core, self._loaded.ready)
+        self._ids = itertools.count()
+        self._seeds = random.Random(self._loaded.config.seed)  # noqa: S311 not a secret
+        self._jobs: dict[str, BatchJob] = {}
+        self._name_of: dict[str, str] = {}  # of the engine's requests
+        self._news: Deltas = []
+
+    @classmethod
+    def from_engine_args(cls, engine_args: Any, **_: Any) -> LLMEngine:
+        """Loads the model, which takes a while; what else vLLM takes here is about its own logs and usage statistics."""
+        return cls(**vars(engine_args))
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        arrival_time: float | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: None = None,
+        trace_headers: None = None,
+        priority: int = 0,
+    ) -> None:
+        """It runs with the next ``step``. ``arrival_time`` is now. Raises BadRequest."""
+        for name, value in (("lora_request", lora_request), ("tokenization_kwargs", tokenization_kwargs)):
+            if value is not None:
+                raise BadRequest(f"{name} cannot be had here: leave it out", name)
+        if request_id in self._jobs:
+            raise BadRequest(f"request_id {request_id!r} is running already", "request_id")
+        job = BatchJob(self._loaded, self._ids, self._seeds)
+        job.add(*text_and_ids(prompt, self._loaded), params, priority, salt=salt_of(prompt))
+        job.outputs[0].request_id = request_id
+        self._jobs[request_id] = job
+        self._name_of.update({one.request_id: request_id for one in job.requests})
+        self._engine.submit(self, job.requests)
+
+    def step(self) -> list[RequestOutput]:
+        """The requests that gained something, each with all that it has so far. Raises what ended one of them."""
+        if self._engine.has_work:
+            self._engine.step()
+        news, self._news = self._news, []
+        grown = dict.fromkeys(self._name_of[delta.request_id] for delta in news if delta.request_id in self._name_of)
+        for delta in news:
+            if delta.finish_reason == "error":
+                self._forget(self._name_of[delta.request_id])
+                raise error_of(delta.error)
+        outputs = []
+        for name in grown:
+            job = self._jobs[name]
+            job.take([delta for delta in news if self._name_of.get(delta.request_id) == name], self)
+            outputs.append(copy.deepcopy(job.outputs[0]))
+            if job.outputs[0].finished:
+                self._forget(name)
+        return outputs
+
+    def put(self, deltas: Deltas, num_ended: int) -> None:
+        """For the engine: news of some requests."""
+        self._news += deltas
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """For a job: one of its answers ended at a stop string."""
+        self._engine.abort(request_ids)
+
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """What runs under these ids ends without another output. Unknown ids are ignored."""
+        for name in [request_id] if isinstance(request_id, str) else request_id:
+            if name in self._jobs:
+                left = [one.request_id for one in self._jobs[name].requests]
+                self._forget(name)
+                self._engine.leave(left)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._jobs)
+
+    def get_num_unfinished_requests(self) -> int:
+        return len(self._jobs)
+
+    def get_tokenizer(self) -> UserTokenizer:
+        return UserTokenizer(self._loaded.need_text())
+
+    def _forget(self, name: str) -> None:
+        for one in self._jobs.pop(name).requests:
+            self._name_of.pop(one.request_id, None)
