@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from fastqwen.cli.options import MODEL_HELP, model_names, with_options
-from fastqwen.cluster.config import CONTROLLER_PORT, WorkerConfig
+from fastqwen.cluster.config import CONTROLLER_PORT, RANKS_PORT, WorkerConfig
 from fastqwen.config import EngineConfig, flag
 from fastqwen.errors import BadConfig
 from fastqwen.server.config import ServerConfig
@@ -70,6 +70,8 @@ def worker(
     if upstream is not None and model is None:
         from fastqwen.cluster.upstream import relay
 
+        if config.rank_hosts:
+            raise BadConfig(f"--rank-hosts is for a model that is loaded here: the server at {upstream} has its own")
         given = {name: value for name, value in engine_options.items() if value != _usual(name)}
         names = given.pop("served_model_name", [])
         if given:
@@ -80,6 +82,36 @@ def worker(
     if model is None or upstream is not None:
         raise BadConfig("give either a MODEL to compute or --upstream URL")
     raise typer.Exit(work(EngineConfig(model=model, **engine_options), config, token_file))
+
+
+def ranks(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Where this machine has the model. Default: under the name that the worker has for it.",
+            autocompletion=model_names,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = RANKS_PORT,
+    count: Annotated[
+        int | None, typer.Option(help="How many ranks at most. Default: one for each GPU, one without any.", min=1)
+    ] = None,
+    token_file: TokenFile = None,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+) -> None:
+    """Compute a share of a model that is too large for one machine, for a worker on another one.
+
+    fastqwen ranks --host 0.0.0.0
+    fastqwen worker MODEL --tensor-parallel-size 2 --rank-hosts 192.0.2.7
+    """
+    from fastqwen.cluster.rank_host import RanksConfig, lend_ranks
+
+    raise typer.Exit(
+        lend_ranks(
+            RanksConfig(host=host, port=port, count=count, model=model, token_file=token_file, log_format=log_format)
+        )
+    )
 
 
 def _usual(name: str) -> Any:

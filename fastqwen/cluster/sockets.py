@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +16,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from fastqwen.cluster.secret import secure_client, secure_server
 from fastqwen.cluster.wire import MAX_MESSAGE_BYTES, encode
-from fastqwen.errors import BadConfig
+from fastqwen.errors import BadConfig, FastqwenError
 
 M = TypeVar("M")
 MAX_QUEUED = 100_000  # messages for one that does not read; behind these they are dropped, which News.number shows
@@ -47,6 +48,23 @@ def endpoint(host: str, port: int | str) -> str:
 def address_of_worker(host: str, port: int, told: str | None) -> str:
     """What a worker registers: where it listens, or what --worker-address says. Raises BadConfig."""
     return written(host, port) if told is None else written(*split_address(told, port, "--worker-address"))
+
+
+def own_address(host: str, port: int) -> str:
+    """Of this machine, as ``host`` would see it. Nothing is sent. Raises FastqwenError."""
+    try:
+        [family, kind, _, _, place] = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise FastqwenError(f"--controller {host}: {error.strerror or error}") from None
+
+
+def free_port(host: str) -> int:
+    """One that nobody listens on just now."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return int(probe.getsockname()[1])
 
 
 class Listening(Generic[M]):

@@ -18,9 +18,8 @@ from fastqwen.client.engine import State
 from fastqwen.cluster.beacon import Beacon
 from fastqwen.cluster.config import CONTROLLER_PORT, WorkerConfig
 from fastqwen.cluster.secret import read_token
-from fastqwen.cluster.sockets import Listening, address_of_worker, endpoint, split_address
+from fastqwen.cluster.sockets import Listening, address_of_worker, endpoint, own_address, split_address
 from fastqwen.cluster.wire import PEER_LOST_AFTER_S, Alive, Drop, Fetch, Member, Part, ToUpstream, to_upstream
-from fastqwen.cluster.worker import own_address
 from fastqwen.errors import FastqwenError
 from fastqwen.logs import configure_logging
 from fastqwen.server.http.listen import run_loop

@@ -18,11 +18,13 @@ import msgspec
 from fastqwen.client.engine import Ready
 from fastqwen.client.loading_bar import LoadingBar
 from fastqwen.cluster.beacon import Beacon
-from fastqwen.cluster.config import CONTROLLER_PORT, WorkerConfig
+from fastqwen.cluster.config import CONTROLLER_PORT, RANKS_PORT, WorkerConfig
+from fastqwen.cluster.engine_over_hosts import COMMAND
 from fastqwen.cluster.parcel import identity_of, pack
+from fastqwen.cluster.places import Places, check_even
 from fastqwen.cluster.port import EnginePort
-from fastqwen.cluster.secret import read_token
-from fastqwen.cluster.sockets import address_of_worker, endpoint, split_address
+from fastqwen.cluster.secret import VARIABLE, read_token
+from fastqwen.cluster.sockets import address_of_worker, endpoint, free_port, own_address, split_address, written
 from fastqwen.cluster.wire import PROTOCOL, Card, Files, Member
 from fastqwen.config import EngineConfig
 from fastqwen.errors import FastqwenError
@@ -53,6 +55,8 @@ def work(
         end_with_parent()
     configure_logging(config.log_format)
     token = read_token(token_file)
+    if config.rank_hosts:
+        engine_command = over_hosts(engine_config, config, token)
     path, model = find_checkpoint(engine_config)
     portable, files = pack(engine_config, path)
     return run_loop(_work(engine_config, config, token, path, Files(model, files), portable, engine_command))
@@ -183,12 +187,11 @@ class Worker:
         await asyncio.sleep(FAREWELL_S)
 
 
-def own_address(host: str, port: int) -> str:
-    """Of this machine, as ``host`` would see it. Nothing is sent. Raises FastqwenError."""
-    try:
-        [family, kind, _, _, place] = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(place)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise FastqwenError(f"--controller {host}: {error.strerror or error}") from None
+def over_hosts(engine_config: EngineConfig, config: WorkerConfig, token: str) -> tuple[str, ...]:
+    """The command of an engine whose ranks are on several hosts. Raises BadConfig."""
+    check_even(engine_config.tensor_parallel_size, 1 + len(config.rank_hosts))
+    host, port = next(split_address(one, RANKS_PORT, "--rank-hosts") for one in config.rank_hosts)
+    os.environ[VARIABLE] = token  # for the ranks, which are started by the engine; never in a command line
+    here = config.host or own_address(host, port)
+    meeting = written(here, config.ranks_port or free_port(here))
+    return (*COMMAND, msgspec.json.encode(Places(config.rank_hosts, meeting)).decode())

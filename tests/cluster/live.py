@@ -149,7 +149,7 @@ class Host:
     def __init__(self, number: int) -> None:
         self._name = f"fq{os.getpid()}-{number}"
         self._link = f"fq{os.getpid() % 100000}-{number}"  # names of interfaces are short
-        self.gateway, self._address = f"10.213.{number}.1", f"10.213.{number}.2"
+        self.gateway, self.address = f"10.213.{number}.1", f"10.213.{number}.2"
         self.enter = ("ip", "netns", "exec", self._name)
 
     def __enter__(self) -> Host:
@@ -157,9 +157,10 @@ class Host:
         self._ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self._name)
         self._ip("addr", "add", f"{self.gateway}/24", "dev", self._link)
         self._ip("link", "set", self._link, "up")
-        self._ip("-n", self._name, "addr", "add", f"{self._address}/24", "dev", "eth0")
+        self._ip("-n", self._name, "addr", "add", f"{self.address}/24", "dev", "eth0")
         self._ip("-n", self._name, "link", "set", "eth0", "up")
         self._ip("-n", self._name, "link", "set", "lo", "up")
+        self._ip("-n", self._name, "route", "add", "default", "via", self.gateway)
         return self
 
     def __exit__(self, *_: object) -> None:
