@@ -11,6 +11,7 @@ from fastqwen.server.config import ServerConfig
 
 CONTROLLER_PORT, WORKER_PORT = 21001, 21002  # FastChat's
 RANKS_PORT, MEETING_PORT = 21003, 21004
+RAY_PORT = 6379  # Ray's own
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):

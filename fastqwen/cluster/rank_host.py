@@ -236,8 +236,8 @@ async def _lend_ranks(config: RanksConfig, token: str) -> int:
     return 0
 
 
-def num_devices() -> int:
-    """GPUs, or one where there is none. In a process of its own: a CUDA context here would take memory from the ranks."""
+def num_devices(least: int = 1) -> int:
+    """GPUs, at least so many. In a process of its own: a CUDA context here would take memory from the ranks."""
     code = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
-    return max(1, int(done.stdout)) if done.stdout.strip().isdigit() else 1
+    return max(least, int(done.stdout)) if done.stdout.strip().isdigit() else least

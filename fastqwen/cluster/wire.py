@@ -133,6 +133,7 @@ class Members(msgspec.Struct, frozen=True, tag=True):
     silent_s: list[float]  # of each
     controller_since_s: float  # as time.time()
     num_drained: int = 0  # by the Drain that this answers
+    ray_address: str = ""  # HOST:PORT of the controller's Ray; 0.0.0.0 is the controller's host. Empty: it has none
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import httpx
 import openai
 import psutil
 
+from fastqwen.cluster.beacon import ask_controller
+from fastqwen.cluster.wire import Ask, Member
 from tests.reliability.server import free_port
 from tests.server.live import ROOT, command
 
@@ -86,6 +89,15 @@ class Cluster:
                 os.kill(one.pid, signal.SIGKILL)
         process.wait(10)
 
+    def kill_alone(self, name: str, within_s: float = 15) -> None:
+        """kill -9 of the one process. What it had started must end by itself."""
+        process = self.processes.pop(name)
+        every = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait(10)
+        _, left = psutil.wait_procs(every, timeout=within_s)
+        assert not left, f"{name} left {left}"
+
     def end(self, name: str, timeout_s: float = 30) -> int:
         """SIGTERM, and the exit status."""
         process = self.processes.pop(name)
@@ -101,6 +113,10 @@ class Cluster:
             env=self._environment, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True,
         )  # fmt: skip
         return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def listed(self) -> list[Member]:
+        """As the controller answers, without the seconds that a command takes to start."""
+        return asyncio.run(ask_controller(TOKEN, f"tcp://{self.address}", Ask())).members
 
     def cluster(self) -> dict[str, Any]:
         found: dict[str, Any] = httpx.get(f"{self.url}/admin/cluster", timeout=5).json()

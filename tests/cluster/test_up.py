@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastqwen.cluster import on_ray
-from fastqwen.cluster.cluster_file import read_cluster_file
+from fastqwen.cluster.cluster_file import Needs, read_cluster_file
 from fastqwen.cluster.scaling import DOWN_AFTER_S, UP_AFTER_S, Load, Scaler
 from fastqwen.cluster.up import PAUSE_S, STEADY_S, Here, Supervisor
 from fastqwen.cluster.wire import Member
@@ -42,7 +42,7 @@ def test_the_file_says_what_the_flags_say(tmp_path: Path):
         "demo", "--port", "0", "--served-model-name", "Qwen", "--served-model-name", "qwen", "--max-model-len", "32K",
         "--enforce-eager",
     ]  # fmt: skip
-    assert (first.min_replicas, first.max_replicas, first.gpus) == (2, 2, 1)
+    assert (first.min_replicas, first.max_replicas, first.needs) == (2, 2, Needs(gpus=1))
     assert (second.min_replicas, second.max_replicas) == (1, 3) and second.words[-1] == "--no-enable-prefix-caching"
     assert third.words == ["--port", "0", "--upstream", "http://localhost:8001/v1"]
     assert found.fronts == {"api": ["--port", "8000"], "web": []} and found.ray_address is None
@@ -59,7 +59,9 @@ def test_the_file_says_what_the_flags_say(tmp_path: Path):
         ("workers: [{model: demo, replicas: two}]", "replicas is 'two'"),
         ("workers: [{model: demo, min-replicas: 3, max-replicas: 2}]", "max-replicas"),
         ("workers: [{model: demo}]\napi: 8000", "api must hold"),
-        ("workers: [{model: demo}]\nray: {port: 1}", "address"),
+        ("workers: [{model: demo}]\nray: {port: 0}", "address"),
+        ("workers: [{model: demo}]\nray: {port: 6379, address: auto}", "address"),
+        ("workers: [{model: demo, hosts: 2}]", "hosts needs a ray section"),
         ("workers: [", "not YAML"),
     ],
 )
@@ -115,7 +117,7 @@ class Machines:
     def __init__(self) -> None:
         self.all: list[Process] = []
 
-    def launch(self, words: list[str], gpus: int) -> Process:
+    def launch(self, words: list[str], needs: Needs) -> Process:
         self.all.append(Process(words))
         return self.all[-1]
 
@@ -178,7 +180,7 @@ def test_all_of_them_end_in_order(tmp_path: Path):
             self.status = 0
 
     class Launching(Machines):
-        def launch(self, words: list[str], gpus: int) -> Process:
+        def launch(self, words: list[str], needs: Needs) -> Process:
             return Ordered(words)
 
     made = Supervisor(read_cluster_file(written(tmp_path, FILE)), Launching(), Launching())
@@ -198,9 +200,9 @@ def test_each_replica_here_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fastqwen.cluster.up.subprocess.Popen", Popen)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     here = Here("token")
-    first, _, _ = here.launch(["worker"], 2), here.launch(["worker"], 1), here.launch(["api"], 0)
+    first, _, _ = (here.launch([role], Needs(gpus=gpus)) for role, gpus in (("worker", 2), ("worker", 1), ("api", 0)))
     first.terminate()
-    here.launch(["worker"], 1)
+    here.launch(["worker"], Needs(gpus=1))
     assert seen == ["0,1", "2", None, "0"]
 
 
