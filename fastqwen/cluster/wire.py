@@ -15,6 +15,7 @@ from __future__ import annotations
 import msgspec
 
 from fastqwen.client.engine import Ready, State
+from fastqwen.cluster.machine import Machine
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineStats
 from fastqwen.model_config import ModelConfig
@@ -104,6 +105,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int = 0
     kv_bytes: int = 0
     started_s: float = 0.0  # as time.time()
+    machine: Machine = Machine()
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):

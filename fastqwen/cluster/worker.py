@@ -20,6 +20,7 @@ from fastqwen.client.loading_bar import LoadingBar
 from fastqwen.cluster.beacon import Beacon
 from fastqwen.cluster.config import CONTROLLER_PORT, RANKS_PORT, WorkerConfig
 from fastqwen.cluster.engine_over_hosts import COMMAND
+from fastqwen.cluster.machine import this_machine
 from fastqwen.cluster.parcel import identity_of, pack
 from fastqwen.cluster.places import Places, check_even
 from fastqwen.cluster.port import EnginePort
@@ -131,6 +132,7 @@ class Worker:
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             kv_usage=stats.kv_usage,
+            machine=this_machine(),
         )
         if ready is None:
             return found
