@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
+import time
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from fastqwen.cli.main import app
 from fastqwen.cluster import on_ray
-from fastqwen.cluster.cluster_file import Needs, read_cluster_file
+from fastqwen.cluster.cluster_file import ClusterFile, Group, Needs, read_cluster_file
+from fastqwen.cluster.config import WorkerConfig
+from fastqwen.cluster.replicas import ReplicasConfig, replicate, words_of
 from fastqwen.cluster.scaling import DOWN_AFTER_S, UP_AFTER_S, Load, Scaler
-from fastqwen.cluster.up import PAUSE_S, STEADY_S, Here, Supervisor
+from fastqwen.cluster.up import PAUSE_S, STEADY_S, Here, Supervisor, _check_first_start
 from fastqwen.cluster.wire import Member
-from fastqwen.errors import BadConfig
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadConfig, FastqwenError
+from tests.server.live import ROOT
 
 FILE = """
 controller: {host: 0.0.0.0, port: 7000}
@@ -46,6 +55,18 @@ def test_the_file_says_what_the_flags_say(tmp_path: Path):
     assert (second.min_replicas, second.max_replicas) == (1, 3) and second.words[-1] == "--no-enable-prefix-caching"
     assert third.words == ["--port", "0", "--upstream", "http://localhost:8001/v1"]
     assert found.fronts == {"api": ["--port", "8000"], "web": []} and found.ray_address is None
+
+
+def test_the_files_of_the_documentation_say_flags_that_exist(tmp_path: Path):
+    texts = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/cluster.md").read_text(), re.M | re.S)
+    assert len(texts) > 1
+    for text in texts:
+        found = read_cluster_file(written(tmp_path, text))
+        command: Any = typer.main.get_command(app)
+        every = [("worker", group.words) for group in found.groups] + [*found.fronts.items()]
+        for role, words in [("controller", found.controller or []), *every]:
+            command.commands[role].make_context(role, list(words))
+    assert found.ray_head == 6379 and found.groups[1].needs == Needs(gpus=2, hosts=2)
 
 
 @pytest.mark.parametrize(
@@ -217,3 +238,50 @@ def test_ray_is_not_used_without_its_token(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(BadConfig, match="RAY_AUTH_MODE"):
         on_ray.OnRay("auto", "token")
+
+
+def test_a_worker_that_cannot_start_at_all_ends_the_command_that_asked_for_replicas(monkeypatch: pytest.MonkeyPatch):
+    group = Group(words=["nothing", "--port", "0"], min_replicas=2, max_replicas=2)
+    file = ClusterFile(controller=None, controller_address="h:1", is_open=False, groups=[group], fronts={})
+    machines = Machines()
+    made = Supervisor(file, Here("token"), machines)
+    made.look(time.monotonic(), [])
+    _check_first_start(made)
+    machines.all[0].status = 1
+    with pytest.raises(FastqwenError, match="worker 1 could not start"):
+        _check_first_start(made)
+
+
+def test_flags_of_replicas_are_those_that_were_given():
+    engine = EngineConfig(
+        model="m", max_model_len=4096, enable_prefix_caching=False, served_model_name=["a", "b"], rope_theta=1e6,
+        hf_overrides={"x": [1]},
+    )  # fmt: skip
+    words = words_of(engine)
+    command: Any = typer.main.get_command(app).commands["worker"]  # type: ignore[attr-defined]
+    params = command.make_context("worker", ["m", *words]).params
+    given = {field: params[field] for field in ("max_model_len", "enable_prefix_caching", "rope_theta", "hf_overrides")}
+    assert given == {
+        "max_model_len": 4096,
+        "enable_prefix_caching": False,
+        "rope_theta": 1e6,
+        "hf_overrides": {"x": [1]},
+    }
+    assert list(params["served_model_name"]) == ["a", "b"] and len(words) == 11
+    assert words_of(WorkerConfig(drain_timeout_s=5.0, port=7), without=("port",)) == ["--drain-timeout", "5.0"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "worker", "engine", "named"),
+    [
+        ({"min_replicas": 3, "max_replicas": 2}, {}, {}, "--min-replicas is 3"),
+        ({"hosts": 2}, {}, {"tensor_parallel_size": 2}, "--hosts needs --ray"),
+        ({"hosts": 2, "ray": True}, {}, {"tensor_parallel_size": 3}, "--tensor-parallel-size is 3"),
+        ({"replicas": 2}, {"worker_address": "h:1"}, {}, "--worker-address is of one worker"),
+        ({"replicas": 2}, {"rank_hosts": ["h"]}, {}, "--rank-hosts is of one worker"),
+        ({"replicas": 2}, {"port": 5}, {}, "--port 5 is of one worker"),
+    ],
+)
+def test_what_replicas_cannot_be(asked: dict[str, Any], worker: dict[str, Any], engine: dict[str, Any], named: str):
+    with pytest.raises(BadConfig, match=named):
+        replicate(EngineConfig(model="m", **engine), WorkerConfig(**worker), ReplicasConfig(**asked), None)
