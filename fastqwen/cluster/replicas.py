@@ -12,6 +12,7 @@ import msgspec
 
 from fastqwen.cluster.cluster_file import ClusterFile, Group, Needs
 from fastqwen.cluster.config import CONTROLLER_PORT, WORKER_PORT, WorkerConfig
+from fastqwen.cluster.machine import this_machine
 from fastqwen.cluster.rank_host import num_devices
 from fastqwen.cluster.ray_node import controllers_ray, ray_environment
 from fastqwen.cluster.secret import read_token
@@ -66,6 +67,8 @@ def replicate(engine: EngineConfig, worker: WorkerConfig, replicas: ReplicasConf
         cpus=engine.num_threads or 1,
         hosts=replicas.hosts,
     )
+    if on_cpu and not replicas.ray and engine.num_threads is None:  # else each of them would want all cores
+        engine = msgspec.structs.replace(engine, num_threads=max(1, this_machine().num_cpus // high))
     words = [engine.model, "--port", "0", *words_of(worker, without=("controller", "port")), *words_of(engine)]
     group = Group(words=words, min_replicas=low, max_replicas=high, needs=needs)
     file = ClusterFile(

@@ -194,6 +194,6 @@ def over_hosts(engine_config: EngineConfig, config: WorkerConfig, token: str) ->
     check_even(engine_config.tensor_parallel_size, 1 + len(config.rank_hosts))
     host, port = next(split_address(one, RANKS_PORT, "--rank-hosts") for one in config.rank_hosts)
     os.environ[VARIABLE] = token  # for the ranks, which are started by the engine; never in a command line
-    here = config.host or own_address(host, port)
+    here = config.host or own_address(host, port, "--rank-hosts")
     meeting = written(here, config.ranks_port or free_port(here))
     return (*COMMAND, msgspec.json.encode(Places(config.rank_hosts, meeting)).decode())
