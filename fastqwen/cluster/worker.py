@@ -40,6 +40,9 @@ from fastqwen.version import __version__
 log = logging.getLogger("fastqwen.cluster")
 
 LOOK_EVERY_S = 0.05
+# An engine that is silent for so long hangs. Between two words lies a step: on a GPU a second at most, on a CPU as long as it takes
+# to compute a chunk of a large model's prompt.
+HUNG_AFTER_S, HUNG_ON_A_CPU_AFTER_S = 60.0, 600.0
 ON_THE_WAY_S = 0.5  # requests that were sent before the front ends heard of the drain
 FAREWELL_S = 0.3  # for the last news to reach the front ends
 
@@ -111,6 +114,7 @@ class Worker:
         self._engine, self._port = engine, port
         self._drain_timeout_s = drain_timeout_s
         self._aborts = False
+        self._waking: asyncio.Task[None] | None = None
         self._member = Member(
             key=uuid.uuid4().hex,
             address=address,
@@ -173,8 +177,25 @@ class Worker:
                     not self._port.num_requests and drains_for_s > ON_THE_WAY_S
                 ) or drains_for_s > self._drain_timeout_s:
                     break
+            if self._hangs:
+                await self._start_again()
             await asyncio.sleep(LOOK_EVERY_S)
         await self._hand_over()
+
+    @property
+    def _hangs(self) -> bool:
+        engine = self._engine
+        if engine.state != "ready" or engine.ready is None:
+            return False
+        limit_s = HUNG_ON_A_CPU_AFTER_S if engine.ready.plan.device.endswith("CPU") else HUNG_AFTER_S
+        return engine.silent_for_s > limit_s
+
+    async def _start_again(self) -> None:
+        """Requests of an engine that hangs go on at other workers, while this one gets another process."""
+        log.error("the engine has been silent for %.0f s: it is ended and started again", self._engine.silent_for_s)
+        await self._engine.sleep()
+        self._waking = asyncio.create_task(self._engine.wake_up())  # how it ends is seen by the engine's state
+        self._waking.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _on_signal(self) -> None:
         self._aborts = self._port.is_draining
