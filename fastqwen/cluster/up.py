@@ -33,6 +33,7 @@ from fastqwen.server.http.listen import run_loop
 LOOK_EVERY_S = 0.5
 NOTHING = Needs(cpus=0)
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before a role that died is started again; doubled each time
+MISTAKE, USAGE = 1, 2  # exit statuses of the command line
 FIRST_START_S, FIRST_LOAD_S = 10.0, 60.0
 STEADY_S = 60.0  # one that ran so long dies for the first time again
 END_WITHIN_S = 75.0  # longer than --drain-timeout
@@ -248,15 +249,15 @@ async def _up(supervisor: Supervisor, file: ClusterFile, token: str) -> int:
 
 def _check_first_start(supervisor: Supervisor) -> None:
     """A role that cannot start at all was told something that cannot hold: its own line says what. Workers of a cluster.yaml
-    are tried again, since what they miss may come."""
-    found = [(one, FIRST_START_S) for one in supervisor.roles]
-    if not found:
-        found = [(one, FIRST_LOAD_S) for workers in supervisor.workers for one in workers.kept]
-    for one, within_s in found:
+    are tried again, since what they miss may come; but a flag that does not exist never will."""
+    workers = [one for group in supervisor.workers for one in group.kept]
+    found = [(one, FIRST_START_S, (MISTAKE, USAGE)) for one in supervisor.roles]
+    found += [(one, FIRST_LOAD_S, (USAGE,) if found else (MISTAKE, USAGE)) for one in workers]
+    for one, within_s, statuses in found:
         running = one.running
         if (
             running is not None
-            and running.poll() == 1
+            and running.poll() in statuses
             and one.pause_s == PAUSE_S
             and time.monotonic() - one.started_s < within_s
         ):

@@ -285,3 +285,18 @@ def test_flags_of_replicas_are_those_that_were_given():
 def test_what_replicas_cannot_be(asked: dict[str, Any], worker: dict[str, Any], engine: dict[str, Any], named: str):
     with pytest.raises(BadConfig, match=named):
         replicate(EngineConfig(model="m", **engine), WorkerConfig(**worker), ReplicasConfig(**asked), None)
+
+
+@pytest.mark.parametrize(
+    ("role", "status", "is_told"), [("api", 1, True), ("api", 2, True), ("worker", 2, True), ("worker", 1, False)]
+)
+def test_a_flag_that_does_not_exist_is_not_tried_again(role: str, status: int, is_told: bool, tmp_path: Path):
+    machines = Machines()
+    made = Supervisor(read_cluster_file(written(tmp_path, FILE)), machines, machines)
+    made.look(time.monotonic(), [])
+    machines.running(role)[0].status = status
+    if is_told:
+        with pytest.raises(FastqwenError, match=f"{role}.* could not start"):
+            _check_first_start(made)
+    else:
+        _check_first_start(made)
