@@ -20,6 +20,7 @@ from fastqwen.cluster.secret import VARIABLE, own_file, read_token
 from fastqwen.cluster.sockets import Listening, own_address, split_address, written
 from fastqwen.cluster.wire import Beat, Bye, Drain, Heard, Members, ToController, to_controller
 from fastqwen.errors import FastqwenError
+from fastqwen.lifeline import end_with_starter
 from fastqwen.logs import configure_logging
 from fastqwen.server.http.listen import run_loop
 
@@ -88,6 +89,7 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def control(config: ControllerConfig) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
+    end_with_starter()
     configure_logging(config.log_format)
     token = read_token(config.token_file, make=True)
     if config.ray_address is not None:

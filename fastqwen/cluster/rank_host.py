@@ -40,7 +40,7 @@ from fastqwen.cluster.secret import VARIABLE, read_token
 from fastqwen.cluster.sockets import Listening
 from fastqwen.errors import FastqwenError
 from fastqwen.hub import find_checkpoint
-from fastqwen.lifeline import PARENT_VARIABLE, end_with_parent
+from fastqwen.lifeline import PARENT_VARIABLE, end_with_starter
 from fastqwen.logs import configure_logging
 from fastqwen.ranks import wire as ranks_wire
 from fastqwen.server.http.listen import run_loop
@@ -217,8 +217,7 @@ class _Lent:
 
 def lend_ranks(config: RanksConfig) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
-    if PARENT_VARIABLE in os.environ:
-        end_with_parent()
+    end_with_starter()
     configure_logging(config.log_format)
     return run_loop(_lend_ranks(config, read_token(config.token_file)))
 

@@ -251,8 +251,8 @@ def _check_first_start(supervisor: Supervisor) -> None:
     """A role that cannot start at all was told something that cannot hold: its own line says what. Workers of a cluster.yaml
     are tried again, since what they miss may come; but a flag that does not exist never will."""
     workers = [one for group in supervisor.workers for one in group.kept]
-    found = [(one, FIRST_START_S, (MISTAKE, USAGE)) for one in supervisor.roles]
-    found += [(one, FIRST_LOAD_S, (USAGE,) if found else (MISTAKE, USAGE)) for one in workers]
+    found = [(one, FIRST_START_S, {MISTAKE, USAGE}) for one in supervisor.roles]
+    found += [(one, FIRST_LOAD_S, {USAGE} if supervisor.roles else {MISTAKE, USAGE}) for one in workers]
     for one, within_s, statuses in found:
         running = one.running
         if (

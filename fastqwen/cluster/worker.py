@@ -32,7 +32,7 @@ from fastqwen.errors import FastqwenError
 from fastqwen.hub import find_checkpoint
 from fastqwen.ipc.engine_process import ENGINE_COMMAND
 from fastqwen.ipc.process_engine import ProcessEngine
-from fastqwen.lifeline import PARENT_VARIABLE, end_with_parent
+from fastqwen.lifeline import end_with_starter
 from fastqwen.logs import configure_logging
 from fastqwen.server.http.listen import run_loop
 from fastqwen.version import __version__
@@ -55,8 +55,7 @@ def work(
     engine_command: Sequence[str] = ENGINE_COMMAND,
 ) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
-    if PARENT_VARIABLE in os.environ:
-        end_with_parent()
+    end_with_starter()
     configure_logging(config.log_format)
     token = read_token(token_file)
     if config.rank_hosts:

@@ -15,7 +15,8 @@ import pytest
 
 from tests.cluster.live import Cluster, Host, can_make_hosts, warnings
 from tests.reliability.mock_model import make_model
-from tests.reliability.server import serving
+from tests.reliability.server import free_port, serving
+from tests.server.live import command
 
 MODEL = "Qwen"
 STREAMS = 32
@@ -255,3 +256,16 @@ def test_with_no_worker_left_streams_end_with_an_error(cluster: Cluster):
     assert cluster.end("api") == 0
     assert cluster.end("controller") == 0
     assert not [line for line in warnings(cluster.log("api")) if "Traceback" in line], cluster.log("api").read_text()
+
+
+def test_a_cluster_of_one_file_leaves_nothing_when_it_is_killed(model: Path, tmp_path: Path):
+    with Cluster(tmp_path) as made:
+        made.kill("controller")
+        port = free_port()
+        file = tmp_path / "cluster.yaml"
+        workers = f"- {{model: {model}, skip-tokenizer-init: true, load-format: dummy}}"
+        file.write_text(f"controller: {{port: {made.port}}}\napi: {{port: {port}}}\nworkers:\n  {workers}\n")
+        made.start("up", command("up", str(file)))
+        made.url = f"http://127.0.0.1:{port}"
+        made.until(lambda: len(made.cluster()["workers"]) == 1)
+        made.kill_alone("up")
