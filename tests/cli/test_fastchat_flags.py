@@ -22,7 +22,7 @@ from tests.server.live import one_line, run
         ("--controller-url=http://a:21001 --model-list-mode reload", "--controller http://a:21001"),
         ("--limit-worker-concurrency 5 --dtype float16", "--dtype float16"),
         ("--gptq-wbits 4 --gptq-act-order --debug --port 1", "--port 1"),
-        ("--allow-credentials --allowed-methods [\"*\"] --allowed-origins [\"https://a\",\"https://b\"]", "--allowed-origins https://a --allowed-origins https://b"),
+        ('--allow-credentials --allowed-methods ["*"] --api-keys ["one","two"]', "--api-key one --api-key two"),
     ],
 )  # fmt: skip
 def test_what_means_the_same_is_ours(words: str, ours: str):
