@@ -36,6 +36,12 @@ def end_with_parent() -> None:
         sys.exit("the process that started this one is gone")
 
 
+def end_with_starter() -> None:
+    """As ``end_with_parent``, in a command that a supervisor may have started, and a person as well."""
+    if PARENT_VARIABLE in os.environ:
+        end_with_parent()
+
+
 def watch_parent(tidy: Callable[[], None]) -> None:
     """Call first of all. A thread ends this process soon after its parent, and calls ``tidy`` before."""
     parent = named_parent()

@@ -65,7 +65,7 @@ def test_the_kuberay_example_holds_a_cluster_file(tmp_path: Path):
     file = tmp_path / "cluster.yaml"
     file.write_text(config["data"]["cluster.yaml"])
     found = read_cluster_file(file)
-    assert found.ray_address == "auto" and found.groups[0].gpus == 1
+    assert found.ray_address == "auto" and found.groups[0].needs.gpus == 1
     parsed(["worker", *found.groups[0].words])
     parsed(["api", *found.fronts["api"]])
     head = cluster["spec"]["headGroupSpec"]

@@ -64,6 +64,8 @@ ENDLESS = (
     "bench",
     "controller",
     "worker",
+    "node",
+    "ranks",
     "api",
     "status",
     "up",
@@ -150,7 +152,7 @@ def _read_only(words: list[str]) -> None:
         "api": ("controller",),
         "status": ("controller",),
     }
-    needed |= {"controller": ("port",), "up": ("file",)}
+    needed |= {"controller": ("port",), "up": ("file",), "node": ("controller",), "ranks": ("port",)}
     assert any(params[name] for name in needed.get(names[0], ("model",)))
 
 

@@ -38,6 +38,8 @@ COMMANDS: list[tuple[str, str, Callable[..., None]]] = [
     ("ps", SERVE, ours.ps),
     ("controller", MANY, cluster.controller),
     ("worker", MANY, cluster.worker),
+    ("node", MANY, cluster.node),
+    ("ranks", MANY, cluster.ranks),
     ("api", MANY, cluster.api),
     ("status", MANY, cluster.status),
     ("up", MANY, cluster.up),

@@ -17,11 +17,21 @@ from typing import Any
 
 import msgspec
 
-from fastqwen.cluster.config import CONTROLLER_PORT
+from fastqwen.cluster.config import CONTROLLER_PORT, RAY_PORT
 from fastqwen.errors import BadConfig
 
 SECTIONS = ("controller", "workers", "api", "web", "ray")
 MAX_REPLICAS = 4096
+
+
+class Needs(msgspec.Struct, frozen=True, kw_only=True):
+    """What one replica needs on each of its hosts. ``cpus`` and ``gpus_if_any``, which lets a Ray without GPUs place it as
+    well, are told to Ray only."""
+
+    gpus: int = 0
+    gpus_if_any: bool = False
+    cpus: int = 1
+    hosts: int = 1
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,16 +40,19 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     words: list[str]
     min_replicas: int = 1
     max_replicas: int = 1
-    gpus: int = 0  # for each
+    needs: Needs = Needs()  # of each
 
 
 class ClusterFile(msgspec.Struct, frozen=True, kw_only=True):
-    controller: list[str]
+    """``controller`` is None where there is one already."""
+
+    controller: list[str] | None
     controller_address: str  # from this machine
     is_open: bool  # whether the controller listens on all of this machine's addresses
     groups: list[Group]
     fronts: dict[str, list[str]]  # api and web, those that were asked for
-    ray_address: str | None = None
+    ray_address: str | None = None  # HOST:PORT, or auto
+    ray_head: int | None = None  # the port of a Ray head that is to be started here
 
 
 def read_cluster_file(file: Path) -> ClusterFile:
@@ -62,16 +75,22 @@ def read_cluster_file(file: Path) -> ClusterFile:
         raise BadConfig(f"{file}: workers must be a list with at least one entry like - model: demo")
     own = _mapping(file, "controller", found.get("controller"))
     ray = _mapping(file, "ray", found.get("ray"))
-    if "ray" in found and (set(ray) != {"address"} or not isinstance(ray["address"], str)):
-        raise BadConfig(f"{file}: ray needs one key, address: HOST:PORT of a running Ray, or auto")
+    if "ray" in found and not (
+        (set(ray) == {"address"} and isinstance(ray["address"], str))
+        or (set(ray) == {"port"} and ray["port"] in range(1, 65536))
+    ):
+        raise BadConfig(
+            f"{file}: ray needs one key: port: {RAY_PORT} to start Ray here, or address: HOST:PORT (or auto) of one that runs"
+        )
     host, port = str(own.get("host", "127.0.0.1")), own.get("port", CONTROLLER_PORT)
     return ClusterFile(
         controller=as_words(own),
         controller_address=f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",  # noqa: S104 nothing is bound here
         is_open=host == "0.0.0.0",  # noqa: S104
-        groups=[_group(file, number, one) for number, one in enumerate(workers, start=1)],
+        groups=[_group(file, number, one, "ray" in found) for number, one in enumerate(workers, start=1)],
         fronts={name: as_words(_mapping(file, name, found[name])) for name in ("api", "web") if name in found},
         ray_address=ray.get("address"),
+        ray_head=ray.get("port"),
     )
 
 
@@ -83,12 +102,14 @@ def _mapping(file: Path, section: str, value: Any) -> dict[str, Any]:
     return {str(key): one for key, one in value.items()}
 
 
-def _group(file: Path, number: int, value: Any) -> Group:
+def _group(file: Path, number: int, value: Any, has_ray: bool) -> Group:
     entry = _mapping(file, f"workers, entry {number}", value)
     counts = {
         name: _count(file, number, name, entry.pop(name, default))
-        for name, default in (("replicas", 1), ("min-replicas", None), ("max-replicas", None), ("gpus", 0))
-    }
+        for name, default in (
+            ("replicas", 1), ("min-replicas", None), ("max-replicas", None), ("gpus", 0), ("hosts", 1),
+        )
+    }  # fmt: skip
     if ("model" in entry) == ("upstream" in entry):
         raise BadConfig(f"{file}: workers, entry {number} needs either model or upstream")
     replicas, least, most = counts["replicas"], counts["min-replicas"], counts["max-replicas"]
@@ -99,9 +120,15 @@ def _group(file: Path, number: int, value: Any) -> Group:
             f"{file}: workers, entry {number}: 1 <= min-replicas <= max-replicas <= {MAX_REPLICAS} must hold"
         )
     model = [str(entry.pop("model"))] if "model" in entry else []
-    return Group(
-        words=[*model, "--port", "0", *as_words(entry)], min_replicas=low, max_replicas=high, gpus=counts["gpus"] or 0
-    )
+    threads = _count(file, number, "num-threads", entry.get("num-threads"))
+    needs = Needs(gpus=counts["gpus"] or 0, cpus=threads or 1, hosts=counts["hosts"] or 1)
+    if needs.hosts > 1 and not has_ray:
+        raise BadConfig(
+            f"{file}: workers, entry {number}: hosts needs a ray section, which finds them; without Ray start fastqwen ranks "
+            "on the others and give rank-hosts"
+        )
+    words = [*model, "--port", "0", *as_words(entry)]
+    return Group(words=words, min_replicas=low, max_replicas=high, needs=needs)
 
 
 def _count(file: Path, number: int, name: str, value: Any) -> int | None:

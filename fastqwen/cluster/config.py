@@ -10,6 +10,8 @@ from fastqwen.config import check_bounds, option
 from fastqwen.server.config import ServerConfig
 
 CONTROLLER_PORT, WORKER_PORT = 21001, 21002  # FastChat's
+RANKS_PORT, MEETING_PORT = 21003, 21004
+RAY_PORT = 6379  # Ray's own
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +25,19 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     worker_address: Annotated[
         str | None, option("HOST:PORT at which front ends reach this worker, where that is not --host and --port.")
     ] = None
+    rank_hosts: Annotated[
+        list[str],
+        option(
+            "HOST:PORT of `fastqwen ranks` on another machine that computes its share of --tensor-parallel-size; once for "
+            "each. This one computes the same share."
+        ),
+    ] = []
+    ranks_port: Annotated[
+        int,
+        option(
+            "With --rank-hosts: port here at which the ranks of all hosts meet; 0 takes any free one.", ge=0, le=65535
+        ),
+    ] = MEETING_PORT
     drain_timeout_s: Annotated[
         float,
         option(

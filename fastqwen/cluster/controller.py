@@ -13,10 +13,14 @@ from pathlib import Path
 
 import msgspec
 
+from fastqwen.cluster.config import RAY_PORT
 from fastqwen.cluster.members import Registry
+from fastqwen.cluster.ray_node import RayNode, head_words
 from fastqwen.cluster.secret import VARIABLE, own_file, read_token
-from fastqwen.cluster.sockets import Listening
+from fastqwen.cluster.sockets import Listening, own_address, split_address, written
 from fastqwen.cluster.wire import Beat, Bye, Drain, Heard, Members, ToController, to_controller
+from fastqwen.errors import FastqwenError
+from fastqwen.lifeline import end_with_starter
 from fastqwen.logs import configure_logging
 from fastqwen.server.http.listen import run_loop
 
@@ -26,7 +30,8 @@ log = logging.getLogger("fastqwen.cluster")
 
 
 class Controller:
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, ray_address: str = "") -> None:
+        self._ray_address = ray_address
         self.registry = Registry()
         self._since_s = time.time()
         self._listening: Listening[ToController] = Listening(token, to_controller.decode, self._take)
@@ -63,7 +68,7 @@ class Controller:
 
     def _members(self, now_s: float, num_drained: int) -> Members:
         members, silent_s = self.registry.listed(now_s)
-        return Members(members, silent_s, self._since_s, num_drained)
+        return Members(members, silent_s, self._since_s, num_drained, self._ray_address)
 
     async def _keep_looking(self) -> None:
         while True:
@@ -77,23 +82,42 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     token_file: Path | None = None
     log_format: str = "text"
+    ray: bool = False  # start a Ray head as well,
+    ray_port: int = RAY_PORT  # which listens here,
+    ray_address: str | None = None  # or join that one
 
 
 def control(config: ControllerConfig) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
+    end_with_starter()
     configure_logging(config.log_format)
     token = read_token(config.token_file, make=True)
-    return run_loop(_control(config, token))
+    if config.ray_address is not None:
+        host, port = split_address(config.ray_address, RAY_PORT, "--ray-address")
+        words, found = (
+            ["--address", written(host, port), "--node-ip-address", own_address(host, port)],
+            written(host, port),
+        )
+    else:
+        words, found = head_words(config.host, config.ray_port), written(config.host, config.ray_port)
+    if not config.ray and config.ray_address is None:
+        return run_loop(_control(config, token, ""))
+    with RayNode(words, token) as node:
+        return run_loop(_control(config, token, found, node))
 
 
-async def _control(config: ControllerConfig, token: str) -> int:
-    controller = Controller(token)
+async def _control(config: ControllerConfig, token: str, ray_address: str, node: RayNode | None = None) -> int:
+    controller = Controller(token, ray_address)
     port = controller.bind(config.host, config.port)
     controller.start()
     where = config.token_file or f"{own_file()}, or {VARIABLE} if it is set"
     log.info("the controller listens on %s:%d; workers and front ends need its token (%s)", config.host, port, where)
-    await until_signal()
+    ending = asyncio.create_task(until_signal())
+    while not ending.done() and (node is None or node.poll() is None):
+        await asyncio.wait([ending], timeout=None if node is None else 1.0)
     await controller.close()
+    if not ending.done():
+        raise FastqwenError("Ray has ended here, and so does the controller")
     return 0
 
 

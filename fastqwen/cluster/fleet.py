@@ -122,7 +122,11 @@ class Fleet:
         listed = {member.key: member for member in told.members}
         self.members = listed
         for key, member in listed.items():
-            if key not in self._links and member.state in ("ready", "restarting") and not member.is_draining:
+            is_hopeless = (
+                self.refused.get(key, OTHER) != OTHER
+            )  # a process stays what it is, as long as it has this key
+            is_up = member.state in ("ready", "restarting") and not member.is_draining
+            if key not in self._links and is_up and not is_hopeless:
                 self._link(member)
 
     def _link(self, member: Member) -> None:

@@ -25,6 +25,7 @@ from fastqwen.cluster.relayed import RelayedModel
 from fastqwen.cluster.secret import read_token
 from fastqwen.cluster.sockets import endpoint, split_address
 from fastqwen.errors import EngineGone, Overloaded, UnknownModelName
+from fastqwen.lifeline import end_with_starter
 from fastqwen.logs import configure_logging
 from fastqwen.server.answer.state import MAX_RECENT_ERRORS
 from fastqwen.server.app import MANY_NUMBERS, PROMPTS_OF_IDS
@@ -297,6 +298,7 @@ def _figures(model: ServedModel | RelayedModel) -> dict[str, Any]:
 
 def serve_front(config: ServerConfig, controller: str, token_file: Path | None) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
+    end_with_starter()
     configure_logging(config.log_format)
     check_exposure(config)
     token = read_token(token_file)

@@ -57,7 +57,9 @@ class LinkedEngine:
         self._number = 0
         self._greeted = False
         self._files: asyncio.Future[Files] = asyncio.get_running_loop().create_future()
-        self._calling: Calling[FromWorker] = Calling(token, address, from_worker.decode, self._take, self._broke)
+        self._calling: Calling[FromWorker] = Calling(
+            token, address, from_worker.decode, self._take, self._broke, self._strange
+        )
         self._task = asyncio.create_task(self._keep_alive(), name="cluster-link")
 
     # ---- ReplicaEngine ----
@@ -146,6 +148,10 @@ class LinkedEngine:
         self._on_news(self)  # before the streams hear why they end: what they move to must be known by its new state
         if news.deltas:
             self._streams.deliver(news.deltas)
+
+    def _strange(self) -> None:
+        self.failure = self.failure or "it says what this front end does not understand: install one version on both"
+        self._lose(self.failure)
 
     def _broke(self) -> None:
         self._greeted = False

@@ -73,7 +73,7 @@ class EnginePort:
         self.files: Files | None = None
         self._engine = engine
         self._peers: dict[bytes, _Peer] = {}
-        self._listening: Listening[ToWorker] = Listening(token, to_worker.decode, self._take)
+        self._listening: Listening[ToWorker] = Listening(token, to_worker.decode, self._take, self._strange)
         self._task: asyncio.Task[None] | None = None
 
     def bind(self, host: str, port: int) -> int:
@@ -136,6 +136,11 @@ class EnginePort:
         elif isinstance(message, AskFiles) and self.files is not None:
             self._listening.send(who, self.files)
 
+    def _strange(self, who: bytes) -> None:
+        """A front end of another version: what it asked will have no answer here, and from our silence it sees that."""
+        if who in self._peers:
+            self._give_up(self._peers[who])
+
     def _greet(self, who: bytes) -> None:
         """A card tells which protocol is spoken here, so that the front end can say what does not fit."""
         if who not in self._peers:
@@ -171,7 +176,7 @@ class EnginePort:
 
     def _give_up(self, peer: _Peer) -> None:
         if peer.requests:
-            log.warning("a front end fell silent: %d of its requests are aborted", len(peer.requests))
+            log.warning("a front end is lost: %d of its requests are aborted", len(peer.requests))
         self._leave(peer, list(peer.requests))
         del self._peers[peer.who]
         self.work.leave(peer.key)

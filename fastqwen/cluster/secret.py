@@ -72,6 +72,11 @@ def secure_client(socket: zmq.asyncio.Socket, token: str) -> None:
     socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
 
 
+def ray_token(token: str) -> str:
+    """The token of the cluster's Ray, from which nobody learns the cluster's own."""
+    return hashlib.blake2b(token.encode(), digest_size=32, person=b"fastqwen-ray").hexdigest()
+
+
 def _server_secret(token: str) -> bytes:
     digest = hashlib.blake2b(token.encode(), digest_size=32, person=b"fastqwen-cluster").digest()
     return bytes(z85.encode(digest))

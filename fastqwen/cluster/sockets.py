@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +16,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from fastqwen.cluster.secret import secure_client, secure_server
 from fastqwen.cluster.wire import MAX_MESSAGE_BYTES, encode
-from fastqwen.errors import BadConfig
+from fastqwen.errors import BadConfig, FastqwenError
 
 M = TypeVar("M")
 MAX_QUEUED = 100_000  # messages for one that does not read; behind these they are dropped, which News.number shows
@@ -49,11 +50,34 @@ def address_of_worker(host: str, port: int, told: str | None) -> str:
     return written(host, port) if told is None else written(*split_address(told, port, "--worker-address"))
 
 
-class Listening(Generic[M]):
-    """``take(who, message)`` for each message; one that cannot be decoded is logged and costs its sender only that."""
+def own_address(host: str, port: int, flag: str = "--controller") -> str:
+    """Of this machine, as ``host`` would see it. Nothing is sent. Raises FastqwenError."""
+    try:
+        [family, kind, _, _, place] = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise FastqwenError(f"{flag} {host}: {error.strerror or error}") from None
 
-    def __init__(self, token: str, decode: Callable[[bytes], M], take: Callable[[bytes, M], None]) -> None:
-        self._decode, self._take = decode, take
+
+def free_port(host: str) -> int:
+    """One that nobody listens on just now."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return int(probe.getsockname()[1])
+
+
+class Listening(Generic[M]):
+    """``take(who, message)`` for each message. One that cannot be decoded is logged, and ``on_strange(who)`` told of it."""
+
+    def __init__(
+        self,
+        token: str,
+        decode: Callable[[bytes], M],
+        take: Callable[[bytes, M], None],
+        on_strange: Callable[[bytes], None] = lambda who: None,
+    ) -> None:
+        self._decode, self._take, self._on_strange = decode, take, on_strange
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.ROUTER)
         self._socket.set_hwm(MAX_QUEUED)
@@ -93,6 +117,7 @@ class Listening(Generic[M]):
                 message = self._decode(b"".join(parts))
             except (msgspec.DecodeError, RecursionError) as error:
                 log.warning("a message that is none of this protocol was dropped: %s", error)
+                self._on_strange(who)
                 continue
             try:
                 self._take(who, message)
@@ -101,7 +126,8 @@ class Listening(Generic[M]):
 
 
 class Calling(Generic[M]):
-    """Calls one address, and again for as long as it is open. ``on_lost`` is told when a connection breaks."""
+    """Calls one address, and again for as long as it is open. ``on_lost`` is told when a connection breaks,
+    ``on_strange`` when a message came that cannot be decoded."""
 
     def __init__(
         self,
@@ -110,8 +136,9 @@ class Calling(Generic[M]):
         decode: Callable[[bytes], M],
         take: Callable[[M], None],
         on_lost: Callable[[], None] = lambda: None,
+        on_strange: Callable[[], None] = lambda: None,
     ) -> None:
-        self._decode, self._take, self._on_lost = decode, take, on_lost
+        self._decode, self._take, self._on_lost, self._on_strange = decode, take, on_lost, on_strange
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(MAX_QUEUED)
@@ -150,6 +177,7 @@ class Calling(Generic[M]):
                 self._take(self._decode(data))
             except (msgspec.DecodeError, RecursionError) as error:
                 log.warning("a message that is none of this protocol was dropped: %s", error)
+                self._on_strange()
             except Exception:
                 log.exception("a message could not be handled")
 

@@ -6,6 +6,7 @@ Controller, API and page run here. Workers run here as well, or where Ray puts t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import subprocess
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Protocol
 
 from fastqwen.cluster.beacon import Watcher
-from fastqwen.cluster.cluster_file import ClusterFile, Group
+from fastqwen.cluster.cluster_file import ClusterFile, Group, Needs
 from fastqwen.cluster.config import CONTROLLER_PORT
 from fastqwen.cluster.controller import until_signal
+from fastqwen.cluster.ray_node import RayNode, head_words, ray_environment
 from fastqwen.cluster.scaling import Load, Scaler
 from fastqwen.cluster.secret import VARIABLE, read_token
-from fastqwen.cluster.sockets import endpoint, split_address
+from fastqwen.cluster.sockets import endpoint, split_address, written
 from fastqwen.cluster.wire import Member, Members
 from fastqwen.errors import FastqwenError
 from fastqwen.lifeline import PARENT_VARIABLE
@@ -29,7 +31,10 @@ from fastqwen.logs import configure_logging
 from fastqwen.server.http.listen import run_loop
 
 LOOK_EVERY_S = 0.5
+NOTHING = Needs(cpus=0)
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before a role that died is started again; doubled each time
+MISTAKE, USAGE = 1, 2  # exit statuses of the command line
+FIRST_START_S, FIRST_LOAD_S = 10.0, 60.0
 STEADY_S = 60.0  # one that ran so long dies for the first time again
 END_WITHIN_S = 75.0  # longer than --drain-timeout
 
@@ -48,7 +53,7 @@ class Running(Protocol):
 
 
 class Launcher(Protocol):
-    def launch(self, words: list[str], gpus: int) -> Running:
+    def launch(self, words: list[str], needs: Needs) -> Running:
         """``fastqwen`` with these words."""
 
 
@@ -59,14 +64,14 @@ class Here:
         self._token = token
         self._gpus: dict[int, subprocess.Popen[bytes]] = {}
 
-    def launch(self, words: list[str], gpus: int) -> Running:
+    def launch(self, words: list[str], needs: Needs) -> Running:
         environment = {**os.environ, VARIABLE: self._token, PARENT_VARIABLE: str(os.getpid())}
         taken: list[int] = []
-        if gpus:
+        if needs.gpus:
             free = (
                 number for number in range(1024) if number not in self._gpus or self._gpus[number].poll() is not None
             )
-            taken = [next(free) for _ in range(gpus)]
+            taken = [next(free) for _ in range(needs.gpus)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, taken))
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "fastqwen.cli.main", *words], stdin=subprocess.DEVNULL, env=environment
@@ -81,7 +86,7 @@ class Kept:
 
     name: str
     words: list[str]
-    gpus: int = 0
+    needs: Needs = NOTHING
     running: Running | None = None
     started_s: float = 0.0
     pause_s: float = PAUSE_S
@@ -104,17 +109,21 @@ class Supervisor:
     ) -> None:
         self._here, self._elsewhere = here, elsewhere
         near = ["--controller", file.controller_address]
-        self.controller = Kept("controller", ["controller", *file.controller])
+        self.controller = None if file.controller is None else Kept("controller", ["controller", *file.controller])
         self.fronts = [Kept(name, [name, *near, *words]) for name, words in file.fronts.items()]
         self._near = ["--controller", workers_controller or file.controller_address]
         self.workers = [Workers(group, Scaler(group.min_replicas, group.max_replicas)) for group in file.groups]
         self._num_made = 0
 
+    @property
+    def roles(self) -> list[Kept]:
+        """What runs once."""
+        return [one for one in (self.controller, *self.fronts) if one is not None]
+
     def look(self, now_s: float, members: list[Member]) -> None:
         """Start what should run and does not, and as many workers as each group needs."""
-        self._keep(self.controller, self._here, now_s)
-        for front in self.fronts:
-            self._keep(front, self._here, now_s)
+        for one in self.roles:
+            self._keep(one, self._here, now_s)
         for workers in self.workers:
             self._scale(workers, members, now_s)
             workers.kept = [one for one in workers.kept if not (one.leaves and _has_ended(one))]
@@ -136,7 +145,7 @@ class Supervisor:
         wanted = workers.scaler.look(load, now_s)
         while len(staying) < wanted:
             self._num_made += 1
-            made = Kept(f"worker {self._num_made}", ["worker", *self._near, *group.words], group.gpus)
+            made = Kept(f"worker {self._num_made}", ["worker", *self._near, *group.words], group.needs)
             staying.append(made)
             workers.kept.append(made)
         for one in staying[wanted:]:
@@ -156,13 +165,13 @@ class Supervisor:
             one.running = None
             log.error("%s ended with status %s and is started again in %g s", one.name, status, one.pause_s)
         if now_s >= one.next_start_s:
-            one.running = launcher.launch(one.words, one.gpus)
+            one.running = launcher.launch(one.words, one.needs)
             one.started_s = now_s
 
     async def end(self) -> None:
         """What takes requests first, what knows the others last; each gets the time to drain."""
         every = [one for workers in self.workers for one in workers.kept]
-        for roles in (self.fronts, every, [self.controller]):
+        for roles in (self.fronts, every, [] if self.controller is None else [self.controller]):
             await _ended([one.running for one in roles if one.running is not None])
 
 
@@ -196,14 +205,27 @@ def up(file: ClusterFile, token_file: Path | None, log_format: str) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
     configure_logging(log_format)
     token = read_token(token_file, make=True)
-    here = Here(token)
-    if file.ray_address is None:
-        return run_loop(_up(Supervisor(file, here, here), file, token))
-    from fastqwen.cluster.on_ray import OnRay
+    return keep(file, token)
 
-    placing = OnRay(file.ray_address, token)
-    seen_from_afar = file.controller_address.replace("127.0.0.1", placing.node_address) if file.is_open else None
-    return run_loop(_up(Supervisor(file, here, placing, seen_from_afar), file, token))
+
+def keep(file: ClusterFile, token: str) -> int:
+    """As ``up``, with the logs and the token at hand."""
+    here = Here(token)
+    with contextlib.ExitStack() as stack:
+        address = file.ray_address
+        if file.ray_head is not None:
+            host = "0.0.0.0" if file.is_open else "127.0.0.1"  # noqa: S104
+            stack.enter_context(RayNode(head_words(host, file.ray_head), token))
+            address = f"127.0.0.1:{file.ray_head}" if not file.is_open else "auto"
+            os.environ.update(ray_environment(token))
+        if address is None:
+            return run_loop(_up(Supervisor(file, here, here), file, token))
+        from fastqwen.cluster.on_ray import OnRay
+
+        placing = stack.enter_context(contextlib.closing(OnRay(address, token)))
+        port = split_address(file.controller_address, CONTROLLER_PORT, "controller")[1]
+        seen_from_afar = written(placing.node_address, port) if file.is_open else None
+        return run_loop(_up(Supervisor(file, here, placing, seen_from_afar), file, token))
 
 
 async def _up(supervisor: Supervisor, file: ClusterFile, token: str) -> int:
@@ -216,8 +238,8 @@ async def _up(supervisor: Supervisor, file: ClusterFile, token: str) -> int:
     watcher = Watcher(token, endpoint(*split_address(file.controller_address, CONTROLLER_PORT, "controller")), note)
     try:
         while not ending.done():
+            _check_first_start(supervisor)  # before the look, which starts again what has ended
             supervisor.look(time.monotonic(), members)
-            _check_first_start(supervisor)
             await asyncio.wait([ending], timeout=LOOK_EVERY_S)
     finally:
         await watcher.close()
@@ -226,13 +248,17 @@ async def _up(supervisor: Supervisor, file: ClusterFile, token: str) -> int:
 
 
 def _check_first_start(supervisor: Supervisor) -> None:
-    """A controller or front end that cannot start at all was told something that cannot hold: its own line says what."""
-    for one in (supervisor.controller, *supervisor.fronts):
+    """A role that cannot start at all was told something that cannot hold: its own line says what. Workers of a cluster.yaml
+    are tried again, since what they miss may come; but a flag that does not exist never will."""
+    workers = [one for group in supervisor.workers for one in group.kept]
+    found = [(one, FIRST_START_S, {MISTAKE, USAGE}) for one in supervisor.roles]
+    found += [(one, FIRST_LOAD_S, {USAGE} if supervisor.roles else {MISTAKE, USAGE}) for one in workers]
+    for one, within_s, statuses in found:
         running = one.running
         if (
             running is not None
-            and running.poll() == 1
+            and running.poll() in statuses
             and one.pause_s == PAUSE_S
-            and time.monotonic() - one.started_s < 10
+            and time.monotonic() - one.started_s < within_s
         ):
             raise FastqwenError(f"{one.name} could not start, its line above says why")

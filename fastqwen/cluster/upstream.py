@@ -17,10 +17,10 @@ import msgspec
 from fastqwen.client.engine import State
 from fastqwen.cluster.beacon import Beacon
 from fastqwen.cluster.config import CONTROLLER_PORT, WorkerConfig
+from fastqwen.cluster.machine import this_machine
 from fastqwen.cluster.secret import read_token
-from fastqwen.cluster.sockets import Listening, address_of_worker, endpoint, split_address
+from fastqwen.cluster.sockets import Listening, address_of_worker, endpoint, own_address, split_address
 from fastqwen.cluster.wire import PEER_LOST_AFTER_S, Alive, Drop, Fetch, Member, Part, ToUpstream, to_upstream
-from fastqwen.cluster.worker import own_address
 from fastqwen.errors import FastqwenError
 from fastqwen.logs import configure_logging
 from fastqwen.server.http.listen import run_loop
@@ -133,7 +133,11 @@ async def _relay(url: str, key: str | None, names: list[str], config: WorkerConf
 
     def describe() -> Member:
         return msgspec.structs.replace(
-            member, state=port.state, is_draining=port.is_draining, num_running=port.num_requests
+            member,
+            state=port.state,
+            is_draining=port.is_draining,
+            num_running=port.num_requests,
+            machine=this_machine(),
         )
 
     port.start()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import msgspec
 
 from fastqwen.client.engine import Ready, State
+from fastqwen.cluster.machine import Machine
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineStats
 from fastqwen.model_config import ModelConfig
@@ -104,6 +105,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int = 0
     kv_bytes: int = 0
     started_s: float = 0.0  # as time.time()
+    machine: Machine = Machine()
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
@@ -133,6 +135,7 @@ class Members(msgspec.Struct, frozen=True, tag=True):
     silent_s: list[float]  # of each
     controller_since_s: float  # as time.time()
     num_drained: int = 0  # by the Drain that this answers
+    ray_address: str = ""  # HOST:PORT of the controller's Ray; 0.0.0.0 is the controller's host. Empty: it has none
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):

@@ -18,18 +18,21 @@ import msgspec
 from fastqwen.client.engine import Ready
 from fastqwen.client.loading_bar import LoadingBar
 from fastqwen.cluster.beacon import Beacon
-from fastqwen.cluster.config import CONTROLLER_PORT, WorkerConfig
+from fastqwen.cluster.config import CONTROLLER_PORT, RANKS_PORT, WorkerConfig
+from fastqwen.cluster.engine_over_hosts import COMMAND
+from fastqwen.cluster.machine import this_machine
 from fastqwen.cluster.parcel import identity_of, pack
+from fastqwen.cluster.places import Places, check_even
 from fastqwen.cluster.port import EnginePort
-from fastqwen.cluster.secret import read_token
-from fastqwen.cluster.sockets import address_of_worker, endpoint, split_address
+from fastqwen.cluster.secret import VARIABLE, read_token
+from fastqwen.cluster.sockets import address_of_worker, endpoint, free_port, own_address, split_address, written
 from fastqwen.cluster.wire import PROTOCOL, Card, Files, Member
 from fastqwen.config import EngineConfig
 from fastqwen.errors import FastqwenError
 from fastqwen.hub import find_checkpoint
 from fastqwen.ipc.engine_process import ENGINE_COMMAND
 from fastqwen.ipc.process_engine import ProcessEngine
-from fastqwen.lifeline import PARENT_VARIABLE, end_with_parent
+from fastqwen.lifeline import end_with_starter
 from fastqwen.logs import configure_logging
 from fastqwen.server.http.listen import run_loop
 from fastqwen.version import __version__
@@ -37,6 +40,9 @@ from fastqwen.version import __version__
 log = logging.getLogger("fastqwen.cluster")
 
 LOOK_EVERY_S = 0.05
+# An engine that is silent for so long hangs. Between two words lies a step: on a GPU a second at most, on a CPU as long as it takes
+# to compute a chunk of a large model's prompt.
+HUNG_AFTER_S, HUNG_ON_A_CPU_AFTER_S = 60.0, 600.0
 ON_THE_WAY_S = 0.5  # requests that were sent before the front ends heard of the drain
 FAREWELL_S = 0.3  # for the last news to reach the front ends
 
@@ -49,10 +55,11 @@ def work(
     engine_command: Sequence[str] = ENGINE_COMMAND,
 ) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
-    if PARENT_VARIABLE in os.environ:
-        end_with_parent()
+    end_with_starter()
     configure_logging(config.log_format)
     token = read_token(token_file)
+    if config.rank_hosts:
+        engine_command = over_hosts(engine_config, config, token)
     path, model = find_checkpoint(engine_config)
     portable, files = pack(engine_config, path)
     return run_loop(_work(engine_config, config, token, path, Files(model, files), portable, engine_command))
@@ -106,6 +113,7 @@ class Worker:
         self._engine, self._port = engine, port
         self._drain_timeout_s = drain_timeout_s
         self._aborts = False
+        self._waking: asyncio.Task[None] | None = None
         self._member = Member(
             key=uuid.uuid4().hex,
             address=address,
@@ -127,6 +135,7 @@ class Worker:
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             kv_usage=stats.kv_usage,
+            machine=this_machine(),
         )
         if ready is None:
             return found
@@ -167,8 +176,25 @@ class Worker:
                     not self._port.num_requests and drains_for_s > ON_THE_WAY_S
                 ) or drains_for_s > self._drain_timeout_s:
                     break
+            if self._hangs:
+                await self._start_again()
             await asyncio.sleep(LOOK_EVERY_S)
         await self._hand_over()
+
+    @property
+    def _hangs(self) -> bool:
+        engine = self._engine
+        if engine.state != "ready" or engine.ready is None:
+            return False
+        limit_s = HUNG_ON_A_CPU_AFTER_S if engine.ready.plan.device.endswith("CPU") else HUNG_AFTER_S
+        return engine.silent_for_s > limit_s
+
+    async def _start_again(self) -> None:
+        """Requests of an engine that hangs go on at other workers, while this one gets another process."""
+        log.error("the engine has been silent for %.0f s: it is ended and started again", self._engine.silent_for_s)
+        await self._engine.sleep()
+        self._waking = asyncio.create_task(self._engine.wake_up())  # how it ends is seen by the engine's state
+        self._waking.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _on_signal(self) -> None:
         self._aborts = self._port.is_draining
@@ -183,12 +209,11 @@ class Worker:
         await asyncio.sleep(FAREWELL_S)
 
 
-def own_address(host: str, port: int) -> str:
-    """Of this machine, as ``host`` would see it. Nothing is sent. Raises FastqwenError."""
-    try:
-        [family, kind, _, _, place] = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(place)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise FastqwenError(f"--controller {host}: {error.strerror or error}") from None
+def over_hosts(engine_config: EngineConfig, config: WorkerConfig, token: str) -> tuple[str, ...]:
+    """The command of an engine whose ranks are on several hosts. Raises BadConfig."""
+    check_even(engine_config.tensor_parallel_size, 1 + len(config.rank_hosts))
+    host, port = next(split_address(one, RANKS_PORT, "--rank-hosts") for one in config.rank_hosts)
+    os.environ[VARIABLE] = token  # for the ranks, which are started by the engine; never in a command line
+    here = config.host or own_address(host, port, "--rank-hosts")
+    meeting = written(here, config.ranks_port or free_port(here))
+    return (*COMMAND, msgspec.json.encode(Places(config.rank_hosts, meeting)).decode())

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ from fastqwen.ipc.arrivals import Arrivals
 from fastqwen.lifeline import watch_parent
 from fastqwen.logs import configure_logging
 from fastqwen.model_config import ModelConfig
-from fastqwen.ranks.group import RankLost
+from fastqwen.ranks.group import RANK_COMMAND, RankLost
 
 log = logging.getLogger("fastqwen.engine")
 
@@ -51,7 +51,7 @@ def main(address: str, log_format: str = "text", start_engine: Starter | None = 
     try:
         start = wire.to_engine.decode(socket.recv())
         assert isinstance(start, wire.Start)
-        engine = _start(socket, start, start_engine or partial(_start_real_engine, log_format=log_format))
+        engine = _start(socket, start, start_engine or partial(start_real_engine, log_format=log_format))
         if engine is None:
             return 1
         _serve(socket, engine.core, Arrivals(engine.compiler), engine.check)
@@ -71,7 +71,14 @@ def _tidy(path: Path) -> None:
         path.parent.rmdir()
 
 
-def _start_real_engine(start: wire.Start, progress: Callable[[int, int], None], *, log_format: str = "text") -> Engine:
+def start_real_engine(
+    start: wire.Start,
+    progress: Callable[[int, int], None],
+    *,
+    log_format: str = "text",
+    rank_command: Sequence[str] = RANK_COMMAND,
+) -> Engine:
+    """``rank_command`` starts a rank, where there are several (ranks/group.py)."""
     from fastqwen.ranks.start import start_engine
     from fastqwen.text.load import load_text
 
@@ -80,7 +87,14 @@ def _start_real_engine(start: wire.Start, progress: Callable[[int, int], None], 
     def grammar_tokenizer(model: ModelConfig) -> LLTokenizer:
         return load_text(path, model, start.config).grammar_tokenizer(model)
 
-    return start_engine(start.config, path, progress, grammar_tokenizer=grammar_tokenizer, log_format=log_format)
+    return start_engine(
+        start.config,
+        path,
+        progress,
+        grammar_tokenizer=grammar_tokenizer,
+        log_format=log_format,
+        command=rank_command,
+    )
 
 
 def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> Engine | None:

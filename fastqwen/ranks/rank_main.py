@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +19,8 @@ from fastqwen.config import EngineConfig
 from fastqwen.engine.executor import Executor, StepHandle
 from fastqwen.errors import BadConfig, FastqwenError
 from fastqwen.lifeline import end_with_parent
-from fastqwen.logs import configure_logging
 from fastqwen.ranks import wire
+from fastqwen.ranks.call import called
 from fastqwen.ranks.pulse import beat
 from fastqwen.ranks.world import join
 from fastqwen.runner.device import choose_device
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from fastqwen.model_config import ModelConfig
     from fastqwen.runner.start import Compiler, GrammarTokenizer
+    from fastqwen.sharding import World
 
 log = logging.getLogger("fastqwen.engine")
 
@@ -37,20 +40,28 @@ log = logging.getLogger("fastqwen.engine")
 PATIENCE_S, PATIENCE_WITHOUT_GRAPHS_S = 15.0, 120.0
 
 
+@dataclass(frozen=True)
+class Seat:
+    """A rank among those of its own host, and how it meets all of them: ``join(index, count, device, meeting)``."""
+
+    index: int
+    count: int
+    join: Callable[[int, int, torch.device, Path], World]
+
+
 def main(address: str, grammars: str, pipe: str) -> int:
     end_with_parent()
     beat(int(pipe))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the scheduler's process decides
-    context = zmq.Context()
-    socket = context.socket(zmq.PAIR)
-    socket.set_hwm(0)
-    socket.setsockopt(zmq.LINGER, 1000)
-    socket.connect(address)
-    begin = wire.to_rank.decode(socket.recv())
-    assert isinstance(begin, wire.Begin)
-    configure_logging(begin.log_format, f"rank {begin.index}")
+    context, socket, begin = called(address)
+    return compute(context, socket, grammars, begin, Seat(begin.index, begin.count, join))
+
+
+def compute(
+    context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], grammars: str, begin: wire.Begin, seat: Seat
+) -> int:
+    """Until this process is ended."""
     try:
-        computer = _start(socket, begin)
+        computer = _start(socket, begin, seat)
     except FastqwenError as error:
         socket.send(wire.encode(wire.Failed(str(error))))
         signal.pause()  # the others wait for this one: whoever started all of them ends them
@@ -63,15 +74,15 @@ def main(address: str, grammars: str, pipe: str) -> int:
     return 0
 
 
-def _start(socket: zmq.Socket[bytes], begin: wire.Begin) -> Computer:
+def _start(socket: zmq.Socket[bytes], begin: wire.Begin, seat: Seat) -> Computer:
     def told(recording: bool, done: int, total: int) -> None:
         socket.send(wire.encode(wire.Loading(done, total, recording)))
 
     config = begin.config
-    device = shard_device(config, begin.index, begin.count)
+    device = shard_device(config, seat.index, seat.count)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (config.num_threads or torch.get_num_threads()) // begin.count))
-    world = join(begin.index, begin.count, device, Path(begin.meeting))
+        torch.set_num_threads(max(1, (config.num_threads or torch.get_num_threads()) // seat.count))
+    world = seat.join(begin.index, begin.count, device, Path(begin.meeting))
     socket.send(wire.encode(wire.Joined()))
     computer = start_computer(
         config,

@@ -21,6 +21,8 @@ from tests.server.live import one_line, run
         ("--api-keys one,two --host localhost", "--api-key one --api-key two --host localhost"),
         ("--controller-url=http://a:21001 --model-list-mode reload", "--controller http://a:21001"),
         ("--limit-worker-concurrency 5 --dtype float16", "--dtype float16"),
+        ("--gptq-wbits 4 --gptq-act-order --debug --port 1", "--port 1"),
+        ('--allow-credentials --allowed-methods ["*"] --api-keys ["one","two"]', "--api-key one --api-key two"),
     ],
 )  # fmt: skip
 def test_what_means_the_same_is_ours(words: str, ours: str):
@@ -32,7 +34,10 @@ def test_what_changes_nothing_is_said():
     assert "--conv-template" in notice and "template" in notice
 
 
-@pytest.mark.parametrize("flag", ["--no-register", "--share", "--ssl", "--moderate"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--no-register", "--share", "--ssl", "--moderate", "--gpus", "--load-8bit", "--cpu-offloading", "--gptq-ckpt"],
+)
 def test_what_cannot_hold_is_refused(flag: str):
     with pytest.raises(BadConfig, match=flag):
         translated([flag])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import httpx
 import openai
 import psutil
 
+from fastqwen.cluster.beacon import ask_controller
+from fastqwen.cluster.wire import Ask, Member
 from tests.reliability.server import free_port
 from tests.server.live import ROOT, command
 
@@ -86,6 +89,15 @@ class Cluster:
                 os.kill(one.pid, signal.SIGKILL)
         process.wait(10)
 
+    def kill_alone(self, name: str, within_s: float = 15) -> None:
+        """kill -9 of the one process. What it had started must end by itself."""
+        process = self.processes.pop(name)
+        every = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait(10)
+        _, left = psutil.wait_procs(every, timeout=within_s)
+        assert not left, f"{name} left {left}"
+
     def end(self, name: str, timeout_s: float = 30) -> int:
         """SIGTERM, and the exit status."""
         process = self.processes.pop(name)
@@ -101,6 +113,10 @@ class Cluster:
             env=self._environment, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True,
         )  # fmt: skip
         return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def listed(self) -> list[Member]:
+        """As the controller answers, without the seconds that a command takes to start."""
+        return asyncio.run(ask_controller(TOKEN, f"tcp://{self.address}", Ask())).members
 
     def cluster(self) -> dict[str, Any]:
         found: dict[str, Any] = httpx.get(f"{self.url}/admin/cluster", timeout=5).json()
@@ -149,7 +165,7 @@ class Host:
     def __init__(self, number: int) -> None:
         self._name = f"fq{os.getpid()}-{number}"
         self._link = f"fq{os.getpid() % 100000}-{number}"  # names of interfaces are short
-        self.gateway, self._address = f"10.213.{number}.1", f"10.213.{number}.2"
+        self.gateway, self.address = f"10.213.{number}.1", f"10.213.{number}.2"
         self.enter = ("ip", "netns", "exec", self._name)
 
     def __enter__(self) -> Host:
@@ -157,9 +173,10 @@ class Host:
         self._ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self._name)
         self._ip("addr", "add", f"{self.gateway}/24", "dev", self._link)
         self._ip("link", "set", self._link, "up")
-        self._ip("-n", self._name, "addr", "add", f"{self._address}/24", "dev", "eth0")
+        self._ip("-n", self._name, "addr", "add", f"{self.address}/24", "dev", "eth0")
         self._ip("-n", self._name, "link", "set", "eth0", "up")
         self._ip("-n", self._name, "link", "set", "lo", "up")
+        self._ip("-n", self._name, "route", "add", "default", "via", self.gateway)
         return self
 
     def __exit__(self, *_: object) -> None:

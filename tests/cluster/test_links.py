@@ -169,6 +169,25 @@ def test_a_gap_between_messages_loses_the_link():
     story(told())
 
 
+def test_what_one_end_does_not_understand_is_no_silence_for_ever(monkeypatch: pytest.MonkeyPatch):
+    """Versions that differ in what nobody thought of: the link is lost, with a reason or after the usual silence."""
+    monkeypatch.setattr(link_module, "LOST_AFTER_S", 0.3)
+
+    async def told() -> None:
+        async with linked() as (host, link):
+            [peer] = host.port._peers.values()
+            host.port._listening.send(peer.who, {"type": "NewsOfTomorrow"})
+            await until(lambda: link.is_lost)
+            assert "install one version on both" in link.failure
+        async with linked() as (host, link):
+            stream = link.stream([request("r", max_tokens=5000)])
+            link._calling.send({"type": "AddOfTomorrow"})
+            assert (await read(stream))["r"][-1].error == link_module.LOST
+            assert host.port.num_requests == 0
+
+    asyncio.run(told())
+
+
 def test_another_protocol_is_named():
     async def told() -> None:
         async with linked() as (_, link):

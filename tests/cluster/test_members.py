@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastqwen.cluster.machine import Machine
 from fastqwen.cluster.members import Registry
 from fastqwen.cluster.status import table
 from fastqwen.cluster.wire import Member, Members
@@ -45,10 +46,14 @@ def test_drained_by_key_address_or_name_until_they_end():
 
 
 def test_status_shows_load_and_memory():
-    busy = member("a", num_running=3, num_waiting=12, kv_usage=0.25, kv_bytes=4 * 10**9, weights_bytes=15 * 10**9)
+    machine = Machine(num_cpus=8, load=2.5, memory_bytes=64 * 10**9, memory_free_bytes=20 * 10**9)
+    busy = member(
+        "a", machine=machine, num_running=3, num_waiting=12, kv_usage=0.25, kv_bytes=4 * 10**9, weights_bytes=15 * 10**9
+    )
     lines = table(Members([busy, member("b", is_draining=True)], [0.1, 0.2], 0.0, 1)).splitlines()
     assert lines[1].split()[:5] == ["Qwen", "a:21002", "ready", "3", "12"]
     assert "25% of 4.0 GB" in lines[1] and "15.0 GB" in lines[1]
     assert "draining" in lines[2]
-    assert lines[3] == "1 of them finish what they have and end"
+    assert lines[5].split() == ["a", "1", "3", "8", "2.5", "20.0", "of", "64.0", "GB"]
+    assert lines[7] == "1 of them finish what they have and end"
     assert "fastqwen worker" in table(Members([], [], 0.0))

@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 
 from tests.cluster.live import Cluster, Host, can_make_hosts, warnings
 from tests.reliability.mock_model import make_model
-from tests.reliability.server import serving
+from tests.reliability.server import free_port, serving
+from tests.server.live import command
 
 MODEL = "Qwen"
 STREAMS = 32
@@ -72,7 +74,7 @@ def test_kill_9_of_a_worker_changes_no_text(cluster: Cluster, model: Path):
     undisturbed = asyncio.run(texts(cluster))
     assert len(set(undisturbed)) == STREAMS and all(len(text) == 150 for text in undisturbed)
     before = cluster.cluster()["models"][MODEL]["moved_requests"]
-    disturbed = asyncio.run(texts(cluster, STREAMS * 20, lambda: cluster.kill("one")))
+    disturbed = asyncio.run(texts(cluster, STREAMS * 20, lambda: cluster.kill_alone("one")))
     assert disturbed == undisturbed
     assert cluster.cluster()["models"][MODEL]["moved_requests"] > before
     cluster.until_replicas(1, MODEL)
@@ -83,11 +85,15 @@ def test_kill_9_of_a_worker_changes_no_text(cluster: Cluster, model: Path):
 
 def test_without_its_controller_the_cluster_goes_on(cluster: Cluster):
     undisturbed = asyncio.run(texts(cluster, max_tokens=60))
-    assert asyncio.run(texts(cluster, STREAMS * 5, lambda: cluster.kill("controller"), max_tokens=60)) == undisturbed
+    assert (
+        asyncio.run(texts(cluster, STREAMS * 5, lambda: cluster.kill_alone("controller"), max_tokens=60)) == undisturbed
+    )
     cluster.until(lambda: not cluster.cluster()["controller_answers"], within_s=10)
     assert asyncio.run(texts(cluster, max_tokens=60)) == undisturbed
     cluster.start_controller()
-    cluster.until(lambda: len(cluster.members()) == 2, within_s=30)
+    back_s = cluster.until(lambda: len(cluster.listed()) == 2, within_s=30)
+    print(f"a controller that is started again knows its workers after {back_s:.1f} s, its start included")
+    assert back_s < 10
     cluster.until(lambda: cluster.cluster()["controller_answers"], within_s=10)
     assert len(cluster.replicas(MODEL)) == 2
 
@@ -172,10 +178,22 @@ def test_a_partitioned_worker_is_unlisted_and_its_answers_go_on(cluster: Cluster
             host.cut()
             cut_s.append(time.monotonic())
 
-        disturbed = asyncio.run(texts(cluster, STREAMS * 10, cut, max_tokens=300))
-        cluster.until_replicas(2, MODEL)
-        cluster.until(lambda: len(cluster.members()) == 2, within_s=20)
-        print(f"a partitioned worker is unlisted within {time.monotonic() - cut_s[0]:.1f} s, this look included")
+        def unlisted_s() -> tuple[float, float]:
+            """Seconds from the cut until the controller, and the front end, list it no more."""
+            cluster.until(lambda: cut_s)
+            cluster.until(lambda: len(cluster.listed()) == 2)
+            controller_s = time.monotonic() - cut_s[0]
+            cluster.until_replicas(2, MODEL)
+            return controller_s, time.monotonic() - cut_s[0]
+
+        with ThreadPoolExecutor(1) as pool:
+            looking = pool.submit(unlisted_s)
+            disturbed = asyncio.run(texts(cluster, STREAMS * 10, cut, max_tokens=300))
+            by_controller_s, by_front_s = looking.result(60)
+        print(
+            f"a partitioned worker is unlisted after {by_controller_s:.1f} s, by the front end after {by_front_s:.1f} s"
+        )
+        assert by_controller_s < 5 and by_front_s < 5
         assert disturbed == undisturbed
         host.join()
         cluster.until_replicas(3, MODEL)
@@ -203,6 +221,14 @@ def test_what_the_front_end_costs(cluster: Cluster, tmp_path: Path):
     assert over_ms - direct_ms < 50
 
 
+def test_a_front_end_that_is_killed_leaves_nothing(cluster: Cluster):
+    url = cluster.url
+    cluster.start_front(name="second")
+    cluster.until_replicas(2, MODEL)
+    cluster.kill_alone("second")
+    cluster.url = url
+
+
 def test_with_no_worker_left_streams_end_with_an_error(cluster: Cluster):
     """The last story: it leaves nothing."""
 
@@ -216,7 +242,7 @@ def test_with_no_worker_left_streams_end_with_an_error(cluster: Cluster):
                 async for chunk in stream:
                     if not found:
                         for name in ("one", "two"):
-                            cluster.kill(name)
+                            cluster.kill_alone(name)
                     found.append(chunk.choices[0].finish_reason)
             except Exception as error:
                 found.append(str(error))
@@ -230,3 +256,16 @@ def test_with_no_worker_left_streams_end_with_an_error(cluster: Cluster):
     assert cluster.end("api") == 0
     assert cluster.end("controller") == 0
     assert not [line for line in warnings(cluster.log("api")) if "Traceback" in line], cluster.log("api").read_text()
+
+
+def test_a_cluster_of_one_file_leaves_nothing_when_it_is_killed(model: Path, tmp_path: Path):
+    with Cluster(tmp_path) as made:
+        made.kill("controller")
+        port = free_port()
+        file = tmp_path / "cluster.yaml"
+        workers = f"- {{model: {model}, skip-tokenizer-init: true, load-format: dummy}}"
+        file.write_text(f"controller: {{port: {made.port}}}\napi: {{port: {port}}}\nworkers:\n  {workers}\n")
+        made.start("up", command("up", str(file)))
+        made.url = f"http://127.0.0.1:{port}"
+        made.until(lambda: len(made.cluster()["workers"]) == 1)
+        made.kill_alone("up")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from tests.cluster.live import Cluster
 from tests.reliability.server import free_port
-from tests.server.live import command
+from tests.server.live import ROOT, command
 
 pytestmark = pytest.mark.slow
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -61,3 +63,18 @@ def test_what_the_old_client_sends_and_reads(recipe: Cluster):
                 assert choice["delta"].get("content", "") is not None
                 text += choice["delta"].get("content", "")
     assert text == "The capital of France is Paris."
+
+
+def test_the_old_client_itself(recipe: Cluster, tmp_path: Path):
+    """openai 0.28, in an environment of its own, with the script that `make test-clients` runs against serve."""
+    python = tmp_path / "bin/python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path)], check=True)
+    wanted = ["openai==0.28.1", "setuptools<81"]
+    made = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"pip cannot bring openai 0.28: {made.stderr.strip().splitlines()[-1]}")
+    script = str(ROOT / "scripts/clients/openai_old.py")
+    done = subprocess.run(
+        [python, script, f"{recipe.url}/v1"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout == "openai 0.28: ok\n", done.stderr

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
+import time
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from fastqwen.cli.main import app
 from fastqwen.cluster import on_ray
-from fastqwen.cluster.cluster_file import read_cluster_file
+from fastqwen.cluster.cluster_file import ClusterFile, Group, Needs, read_cluster_file
+from fastqwen.cluster.config import WorkerConfig
+from fastqwen.cluster.replicas import ReplicasConfig, replicate, words_of
 from fastqwen.cluster.scaling import DOWN_AFTER_S, UP_AFTER_S, Load, Scaler
-from fastqwen.cluster.up import PAUSE_S, STEADY_S, Here, Supervisor
+from fastqwen.cluster.up import PAUSE_S, STEADY_S, Here, Supervisor, _check_first_start
 from fastqwen.cluster.wire import Member
-from fastqwen.errors import BadConfig
+from fastqwen.config import EngineConfig
+from fastqwen.errors import BadConfig, FastqwenError
+from tests.server.live import ROOT
 
 FILE = """
 controller: {host: 0.0.0.0, port: 7000}
@@ -42,10 +51,22 @@ def test_the_file_says_what_the_flags_say(tmp_path: Path):
         "demo", "--port", "0", "--served-model-name", "Qwen", "--served-model-name", "qwen", "--max-model-len", "32K",
         "--enforce-eager",
     ]  # fmt: skip
-    assert (first.min_replicas, first.max_replicas, first.gpus) == (2, 2, 1)
+    assert (first.min_replicas, first.max_replicas, first.needs) == (2, 2, Needs(gpus=1))
     assert (second.min_replicas, second.max_replicas) == (1, 3) and second.words[-1] == "--no-enable-prefix-caching"
     assert third.words == ["--port", "0", "--upstream", "http://localhost:8001/v1"]
     assert found.fronts == {"api": ["--port", "8000"], "web": []} and found.ray_address is None
+
+
+def test_the_files_of_the_documentation_say_flags_that_exist(tmp_path: Path):
+    texts = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs/cluster.md").read_text(), re.M | re.S)
+    assert len(texts) > 1
+    for text in texts:
+        found = read_cluster_file(written(tmp_path, text))
+        command: Any = typer.main.get_command(app)
+        every = [("worker", group.words) for group in found.groups] + [*found.fronts.items()]
+        for role, words in [("controller", found.controller or []), *every]:
+            command.commands[role].make_context(role, list(words))
+    assert found.ray_head == 6379 and found.groups[1].needs == Needs(gpus=2, hosts=2)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +80,9 @@ def test_the_file_says_what_the_flags_say(tmp_path: Path):
         ("workers: [{model: demo, replicas: two}]", "replicas is 'two'"),
         ("workers: [{model: demo, min-replicas: 3, max-replicas: 2}]", "max-replicas"),
         ("workers: [{model: demo}]\napi: 8000", "api must hold"),
-        ("workers: [{model: demo}]\nray: {port: 1}", "address"),
+        ("workers: [{model: demo}]\nray: {port: 0}", "address"),
+        ("workers: [{model: demo}]\nray: {port: 6379, address: auto}", "address"),
+        ("workers: [{model: demo, hosts: 2}]", "hosts needs a ray section"),
         ("workers: [", "not YAML"),
     ],
 )
@@ -115,7 +138,7 @@ class Machines:
     def __init__(self) -> None:
         self.all: list[Process] = []
 
-    def launch(self, words: list[str], gpus: int) -> Process:
+    def launch(self, words: list[str], needs: Needs) -> Process:
         self.all.append(Process(words))
         return self.all[-1]
 
@@ -178,7 +201,7 @@ def test_all_of_them_end_in_order(tmp_path: Path):
             self.status = 0
 
     class Launching(Machines):
-        def launch(self, words: list[str], gpus: int) -> Process:
+        def launch(self, words: list[str], needs: Needs) -> Process:
             return Ordered(words)
 
     made = Supervisor(read_cluster_file(written(tmp_path, FILE)), Launching(), Launching())
@@ -198,9 +221,9 @@ def test_each_replica_here_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fastqwen.cluster.up.subprocess.Popen", Popen)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     here = Here("token")
-    first, _, _ = here.launch(["worker"], 2), here.launch(["worker"], 1), here.launch(["api"], 0)
+    first, _, _ = (here.launch([role], Needs(gpus=gpus)) for role, gpus in (("worker", 2), ("worker", 1), ("api", 0)))
     first.terminate()
-    here.launch(["worker"], 1)
+    here.launch(["worker"], Needs(gpus=1))
     assert seen == ["0,1", "2", None, "0"]
 
 
@@ -215,3 +238,65 @@ def test_ray_is_not_used_without_its_token(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(BadConfig, match="RAY_AUTH_MODE"):
         on_ray.OnRay("auto", "token")
+
+
+def test_a_worker_that_cannot_start_at_all_ends_the_command_that_asked_for_replicas(monkeypatch: pytest.MonkeyPatch):
+    group = Group(words=["nothing", "--port", "0"], min_replicas=2, max_replicas=2)
+    file = ClusterFile(controller=None, controller_address="h:1", is_open=False, groups=[group], fronts={})
+    machines = Machines()
+    made = Supervisor(file, Here("token"), machines)
+    made.look(time.monotonic(), [])
+    _check_first_start(made)
+    machines.all[0].status = 1
+    with pytest.raises(FastqwenError, match="worker 1 could not start"):
+        _check_first_start(made)
+
+
+def test_flags_of_replicas_are_those_that_were_given():
+    engine = EngineConfig(
+        model="m", max_model_len=4096, enable_prefix_caching=False, served_model_name=["a", "b"], rope_theta=1e6,
+        hf_overrides={"x": [1]},
+    )  # fmt: skip
+    words = words_of(engine)
+    command: Any = typer.main.get_command(app).commands["worker"]  # type: ignore[attr-defined]
+    params = command.make_context("worker", ["m", *words]).params
+    given = {field: params[field] for field in ("max_model_len", "enable_prefix_caching", "rope_theta", "hf_overrides")}
+    assert given == {
+        "max_model_len": 4096,
+        "enable_prefix_caching": False,
+        "rope_theta": 1e6,
+        "hf_overrides": {"x": [1]},
+    }
+    assert list(params["served_model_name"]) == ["a", "b"] and len(words) == 11
+    assert words_of(WorkerConfig(drain_timeout_s=5.0, port=7), without=("port",)) == ["--drain-timeout", "5.0"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "worker", "engine", "named"),
+    [
+        ({"min_replicas": 3, "max_replicas": 2}, {}, {}, "--min-replicas is 3"),
+        ({"hosts": 2}, {}, {"tensor_parallel_size": 2}, "--hosts needs --ray"),
+        ({"hosts": 2, "ray": True}, {}, {"tensor_parallel_size": 3}, "--tensor-parallel-size is 3"),
+        ({"replicas": 2}, {"worker_address": "h:1"}, {}, "--worker-address is of one worker"),
+        ({"replicas": 2}, {"rank_hosts": ["h"]}, {}, "--rank-hosts is of one worker"),
+        ({"replicas": 2}, {"port": 5}, {}, "--port 5 is of one worker"),
+    ],
+)
+def test_what_replicas_cannot_be(asked: dict[str, Any], worker: dict[str, Any], engine: dict[str, Any], named: str):
+    with pytest.raises(BadConfig, match=named):
+        replicate(EngineConfig(model="m", **engine), WorkerConfig(**worker), ReplicasConfig(**asked), None)
+
+
+@pytest.mark.parametrize(
+    ("role", "status", "is_told"), [("api", 1, True), ("api", 2, True), ("worker", 2, True), ("worker", 1, False)]
+)
+def test_a_flag_that_does_not_exist_is_not_tried_again(role: str, status: int, is_told: bool, tmp_path: Path):
+    machines = Machines()
+    made = Supervisor(read_cluster_file(written(tmp_path, FILE)), machines, machines)
+    made.look(time.monotonic(), [])
+    machines.running(role)[0].status = status
+    if is_told:
+        with pytest.raises(FastqwenError, match=f"{role}.* could not start"):
+            _check_first_start(made)
+    else:
+        _check_first_start(made)

@@ -107,7 +107,8 @@ function Workers({ list }) {
   const memory = (one) => (one.kv_bytes ? `${percent(one.kv_usage)} / ${amount("kv_bytes", one.kv_bytes)}` : "–");
   const columns = { model: (one) => one.names.join(", "), worker: (one) => `${one.address} (${one.host})`,
     workerState: (one) => one.refused ?? (one.is_draining ? "draining" : one.state), running: (one) => number(one.num_running),
-    waiting: (one) => number(one.num_waiting), kvUse: memory, plan_weights_bytes: (one) => amount("weights_bytes", one.weights_bytes || null) };
+    waiting: (one) => number(one.num_waiting), kvUse: memory, plan_weights_bytes: (one) => amount("weights_bytes", one.weights_bytes || null),
+    machine: (one) => one.machine && `${t("load_of", { load: number(one.machine.load), cpus: one.machine.num_cpus })}, ${amount("kv_bytes", one.machine.memory_free_bytes)} / ${amount("kv_bytes", one.machine.memory_bytes)}` };
   return html`<div class="scroll" tabindex="0"><table>
     <thead><tr>${Object.keys(columns).map((name) => html`<th scope="col" key=${name}>${t(name)}</th>`)}</tr></thead>
     <tbody>${list.map((one) => html`<tr key=${one.key}>${Object.values(columns).map((cell, place) => (place ? html`<td>${cell(one)}</td>` : html`<th scope="row">${cell(one)}</th>`))}</tr>`)}</tbody></table></div>`;

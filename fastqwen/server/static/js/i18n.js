@@ -269,6 +269,8 @@ const TEXT = {
   workers: ["Workers", "工作节点"],
   worker: ["Worker", "节点"],
   workerState: ["State", "状态"],
+  machine: ["Machine: load, free memory", "机器：负载、可用内存"],
+  load_of: ["{load} of {cpus} CPUs", "{load} / {cpus} 个 CPU"],
   plan: ["Memory: plan and reality", "内存：计划与实际"],
   planned: ["Planned", "计划"],
   measured: ["Measured", "实测"],
