@@ -57,12 +57,13 @@ def compare(name: str, folder: Path, ids: list[int], **wishes: Any) -> list[dict
     exact, found = distributions(folder, ids, dtype="float32", **wishes), []
     ways: dict[str, dict[str, Any]] = {"bfloat16": {"dtype": "bfloat16"}}
     ways |= {form: {"dtype": "float32", "quantization": form} for form in ONLINE_FORMATS}
+    ways |= {f"{form} cache": {"dtype": "float32", "kv_cache_dtype": form} for form in ("int8", "fp8")}
     for way, more in ways.items():
         other = distributions(folder, ids, **wishes, **more)
         divergence = float((exact.exp() * (exact - other)).sum(-1).mean())
         same = float((exact.argmax(-1) == other.argmax(-1)).float().mean())
         found.append({"model": name, "weights": way, "tokens": len(ids), "kl": divergence, "same_top_1": same})
-        print(f"{name:12} {way:10} KL {divergence:.2e}, the same likeliest token {100 * same:.1f} %", flush=True)
+        print(f"{name:12} {way:12} KL {divergence:.2e}, the same likeliest token {100 * same:.1f} %", flush=True)
     return found
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from fastqwen import LLM, RequestOutput, SamplingParams
 from tests.models.tiny import MOE, YARN, make, prompt
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2-yarn": ("Qwen2Config", {"rope_parameters": YARN, "tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", {"head_dim": 32}),
-    "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "head_dim": 16, "norm_topk_prob": True}),
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # and the engine's options
+    "qwen2-yarn": ("Qwen2Config", {"rope_parameters": YARN, "tie_word_embeddings": True}, {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}, {}),
+    "qwen3-8-bit-cache": ("Qwen3Config", {"head_dim": 32}, {"kv_cache_dtype": "int8"}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "head_dim": 16, "norm_topk_prob": True}, {}),
 }
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -56,10 +58,6 @@ def facts(output: RequestOutput) -> tuple[Any, ...]:
     )
 
 
-def engine(folder: Path, **options: Any) -> LLM:
-    return LLM(str(folder), **{"dtype": "float32", "skip_tokenizer_init": True, "max_num_seqs": 32, **options})
-
-
 def answers(llm: LLM, order: list[int]) -> list[tuple[Any, ...]]:
     """All requests in one call, in this order; the answers in the requests' own order."""
     listed = [requests()[index] for index in order]
@@ -69,16 +67,16 @@ def answers(llm: LLM, order: list[int]) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LLM]:
     place = tmp_path_factory.mktemp(request.param)
-    config_class, changes = MODELS[request.param]
+    config_class, changes, options = MODELS[request.param]
     make(place, config_class, num_hidden_layers=2, **changes)
-    return place
+    return partial(LLM, str(place), **{"dtype": "float32", "skip_tokenizer_init": True, "max_num_seqs": 32, **options})
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> list[tuple[Any, ...]]:
-    llm = engine(folder, **ROOMY)
+def alone(engine: Callable[..., LLM]) -> list[tuple[Any, ...]]:
+    llm = engine(**ROOMY)
     found = [facts(llm.generate([ids], params)[0]) for ids, params in requests()]
     assert len({str(one[0]) for one in found}) > REQUESTS // 2, "answers that are all alike prove nothing"
     return found
@@ -103,13 +101,13 @@ IN_ORDER = list(range(REQUESTS))
     ids=["batch-1", "batch-8", "batch-32", "shuffled", "chunks-of-7", "chunks-of-64-cached", "cached", "one-thread"],
 )
 def test_the_same_whatever_runs_beside_it(
-    folder: Path, alone: list[tuple[Any, ...]], options: dict[str, Any], order: list[int]
+    engine: Callable[..., LLM], alone: list[tuple[Any, ...]], options: dict[str, Any], order: list[int]
 ):
     import torch
 
     threads = torch.get_num_threads()
     try:
-        llm = engine(folder, **options)
+        llm = engine(**options)
         assert answers(llm, order) == alone
         if options.get("enable_prefix_caching", True):
             assert answers(llm, order) == alone  # now most of each prompt comes from the cache
@@ -120,10 +118,10 @@ def test_the_same_whatever_runs_beside_it(
 
 
 @pytest.mark.parametrize("prompts_first", [True, False])
-def test_the_same_after_being_pushed_out(folder: Path, alone: list[tuple[Any, ...]], prompts_first: bool):
-    plan = engine(folder).plan
+def test_the_same_after_being_pushed_out(engine: Callable[..., LLM], alone: list[tuple[Any, ...]], prompts_first: bool):
+    plan = engine().plan
     room = 40 * 8 * plan.kv_bytes_per_token
     few = {"block_size": 8, "kv_cache_memory_bytes": room, "max_model_len": 256}
-    llm = engine(folder, **few, prompts_first=prompts_first)
+    llm = engine(**few, prompts_first=prompts_first)
     assert answers(llm, SHUFFLED) == alone
     assert llm.stats().num_preemptions > 0

@@ -96,7 +96,7 @@ class LayerCache:
     """One layer's part of the paged KV cache, in its own type: kernels raise what they load to the arithmetic's.
 
     Types of 8 bits (int8, float8_e4m3fn) have a scale for each head of each token: a stored number stands for number * scale,
-    and the largest of a head is the type's largest.
+    and the largest of a head is the type's largest. Keys are spread before (reference.py), and so are the queries.
     """
 
     k: Tensor  # [num_blocks, kv_heads, block_size, head_dim]

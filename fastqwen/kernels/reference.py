@@ -102,6 +102,8 @@ class ReferenceOps:
         q, k = _rotate(q, step.cos_sin), _rotate(k, step.cos_sin)
         if step.q_scale is not None:
             q = q * step.q_scale[:, None, None]
+        if cache.k_scale is not None:
+            q, k = spread(q.float()), spread(k)
         block_size = cache.k.shape[2]
         block = step.block_tables[step.slots.long(), step.positions.long() // block_size].long()
         offset = step.positions.long() % block_size
@@ -214,6 +216,21 @@ def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     turned, rest = x.float().tensor_split([cos_sin.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def spread(heads: Tensor) -> Tensor:
+    """[..., head_dim]: each head times a Walsh-Hadamard matrix, divided by the root of its size: sums of all its numbers with
+    signs. Of a size that is no power of two, in pieces that are.
+
+    Queries and keys that both are keep their products, and a key has no number any more that is far larger than the others and
+    makes them coarse where all have one scale (QuaRot, arXiv 2404.00456).
+    """
+    piece = heads.shape[-1] & -heads.shape[-1]
+    signs = torch.ones(1, 1, device=heads.device)
+    while signs.shape[0] < piece:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    spread: Tensor = heads.unflatten(-1, (-1, piece)) @ (signs * piece**-0.5).to(heads.dtype)
+    return spread.flatten(-2)
 
 
 def _store(cache: Tensor, scales: Tensor | None, values: Tensor, block: Tensor, offset: Tensor) -> None:

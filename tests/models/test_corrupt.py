@@ -108,8 +108,8 @@ DAMAGES: dict[str, tuple[Damage, str, type[FastqwenError]]] = {
     "path-as-model-type": (lambda folder: config(folder, model_type="../names"), "'../names'", Unsupported),
     "module-as-model-type": (lambda folder: config(folder, model_type="names"), "'names'", Unsupported),
     "unknown-architecture": (
-        lambda folder: config(folder, architectures=["Qwen2ForSequenceClassification"]),
-        "Qwen2ForSequenceClassification",
+        lambda folder: config(folder, architectures=["Qwen2ForQuestionAnswering"]),
+        "Qwen2ForQuestionAnswering",
         Unsupported,
     ),
     "unknown-quantization": (

@@ -255,7 +255,7 @@ def test_a_hub_name_needs_only_its_config(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "config.json"
     path.write_text(json.dumps(catalog().config_json(entry)))
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, revision: asked.append(names) or str(path))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, **_: asked.append(names) or str(path))
     assert run_json("someone/a-tuned-one", "--gpu", "RTX 4090", "--max-model-len", "8K")["fits"]
     assert asked == [("someone/a-tuned-one", "config.json")]
 

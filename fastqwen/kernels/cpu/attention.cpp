@@ -53,6 +53,20 @@ inline void rotate(float* x, const float* cos_sin, const Shape& s, float scale) 
   for (int64_t i = s.rotary_dim; i < s.head_dim; i++) x[i] *= scale;
 }
 
+// A head as sums of all its numbers with signs (see kernels/reference.py, spread): of a size that is no power of two, in pieces.
+inline void spread(float* x, int64_t size) {
+  const int64_t piece = size & -size;
+  const float length = 1.0f / std::sqrt(static_cast<float>(piece));
+  for (int64_t bit = 1; bit < piece; bit *= 2)
+    for (int64_t first = 0; first < size; first += 2 * bit)
+      for (int64_t i = first; i < first + bit; i++) {
+        const float a = x[i], b = x[i + bit];
+        x[i] = a + b;
+        x[i + bit] = a - b;
+      }
+  for (int64_t i = 0; i < size; i++) x[i] *= length;
+}
+
 struct HeadNorms { const float *q, *k; float eps; };  // null: there are none
 
 inline void head(const float* x, const float* norm, float eps, const float* angles, const Shape& s, float scale, float* out) {
@@ -83,9 +97,13 @@ void rope_token(const float* row, const float* angles, float q_scale, const Head
   static thread_local std::vector<float> key;
   const int64_t d = s.head_dim;
   key.resize(d);
-  for (int64_t h = 0; h < s.heads; h++) head(row + h * d, norms.q, norms.eps, angles, s, q_scale, q_out + h * d);
+  for (int64_t h = 0; h < s.heads; h++) {
+    head(row + h * d, norms.q, norms.eps, angles, s, q_scale, q_out + h * d);
+    if (sizeof(C) == 1) spread(q_out + h * d, d);
+  }
   for (int64_t h = 0; h < s.kv_heads; h++) {
     head(row + (s.heads + h) * d, norms.k, norms.eps, angles, s, 1.0f, key.data());
+    if (sizeof(C) == 1) spread(key.data(), d);
     put(key.data(), cache.k, cache.k_scale, place + h * s.block_size, d);
     put(row + (s.heads + s.kv_heads + h) * d, cache.v, cache.v_scale, place + h * s.block_size, d);
   }

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionParts, HeadShape, LayerCache, StepTokens
 from fastqwen.kernels.limits import DECODE_PARTS, DECODE_ROWS, decode_stages
-from fastqwen.kernels.triton.cache_numbers import UNIT, bits_of, raised, store_head
+from fastqwen.kernels.triton.cache_numbers import UNIT, bits_of, raised, spread, store_head
 from fastqwen.kernels.triton.launch import card_of, overlapping, prefetch, supports_overlap
 from fastqwen.kernels.triton.pointwise import normed_and_rotated, turn_of
 
@@ -93,7 +93,7 @@ def _combine(partial_ptr, stats_ptr, out_ptr, slab, parts, GROUP: tl.constexpr, 
 
 @triton.jit
 def _query(qkv, kv_head, cos, sin, stretch_ptr, row, norm_ptr, eps, HALF: tl.constexpr, ROTARY: tl.constexpr,
-           GROUP: tl.constexpr, NORM: tl.constexpr, LOGN: tl.constexpr):  # fmt: skip
+           GROUP: tl.constexpr, NORM: tl.constexpr, LOGN: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
     """A row's query heads for one key head, normalised, rotated and, with logN, stretched: two halves [16, HALF]."""
     group = tl.arange(0, 16)
     live = (group < GROUP)[:, None]
@@ -103,6 +103,8 @@ def _query(qkv, kv_head, cos, sin, stretch_ptr, row, norm_ptr, eps, HALF: tl.con
         stretch = tl.load(stretch_ptr + row)
         low *= stretch
         high *= stretch
+    if SCALED:
+        low, high = spread(low, high, HALF)
     return low.to(qkv.dtype.element_ty), high.to(qkv.dtype.element_ty)
 
 
@@ -114,6 +116,8 @@ def _store_new_token(k, v, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, h
     at = tl.arange(0, HALF)
     place = tl.arange(0, 1)[:, None] + at[None, :]
     low, high = normed_and_rotated(k, place, True, norm_ptr, cos, sin, eps, HALF, ROTARY, NORM)
+    if SCALED:
+        low, high = spread(low, high, HALF)
     v_low = tl.load(v + place).to(tl.float32)
     v_high = tl.load(v + HALF + place).to(tl.float32)
     line = tl.arange(0, 1) * 0 + home
@@ -213,7 +217,9 @@ def _decode(
         gdc_wait()
     cos, sin = turn_of(cos_sin_ptr + row * ROTARY, HALF, ROTARY)
     qkv = qkv_ptr + row.to(tl.int64) * WIDTH
-    q_low, q_high = _query(qkv, kv_head, cos, sin, q_scale_ptr, row, q_norm_ptr, eps, HALF, ROTARY, GROUP, NORM, LOGN)
+    q_low, q_high = _query(
+        qkv, kv_head, cos, sin, q_scale_ptr, row, q_norm_ptr, eps, HALF, ROTARY, GROUP, NORM, LOGN, SCALED
+    )
 
     top = tl.full((16,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((16,), dtype=tl.float32)

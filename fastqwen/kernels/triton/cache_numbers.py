@@ -68,6 +68,21 @@ def raised(stored, dtype: tl.constexpr):
 
 
 @triton.jit
+def spread(low, high, HALF: tl.constexpr):
+    """Heads as sums of all their numbers with signs (reference.py), two halves, float32 [heads, HALF]."""
+    low, high = low + high, low - high
+    at = tl.arange(0, HALF)[None, :]
+    for stage in tl.static_range(8):
+        if 1 << stage < HALF:
+            mate = tl.broadcast_to(at ^ (1 << stage), low.shape)
+            sign = tl.where((at & (1 << stage)) == 0, 1.0, -1.0)
+            low = low * sign + tl.gather(low, mate, axis=1)
+            high = high * sign + tl.gather(high, mate, axis=1)
+    length: tl.constexpr = (2 * HALF) ** -0.5
+    return low * length, high * length
+
+
+@triton.jit
 def store_head(cache_ptr, scale_ptr, lines, low, high, live, HALF: tl.constexpr, SCALED: tl.constexpr):
     """Heads to their lines of the cache: two halves, float32 [heads, HALF]. Returned as they are there, in float32."""
     place = lines[:, None] * 2 * HALF + tl.arange(0, HALF)[None, :]

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastqwen.kernels import AttentionParts, LayerCache, Norm, StepTokens
-from fastqwen.kernels.triton.cache_numbers import bits_of, store_head
+from fastqwen.kernels.triton.cache_numbers import bits_of, spread, store_head
 from fastqwen.kernels.triton.launch import overlapping, supports_overlap
 
 
@@ -152,6 +152,8 @@ def _rope_and_cache(
         scale = tl.load(q_scale_ptr + token)
         low *= scale
         high *= scale
+    if SCALED:
+        low, high = spread(low, high, HALF)
     q_out = q_out_ptr + token * HEADS * 2 * HALF
     tl.store(q_out + place, low.to(q_out_ptr.dtype.element_ty), mask=live)
     tl.store(q_out + place + HALF, high.to(q_out_ptr.dtype.element_ty), mask=live)
@@ -161,6 +163,8 @@ def _rope_and_cache(
     place = kv_heads[:, None] * 2 * HALF + at[None, :]
     keys = row + HEADS * 2 * HALF
     low, high = normed_and_rotated(keys, place, live, k_norm_ptr, cos, sin, eps, HALF, ROTARY, NORM)
+    if SCALED:
+        low, high = spread(low, high, HALF)
     values = keys + KV_HEADS * 2 * HALF
     position = tl.load(positions_ptr + token)
     table = tables_ptr + tl.load(slots_ptr + token).to(tl.int64) * table_width

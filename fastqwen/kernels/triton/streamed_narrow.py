@@ -59,6 +59,36 @@ def _numbers(words, kind: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _add_mates(x, size: gl.constexpr):
+    """a + b and a - b in place of numbers that stand ``size`` apart, in one thread's registers."""
+    HEADS: gl.constexpr = x.shape[0]
+    DIM: gl.constexpr = x.shape[1]
+    a, b = gl.split(x.reshape([HEADS, DIM // (2 * size), 2, size]).permute((0, 1, 3, 2)))
+    return gl.join(a + b, a - b).permute((0, 1, 3, 2)).reshape([HEADS, DIM])
+
+
+@gluon.jit
+def _spread(x, dim, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """Heads as sums of all their numbers with signs (reference.py), float32 [heads, DIM]. Eight numbers of a head stand in one
+    thread, the others in its neighbours."""
+    for stage in gl.static_range(3):
+        x = gl.convert_layout(_add_mates(x, 1 << stage), LAYOUT)
+    for stage in gl.static_range(3, 8):
+        if 1 << stage < DIM:
+            lanes = gl.zeros_like(x).to(gl.int32) + (1 << stage) // 8
+            mate = gl.inline_asm_elementwise(
+                "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+                "=f,f,r",
+                [x, lanes],
+                dtype=gl.float32,
+                is_pure=True,
+                pack=1,
+            )
+            x = x * gl.where((dim & (1 << stage)) == 0, 1.0, -1.0)[None, :] + mate
+    return x * DIM**-0.5
+
+
+@gluon.jit
 def _store_head(x, cache_ptr, scale_ptr, line, head, dim, DIM: gl.constexpr):
     """A head to its line of the cache: x float32 [heads, DIM], the same in every line. Returned as it is there."""
     scale = scale_of(gl.max(gl.abs(x), axis=1), cache_ptr)
@@ -154,7 +184,7 @@ def _decode_narrow(
     q = rotated(qkv + kv_head * GROUP * DIM, q_norm_ptr, cos_sin, head * DIM, dim, head < GROUP, eps, DIM, NORM)
     if LOGN:
         q *= gl.load(q_scale_ptr + row)
-    q = q.to(dtype)
+    q = _spread(q, dim, DIM, wide).to(dtype)
     queries.store(q)
 
     top = gl.full((HEADS_2,), float("-inf"), gl.float32, gl.SliceLayout(0, mma))
@@ -165,7 +195,7 @@ def _decode_narrow(
         line = (block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
         new = qkv + (HEADS + kv_head) * DIM  # the same in every line, so that it stands where the queries do
         new_k = rotated(new, k_norm_ptr, cos_sin, head * 0, dim, head >= 0, eps, DIM, NORM)
-        new_k = _store_head(new_k, k_cache_ptr, k_scale_ptr, line, head, dim, DIM)
+        new_k = _store_head(_spread(new_k, dim, DIM, wide), k_cache_ptr, k_scale_ptr, line, head, dim, DIM)
         new_v = gl.load(new + KV_HEADS * DIM + dim[None, :] + head[:, None] * 0).to(gl.float32)
         new_v = _store_head(new_v, v_cache_ptr, v_scale_ptr, line, head, dim, DIM)
         top = gl.convert_layout(gl.sum(q.to(gl.float32) * new_k, axis=1) * scale, gl.SliceLayout(0, mma))

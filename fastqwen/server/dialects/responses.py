@@ -33,6 +33,7 @@ class Responses:
         self._created = int(time.time())
         self._num_events = 0
         self._writer = _ItemWriter(
+            shows_reasoning=body.include_reasoning is not False,
             holds_reasoning=ENCRYPTED in (body.include or []),
             logprobs=self._chat.token_logprobs if body.wants_logprobs else None,
         )
@@ -127,15 +128,20 @@ class _ItemWriter:
     """Output items, and the events that tell how they grow."""
 
     def __init__(
-        self, *, holds_reasoning: bool, logprobs: Callable[[dict[int, Logprob]], dict[str, Any]] | None
+        self,
+        *,
+        shows_reasoning: bool,
+        holds_reasoning: bool,
+        logprobs: Callable[[dict[int, Logprob]], dict[str, Any]] | None,
     ) -> None:
         self.items: list[dict[str, Any]] = []
         self._open = ""
+        self._shows_reasoning = shows_reasoning
         self._holds_reasoning = holds_reasoning
         self._logprobs_of = logprobs
 
     def write(self, parts: Parts, logprobs: list[dict[int, Logprob]] | None) -> Events:
-        if parts.reasoning:
+        if parts.reasoning and self._shows_reasoning:
             yield from self._grow("reasoning", parts.reasoning)
         if parts.content:
             listed = [self._logprobs_of(one) for one in logprobs or []] if self._logprobs_of is not None else []
