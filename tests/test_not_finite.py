@@ -53,10 +53,12 @@ def facts(output: Any) -> tuple[Any, ...]:
     return answer.token_ids, answer.finish_reason, chosen
 
 
+@pytest.mark.parametrize("cache", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 9}], ids=["whole", "in-chunks"])
 @pytest.mark.parametrize("place", [0, 3, 7])
-def test_one_of_eight(folder: Path, options: dict[str, Any], place: int):
-    wanted = [facts(one) for one in load(folder).generate(prompts(), PARAMS, use_tqdm=False)]
+def test_one_of_eight(folder: Path, options: dict[str, Any], place: int, cache: str):
+    options = {**options, "kv_cache_dtype": cache}
+    wanted = [facts(one) for one in load(folder, kv_cache_dtype=cache).generate(prompts(), PARAMS, use_tqdm=False)]
     llm = load(folder, **options)
     poisoned = [*prompts()[place % 7][:11], POISON, *prompt(9, seed=99)]
     batch = prompts()

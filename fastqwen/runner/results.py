@@ -8,7 +8,11 @@ from contextlib import contextmanager
 
 from fastqwen.records import Failure, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 
-NOT_FINITE = Failure("not_finite", "the model computed values that are not finite numbers")
+NOT_FINITE = Failure(
+    "not_finite",
+    "the model computed values that are not finite numbers; in float16, whose largest is 65504, some models do: the server can "
+    "use --dtype bfloat16 or float32",
+)
 NOT_CHOSEN = Failure("sampling", "choosing this request's next token failed; the server's log says why")
 
 log = logging.getLogger("fastqwen.engine")

@@ -223,6 +223,19 @@ def test_what_is_stored_has_8_bits_and_a_scale(ops: TritonOps, cache_dtype: torc
         assert (codes != expected_codes).float().mean() < 0.02 and ((codes - expected_codes).abs() % 255 <= 1).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("cache_dtype", EIGHT_BITS, ids=str)
+def test_what_is_not_finite_is_not_hidden_in_8_bits(ops: TritonOps, cache_dtype: torch.dtype, bad: float):
+    """One number of one key; all later tokens see it, and no row beside it does."""
+    shape = HeadShape(1, 1, 64, 64)
+    step, cache = make_batch([(0, 1), (0, 9), (0, 9)], shape, dtype=cache_dtype, device=DEVICE)
+    qkv = random(19, shape.width, dtype=torch.float32)
+    qkv[14, 64 + 5] = bad
+    found = ops.attend(qkv, step, cache, AttentionParts(shape))
+    broken = ~torch.isfinite(found).all(1)
+    assert broken.tolist() == [token >= 14 for token in range(19)]
+
+
 def check_attention(ops: TritonOps, step, cache: LayerCache, shape: HeadShape, dtype: torch.dtype, window: int | None):
     """More columns may stand behind the values."""
     other = copy_of(cache)

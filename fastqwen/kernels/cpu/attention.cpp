@@ -30,7 +30,7 @@ inline int shift_of(int64_t size) {
   return int64_t{1} << shift == size ? shift : -1;
 }
 
-// A layer's cache. Scales are of int8 only: a number is its scale times what is stored.
+// A layer's cache. Scales are of 8-bit numbers only: a number is its scale times what is stored.
 template <typename C>
 struct Cache { C *k, *v; f16 *k_scale, *v_scale; };
 
@@ -79,16 +79,32 @@ template <typename C>
 inline void put(const float* x, C* cache, f16*, int64_t place, int64_t size) {
   for (int64_t i = 0; i < size; i++) narrow(x[i], cache + place * size + i);
 }
-inline void put(const float* x, int8_t* cache, f16* scales, int64_t place, int64_t size) {
-  float largest = 0.0f;
-  for (int64_t i = 0; i < size; i++) largest = std::fabs(x[i]) <= largest ? largest : std::fabs(x[i]);
-  narrow(largest / 127.0f < 1e-6f ? 1e-6f : largest / 127.0f, scales + place);
-  const float scale = wide(scales[place]);
-  for (int64_t i = 0; i < size; i++) {
-    const float whole = std::nearbyint(x[i] / scale);
-    cache[place * size + i] = static_cast<int8_t>(whole >= 127.0f ? 127.0f : whole > -127.0f ? whole : -127.0f);
-  }
+// The nearest number of 8 bits, of two the even one, of ``v``, which is 1 / most of the largest at most.
+inline void narrow(float v, int8_t* out) {
+  const float whole = std::nearbyint(v);
+  *out = static_cast<int8_t>(whole >= 127.0f ? 127.0f : whole > -127.0f ? whole : -127.0f);
 }
+inline void narrow(float v, e4m3* out) {
+  const uint32_t bits = as_bits(v), size = as_bits(std::fmin(std::fabs(v), 448.0f) * 0x1p-120f);
+  out->bits = static_cast<uint8_t>((bits >> 24 & 0x80u) | (size + 0x7ffffu + ((size >> 20) & 1u)) >> 20);
+}
+constexpr float most(const int8_t*) { return 127.0f; }
+constexpr float most(const e4m3*) { return 448.0f; }
+
+template <typename C>
+inline void put_scaled(const float* x, C* cache, f16* scales, int64_t place, int64_t size) {
+  float largest = 0.0f, nothing = 0.0f;
+  for (int64_t i = 0; i < size; i++) {
+    largest = std::fabs(x[i]) <= largest ? largest : std::fabs(x[i]);
+    nothing += x[i] * 0.0f;  // NaN where a number is not finite
+  }
+  largest = largest / most(cache);
+  narrow((largest < 1e-6f ? 1e-6f : largest) + nothing, scales + place);
+  const float scale = wide(scales[place]);
+  for (int64_t i = 0; i < size; i++) narrow(x[i] / scale, cache + place * size + i);
+}
+inline void put(const float* x, int8_t* cache, f16* scales, int64_t place, int64_t size) { put_scaled(x, cache, scales, place, size); }
+inline void put(const float* x, e4m3* cache, f16* scales, int64_t place, int64_t size) { put_scaled(x, cache, scales, place, size); }
 
 // One token's queries to q_out, its keys and values to the cache.
 template <typename C>
@@ -136,15 +152,8 @@ template <typename C>
 struct Line {
   const C* numbers;
   float scale;
-  floats at(int64_t i) const { return load(numbers + i); }
-  float one(int64_t i) const { return wide(numbers[i]); }
-};
-template <>
-struct Line<int8_t> {
-  const int8_t* numbers;
-  float scale;
-  floats at(int64_t i) const { return load(numbers + i) * scale; }
-  float one(int64_t i) const { return wide(numbers[i]) * scale; }
+  floats at(int64_t i) const { return sizeof(C) == 1 ? load(numbers + i) * scale : load(numbers + i); }
+  float one(int64_t i) const { return sizeof(C) == 1 ? wide(numbers[i]) * scale : wide(numbers[i]); }
 };
 
 // A KV head of one sequence.
@@ -358,8 +367,9 @@ std::vector<Task> tasks_of(const Pages& pages, int64_t tokens, const Shape& s) {
 
 #define BY_CACHE_TYPE(type, T, ...)                                                                      \
   switch (type) {                                                                                        \
-    CASE(FLOAT32, float, T, __VA_ARGS__) CASE(BFLOAT16, bf16, T, __VA_ARGS__)                             \
-    CASE(FLOAT16, f16, T, __VA_ARGS__) CASE(INT8, int8_t, T, __VA_ARGS__)                                 \
+    CASE(FLOAT32, float, T, __VA_ARGS__) CASE(BFLOAT16, bf16, T, __VA_ARGS__)                              \
+    CASE(FLOAT16, f16, T, __VA_ARGS__) CASE(INT8, int8_t, T, __VA_ARGS__)                                  \
+    CASE(E4M3, e4m3, T, __VA_ARGS__)                                                                       \
   }
 
 extern "C" {

@@ -22,7 +22,7 @@ from fastqwen.kernels.cpu import packed, scaled
 from fastqwen.kernels.reference import ReferenceOps
 
 _TYPES = packed.TYPES
-_CACHE_TYPES = {**_TYPES, torch.int8: 3}
+_CACHE_TYPES = {**_TYPES, torch.int8: 3, torch.float8_e4m3fn: 4}  # in the order of vectors.h
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
     **packed.SIGNATURES,
@@ -137,8 +137,6 @@ class CpuOps(ReferenceOps):
         return out
 
     def attend(self, qkv: Tensor, step: StepTokens, cache: LayerCache, parts: AttentionParts) -> Tensor:
-        if cache.k.dtype not in _CACHE_TYPES:  # the plain ops know every type of cache
-            return super().attend(qkv, step, cache, parts)
         tokens, shape, tables = qkv.shape[0], parts.shape, step.block_tables
         assert qkv.stride(1) == 1
         out = torch.empty((tokens, shape.num_heads * shape.head_dim))

@@ -7,21 +7,6 @@
 
 namespace {
 
-struct e4m3 { uint8_t bits; };
-
-// e4m3's exponents are 120 less than float32's, also below the least that has a leading 1.
-inline float wide(e4m3 v) {
-  return as_float(static_cast<uint32_t>(v.bits & 0x7fu) << 20) * (v.bits & 0x80u ? -0x1p120f : 0x1p120f);
-}
-inline floats load(const e4m3* p) {
-  typedef uint8_t small __attribute__((vector_size(LANES)));
-  small v;
-  std::memcpy(&v, p, sizeof v);
-  const words all = __builtin_convertvector(v, words);
-  const floats size = reinterpret_cast<floats>((all & 0x7fu) << 20) * 0x1p120f;
-  return reinterpret_cast<floats>(reinterpret_cast<words>(size) | (all & 0x80u) << 24);
-}
-
 // The fields of kernels/cpu/scaled.py's _Matrix.
 struct Scaled {
   const e4m3* numbers;  // [outputs, inputs]

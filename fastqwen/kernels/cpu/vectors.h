@@ -28,6 +28,7 @@ typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 #endif
 
 struct bf16 { uint16_t bits; };
+struct e4m3 { uint8_t bits; };
 #ifdef HAS_FLOAT16
 struct f16 { _Float16 value; };
 typedef _Float16 float16s __attribute__((vector_size(LANES * 2)));
@@ -35,12 +36,16 @@ typedef _Float16 float16s __attribute__((vector_size(LANES * 2)));
 struct f16 { uint16_t bits; };
 #endif
 
-enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
+enum Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, E4M3 = 4 };
 
 inline float as_float(uint32_t bits) { float out; std::memcpy(&out, &bits, 4); return out; }
 inline uint32_t as_bits(float v) { uint32_t out; std::memcpy(&out, &v, 4); return out; }
 
 inline float wide(float v) { return v; }
+// e4m3's exponents are 120 less than float32's, also below the least that has a leading 1.
+inline float wide(e4m3 v) {
+  return as_float(static_cast<uint32_t>(v.bits & 0x7fu) << 20) * (v.bits & 0x80u ? -0x1p120f : 0x1p120f);
+}
 inline float wide(bf16 v) { return as_float(static_cast<uint32_t>(v.bits) << 16); }
 
 #ifdef HAS_FLOAT16
@@ -73,6 +78,14 @@ inline void narrow(float v, bf16* out) {
   out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+inline floats load(const e4m3* p) {
+  typedef uint8_t small __attribute__((vector_size(LANES)));
+  small v;
+  std::memcpy(&v, p, sizeof v);
+  const words all = __builtin_convertvector(v, words);
+  const floats size = reinterpret_cast<floats>((all & 0x7fu) << 20) * 0x1p120f;
+  return reinterpret_cast<floats>(reinterpret_cast<words>(size) | (all & 0x80u) << 24);
+}
 inline floats load(const float* p) { floats v; std::memcpy(&v, p, sizeof v); return v; }
 #if defined(__AVX512F__) && !defined(NO_FLOAT16)  // compilers convert a vector of _Float16 number by number
 inline floats load(const f16* p) {

@@ -88,7 +88,8 @@ def store_head(cache_ptr, scale_ptr, lines, low, high, live, HALF: tl.constexpr,
     place = lines[:, None] * 2 * HALF + tl.arange(0, HALF)[None, :]
     if SCALED:
         largest = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
-        scale = scale_of(largest, cache_ptr)
+        nothing = tl.sum(low * 0.0 + high * 0.0, axis=1)  # NaN where a number is not finite: no 8 bits would say so
+        scale = scale_of(largest, cache_ptr) + nothing.to(tl.float16)
         stored_low, stored_high = lowered(low, scale[:, None], cache_ptr), lowered(high, scale[:, None], cache_ptr)
         unit = scale.to(tl.float32)[:, None] * UNIT
         as_low, as_high = raised(stored_low, tl.float32) * unit, raised(stored_high, tl.float32) * unit

@@ -91,7 +91,8 @@ def _spread(x, dim, DIM: gl.constexpr, LAYOUT: gl.constexpr):
 @gluon.jit
 def _store_head(x, cache_ptr, scale_ptr, line, head, dim, DIM: gl.constexpr):
     """A head to its line of the cache: x float32 [heads, DIM], the same in every line. Returned as it is there."""
-    scale = scale_of(gl.max(gl.abs(x), axis=1), cache_ptr)
+    nothing = gl.sum(x * 0.0, axis=1)  # NaN where a number is not finite: no 8 bits would say so
+    scale = scale_of(gl.max(gl.abs(x), axis=1), cache_ptr) + nothing.to(gl.float16)
     numbers = lowered(x, scale[:, None], cache_ptr)
     once = (head == 0)[:, None]
     gl.store(cache_ptr + line * DIM + dim[None, :] + head[:, None] * 0, numbers, mask=once)
