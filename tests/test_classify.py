@@ -14,6 +14,7 @@ from fastqwen.client.scores import PREFIX, SUFFIX
 from fastqwen.errors import BadCheckpoint, BadRequest, FastqwenError, Unsupported
 from fastqwen.records import PoolingParams
 from tests.models.classifier import logits_of, make_classifier
+from tests.models.test_hybrids import DELTA, ROPE
 from tests.models.tiny import MOE, prompt
 from tests.server.live import run
 
@@ -23,6 +24,7 @@ SHAPES = {
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "qwen3-tied": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3-5": ("Qwen3_5TextConfig", {"rope_parameters": ROPE, **DELTA}),
     "qwen3-moe": ("Qwen3MoeConfig", {"head_dim": 32, "decoder_sparse_step": 1, "mlp_only_layers": [], **MOE}),
 }
 

@@ -31,8 +31,8 @@ GROUPS = {
     "Memory and speed": (
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens", "prompts_first", "block_size",
         "max_state_snapshots",
-        "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching", "enforce_eager", "num_threads",
-        "tensor_parallel_size",
+        "gpu_memory_utilization", "kv_cache_memory_bytes", "kv_cache_dtype", "enable_prefix_caching", "scheduling_policy",
+        "enforce_eager", "num_threads", "tensor_parallel_size",
     ),
     "Who may ask, and how long it may take": (
         "insecure", "uds", "root_path", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers",

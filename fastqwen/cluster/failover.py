@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Protocol
 
 import msgspec
@@ -143,13 +144,14 @@ class FailoverEngine:
     def stats(self) -> EngineStats:
         """The sum of all replicas; ``kv_usage`` is their mean, by their sizes."""
         every = [engine.stats() for engine in self._replicas.values()]
+        apart = ("kv_usage", "steps_by_tokens")
         sums = {
-            name: sum(getattr(one, name) for one in every)
-            for name in EngineStats.__struct_fields__
-            if name != "kv_usage"
+            name: sum(getattr(one, name) for one in every) for name in EngineStats.__struct_fields__ if name not in apart
         }
+        steps = [sum(counts) for counts in zip_longest(*(one.steps_by_tokens for one in every), fillvalue=0)]
         used = sum(one.kv_usage * one.num_blocks for one in every)
-        return EngineStats(**sums, kv_usage=used / sums["num_blocks"] if sums["num_blocks"] else 0.0)
+        usage = used / sums["num_blocks"] if sums["num_blocks"] else 0.0
+        return EngineStats(**sums, steps_by_tokens=steps, kv_usage=usage)
 
     def admit(self) -> None:
         """Raises EngineGone where no replica takes requests, Overloaded where all have too many."""

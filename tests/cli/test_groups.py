@@ -74,7 +74,7 @@ def test_bash_completes():
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 def test_fish_completes():
     script = run("completion", "fish").stdout + "".join(f"complete -C '{' '.join(words)}'; echo;" for words, _ in TRIES)
-    done = subprocess.run(["fish", "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(["fish"], input=script, capture_output=True, text=True, check=True)
     for _, found in TRIES:
         assert all(one in done.stdout for one in found)
 

@@ -133,7 +133,7 @@ def config(**changes: Any) -> dict[str, Any]:
         ({"layer_types": ["full_attention"]}, BadCheckpoint, "a word for each of 4 layers"),
         ({"layer_types": ["sliding_attention"] * 4}, Unsupported, "sliding_attention"),
         ({"partial_rotary_factor": 0.5}, Unsupported, "partial_rotary_factor"),
-        ({"architectures": ["Qwen3_5ForSequenceClassification"]}, Unsupported, "not one that continues"),
+        ({"architectures": ["Qwen3_5ForTokenClassification"]}, Unsupported, "not one that continues"),
         ({"ngram_size": 3}, Unsupported, "ngram_size is 3"),
     ],
 )
