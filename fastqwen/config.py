@@ -12,7 +12,7 @@ from fastqwen.errors import BadConfig
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
-KvCacheDtype = Literal["auto", "fp8", "int8"]
+KvCacheDtype = Literal["auto", "bfloat16", "float16", "int8", "fp8"]
 KV_CACHE_DTYPES: tuple[str, ...] = get_args(KvCacheDtype)
 JUDGING_KEYS = frozenset({"architectures", "classifier_from_token", "is_original_qwen3_reranker", "method"})
 

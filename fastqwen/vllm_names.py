@@ -28,6 +28,7 @@ RENAMED = {
 # Values that ours calls otherwise; None: the flag is left out, because it says what holds without it.
 VALUES: dict[str, dict[str, str | None]] = {
     "dtype": {"half": "float16", "float": "float32"},
+    "kv-cache-dtype": {"fp8_e4m3": "fp8"},
     "max-model-len": {"-1": None, "auto": None},
     "generation-config": {"vllm": "none"},
     "load-format": {"safetensors": "auto", "hf": "auto", "gguf": "auto", "mistral": "auto"},
@@ -117,8 +118,8 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "kv-offloading-backend": (), "kv-transfer-config": (), "kv-events-config": (), "ec-transfer-config": (),
         "ec-manager-config": (), "weight-transfer-config": (), "enable-sleep-mode": (), "kv-sharing-fast-prefill": (),
     },
-    "the KV cache has the weights' 16 or 32 bits: leave it out": {
-        "kv-cache-dtype": ("auto", "bfloat16", "float16"), "kv-cache-dtype-skip-layers": (), "calculate-kv-scales": (),
+    "an 8-bit KV cache has scales of its own, for each head of each token: leave it out": {
+        "kv-cache-dtype-skip-layers": (), "calculate-kv-scales": (),
     },
     "a checkpoint's config.json says how its weights are quantized: leave it out": {
         "quantization-config": (), "allow-deprecated-quantization": (),

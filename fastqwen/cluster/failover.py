@@ -146,7 +146,9 @@ class FailoverEngine:
         every = [engine.stats() for engine in self._replicas.values()]
         apart = ("kv_usage", "steps_by_tokens")
         sums = {
-            name: sum(getattr(one, name) for one in every) for name in EngineStats.__struct_fields__ if name not in apart
+            name: sum(getattr(one, name) for one in every)
+            for name in EngineStats.__struct_fields__
+            if name not in apart
         }
         steps = [sum(counts) for counts in zip_longest(*(one.steps_by_tokens for one in every), fillvalue=0)]
         used = sum(one.kv_usage * one.num_blocks for one in every)

@@ -107,8 +107,9 @@ def kv_bytes_per_token(model: ModelConfig, dtype: str, *, num_gpus: int = 1, kv_
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise BadConfig(f"--kv-cache-dtype is {kv_cache_dtype!r}; possible: {', '.join(KV_CACHE_DTYPES)}")
     local = model.local(num_gpus)
-    if kv_cache_dtype == "auto":
-        return local.kv_bytes_per_token(DTYPE_BYTES[dtype])
+    name = dtype if kv_cache_dtype == "auto" else kv_cache_dtype
+    if name in DTYPE_BYTES:
+        return local.kv_bytes_per_token(DTYPE_BYTES[name])
     return local.kv_bytes_per_token(1, CACHE_SCALE_BYTES)
 
 

@@ -36,7 +36,7 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     concurrency: Annotated[int, option("Sequences of that length at once.")] = 1
     dtype: Annotated[str, option("auto, float32, bfloat16 or float16.")] = "auto"
-    kv_cache_dtype: Annotated[str, option("auto, int8 or fp8.")] = "auto"
+    kv_cache_dtype: Annotated[str, option("auto, bfloat16, float16, int8 or fp8.")] = "auto"
     gpu_memory_utilization: Annotated[float, option("Share of the GPU's memory to use.")] = UTILIZATION
     max_num_seqs: Annotated[
         int | None, option("Most sequences that run at once, as serve has it. Default: 256, on a CPU 64.")

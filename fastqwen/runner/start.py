@@ -129,15 +129,15 @@ def start_computer(
     stored = quant.wished(checkpoint.model.quantization, config.quantization, checkpoint.source)
     checkpoint = replace(checkpoint, model=msgspec.structs.replace(checkpoint.model, quantization=stored))
     quant.find(stored, checkpoint.source)  # refused by its file's name, before it is planned for
-    ops = choose_ops(device)
     facts = _shared_facts(device, world)
-    facts = msgspec.structs.replace(facts, unpacks=facts.kind == "cpu" and not ops.takes_codes(torch.bfloat16))
+    if device.type == "cpu":
+        facts = msgspec.structs.replace(facts, unpacks=not choose_ops(device).takes_codes(torch.bfloat16))
     plan = make_plan(checkpoint.model, config, facts)
     if world.index == 0:
         for notice in plan.notices:
             log.warning("%s", notice)
     world.prepare(checkpoint.model.hidden_size, TORCH_DTYPES[plan.dtype])
-    paper = plan
+    paper, ops = plan, choose_ops(device)
     mapped = MappedFiles(checkpoint.tensor_files)
     decoder, weights_bytes = _load(config, checkpoint, plan, device, ops, world, progress)
     mapped.check()
