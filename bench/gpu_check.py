@@ -1,6 +1,7 @@
 """One call on a GPU machine: are the kernels right, how fast is each, how fast is the engine.
 
 python bench/gpu_check.py OUT.json [kernels] [random] [MODEL ... decode|steps|prefill|offline|profile [b1 b8 ...]]
+    [kv_cache_dtype=int8] [quantization=int4] ...
 
 Prints a short table last and writes everything to OUT.json. Dummy weights, greedy, the work defined in
 docs/performance.md.
@@ -89,7 +90,11 @@ def each_step(core: EngineCore) -> Iterator[object]:
 
 def floor_ms(engine: Engine, batch: int, context: int) -> float:
     """The weights and the cache that a step must read; of experts, as many as so many tokens choose on average."""
-    needs = decode_step(engine.model, engine.plan.dtype, batch=batch, context_tokens=context)
+    cache = engine.plan.kv_cache_dtype
+    needs = decode_step(
+        engine.model, engine.plan.dtype, batch=batch, context_tokens=context,
+        kv_cache_dtype="auto" if cache == engine.plan.dtype else cache,
+    )  # fmt: skip
     return needs.read_bytes / READ_BYTES_PER_S * 1e3
 
 
@@ -265,8 +270,9 @@ def _note_kernels(name: str, found: torch.profiler.profile, steps: int) -> None:
 
 def benchmarks(words: list[str]) -> None:
     models = [word for word in words if (CONFIGS / word).is_dir()]
+    wishes = dict(word.split("=", 1) for word in words if "=" in word)
     for model in models:
-        engine = start(model)
+        engine = start(model, **wishes)
         batches = [int(word[1:]) for word in words if word[0] == "b" and word[1:].isdigit()] or [1, 8, 64, 256]
         try:
             if "decode" in words:

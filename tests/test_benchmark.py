@@ -99,14 +99,17 @@ def test_what_cannot_run_at_once_is_said(config_only: Path):
 
 
 def test_needs_of_a_step(tmp_path: Path):
-    """By hand: a llama of 3 layers, hidden 64, heads 4 of which 2 have keys, head size 16, MLP 96, vocabulary 256."""
-    make(tmp_path, "LlamaConfig")
+    """By hand: a llama of 3 layers, hidden 64, heads 4 of which 2 have keys, head size 16, MLP 128, vocabulary 256."""
+    make(tmp_path, "LlamaConfig", intermediate_size=128)
     model = read_config(tmp_path)
-    layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96
+    layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128
     weights = 3 * layer + 256 * 64
     needs = decode_step(model, "float32", batch=5, context_tokens=100)
     assert needs.read_bytes == 4 * weights + 5 * 100 * (2 * 3 * 32 * 4)
     assert needs.operations == 5 * (2 * weights + 4 * 3 * 64 * 100)
+    half = decode_step(model, "float32", batch=5, context_tokens=100, num_gpus=2, kv_cache_dtype="int8")
+    assert half.read_bytes == pytest.approx(2 * weights + 5 * 100 * 3 * 2 * (16 + 2), rel=0.01)
+    assert half.operations == needs.operations / 2
     prompts = prefill(model, "float32", batch=2, tokens=10)
     assert prompts.operations == 2 * (10 * (2 * 3 * layer + 4 * 3 * 64 * 5) + 2 * 256 * 64)
 

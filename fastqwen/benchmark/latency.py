@@ -66,6 +66,11 @@ def machine_for(config: EngineConfig) -> tuple[Machine, ModelConfig]:
     return measure(device, choose_dtype(config.dtype, model, device_facts(device))[0]), model
 
 
+def gpus_of(config: EngineConfig) -> int:
+    """Each reads its part of what a step needs; processes on a CPU share its memory."""
+    return config.tensor_parallel_size if choose_device(config).type == "cuda" else 1
+
+
 class Bench:
     """An engine of its own, without a tokenizer and without a prefix cache: every token is computed."""
 
@@ -77,6 +82,8 @@ class Bench:
         self._engine = LocalEngine(loaded.core, loaded.ready)
         self._model, self._plan = loaded.ready.model, loaded.ready.plan
         self._device = choose_device(config)
+        self._num_gpus = gpus_of(config)
+        self._kv_cache_dtype = config.kv_cache_dtype
         self._random = random.Random(config.seed or 0)  # noqa: S311 not a secret
         self._ids = itertools.count()
 
@@ -92,7 +99,10 @@ class Bench:
             times.append((self._run(batch, input_len, 1 + output_len, progress) - first_s) / output_len)
         step_s = statistics.median(times)
         context = input_len + output_len / 2
-        needs = decode_step(self._model, self._plan.dtype, batch=batch, context_tokens=context)
+        needs = decode_step(
+            self._model, self._plan.dtype, batch=batch, context_tokens=context,
+            num_gpus=self._num_gpus, kv_cache_dtype=self._kv_cache_dtype,
+        )  # fmt: skip
         return {
             "work": work,
             "batch": batch,
@@ -118,7 +128,7 @@ class Bench:
             times.append(self._run(count, tokens, 1))
             progress.tick(count * tokens)
         prefill_s = statistics.median(times[1:])
-        needs = prefill(self._model, self._plan.dtype, batch=batch, tokens=tokens)
+        needs = prefill(self._model, self._plan.dtype, batch=batch, tokens=tokens, num_gpus=self._num_gpus)
         return {
             "work": work,
             "batch": batch,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from typing import Any
 
-from fastqwen.benchmark.latency import machine_for
+from fastqwen.benchmark.latency import gpus_of, machine_for
 from fastqwen.benchmark.progress import say, watched
 from fastqwen.benchmark.report import describe, finish, percent, shares, table
 from fastqwen.benchmark.work import Needs, Span, decode_step, prefill, random_ids
@@ -43,7 +44,7 @@ def run(config: EngineConfig, *, num_prompts: int, input_len: Span, output_len: 
         outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start_s
     results = _results(outputs, seconds, llm.stats().num_steps - steps)
-    needs = _needs(llm.model, machine.dtype, outputs, int(results["steps"]))
+    needs = _needs(config, llm.model, machine.dtype, outputs, int(results["steps"]))
     results |= shares(needs, seconds, machine)
     rows = [
         [
@@ -74,16 +75,18 @@ def _results(outputs: list[RequestOutput], seconds: float, steps: int) -> dict[s
     }
 
 
-def _needs(model: ModelConfig, dtype: str, outputs: list[RequestOutput], steps: int) -> Needs:
+def _needs(config: EngineConfig, model: ModelConfig, dtype: str, outputs: list[RequestOutput], steps: int) -> Needs:
     """Weights once a step as it happened; each token's operations, and its own past from the cache."""
+    num_gpus = gpus_of(config)
+    step = partial(decode_step, model, dtype, num_gpus=num_gpus, kv_cache_dtype=config.kv_cache_dtype)
     lengths = [(len(output.prompt_token_ids), len(output.outputs[0].token_ids)) for output in outputs]
     mean_batch = max(1, round(sum(generated for _, generated in lengths) / steps))
-    weights = decode_step(model, dtype, batch=mean_batch, context_tokens=0).read_bytes
+    weights = step(batch=mean_batch, context_tokens=0).read_bytes
     past, operations = 0.0, 0.0
     for prompt, generated in lengths:
-        token = decode_step(model, dtype, batch=1, context_tokens=prompt + generated / 2)
-        alone = decode_step(model, dtype, batch=1, context_tokens=0)
+        token = step(batch=1, context_tokens=prompt + generated / 2)
+        alone = step(batch=1, context_tokens=0)
         past += (generated - 1) * (token.read_bytes - alone.read_bytes)
         operations += (generated - 1) * token.operations
-        operations += prefill(model, dtype, batch=1, tokens=prompt).operations
+        operations += prefill(model, dtype, batch=1, tokens=prompt, num_gpus=num_gpus).operations
     return Needs(steps * weights + past, operations)

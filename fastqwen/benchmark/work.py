@@ -45,21 +45,30 @@ class Needs(msgspec.Struct, frozen=True):
     operations: float
 
 
-def decode_step(model: ModelConfig, dtype: str, *, batch: int, context_tokens: float) -> Needs:
-    """One new token for each of ``batch`` sequences: the weights once, every sequence's cache once."""
-    cache = batch * context_tokens * kv_bytes_per_token(model, dtype)
-    cache += 2 * batch * model.state_bytes(DTYPE_BYTES[dtype])  # states of fixed size are read and written
-    return Needs(
-        read_bytes(model, dtype, 1, batch) + cache,
-        batch * (2 * num_parameters(model, active=True) + _attention(model, context_tokens)),
-    )
+def decode_step(
+    model: ModelConfig,
+    dtype: str,
+    *,
+    batch: int,
+    context_tokens: float,
+    num_gpus: int = 1,
+    kv_cache_dtype: str = "auto",
+) -> Needs:
+    """One new token for each of ``batch`` sequences: the weights once, every sequence's cache once. Of one of the GPUs that
+    share the model."""
+    per_token = kv_bytes_per_token(model, dtype, num_gpus=num_gpus, kv_cache_dtype=kv_cache_dtype)
+    # states of fixed size are read and written
+    cache = batch * (context_tokens * per_token + 2 * model.local(num_gpus).state_bytes(DTYPE_BYTES[dtype]))
+    operations = batch * (2 * num_parameters(model, active=True) + _attention(model, context_tokens))
+    return Needs(read_bytes(model, dtype, num_gpus, batch) + cache, operations / num_gpus)
 
 
-def prefill(model: ModelConfig, dtype: str, *, batch: int, tokens: int) -> Needs:
-    """``batch`` prompts; each token attends to half of its prompt on average; one row of each needs the head."""
+def prefill(model: ModelConfig, dtype: str, *, batch: int, tokens: int, num_gpus: int = 1) -> Needs:
+    """``batch`` prompts; each token attends to half of its prompt on average; one row of each needs the head. Of one of the
+    GPUs that share the model."""
     head = model.vocab_size * model.hidden_size
     per_token = 2 * (num_parameters(model, active=True) - head) + _attention(model, tokens / 2)
-    return Needs(read_bytes(model, dtype, 1, batch * tokens), batch * (tokens * per_token + 2 * head))
+    return Needs(read_bytes(model, dtype, num_gpus, batch * tokens), batch * (tokens * per_token + 2 * head) / num_gpus)
 
 
 def _attention(model: ModelConfig, context_tokens: float) -> float:
