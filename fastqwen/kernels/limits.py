@@ -10,6 +10,7 @@ KIB, MIB = 2**10, 2**20
 
 FUSED_ROWS = 64  # products of up to so many rows use our own kernels, others cuBLAS
 SAMPLE_CHUNK = 4096  # entries of the vocabulary that one program of the sampler looks at
+LISTED = 32  # of these the largest, for whom the others are cut
 SPLIT_PARTS = 4 * 2**20  # float32 numbers for products that are split over programs
 SPLIT_BLOCKS = 16384  # int32 counters for them
 DECODE_PARTS = 16384  # parts of contexts in a decode step; each has an output and two numbers for each query head

@@ -9,7 +9,7 @@ import functools
 
 import msgspec
 
-from fastqwen.kernels.limits import DELTA_CHUNK, FUSED_ROWS, SAMPLE_CHUNK, feed_forward_rows
+from fastqwen.kernels.limits import DELTA_CHUNK, FUSED_ROWS, LISTED, SAMPLE_CHUNK, feed_forward_rows
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.allocator import Allocator
 from fastqwen.plan.weights import num_dense_layers
@@ -236,8 +236,12 @@ def _logits(memory: Allocator, sizes: Sizes, rows: int) -> None:
     memory.take("normed", rows * sizes.hidden * sizes.element)
     memory.take("logits", rows * sizes.vocab * sizes.element)
     memory.drop("normed", "last")
-    memory.take("best", rows * -(-sizes.vocab // SAMPLE_CHUNK) * 8)
-    memory.drop("best")
+    chunks = rows * -(-sizes.vocab // SAMPLE_CHUNK)
+    sizes_of = dict.fromkeys(("best", "index", "mass", "bound", "number"), 4 * chunks)
+    sizes_of |= dict.fromkeys(("listed", "ids"), 4 * chunks * LISTED)
+    for name, size in sizes_of.items():
+        memory.take(name, size)
+    memory.drop(*sizes_of)
 
 
 def _adjusted_logits(memory: Allocator, sizes: Sizes, rows: int) -> None:

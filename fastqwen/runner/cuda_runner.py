@@ -11,7 +11,7 @@ from torch import Tensor
 from fastqwen.engine.executor import StepHandle
 from fastqwen.kernels import PromptTiles, StepTokens
 from fastqwen.kernels.limits import TILE_TOKENS
-from fastqwen.kernels.triton import step
+from fastqwen.kernels.triton import sampling, step
 from fastqwen.layers.attention import Attention
 from fastqwen.layers.decoder import Decoder, Embedding
 from fastqwen.model_config import ModelConfig
@@ -208,7 +208,7 @@ class CudaRunner(ModelRunner):
 
     def _next_tokens(self, logits: Tensor, row_slots: Tensor, positions: Tensor) -> Tensor:
         slots = self.slots
-        tokens = step.sample(
+        tokens = sampling.sample(
             logits,
             row_slots,
             positions,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastqwen.kernels.triton import step
+from fastqwen.kernels.triton.sampling import CORRUPT
 from fastqwen.layers.decoder import Decoder
 from fastqwen.records import Failure, Row, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.choices import Choice, adjust
@@ -71,10 +71,10 @@ class PendingStep:
         self._done.synchronize()
         tokens, extras = self._tokens.tolist(), self._extras
         errors = dict(extras.errors) if extras is not None else {}
-        if step.CORRUPT in tokens:
+        if CORRUPT in tokens:
             owners = (index for index, row in enumerate(self._batch.rows) for _ in range(row.num_logits))
             for index, token in zip(owners, tokens, strict=True):
-                if token == step.CORRUPT:
+                if token == CORRUPT:
                     errors.setdefault(index, NOT_FINITE)
         logprobs = {} if extras is None else extras.logprobs.of(tokens, errors)
         reported = {} if extras is None else extras.prompt_logprobs

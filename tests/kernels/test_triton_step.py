@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import tests.kernels.test_triton as setup
-from fastqwen.kernels.triton import step
+from fastqwen.kernels.limits import LISTED
+from fastqwen.kernels.triton import sampling, step
 from fastqwen.layers.rotary import logn_scale
 from fastqwen.records import SamplingParams
 from fastqwen.runner import sampler
@@ -43,7 +45,10 @@ def wishes() -> list[SamplingParams]:
     ]
 
 
-def test_samples_are_those_of_the_plain_sampler():
+@pytest.mark.parametrize("listed", [1, 4, LISTED], ids=["nothing is listed", "little is", "as usual"])
+@pytest.mark.parametrize("spread", [0.01, 3.0, 30.0], ids=["flat", "usual", "peaked"])
+def test_samples_are_those_of_the_plain_sampler(listed: int, spread: float):
+    """Whether the list suffices, or all logits must be looked at again."""
     params = wishes()
     count, vocab = len(params), 5000
 
@@ -58,12 +63,15 @@ def test_samples_are_those_of_the_plain_sampler():
         "seed": torch.randint(-(2**62), 2**62, (count,), device=DEVICE),
     }
     order = torch.randperm(count, device=DEVICE)
-    for round_number in range(4):
-        logits = torch.randn(count, vocab, device=DEVICE) * 3
+    for round_number in range(2):
+        logits = torch.randn(count, vocab, device=DEVICE) * spread
+        logits[:, 3::7] = logits[:, 2:-1:7]  # many are equal
         logits[0, 17] = logits[0, 4321] = 50.0  # a tie: the lowest id wins
         token_ids = torch.zeros((count, 16), dtype=torch.int32, device=DEVICE)
         positions = torch.randint(0, 16, (count,), dtype=torch.int32, device=DEVICE)
-        found = step.sample(logits[order], order.int(), positions[order], token_ids=token_ids, **state)
+        found = sampling.sample(
+            logits[order], order.int(), positions[order], token_ids=token_ids, listed=listed, **state
+        )
         expected = sampler.sample(logits, **state, position=positions, params=params)
         assert found.tolist() == expected[order].tolist(), f"round {round_number}"
         assert token_ids[torch.arange(count), positions.long()].tolist() == expected.tolist()
@@ -76,7 +84,7 @@ def test_a_row_that_is_not_finite_is_marked_and_the_others_are_not():
     slots = torch.arange(3, dtype=torch.int32, device=DEVICE)
     zeros, ones = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
     token_ids = torch.zeros((3, 4), dtype=torch.int32, device=DEVICE)
-    found = step.sample(
+    found = sampling.sample(
         logits,
         slots,
         slots,
@@ -87,4 +95,4 @@ def test_a_row_that_is_not_finite_is_marked_and_the_others_are_not():
         seed=torch.zeros(3, dtype=torch.int64, device=DEVICE),
         token_ids=token_ids,
     )
-    assert found.tolist() == [expected[0], step.CORRUPT, expected[2]]
+    assert found.tolist() == [expected[0], sampling.CORRUPT, expected[2]]
