@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,12 +67,16 @@ def answers(llm: LLM, order: list[int]) -> list[tuple[Any, ...]]:
     return [by_index[index] for index in range(REQUESTS)]
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LLM]:
-    place = tmp_path_factory.mktemp(request.param)
-    config_class, changes, options = MODELS[request.param]
+def engines(name: str, place: Path) -> Callable[..., LLM]:
+    """Of one model, whose files come to ``place``."""
+    config_class, changes, options = MODELS[name]
     make(place, config_class, num_hidden_layers=2, **changes)
     return partial(LLM, str(place), **{"dtype": "float32", "skip_tokenizer_init": True, "max_num_seqs": 32, **options})
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LLM]:
+    return engines(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")

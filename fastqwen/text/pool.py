@@ -187,11 +187,14 @@ class TextPool:
         self._all.add(process)
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                await process.ask(self._begin)
+                answer = await process.ask(self._begin)
         except (TimeoutError, WorkerGone, OSError) as error:
             await self._end(process)
             why = "took too long" if isinstance(error, TimeoutError) else "ended the process that did it"
             raise BadCheckpoint(f"reading the tokenizer and chat template of {self._source} {why}") from None
+        if isinstance(answer, Refused):
+            await self._end(process)
+            raise BadCheckpoint(answer.message)
         return process
 
     async def _end(self, process: _Process | None) -> None:

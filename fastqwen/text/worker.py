@@ -128,7 +128,11 @@ def main() -> int:
     begin = _begin.decode(first)
     limit_memory(EXTRA_MEMORY_BYTES)
     checks = sys.argv[2] if len(sys.argv) > 2 else ""
-    worker = _Worker(begin, load_text(Path(begin.path), begin.model, begin.config), checks)
+    try:
+        worker = _Worker(begin, load_text(Path(begin.path), begin.model, begin.config), checks)
+    except FastqwenError as error:
+        _write(sink, Refused(str(error)))
+        return 1
     _write(sink, Ids([]))
     while (data := _read(source)) is not None:
         _write(sink, worker.answer(data, lambda: _read(source) or b""))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,18 +11,14 @@ import pytest
 from fastqwen import LLM
 from fastqwen.client.prepare import prepare
 from fastqwen.records import EngineRequest, RequestDelta
-from tests.models.tiny import make
-from tests.test_determinism import MODELS, engine, requests
+from tests.test_determinism import engines, requests
 
 EVERY = 3  # of the requests: all kinds of sampling are among them
 
 
 @pytest.fixture(scope="module", params=["qwen2-yarn", "qwen3"])
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    place = tmp_path_factory.mktemp(request.param)
-    config_class, changes = MODELS[request.param]
-    make(place, config_class, num_hidden_layers=2, **changes)
-    return engine(Path(place))
+    return engines(request.param, tmp_path_factory.mktemp(request.param))()
 
 
 def prepared(llm: LLM) -> list[EngineRequest]:

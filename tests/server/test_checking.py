@@ -9,9 +9,10 @@ import pytest
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.dialects.checking import CHECKS, check
+from fastqwen.server.dialects.embeddings import EmbeddingRequest
 from fastqwen.server.dialects.messages import MessagesRequest
-from fastqwen.server.dialects.responses import ResponsesRequest
-from fastqwen.server.dialects.schema import Body, ChatRequest, CompletionRequest, EmbeddingRequest, parse, parse_checked
+from fastqwen.server.dialects.responses_request import ResponsesRequest
+from fastqwen.server.dialects.schema import Body, ChatRequest, CompletionRequest, parse, parse_checked
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from fastqwen.text.worker import Check
 from tests.server.harness import ask, make_state

@@ -115,7 +115,7 @@ def test_a_template_that_hangs_while_it_is_read_is_told_at_the_start(tmp_path: P
         model = open_checkpoint(tmp_path, with_tensors=False).model
         endless = "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
         pool = TextPool(EngineConfig(model="x", chat_template=endless), tmp_path, model, start_timeout_s=3.0)
-        with pytest.raises(BadCheckpoint, match="took too long"):
+        with pytest.raises(BadCheckpoint, match=r"does not come to an end|took too long"):
             await pool.start()
         await pool.close()
 
