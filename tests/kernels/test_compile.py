@@ -32,7 +32,7 @@ def compiled(capability: int, folder: Path, *models: str) -> set[str]:
 
 
 def test_what_steps_launch_compiles_for_a_gpu(tmp_path: Path):
-    assert len(compiled(90, tmp_path, "qwen3-0.6b", "odd-float16")) == 18
+    assert len(compiled(90, tmp_path, "qwen3-0.6b", "odd-float16", "qwen3-8b-int8-cache")) == 19
 
 
 @pytest.mark.slow
