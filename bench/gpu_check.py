@@ -1,15 +1,16 @@
 """One call on a GPU machine: are the kernels right, how fast is each, how fast is the engine.
 
 python bench/gpu_check.py OUT.json [kernels] [random] [MODEL ... decode|steps|prefill|offline|profile [b1 b8 ...]]
-    [kv_cache_dtype=int8] [quantization=int4] ...
+    [sampled] [penalties] [logprobs] [kv_cache_dtype=int8] [quantization=int4] ...
 
-Prints a short table last and writes everything to OUT.json. Dummy weights, greedy, the work defined in
-docs/performance.md.
+Prints a short table last and writes everything to OUT.json. Dummy weights, the work defined in docs/performance.md, greedy;
+``sampled`` and its like time the decoding steps once more with such requests.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import random
 import statistics
@@ -34,6 +35,13 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "tests" / "configs"
 READ_BYTES_PER_S = 4.3e12  # the floor's bandwidth, as measured for reading and copying on one H200
 RESULTS: dict[str, Any] = {}
+QWEN = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # as Qwen's generation_config.json has it
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": QWEN,
+    "penalties": {**QWEN, "presence_penalty": 1.5},
+    "logprobs": {"temperature": 0.0, "logprobs": 5},
+}
 
 
 def note(name: str, **values: Any) -> None:
@@ -57,17 +65,19 @@ def start(model: str, **wishes: Any) -> Engine:
     return engine
 
 
-def add(core: EngineCore, count: int, lengths: list[int], outputs: list[int], vocab: int, tag: str) -> None:
+def add(
+    core: EngineCore, count: int, lengths: list[int], outputs: list[int], vocab: int, tag: str, kind: str = "greedy"
+) -> None:
     generator = random.Random(0)
     for index in range(count):
         core.add(
             EngineRequest(
                 request_id=f"{tag}-{index}",
                 prompt_token_ids=[generator.randrange(vocab) for _ in range(lengths[index])],
-                sampling=SamplingParams(temperature=0.0),
+                sampling=SamplingParams(**KINDS[kind]),
                 stop_token_ids=[],
                 max_tokens=outputs[index],
-                seed=0,
+                seed=index,
             )
         )
 
@@ -98,21 +108,21 @@ def floor_ms(engine: Engine, batch: int, context: int) -> float:
     return needs.read_bytes / READ_BYTES_PER_S * 1e3
 
 
-def decode(engine: Engine, model: str, batch: int, context: int, steps: int = 128) -> None:
+def decode(engine: Engine, model: str, batch: int, context: int, kind: str = "greedy", steps: int = 128) -> None:
     """(time for 1 + n tokens - time for 1 token) / n"""
     core, vocab = engine.core, engine.model.vocab_size
-    add(core, batch, [context] * batch, [4] * batch, vocab, "warm")
+    add(core, batch, [context] * batch, [4] * batch, vocab, "warm", kind)
     run(core)
     times = {}
     for outputs in (1, 1 + steps):
         found = []
         for _ in range(3 if batch < 64 else 2 if batch < 256 else 1):
-            add(core, batch, [context] * batch, [outputs] * batch, vocab, f"d{outputs}")
+            add(core, batch, [context] * batch, [outputs] * batch, vocab, f"d{outputs}", kind)
             found.append(run(core)[0])
         times[outputs] = statistics.median(found)
     step_ms = (times[1 + steps] - times[1]) / steps * 1e3
     note(
-        f"{model} decode b{batch} c{context}",
+        f"{model} decode b{batch} c{context}" + (f" {kind}" if kind != "greedy" else ""),
         ms=step_ms,
         share_of_floor=floor_ms(engine, batch, context + steps // 2) / step_ms,
     )
@@ -181,10 +191,10 @@ def random_requests(model: str, count: int = 1000) -> None:
     )
 
 
-def profile(engine: Engine, model: str, batch: int, context: int) -> None:
+def profile(engine: Engine, model: str, batch: int, context: int, kind: str) -> None:
     """Device time by kernel of ten decode steps."""
     core = engine.core
-    add(core, batch, [context] * batch, [40] * batch, engine.model.vocab_size, "profile")
+    add(core, batch, [context] * batch, [40] * batch, engine.model.vocab_size, "profile", kind)
     for _ in range(10):
         core.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
@@ -193,7 +203,7 @@ def profile(engine: Engine, model: str, batch: int, context: int) -> None:
         torch.cuda.synchronize()
     while core.has_work:
         core.step()
-    _note_kernels(f"{model} profile b{batch}", found, 10)
+    _note_kernels(f"{model} profile b{batch} {kind}", found, 10)
 
 
 def profile_prefill(engine: Engine, model: str) -> None:
@@ -276,10 +286,11 @@ def benchmarks(words: list[str]) -> None:
         batches = [int(word[1:]) for word in words if word[0] == "b" and word[1:].isdigit()] or [1, 8, 64, 256]
         try:
             if "decode" in words:
-                for batch in batches:
-                    decode(engine, model, batch, 128 if batch == 1 else 1024)
+                kinds = [kind for kind in KINDS if kind == "greedy" or kind in words]
+                for batch, kind in itertools.product(batches, kinds):
+                    decode(engine, model, batch, 128 if batch == 1 else 1024, kind)
                     if "profile" in words:
-                        profile(engine, model, batch, 128 if batch == 1 else 1024)
+                        profile(engine, model, batch, 128 if batch == 1 else 1024, kind)
                 host_share(engine, model, 1)
             if "steps" in words:
                 steps(engine, model, "profile" in words)

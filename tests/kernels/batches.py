@@ -27,7 +27,7 @@ def make_batch(
     num_blocks = sum(-(-context // block_size) for context in contexts) + 2
     order = torch.randperm(num_blocks).tolist()
     line = torch.randperm(len(rows) + 2).tolist()[: len(rows)]  # the block tables are not in the rows' order
-    tables = torch.full((len(rows) + 2, width), -1, dtype=torch.int32)
+    tables = torch.full((len(rows) + 2, width), 1 << 30, dtype=torch.int32)  # of no block: whoever reads there, crashes
     positions, slots, starts = [], [], [0]
     for row, (start, new) in enumerate(rows):
         count = -(-contexts[row] // block_size)

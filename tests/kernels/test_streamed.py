@@ -188,4 +188,6 @@ def test_attention_over_8_bits(
         assert not space.counter.any()
     used = ~unused
     for found, wanted in ((cache.k_scale, exact.k_scale), (cache.v_scale, exact.v_scale)):
-        torch.testing.assert_close(found.transpose(1, 2)[used], wanted.transpose(1, 2)[used], rtol=2e-3, atol=0)
+        torch.testing.assert_close(
+            found.transpose(1, 2)[used], wanted.transpose(1, 2)[used], rtol=2e-3 + torch.finfo(dtype).eps / 2, atol=0
+        )

@@ -24,8 +24,11 @@ def _add_keys(q, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, table, kv_h
               MASKED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
     """Online softmax (arXiv 1805.02867) with keys ``first`` to ``first + KEYS`` in it; MASKED: not every token sees all."""
     spot = first + tl.arange(0, KEYS)
-    block = tl.load(table + spot // BLOCK_SIZE).to(tl.int64)
-    lines = (block * KV_HEADS + kv_head) * BLOCK_SIZE + spot % BLOCK_SIZE
+    there = spot
+    if MASKED:
+        there = tl.minimum(spot, last - 1)  # the table behind the end may say anything
+    block = tl.load(table + there // BLOCK_SIZE).to(tl.int64)
+    lines = (block * KV_HEADS + kv_head) * BLOCK_SIZE + there % BLOCK_SIZE
     place = lines[:, None] * DIM + tl.arange(0, DIM)[None, :]
     k = tl.load(k_cache_ptr + place)
     if SCALED:
