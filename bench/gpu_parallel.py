@@ -1,17 +1,16 @@
 """Several GPUs of one host: are the tokens right, how fast is decoding, how long does a sum take.
 
-python bench/gpu_parallel.py OUT.json [correct] [reduce] [decode] [offline] [prefill] [MODEL ...]
+python bench/gpu_parallel.py OUT.json [correct] [reduce] [decode] [offline] [prefill] [alone] [CASE ...] [MODEL ...]
 
-Without words all but offline and prefill run, of qwen3-14b, on two GPUs (GPUS=4 in the environment: on four). Each part is a
-process of its own, so that one that fails or hangs costs no other; its last lines are printed and kept. Dummy weights,
-greedy, the work of bench/gpu_check.py.
+Without words all but offline and prefill run, of qwen3-14b, on two GPUs (GPUS=4 in the environment: on four); ``alone``: the
+models on one GPU as well. Each part is a process of its own, so that one that fails or hangs costs no other; its last lines
+are printed and kept. Dummy weights, greedy, the work of bench/gpu_check.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.gpu_check import add, run
+from bench import gpu_check
 from fastqwen.config import EngineConfig
 from fastqwen.ranks.start import start_engine
 from fastqwen.runner.start import Engine
@@ -32,6 +31,7 @@ from tests.quant.test_gptq import LAYOUTS, pack
 
 ROOT = Path(__file__).parents[1]
 GPUS = int(os.environ.get("GPUS", "2"))
+CASES = ("Qwen3Config", "Qwen2Config", "Qwen3MoeConfig", "Qwen2MoeConfig", "int4", "int4-desc-act", "int8")
 PARTS = ("correct", "reduce", "decode", "offline", "prefill")
 PART_TIMEOUT_S = {"correct": 420, "reduce": 150}
 HEADS = {"hidden_size": 128, "head_dim": 32}  # the least that tensor cores take
@@ -64,12 +64,12 @@ def folder_of(case: str, at: Path) -> Path:
     return at
 
 
-def correct() -> dict[str, Any]:
+def correct(*cases: str) -> dict[str, Any]:
     """Greedy tokens in float32 (packed weights: float16) of one GPU and of several: together, again with a warm prefix
     cache, alone, launched one by one, and pushed out by each other for want of blocks."""
     prompts = [prompt(length) for length in LENGTHS]
     found: dict[str, Any] = {}
-    for case in ("Qwen3Config", "Qwen2Config", "Qwen3MoeConfig", "Qwen2MoeConfig", "int4", "int4-desc-act", "int8"):
+    for case in cases or CASES:
         dtype = "float16" if case.startswith("int") else "float32"
         wishes = {"dtype": dtype, "max_model_len": 256, "max_num_seqs": 8}
         with tempfile.TemporaryDirectory() as at:
@@ -99,24 +99,11 @@ def correct() -> dict[str, Any]:
 
 
 def decode(model: str, count: int) -> dict[str, Any]:
-    """(time for 1 + n tokens - time for 1 token) / n, the median of 3."""
-    found: dict[str, Any] = {}
     engine = dummy(model, count)
-    for batch, context in ((1, 128), (64, 128)):
-        times = {}
-        add(engine.core, batch, [context] * batch, [4] * batch, engine.model.vocab_size, "warm")
-        run(engine.core)
-        for outputs in (1, 129):
-            seconds = []
-            for turn in range(3):
-                tag = f"{outputs}-{turn}"
-                add(engine.core, batch, [context] * batch, [outputs] * batch, engine.model.vocab_size, tag)
-                seconds.append(run(engine.core)[0])
-            times[outputs] = statistics.median(seconds)
-        found[f"b{batch} ms"] = (times[129] - times[1]) / 128 * 1e3
-        print(model, count, f"b{batch}", f"{found[f'b{batch} ms']:.3f} ms", flush=True)
+    for batch, context in ((1, 128), (64, 1024)):
+        gpu_check.decode(engine, model, batch, context)
     end(engine)
-    return found
+    return dict(gpu_check.RESULTS)
 
 
 def dummy(model: str, count: int) -> Engine:
@@ -131,8 +118,6 @@ def dummy(model: str, count: int) -> Engine:
 
 
 def offline(model: str, count: int) -> dict[str, Any]:
-    from bench import gpu_check
-
     engine = dummy(model, count)
     gpu_check.offline(engine, model)
     end(engine)
@@ -140,8 +125,6 @@ def offline(model: str, count: int) -> dict[str, Any]:
 
 
 def prefill(model: str, count: int) -> dict[str, Any]:
-    from bench import gpu_check
-
     engine = dummy(model, count)
     gpu_check.prefill(engine, model)
     end(engine)
@@ -228,7 +211,7 @@ def in_process(part: str, *words: str) -> dict[str, Any]:
 
 def one_part(out: Path, part: str, *words: str) -> None:
     if part == "correct":
-        found = correct()
+        found = correct(*words)
     elif part == "reduce":
         found = reduce()
     else:
@@ -246,11 +229,15 @@ def main() -> None:
         return
     out, words = Path(sys.argv[1]), sys.argv[2:]
     parts = [word for word in words if word in PARTS] or list(PARTS[:3])
-    models = [word for word in words if word not in PARTS] or ["qwen3-14b"]
-    jobs: list[tuple[str, ...]] = [(part,) for part in parts if part in PARTS[:2]]
-    jobs += [
-        (part, model, str(count)) for part in parts if part in PARTS[2:] for model in models for count in (GPUS, 1)
-    ]
+    cases = [word for word in words if word in CASES]
+    models = [word for word in words if word not in (*PARTS, *CASES, "alone")] or ["qwen3-14b"]
+    counts = (GPUS, 1) if "alone" in words else (GPUS,)
+    jobs: list[tuple[str, ...]] = []
+    for part in parts:  # in their order
+        if part in PARTS[:2]:
+            jobs.append((part, *(cases if part == "correct" else ())))
+        else:
+            jobs += [(part, model, str(count)) for model in models for count in counts]
     results: dict[str, Any] = {"gpus": GPUS, "torch": torch.__version__}
     for job in jobs:
         print(f"---- {' '.join(job)}", flush=True)

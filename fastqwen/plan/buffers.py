@@ -9,7 +9,7 @@ import functools
 
 import msgspec
 
-from fastqwen.kernels.limits import DELTA_CHUNK, FUSED_ROWS, LISTED, SAMPLE_CHUNK, feed_forward_rows
+from fastqwen.kernels.limits import DELTA_CHUNK, FUSED_ROWS, LISTED, MAX_TOLD, SAMPLE_CHUNK, feed_forward_rows
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan.allocator import Allocator
 from fastqwen.plan.weights import num_dense_layers
@@ -237,8 +237,7 @@ def _logits(memory: Allocator, sizes: Sizes, rows: int) -> None:
     memory.take("logits", rows * sizes.vocab * sizes.element)
     memory.drop("normed", "last")
     chunks = rows * -(-sizes.vocab // SAMPLE_CHUNK)
-    sizes_of = dict.fromkeys(("best", "index", "mass", "bound", "number"), 4 * chunks)
-    sizes_of |= dict.fromkeys(("listed", "ids"), 4 * chunks * LISTED)
+    sizes_of = {"parts": 4 * chunks * (4 + 2 * LISTED), "told": 4 * chunks * (4 + 2 * MAX_TOLD)}
     for name, size in sizes_of.items():
         memory.take(name, size)
     memory.drop(*sizes_of)

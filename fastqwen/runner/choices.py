@@ -39,15 +39,16 @@ def taken(choices: Sequence[Choice], tokens: Sequence[int], late: Collection[int
 
 
 def adjust(logits: Tensor, choices: Sequence[Choice], slots: Slots, errors: dict[int, Failure]) -> None:
-    """Bias, penalties and forbidden stops, in place, where a row asks for them: logits float32 [choices, vocab]"""
+    """Bias, penalties and forbidden tokens, in place, where a row asks for them: logits float32 [choices, vocab]"""
     for index, choice in enumerate(choices):
         if slots.sampling[choice.slot].needs_more(choice.position - slots.num_prompt[choice.slot]):
             with only_this_row(choice.row, errors):
                 _adjust_row(logits[index], choice, slots)
+                forbid(logits[index], choice, slots)
 
 
 def _adjust_row(logits: Tensor, choice: Choice, slots: Slots) -> None:
-    """logits float32 [vocab]"""
+    """What a device's sampler does itself (kernels/wishes.py): logits float32 [vocab]"""
     _, slot, num_known = choice
     sampling, stops = slots.sampling[slot], slots.stop_token_ids[slot]
     if sampling.needs_history:
@@ -61,13 +62,19 @@ def _adjust_row(logits: Tensor, choice: Choice, slots: Slots) -> None:
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+    if num_known - slots.num_prompt[slot] < sampling.min_tokens and stops:
+        logits[stops] = sampler.FORBIDDEN
+
+
+def forbid(logits: Tensor, choice: Choice, slots: Slots) -> None:
+    """All but the tokens that are allowed, and ends of words that must not be said, in place: logits float32 [vocab]"""
+    _, slot, num_known = choice
+    sampling = slots.sampling[slot]
     if sampling.allowed_token_ids is not None:
         kept = torch.tensor(sampling.allowed_token_ids, device=logits.device)
         logits.copy_(torch.full_like(logits, sampler.FORBIDDEN).index_copy_(0, kept, logits[kept]))
     if sampling.bad_word_ids:
         _forbid_words(logits, sampling.bad_word_ids, slots.token_ids[slot, slots.num_prompt[slot] : num_known])
-    if num_known - slots.num_prompt[slot] < sampling.min_tokens and stops:
-        logits[stops] = sampler.FORBIDDEN
 
 
 def _forbid_words(logits: Tensor, words: Sequence[Sequence[int]], said: Tensor) -> None:

@@ -16,14 +16,16 @@ from fastqwen.layers.attention import Attention
 from fastqwen.layers.decoder import Decoder, Embedding
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import EnginePlan
-from fastqwen.records import Row, ScheduledBatch
+from fastqwen.records import Admission, Row, ScheduledBatch
 from fastqwen.runner.choices import Choice, choices_of, taken
+from fastqwen.runner.logprobs import ToldLogprobs
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.pending import Extras, PendingStep
 from fastqwen.runner.pooling import PooledStep, last_vectors
 from fastqwen.runner.recording import Recording, alias, decode_layouts, prompt_layouts
 from fastqwen.runner.step_layout import Ints, StepInputs, StepLayout, count_decode_rows, cut_tiles
 from fastqwen.runner.structured import Constraints
+from fastqwen.runner.wishes import counts_of
 
 STEPS_IN_FLIGHT = 4  # host copies of a step's inputs and results; more than the steps that may be in flight
 
@@ -42,8 +44,8 @@ class CudaRunner(ModelRunner):
         super().__init__(model, decoder, plan, device, structured)
         assert isinstance(decoder.embed, Embedding), "a GPU holds the table"
         self._embed = decoder.embed
-        # The last step's choices, tokens, and rows that stepped aside.
-        self._untaken: tuple[list[Choice], Tensor, torch.cuda.Event, set[int]] | None = None
+        # The last step's extras and tokens.
+        self._untaken: tuple[Extras, Tensor, torch.cuda.Event] | None = None
         self.slots.block_tables[self.slots.spare] = plan.num_blocks  # padding writes into a block of its own
         self._library = getattr(decoder.ops, "library_prefill", False) and all(
             not isinstance(layer.mixer, Attention) or layer.mixer.parts.window is None for layer in decoder.layers
@@ -57,7 +59,11 @@ class CudaRunner(ModelRunner):
         self._decode_steps: list[Recording] = []  # by growing size, as the next
         self._prompt_steps: list[Recording] = []
         self._staging = [torch.zeros(max(sizes), dtype=torch.int32).pin_memory() for _ in range(STEPS_IN_FLIGHT)]
-        self._results = [torch.zeros(plan.max_num_seqs, dtype=torch.int32).pin_memory() for _ in range(STEPS_IN_FLIGHT)]
+        # How often each slot's sequence has each token (kernels/wishes.py), where penalties depend on it.
+        self._counts = torch.zeros((rows + 1, model.vocab_size), dtype=torch.int16, device=device)
+        self._results = [torch.zeros(rows, dtype=torch.int32).pin_memory() for _ in range(STEPS_IN_FLIGHT)]
+        told = (rows, sampling.TOLD_WORDS)
+        self._told = [torch.zeros(told, dtype=torch.int32).pin_memory() for _ in range(STEPS_IN_FLIGHT)]
         self._events = [torch.cuda.Event() for _ in range(STEPS_IN_FLIGHT)]
         self._num_steps = 0
 
@@ -88,9 +94,9 @@ class CudaRunner(ModelRunner):
             graph = torch.cuda.CUDAGraph()
             # The thread of a library of collectives may look at its events meanwhile.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                hidden, logits, tokens = self._recorded_step(layout)
-            recordings.append(Recording(layout, graph, alias(hidden), alias(logits), alias(tokens)))
-            del hidden, logits, tokens
+                outputs = self._recorded_step(layout)
+            recordings.append(Recording(layout, graph, *(alias(one) for one in outputs)))
+            del outputs
             progress(len(recordings), len(decode) + len(prompts))
         self._decode_steps = [one for one in reversed(recordings) if not one.layout.tiles]
         self._prompt_steps = [one for one in reversed(recordings) if one.layout.tiles]
@@ -107,35 +113,46 @@ class CudaRunner(ModelRunner):
 
     @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> StepHandle:
-        """The model is in ``_launch``: a recorded step replayed, or ``_compute``; both end with the tokens of rows that
-        ask for no more than the plain sampler. The others are chosen again from the same logits."""
-        if self._structured is not None:
-            self._take_last_step(self._structured)
-            self._structured.admit(batch.admissions)
+        """The model is in ``_launch``: a recorded step replayed, or ``_compute``; both end with the tokens that the device's
+        sampler chose. Rows of which the host knows more are chosen again from the same logits."""
         self.slots.update(batch.admissions, batch.rows)
+        for one in batch.admissions:
+            if one.sampling.needs_history:
+                self._count(one)
         rows = batch.rows
         self.states.before(batch.admissions, rows)
-        hidden, logits, tokens = self._launch(rows)
+        hidden, logits, tokens, told = self._launch(rows)
         self.states.after(rows)
-        extras = None
-        if any(not self.slots.is_plain[row.slot] and self._needs_more(row) for row in rows):
-            extras = Extras(rows, choices_of(rows), hidden, logits, self._decoder, self.slots)
-            if extras.choices:
-                tokens = self._choose_again(logits, extras)
+        if self._structured is not None:  # only now, so that the device computes while the host looks at grammars
+            self._take_last_step(self._structured)
+            self._structured.admit(batch.admissions)
+        plain = all(self.slots.is_plain[row.slot] for row in rows)
+        choices = [] if plain else choices_of(rows)
+        extras = None if plain else self._extras(rows, choices, hidden, logits)
+        if extras is not None and extras.places:
+            self._choose_again(logits, tokens, told, extras)
         vectors = last_vectors(self._decoder, rows, hidden)
-        pending = self._pending(batch, tokens, extras)
+        pending = self._pending(batch, choices, tokens, told, extras)
         return pending if vectors is None else PooledStep(pending, rows, vectors, self._decoder.classifier)
 
+    def _count(self, one: Admission) -> None:
+        """The tokens of a newcomer; what follows the sampler counts itself."""
+        ids, counts = counts_of(one, self._model.vocab_size)
+        line = self._counts[one.slot]
+        line.zero_()
+        line[self.slots.upload(ids)] = self.slots.upload(counts)
+
     def _take_last_step(self, structured: Constraints) -> None:
-        """A grammar must see a row's last token before it allows the next one: such rows cannot run ahead."""
+        """A grammar must see a row's last token before it allows the next one."""
         if self._untaken is not None:
-            choices, tokens, done, late = self._untaken
+            extras, tokens, done = self._untaken
             done.synchronize()
-            structured.take(*taken(choices, tokens.tolist(), late))
+            chosen = [int(tokens[place]) for place in extras.places]
+            structured.take(*taken(extras.choices, chosen, extras.late))
             self._untaken = None
 
-    def _launch(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states of all tokens, logits and tokens of the rows that sample; padding may follow each of them."""
+    def _launch(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hidden states of all tokens; logits, tokens and log-probabilities of the rows that sample. Padding may follow."""
         num_decode = count_decode_rows(rows)
         prompts = [(row.slot, row.start, row.num_tokens) for row in rows[num_decode:]]
         found = self._recorded_for(rows, sum(-(-count // TILE_TOKENS) for _, _, count in prompts))
@@ -144,7 +161,8 @@ class CudaRunner(ModelRunner):
             self._upload(found.layout, rows, tiles, num_decode)
             found.graph.replay()
             num_samples = sum(row.num_logits for row in rows)
-            return found.hidden, found.logits[:num_samples], found.tokens[:num_samples]
+            logits, tokens, told = (one[:num_samples] for one in (found.logits, found.tokens, found.told))
+            return found.hidden, logits, tokens, told
         layout = StepLayout.of(rows, len(tiles))
         self._upload(layout, rows, tiles, num_decode)
         inputs = layout.views(self._inputs)
@@ -165,7 +183,7 @@ class CudaRunner(ModelRunner):
         layout.fill(host.numpy(), rows, tiles, num_decode, self.slots.spare)
         self._inputs[: layout.size].copy_(host[: layout.size], non_blocking=True)
 
-    def _recorded_step(self, layout: StepLayout) -> tuple[Tensor, Tensor, Tensor]:
+    def _recorded_step(self, layout: StepLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = layout.views(self._inputs)
         if not layout.tiles:
             return self._compute(inputs, layout.tokens, None, None)
@@ -173,7 +191,7 @@ class CudaRunner(ModelRunner):
 
     def _compute(
         self, inputs: StepInputs, num_decode_rows: int, prompts: PromptTiles | None, decode_count: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         slots, decoder = self.slots, self._decoder
         residual, cos_sin, q_scale = step.prepare(
             inputs.slots,
@@ -202,53 +220,75 @@ class CudaRunner(ModelRunner):
         gives_all = prompts is None and len(inputs.sample_tokens) == len(residual)
         picked = residual if gives_all else residual[inputs.sample_tokens]
         if not len(picked):
-            return residual, picked, torch.empty(0, dtype=torch.int32, device=residual.device)
+            nothing = torch.empty((0, sampling.TOLD_WORDS), dtype=torch.int32, device=residual.device)
+            return residual, picked, nothing[:, 0], nothing
         logits = decoder.logits(picked)
-        return residual, logits, self._next_tokens(logits, inputs.sample_slots, inputs.sample_positions)
+        return residual, logits, *self._next_tokens(logits, inputs.sample_slots, inputs.sample_positions)
 
-    def _next_tokens(self, logits: Tensor, row_slots: Tensor, positions: Tensor) -> Tensor:
+    def _next_tokens(
+        self,
+        logits: Tensor,
+        row_slots: Tensor,
+        positions: Tensor,
+        raw: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         slots = self.slots
-        tokens = sampling.sample(
+        tokens, told = sampling.sample(
             logits,
             row_slots,
             positions,
-            temperature=slots.temperature,
-            top_k=slots.top_k,
-            top_p=slots.top_p,
-            min_p=slots.min_p,
-            seed=slots.seed,
+            wishes=slots.wishes,
+            bent=slots.bent,
+            counts=self._counts,
             token_ids=slots.token_ids,
+            raw=raw,
+            allowed=allowed,
         )
         self._decoder.embed.world.broadcast(tokens)
-        return tokens
+        return tokens, told
 
-    def _needs_more(self, row: Row) -> bool:
-        """Whether the row asks in this step for more than the recorded sampler does."""
-        if row.prompt_logprobs or not row.num_logits:  # without logits: the beginning of a long prompt, say
-            return row.prompt_logprobs
-        slots = self.slots
-        return slots.sampling[row.slot].needs_more(row.end - row.num_logits + 1 - slots.num_prompt[row.slot]) or (
-            self._structured is not None and self._structured.constrains(row.slot)
+    def _extras(self, rows: list[Row], choices: list[Choice], hidden: Tensor, logits: Tensor) -> Extras | None:
+        """None: the device's sampler knows everything."""
+        slots, structured = self.slots, self._structured
+        again = [
+            place
+            for place, choice in enumerate(choices)
+            if slots.host_forbids[choice.slot] or (structured is not None and structured.constrains(choice.slot))
+        ]
+        tells = any(
+            slots.sampling[choice.slot].logprobs is not None and not slots.device_tells[choice.slot]
+            for choice in choices
         )
+        if not again and not tells and not any(row.prompt_logprobs for row in rows):
+            return None
+        return Extras(rows, choices, again, hidden, logits, self._decoder, slots)
 
-    def _choose_again(self, logits: Tensor, extras: Extras) -> Tensor:
-        adjusted = self._bent(logits, extras)
-        host = np.array([(choice.slot, choice.position) for choice in extras.choices], dtype=np.int32)
-        row_slots, positions = self.slots.upload(np.ascontiguousarray(host.T)).unbind(0)
-        return self._next_tokens(adjusted, row_slots, positions)
+    def _choose_again(self, logits: Tensor, tokens: Tensor, told: Tensor, extras: Extras) -> None:
+        """In place of what the device's sampler chose."""
+        host = np.array([extras.places, *zip(*((one.slot, one.position) for one in extras.choices), strict=True)])
+        places, row_slots, positions = self.slots.upload(host.astype(np.int32)).unbind(0)
+        raw = logits[places.long()]
+        bent = raw.to(torch.float32, copy=True)
+        allowed = self._forbid(bent, extras)
+        tokens[places.long()], told[places.long()] = self._next_tokens(bent, row_slots, positions, raw, allowed)
 
-    def _bent(self, logits: Tensor, extras: Extras) -> Tensor:
-        return extras.bent(logits, self._structured)
+    def _forbid(self, logits: Tensor, extras: Extras) -> Tensor | None:
+        return extras.forbid(logits, self._structured)
 
-    def _pending(self, batch: ScheduledBatch, tokens: Tensor, extras: Extras | None) -> PendingStep:
+    def _pending(
+        self, batch: ScheduledBatch, choices: list[Choice], tokens: Tensor, told: Tensor, extras: Extras | None
+    ) -> PendingStep:
         place = self._num_steps % STEPS_IN_FLIGHT
         self._num_steps += 1
         host, event = self._results[place][: tokens.shape[0]], self._events[place]
         host.copy_(tokens, non_blocking=True)
+        logprobs = None
+        if any(self.slots.device_tells[choice.slot] for choice in choices):
+            words = self._told[place][: told.shape[0]]
+            words.copy_(told, non_blocking=True)
+            logprobs = ToldLogprobs(words, choices, self.slots)
         event.record()
-        if extras is not None and self._constrains(extras.choices):
-            self._untaken = extras.choices, host, event, extras.late
-        return PendingStep(batch, host, event, extras)
-
-    def _constrains(self, choices: list[Choice]) -> bool:
-        return self._structured is not None and any(self._structured.constrains(one.slot) for one in choices)
+        if extras is not None and self._structured is not None and extras.places:
+            self._untaken = extras, host, event
+        return PendingStep(batch, host, logprobs, event, extras)

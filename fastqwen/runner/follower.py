@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastqwen.records import Admission, Failure
 from fastqwen.runner.choices import Choice
 from fastqwen.runner.model_runner import ModelRunner
+from fastqwen.runner.structured import Bits
 
 
 class GrammarMarks:
@@ -29,8 +31,8 @@ class GrammarMarks:
     def constrains(self, slot: int) -> bool:
         return slot in self._slots
 
-    def mask(self, logits: Tensor, choices: Sequence[Choice], errors: dict[int, Failure]) -> set[int]:
-        return set()
+    def bits(self, choices: Sequence[Choice], vocab_size: int, errors: dict[int, Failure]) -> tuple[set[int], Bits]:
+        return set(), np.full((len(choices), 0), -1, dtype=np.int32)
 
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None: ...
 

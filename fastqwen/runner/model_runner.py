@@ -22,7 +22,7 @@ from fastqwen.runner.pooling import PooledStep, last_vectors
 from fastqwen.runner.results import NOT_FINITE, only_this_row, step_output
 from fastqwen.runner.slots import Slots
 from fastqwen.runner.states import States
-from fastqwen.runner.structured import Constraints
+from fastqwen.runner.structured import Constraints, mask
 
 
 class FinishedStep:
@@ -126,7 +126,7 @@ class ModelRunner:
         adjust(logits, choices, self.slots, errors)
         late: set[int] = set()
         if self._structured is not None:
-            late = self._structured.mask(logits, choices, errors)
+            late = mask(self._structured, logits, choices, errors)
         try:
             chosen = self._draw(logits, choices)
         except Exception:  # one of them: each alone says which

@@ -10,30 +10,27 @@ from torch import Tensor
 from fastqwen.kernels.triton.sampling import CORRUPT
 from fastqwen.layers.decoder import Decoder
 from fastqwen.records import Failure, Row, ScheduledBatch, StepOutput, TokenLogprobs
-from fastqwen.runner.choices import Choice, adjust
-from fastqwen.runner.logprobs import ChosenLogprobs, prompt_logprobs
+from fastqwen.runner.choices import Choice, forbid
+from fastqwen.runner.logprobs import ChosenLogprobs, ToldLogprobs, prompt_logprobs
 from fastqwen.runner.results import NOT_FINITE, only_this_row, step_output
 from fastqwen.runner.slots import Slots
 from fastqwen.runner.structured import Constraints
 
 
 class Extras:
-    """What some rows of a step ask beyond the sampler that is recorded with the model: logits bent, probabilities told."""
+    """What some rows of a step ask beyond the device's sampler, which is recorded with the model."""
 
     def __init__(
-        self,
-        rows: Sequence[Row],
-        choices: list[Choice],
-        hidden: Tensor,
-        logits: Tensor,
-        decoder: Decoder,
-        slots: Slots,
-    ) -> None:
-        """hidden [tokens, hidden], logits [choices, vocab] as the model left them"""
+        self, rows: Sequence[Row], choices: Sequence[Choice], again: list[int], hidden: Tensor, logits: Tensor,
+        decoder: Decoder, slots: Slots,
+    ) -> None:  # fmt: skip
+        """hidden [tokens, hidden], logits [choices, vocab] as the model left them; ``again``: the places of choices that are
+        made again, since the host knows what must not come"""
         self.errors: dict[int, Failure] = {}
         self.late: set[int] = set()
-        self.choices = choices
-        self.logprobs = ChosenLogprobs(logits, choices, slots)
+        self.places = again
+        self.choices = [choices[place] for place in again]
+        self.logprobs = ChosenLogprobs(logits, choices, slots, on_device=True)
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         self._slots = slots
         start = 0
@@ -44,21 +41,33 @@ class Extras:
                     self.prompt_logprobs[index] = prompt_logprobs(row, part, decoder, slots)
             start += row.num_tokens
 
-    def bent(self, logits: Tensor, structured: Constraints | None) -> Tensor:
-        """float32 [choices, vocab]; rows that cannot be bent, or whose grammar fails, become ``errors``"""
-        adjusted = logits.to(torch.float32, copy=True)
-        adjust(adjusted, self.choices, self._slots, self.errors)
-        if structured is not None:
-            self.late = structured.mask(adjusted, self.choices, self.errors)
-        return adjusted
+    def forbid(self, logits: Tensor, structured: Constraints | None) -> Tensor | None:
+        """logits float32 [choices made again, vocab], in place -> a bit for each token that may come, int32
+        [choices, vocab / 32]; rows whose grammar fails become ``errors``"""
+        for index, choice in enumerate(self.choices):
+            if self._slots.host_forbids[choice.slot]:
+                with only_this_row(choice.row, self.errors):
+                    forbid(logits[index], choice, self._slots)
+        if structured is None:
+            return None
+        self.late, allowed = structured.bits(self.choices, logits.shape[1], self.errors)
+        return self._slots.upload(allowed)
 
 
 class PendingStep:
     """``result`` waits for the step's tokens, not for steps launched after it."""
 
-    def __init__(self, batch: ScheduledBatch, tokens: Tensor, done: torch.cuda.Event, extras: Extras | None) -> None:
+    def __init__(
+        self,
+        batch: ScheduledBatch,
+        tokens: Tensor,
+        told: ToldLogprobs | None,
+        done: torch.cuda.Event,
+        extras: Extras | None,
+    ) -> None:
         self._batch = batch
         self._tokens = tokens  # int32 on the host, one for each of the step's logits, in order
+        self._told = told
         self._done = done
         self._extras = extras
 
@@ -77,6 +86,8 @@ class PendingStep:
                 if token == CORRUPT:
                     errors.setdefault(index, NOT_FINITE)
         logprobs = {} if extras is None else extras.logprobs.of(tokens, errors)
+        if self._told is not None:
+            logprobs |= self._told.of(tokens)
         reported = {} if extras is None else extras.prompt_logprobs
         late = () if extras is None else extras.late
         return step_output(self._batch, tokens, logprobs=logprobs, prompt_logprobs=reported, errors=errors, late=late)

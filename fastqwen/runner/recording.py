@@ -34,6 +34,7 @@ class Recording:
     hidden: Tensor  # [tokens, hidden]
     logits: Tensor  # [samples, vocab], float32 or the model's type
     tokens: Tensor  # int32 [samples]
+    told: Tensor  # int32 [samples, words], log-probabilities as sampling.py has them
 
 
 class _Memory:

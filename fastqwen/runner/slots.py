@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastqwen.kernels.limits import MAX_BENT, WISH_WORDS
+from fastqwen.kernels.wishes import COLUMN
 from fastqwen.layers.rotary import inverse_frequencies
 from fastqwen.model_config import ModelConfig
 from fastqwen.records import Admission, Row, Sampling
+from fastqwen.runner.wishes import Words, bent_of, device_tells, host_forbids, line_of, neutral_line
 
 MAX_CACHED_PROFILES = 64
 ALIGNED_WORDS = 4  # kernels are compiled for fields that begin at multiples of 16 bytes
-
-Words = NDArray[np.int32]
 
 
 class Slots:
@@ -43,8 +44,9 @@ class Slots:
             "token_ids": max_model_len + 2,
             "block_tables": -(-max_model_len // block_size) + 1,
             "inverse_frequencies": model.rotary_dim // 2,
-            "seed": 2,
-            **dict.fromkeys(("rope_scale", "temperature", "top_k", "top_p", "min_p"), 1),
+            "rope_scale": 1,
+            "wishes": WISH_WORDS,
+            "bent": 2 * MAX_BENT,
         }
         self._begins: dict[str, int] = {}
         num_words = 0
@@ -55,15 +57,20 @@ class Slots:
         self.token_ids = self._field("token_ids")
         self.block_tables = self._field("block_tables")
         self.inverse_frequencies = self._field("inverse_frequencies").view(torch.float32)
-        self.seed = self._field("seed").view(torch.int64)[:, 0]
         self.rope_scale = self._field("rope_scale").view(torch.float32)[:, 0]
-        self.temperature = self._field("temperature").view(torch.float32)[:, 0]
-        self.top_k = self._field("top_k")[:, 0]
-        self.top_p = self._field("top_p").view(torch.float32)[:, 0]
-        self.min_p = self._field("min_p").view(torch.float32)[:, 0]
+        self.wishes = self._field("wishes")  # as kernels/wishes.py has them
+        self.wishes.copy_(torch.from_numpy(neutral_line()))
+        self.bent = self._field("bent").view(num_slots + 1, MAX_BENT, 2)
+        self.seed = self.wishes.view(torch.int64)[:, COLUMN["seed"] // 2]
+        self.temperature = self._wish("temperature").view(torch.float32)
+        self.top_k = self._wish("top_k")
+        self.top_p = self._wish("top_p").view(torch.float32)
+        self.min_p = self._wish("min_p").view(torch.float32)
         # What the host looks up to decide which parts of the sampler a step needs.
         self.sampling: list[Sampling] = [Sampling()] * num_slots
-        self.is_plain = [True] * (num_slots + 1)  # temperature and cuts say all, in every step
+        self.is_plain = [True] * (num_slots + 1)  # the device's sampler does all that is wished, and tells nothing
+        self.host_forbids = [False] * num_slots
+        self.device_tells = [False] * num_slots
         self.num_prompt = [0] * num_slots
         self.stop_token_ids: list[list[int]] = [[]] * num_slots
         self._num_blocks = [0] * num_slots
@@ -80,19 +87,16 @@ class Slots:
 
         for one in admissions:
             frequencies, rope_scale = self._profile(one.rope_key)
-            sampling = one.sampling
             put("token_ids", one.slot, np.array(one.token_ids, dtype=np.int32))
             put("inverse_frequencies", one.slot, frequencies)
-            put("seed", one.slot, np.array([one.seed], dtype=np.int64).view(np.int32))
-            put("rope_scale", one.slot, _float_word(rope_scale))
-            put("temperature", one.slot, _float_word(0.0 if sampling.greedy else sampling.temperature))
-            put("top_k", one.slot, np.array([min(max(0, sampling.top_k), self._vocab_size)], dtype=np.int32))
-            put("top_p", one.slot, _float_word(sampling.top_p))
-            put("min_p", one.slot, _float_word(sampling.min_p))
-            self.sampling[one.slot] = sampling
-            self.is_plain[one.slot] = (
-                not sampling.needs_more(0) and sampling.prompt_logprobs is None and one.grammar is None
-            )
+            put("rope_scale", one.slot, np.array([rope_scale], dtype=np.float32).view(np.int32))
+            put("wishes", one.slot, line_of(one, self._vocab_size))
+            put("bent", one.slot, bent_of(one))
+            self.sampling[one.slot] = one.sampling
+            self.host_forbids[one.slot] = host_forbids(one.sampling)
+            self.device_tells[one.slot] = device_tells(one.sampling)
+            tells = one.sampling.logprobs is not None or one.sampling.prompt_logprobs is not None
+            self.is_plain[one.slot] = not tells and not self.host_forbids[one.slot] and one.grammar is None
             self.num_prompt[one.slot] = one.num_prompt_tokens
             self.stop_token_ids[one.slot] = one.stop_token_ids
             self._num_blocks[one.slot] = 0
@@ -114,6 +118,10 @@ class Slots:
         """int32 [slots, words of a slot]"""
         width, num_slots = self._widths[name], self.spare + 1
         return self._words[self._begins[name] :][: num_slots * width].view(num_slots, width)
+
+    def _wish(self, name: str) -> Tensor:
+        """int32 [slots]"""
+        return self.wishes[:, COLUMN[name]]
 
     def _new_blocks(self, rows: Sequence[Row]) -> tuple[list[int], list[int]]:
         """Each row's new blocks, and the words that they belong into."""
@@ -141,7 +149,3 @@ class Slots:
             frequencies, scale = inverse_frequencies(self._rope, self._rotary_dim, key)
             self._profiles[key] = frequencies.numpy().view(np.int32), scale
         return self._profiles[key]
-
-
-def _float_word(value: float) -> Words:
-    return np.array([value], dtype=np.float32).view(np.int32)

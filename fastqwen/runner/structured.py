@@ -21,6 +21,7 @@ from typing import Protocol
 import llguidance
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastqwen.records import Admission, Failure
@@ -98,7 +99,8 @@ class GrammarCompiler:
             return made.deep_copy(), meter
 
 
-Mask = tuple[Tensor, str | None]  # bool [tokens that the grammar knows], and what is wrong
+Bits = NDArray[np.int32]  # a bit for each token that may come, from each word's lowest on
+Mask = tuple[Bits, str | None]  # of the tokens that the grammar knows, and what is wrong
 
 
 class _Constraint:
@@ -143,9 +145,8 @@ class _Constraint:
         self._untaken = []
         if untaken:
             matcher.consume_tokens(untaken)
-        bits = np.frombuffer(bytes(matcher.compute_bitmask()), dtype=np.uint8)
+        allowed = np.frombuffer(bytes(matcher.compute_bitmask()), dtype=np.int32)
         error = matcher.get_error() if matcher.is_error() else None
-        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
         self.meter.note(time.thread_time() - begin_s, len(untaken))
         return allowed, error
 
@@ -157,7 +158,7 @@ class Constraints(Protocol):
 
     def constrains(self, slot: int) -> bool: ...
 
-    def mask(self, logits: Tensor, choices: Sequence[Choice], errors: dict[int, Failure]) -> set[int]: ...
+    def bits(self, choices: Sequence[Choice], vocab_size: int, errors: dict[int, Failure]) -> tuple[set[int], Bits]: ...
 
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None: ...
 
@@ -167,6 +168,15 @@ def _stand_back() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICENESS)
+
+
+def mask(structured: Constraints, logits: Tensor, choices: Sequence[Choice], errors: dict[int, Failure]) -> set[int]:
+    """Forbid tokens in place: logits [choices, vocab]. The rest is as ``bits`` has it."""
+    late, allowed = structured.bits(choices, logits.shape[1], errors)
+    for index in np.flatnonzero((allowed != -1).any(axis=1)).tolist():
+        found = np.unpackbits(allowed[index].view(np.uint8), bitorder="little", count=logits.shape[1])
+        logits[index].masked_fill_(torch.from_numpy(found == 0).to(logits.device), FORBIDDEN)
+    return late
 
 
 class StructuredOutput:
@@ -192,18 +202,20 @@ class StructuredOutput:
     def constrains(self, slot: int) -> bool:
         return slot in self._constraints
 
-    def mask(self, logits: Tensor, choices: Sequence[Choice], errors: dict[int, Failure]) -> set[int]:
-        """Forbid tokens in place, logits [choices, vocab]. Rows that cannot go on are added to ``errors``, with the reason.
+    def bits(self, choices: Sequence[Choice], vocab_size: int, errors: dict[int, Failure]) -> tuple[set[int], Bits]:
+        """Which tokens may come, [choices, vocab_size / 32]. Rows that cannot go on are added to ``errors``, with the reason.
 
-        Gives the rows that must step aside, because their masks are not there yet; their tokens are worth nothing. A row
-        with a grammar has one choice in a step: the next one depends on it.
+        Before them the rows that must step aside, because their masks are not there yet; their tokens are worth nothing. A
+        row with a grammar has one choice in a step: the next one depends on it.
         """
         found = {index: self._constraints.get(choice.slot) for index, choice in enumerate(choices)}
         active = {index: one for index, one in found.items() if one is not None and one.active}
         self._wait(list(active.values()), alone=len(active) == len(choices))
+        allowed = np.full((len(choices), -(-vocab_size // 32)), -1, dtype=np.int32)
         for index, asleep in found.items():
-            if asleep is not None and not asleep.active and asleep.end_ids:
-                logits[index, torch.tensor(asleep.end_ids, device=logits.device)] = FORBIDDEN
+            if asleep is not None and not asleep.active:
+                for token in asleep.end_ids:
+                    allowed[index, token // 32] &= ~np.int32(np.uint32(1 << token % 32).view(np.int32))
         late = set()
         for index, constraint in active.items():
             row = choices[index].row
@@ -212,24 +224,23 @@ class StructuredOutput:
                 late.add(row)
                 continue
             with only_this_row(row, errors):
-                self._apply(logits[index], constraint, problem, row, errors)
-        return late - errors.keys()
+                self._allow(allowed[index], constraint, problem, row, errors)
+        return late - errors.keys(), allowed
 
-    def _apply(
-        self, logits: Tensor, constraint: _Constraint, problem: str | None, row: int, errors: dict[int, Failure]
+    def _allow(
+        self, allowed: Bits, constraint: _Constraint, problem: str | None, row: int, errors: dict[int, Failure]
     ) -> None:
-        """logits [vocab]"""
+        """allowed [vocab_size / 32], of one choice"""
         if problem is None:
             assert constraint.job is not None
-            allowed, problem = constraint.job.result()
+            known, problem = constraint.job.result()
         if problem is not None:
             why = problem.partition("\n")[0][:300]
             errors.setdefault(row, Failure("grammar", f"the grammar for structured output cannot be used: {why}"))
             return
-        forbidden = torch.ones(logits.shape[0], dtype=torch.bool)
-        count = min(logits.shape[0], allowed.numel())
-        forbidden[:count] = ~allowed[:count]
-        logits.masked_fill_(forbidden.to(logits.device), FORBIDDEN)
+        count = min(len(allowed), len(known))
+        allowed[:count] = known[:count]
+        allowed[count:] = 0
 
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """What was sampled in these slots."""

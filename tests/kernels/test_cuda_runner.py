@@ -20,6 +20,7 @@ from fastqwen.engine.policy import StepPolicy
 from fastqwen.engine.scheduler import Scheduler
 from fastqwen.engine.snapshots import SnapshotPool
 from fastqwen.kernels.triton.ops import TritonOps
+from fastqwen.kernels.triton.sampling import TOLD_WORDS
 from fastqwen.layers.rotary_key import rope_key
 from fastqwen.plan import make_plan
 from fastqwen.runner.cuda_runner import CudaRunner
@@ -94,6 +95,7 @@ def recording(runner: CudaRunner, layout: StepLayout) -> Any:
         torch.zeros(layout.tokens, model.hidden_size),
         torch.zeros(rows, model.vocab_size),
         torch.zeros(rows, dtype=torch.int32),
+        torch.zeros(rows, TOLD_WORDS, dtype=torch.int32),
     )
     return Recording(layout, Replay(runner, layout, outputs), *outputs)  # type: ignore[arg-type]
 

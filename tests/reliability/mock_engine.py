@@ -29,7 +29,7 @@ from fastqwen.records import Admission, Failure, Row, SampledRow, ScheduledBatch
 from fastqwen.runner.choices import choices_of
 from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.start import Engine
-from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.runner.structured import GrammarCompiler, StructuredOutput, mask
 from fastqwen.text.grammar import grammar_tokenizer
 from fastqwen.text.load import load_text
 from fastqwen.weights.checkpoint import open_checkpoint
@@ -64,7 +64,7 @@ class MockExecutor:
         choices = choices_of(batch.rows)
         logits = torch.zeros((len(choices), self._vocab_size))
         failed: dict[int, Failure] = {}
-        late = self._structured.mask(logits, choices, failed)
+        late = mask(self._structured, logits, choices, failed)
         found = {choice.row: logits[place] for place, choice in enumerate(choices)}
         rows = [
             SampledRow(request_id=row.request_id, error=failed.get(index), stepped_aside=index in late)

@@ -38,7 +38,7 @@ def test_newcomers_and_blocks_in_one_step():
     assert slots.seed.tolist() == [1, 0, -(2**62) - 3, 0]
     assert slots.temperature.tolist() == torch.tensor([0.0, 0, 0.7, 0]).tolist()
     assert slots.top_k.tolist() == [0, 0, 9, 0]
-    assert slots.top_p.tolist() == [1.0, 0, 0.5, 0]
+    assert slots.top_p.tolist() == [1.0, 1, 0.5, 1]
     assert slots.min_p.tolist() == [0, 0, 0.25, 0]
     expected, scale = inverse_frequencies(MODEL.rope, MODEL.head_dim, "")
     assert torch.equal(slots.inverse_frequencies[2], expected) and not slots.inverse_frequencies[1].any()
@@ -57,8 +57,7 @@ def test_fields_begin_where_kernels_expect_them():
     for num_slots in (1, 2, 3, 256):
         slots = make_slots(num_slots)
         for field in (
-            slots.token_ids, slots.block_tables, slots.inverse_frequencies, slots.seed, slots.rope_scale,
-            slots.temperature, slots.top_k, slots.top_p, slots.min_p,
+            slots.token_ids, slots.block_tables, slots.inverse_frequencies, slots.rope_scale, slots.wishes, slots.bent,
         ):  # fmt: skip
             assert field.is_contiguous() and len(field) == num_slots + 1
             assert field.data_ptr() % (4 * ALIGNED_WORDS) == 0

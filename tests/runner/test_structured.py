@@ -12,7 +12,7 @@ from fastqwen.records import Admission, EngineRequest, Failure, Grammar, Samplin
 from fastqwen.runner import structured
 from fastqwen.runner.choices import Choice
 from fastqwen.runner.sampler import FORBIDDEN
-from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.runner.structured import GrammarCompiler, StructuredOutput, mask
 from fastqwen.text.grammar import grammar_tokenizer, to_grammar
 from tests.server.harness import END, VOCAB, ByteTokenizer
 
@@ -40,7 +40,7 @@ def admission(regex: str, said: bytes = b"", after: str = "", slot: int = 0) -> 
 
 def failures(output: StructuredOutput, logits: torch.Tensor, slot: int = 0) -> dict[int, Failure]:
     found: dict[int, Failure] = {}
-    output.mask(logits, [Choice(row=0, slot=slot, position=5)], found)
+    mask(output, logits, [Choice(row=0, slot=slot, position=5)], found)
     return found
 
 
@@ -138,7 +138,7 @@ def test_a_slow_mask_steps_aside_and_its_row_goes_on_later(compiler: GrammarComp
     output.admit([admission("ab", slot=0)])
     choices = [Choice(row=0, slot=0, position=7), Choice(row=1, slot=1, position=7)]
     failed: dict[int, Failure] = {}
-    assert output.mask(torch.zeros((2, VOCAB)), choices, failed) == {0}
+    assert mask(output, torch.zeros((2, VOCAB)), choices, failed) == {0}
     computing.set()
     assert allowed(output) == {"a"} and not failed
 

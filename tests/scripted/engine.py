@@ -26,7 +26,7 @@ from fastqwen.records import Admission, Failure, Row, SampledRow, ScheduledBatch
 from fastqwen.runner.choices import choices_of
 from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.start import Engine
-from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.runner.structured import GrammarCompiler, StructuredOutput, mask
 from fastqwen.text.grammar import grammar_tokenizer
 from fastqwen.text.load import TextTools, load_text
 from fastqwen.weights.checkpoint import open_checkpoint
@@ -111,7 +111,7 @@ class ScriptedExecutor:
         if self._structured.constrains(row.slot):
             logits = torch.zeros((1, self._vocab_size))
             failed: dict[int, Failure] = {}
-            while self._structured.mask(logits, choices_of([row]), failed):
+            while mask(self._structured, logits, choices_of([row]), failed):
                 pass
             if failed:
                 return SampledRow(request_id=row.request_id, error=failed[0])

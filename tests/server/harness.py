@@ -31,7 +31,7 @@ from fastqwen.plan import EnginePlan
 from fastqwen.records import Failure, SampledRow, ScheduledBatch, StepOutput, TokenLogprobs
 from fastqwen.runner.choices import choices_of
 from fastqwen.runner.sampler import FORBIDDEN
-from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
+from fastqwen.runner.structured import GrammarCompiler, StructuredOutput, mask
 from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.state import ServerState
@@ -128,7 +128,7 @@ class Speaker:
             return SampledRow(request_id=row.request_id, prompt_logprobs=scored)
         logits = self._logits(admission, tokens)
         failed: dict[int, Failure] = {}
-        late = self.structured.mask(logits, choices_of([row]), failed)
+        late = mask(self.structured, logits, choices_of([row]), failed)
         if failed:
             return SampledRow(request_id=row.request_id, error=failed[0])
         if late:

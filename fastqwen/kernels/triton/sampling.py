@@ -1,9 +1,11 @@
 """The next tokens, on the device: the same that runner/sampler.py gives, up to the rounding of logarithms.
 
-One pass over the logits, by many programs a row. A row that is cut (top_k, top_p, min_p) leaves a list of its largest logits,
-from each program the largest ones, and a bound: no other logit is above it. One program a row then cuts and draws among the
-list, and is right if what remains is above the bound: nearly always. Rows for which it is not (flat distributions) are done by
-a third kernel, which looks at all logits as often as it must.
+One pass over the logits, by many programs a row, each with a chunk of the vocabulary: they bend the logits (penalties, biases,
+tokens that must not come yet, a grammar's mask), and leave their largest one. A row that is cut (top_k, top_p, min_p) gets a
+list of each chunk's largest logits, and a bound: no other logit is above it. One program a row then cuts and draws among the
+lists, and is right if what remains is above the bound: nearly always. Rows for which it is not (flat distributions) are done by
+a third kernel, which looks at all logits as often as it must, and which tells log-probabilities: of the model's own logits,
+from lists of their own.
 """
 
 from __future__ import annotations
@@ -13,11 +15,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastqwen.kernels import limits, wishes
 from fastqwen.kernels.limits import LISTED, SAMPLE_CHUNK
 
 CORRUPT = -1  # the token id that says: this row's logits were not finite
 SEGMENT = tl.constexpr(64)  # neighbours in a program's share of the vocabulary: frequent tokens have neighbouring ids
 NEVER = tl.constexpr(2147483647)
+FORBIDDEN = tl.constexpr(-1e30)  # as sampler.py has it
+MAX_TOLD = tl.constexpr(limits.MAX_TOLD)
+MAX_BENT = tl.constexpr(limits.MAX_BENT)
+MAX_COUNT = tl.constexpr(wishes.MAX_COUNT)
+TOLD_WORDS = 2 + 2 * limits.MAX_TOLD  # of a row: the chosen token's log-probability and rank, the others', their ids
+
+# Words of a slot's wishes.
+WISH_WORDS = tl.constexpr(limits.WISH_WORDS)
+SEED = tl.constexpr(wishes.COLUMN["seed"] // 2)  # in words of 64 bits
+TEMPERATURE = tl.constexpr(wishes.COLUMN["temperature"])
+TOP_K = tl.constexpr(wishes.COLUMN["top_k"])
+TOP_P = tl.constexpr(wishes.COLUMN["top_p"])
+MIN_P = tl.constexpr(wishes.COLUMN["min_p"])
+REPETITION = tl.constexpr(wishes.COLUMN["repetition_penalty"])
+PRESENCE = tl.constexpr(wishes.COLUMN["presence_penalty"])
+FREQUENCY = tl.constexpr(wishes.COLUMN["frequency_penalty"])
+BENDS = tl.constexpr(wishes.COLUMN["bends"])
+NUM_BIASES = tl.constexpr(wishes.COLUMN["num_biases"])
+NUM_BENT = tl.constexpr(wishes.COLUMN["num_bent"])
+LEAST_END = tl.constexpr(wishes.COLUMN["least_end"])
+NUM_COUNTED = tl.constexpr(wishes.COLUMN["num_counted"])
+NUM_TOLD = tl.constexpr(wishes.COLUMN["num_told"])
+
+# Words of what a program leaves of its chunk; behind them two lists of LISTED: numbers, ids.
+BEST = tl.constexpr(0)  # the largest number, with noise if nothing is cut
+INDEX = tl.constexpr(1)  # its id, CORRUPT where a logit is not finite
+MASS = tl.constexpr(2)  # of lists: the sum of exp(number - the largest)
+BOUND = tl.constexpr(3)  # of lists: what no number that is not listed is above, as ordered bits
+HEAD = tl.constexpr(4)
+
+
+@triton.jit
+def _float(ptr):
+    return tl.load(ptr).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -67,67 +104,122 @@ def _least_with_mass(keys, masses, wanted):
 
 
 @triton.jit
-def _wishes(row_slots_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab):
-    """Of a row: its slot, temperature, top_k (0: none), top_p, min_p, and whether they cut anything."""
-    slot = tl.load(row_slots_ptr + row).to(tl.int64)
-    temperature = tl.load(temperature_ptr + slot)
-    top_k, top_p, min_p = tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot), tl.load(min_p_ptr + slot)
+def _cuts_of(wishes_ptr, slot, vocab):
+    """Of a slot: temperature, top_k (0: none), top_p, min_p, and whether they cut anything."""
+    line = wishes_ptr + slot * WISH_WORDS
+    temperature, top_k = _float(line + TEMPERATURE), tl.load(line + TOP_K)
+    top_p, min_p = _float(line + TOP_P), _float(line + MIN_P)
     top_k = tl.where(top_k < vocab, top_k, 0)
     cuts = (temperature > 0.0) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
-    return slot, temperature, top_k, top_p, min_p, cuts
+    return temperature, top_k, top_p, min_p, cuts
+
+
+@triton.jit
+def _seed_of(wishes_ptr, slot):
+    return tl.load(wishes_ptr.to(tl.pointer_type(tl.int64), bitcast=True) + slot * (WISH_WORDS // 2) + SEED)
+
+
+@triton.jit
+def _penalized(x, ids, live, slot, position, line, counts_ptr, token_ids_ptr, vocab, length):
+    """Repetition, presence and frequency penalties, as sampler.py's; the sequence's newest token is counted first, once."""
+    newest = tl.load(token_ids_ptr + slot * length + tl.maximum(position - 1, 0))
+    repetition, presence, frequency = _float(line + REPETITION), _float(line + PRESENCE), _float(line + FREQUENCY)
+    if (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0):
+        counts = tl.load(counts_ptr + slot * vocab + ids, mask=live, other=0).to(tl.int32) & 0xFFFF
+        fresh = live & (ids == newest) & (tl.load(line + NUM_COUNTED) < position)
+        counts = tl.where(fresh & ((counts & MAX_COUNT) < MAX_COUNT), counts + 1, counts)
+        tl.store(counts_ptr + slot * vocab + ids, counts.to(tl.int16), mask=fresh)
+        if tl.sum(fresh.to(tl.int32), axis=0) > 0:
+            tl.store(line + NUM_COUNTED, position)
+        repeated = tl.where(x > 0.0, x / repetition, x * repetition)
+        repeated = tl.minimum(tl.maximum(repeated, FORBIDDEN), -FORBIDDEN)
+        said = (counts & MAX_COUNT).to(tl.float32)
+        x = tl.where(counts != 0, repeated, x) - (frequency * said + tl.where(said > 0.0, presence, 0.0))
+    return x
+
+
+@triton.jit
+def _bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr, vocab, length,
+          MASKED: tl.constexpr):  # fmt: skip
+    """Logits with all that a request wishes of them before they are cut."""
+    line = wishes_ptr + slot * WISH_WORDS
+    if tl.load(line + BENDS) != 0:
+        x = _penalized(x, ids, live, slot, position, line, counts_ptr, token_ids_ptr, vocab, length)
+        biases, early = tl.load(line + NUM_BIASES), position < tl.load(line + LEAST_END)
+        for number in range(tl.load(line + NUM_BENT)):
+            entry = bent_ptr + (slot * MAX_BENT + number) * 2
+            hit = ids == tl.load(entry)
+            x = tl.where(hit & (number < biases), x + _float(entry + 1), x)
+            x = tl.where(hit & (number >= biases) & early, FORBIDDEN, x)
+    if MASKED:
+        words = allowed_ptr + row.to(tl.int64) * tl.cdiv(vocab, 32)
+        bits = tl.load(words + ids // 32, mask=live, other=0) >> (ids % 32)
+        x = tl.where((bits & 1) == 1, x, FORBIDDEN)
+    return x
+
+
+@triton.jit
+def _list(x, ids, part_ptr, LISTED: tl.constexpr):
+    """A chunk's largest numbers with their ids, of equal ones any, the sum of all, and the bound."""
+    keys = _ordered(x)
+    bound = _kth(keys, LISTED)
+    above, equal = (keys > bound).to(tl.int32), (keys == bound).to(tl.int32)
+    before = tl.cumsum(above + (equal << 16), axis=0)  # two sums in one: a chunk has fewer than 65,536 numbers
+    spot = tl.where(above == 1, before & 0xFFFF, tl.sum(above, axis=0) + (before >> 16)) - 1
+    listed = (keys >= bound) & (spot < LISTED)
+    tl.store(part_ptr + HEAD + spot, x.to(tl.int32, bitcast=True), mask=listed)
+    tl.store(part_ptr + HEAD + LISTED + spot, ids, mask=listed)
+    best = tl.max(x, axis=0)
+    tl.store(part_ptr + BEST, best.to(tl.int32, bitcast=True))
+    tl.store(part_ptr + MASS, tl.sum(tl.exp(x - best), axis=0).to(tl.int32, bitcast=True))
+    tl.store(part_ptr + BOUND, bound.to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def _look(
     logits_ptr,  # [rows, vocab]
+    raw_ptr,  # [rows, vocab]: the model's own logits, whose probabilities are told
     row_slots_ptr,
     positions_ptr,  # int32 [rows]: of the token to be sampled
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,  # int64 [slots]
-    best_ptr,  # float32 [rows, chunks]: the largest, with noise if nothing is cut
-    index_ptr,  # int32 [rows, chunks]: its id, CORRUPT where a logit is not finite
-    mass_ptr,  # float32 [rows, chunks]: of rows that are cut, the sum of exp(logit - best)
-    bound_ptr,  # uint32 [rows, chunks]: of these, what no logit that is not listed is above, as ordered bits
-    number_ptr,  # int32 [rows, chunks]: how many are listed
-    value_ptr,  # float32 [rows, chunks, LISTED]
-    id_ptr,  # int32 [rows, chunks, LISTED]
+    wishes_ptr,  # int32 [slots, WISH_WORDS]
+    bent_ptr,  # int32 [slots, MAX_BENT, 2]: ids, and what is added to their logits
+    counts_ptr,  # int16 [slots, vocab]
+    token_ids_ptr,  # int32 [slots, length]
+    allowed_ptr,  # int32 [rows, vocab / 32], if MASKED: a bit for each token
+    parts_ptr,  # int32 [rows, chunks, HEAD + 2 * LISTED]
+    told_ptr,  # int32 [rows, chunks, HEAD + 2 * MAX_TOLD]: the same of the model's own logits
     vocab,
+    length,
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     row, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    slot, temperature, _, _, _, cuts = _wishes(
-        row_slots_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab
-    )
+    slot, position = tl.load(row_slots_ptr + row).to(tl.int64), tl.load(positions_ptr + row)
+    temperature, _, _, _, cuts = _cuts_of(wishes_ptr, slot, vocab)
     own = tl.arange(0, BLOCK)
     ids = own // SEGMENT * (chunks * SEGMENT) + chunk * SEGMENT + own % SEGMENT
     live = ids < vocab
+    place = row * chunks + chunk
+    if tl.load(wishes_ptr + slot * WISH_WORDS + NUM_TOLD) >= 0:
+        x = tl.load(raw_ptr + row.to(tl.int64) * vocab + ids, mask=live, other=float("-inf")).to(tl.float32)
+        _list(x, ids, told_ptr + place * (HEAD + 2 * MAX_TOLD), MAX_TOLD)
     x = tl.load(logits_ptr + row.to(tl.int64) * vocab + ids, mask=live, other=0.0).to(tl.float32)
     corrupt = tl.sum((tl.abs(x) < float("inf")).to(tl.int32), axis=0) < BLOCK
+    x = _bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
+              vocab, length, MASKED)  # fmt: skip
     x = tl.where(live, x, float("-inf"))
     if temperature > 0.0:
         x = x * (1.0 / temperature)
-    place = row * chunks + chunk
+    part = parts_ptr + place * (HEAD + 2 * LISTED)
     if cuts:
-        largest = tl.max(x, axis=0)
-        keys = _ordered(x)
-        bound = _kth(keys, LISTED)
-        listed = keys > bound
-        spot = place * LISTED + tl.cumsum(listed.to(tl.int32), axis=0) - 1
-        tl.store(value_ptr + spot, x, mask=listed)
-        tl.store(id_ptr + spot, ids, mask=listed)
-        tl.store(bound_ptr + place, bound)
-        tl.store(number_ptr + place, tl.sum(listed.to(tl.int32), axis=0))
-        tl.store(mass_ptr + place, tl.sum(tl.exp(x - largest), axis=0))
+        _list(x, ids, part, LISTED)
     elif temperature > 0.0:
-        x = _noisy(x, ids, tl.load(seed_ptr + slot), tl.load(positions_ptr + row))
+        x = _noisy(x, ids, _seed_of(wishes_ptr, slot), position)
     best = tl.max(x, axis=0)
     index = tl.min(tl.where(x == best, ids, NEVER), axis=0)  # the lowest id among equals
-    tl.store(best_ptr + place, best)
-    tl.store(index_ptr + place, tl.where(corrupt, -1, index))
+    tl.store(part + BEST, best.to(tl.int32, bitcast=True))
+    tl.store(part + INDEX, tl.where(corrupt, -1, index))
 
 
 @triton.jit
@@ -137,21 +229,32 @@ def _put(token, row, slot, position, token_ids_ptr, out_ptr, length):
 
 
 @triton.jit
+def _column(parts_ptr, row, word, chunks, other, CHUNKS: tl.constexpr, LISTED: tl.constexpr):
+    """One word of each chunk of a row, int32 [CHUNKS]"""
+    each = tl.arange(0, CHUNKS)
+    start = parts_ptr + row * chunks * (HEAD + 2 * LISTED) + word
+    return tl.load(start + each * (HEAD + 2 * LISTED), mask=each < chunks, other=other)
+
+
+@triton.jit
+def _listed_in(parts_ptr, row, chunks, CHUNKS: tl.constexpr, LISTED: tl.constexpr):
+    """The lists of a row: numbers, -inf where there is none, and ids [CHUNKS * LISTED]"""
+    spot = tl.arange(0, CHUNKS * LISTED)
+    start = parts_ptr + (row * chunks + spot // LISTED) * (HEAD + 2 * LISTED) + HEAD + spot % LISTED
+    live = spot // LISTED < chunks
+    x = tl.load(start, mask=live, other=0).to(tl.float32, bitcast=True)
+    return tl.where(live, x, float("-inf")), tl.load(start + LISTED, mask=live, other=0)
+
+
+LOWEST = tl.constexpr(-8388608)  # the bits of -inf
+
+
+@triton.jit
 def _pick(
-    best_ptr,
-    index_ptr,
-    mass_ptr,
-    bound_ptr,
-    number_ptr,
-    value_ptr,
-    id_ptr,
+    parts_ptr,
     row_slots_ptr,
     positions_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,
+    wishes_ptr,
     token_ids_ptr,  # int32 [slots, length]; the new token is written here
     out_ptr,  # int32 [rows]
     left_ptr,  # int32 [rows]: 1 where the lists do not suffice
@@ -162,25 +265,19 @@ def _pick(
     CHUNKS: tl.constexpr,  # a power of two, at least chunks
 ):
     row = tl.program_id(0)
-    slot, _, top_k, top_p, min_p, cuts = _wishes(
-        row_slots_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab
-    )
-    position = tl.load(positions_ptr + row)
-    each = tl.arange(0, CHUNKS)
-    here = each < chunks
-    best = tl.load(best_ptr + row * chunks + each, mask=here, other=float("-inf"))
-    index = tl.load(index_ptr + row * chunks + each, mask=here, other=NEVER)
+    slot, position = tl.load(row_slots_ptr + row).to(tl.int64), tl.load(positions_ptr + row)
+    _, top_k, top_p, min_p, cuts = _cuts_of(wishes_ptr, slot, vocab)
+    best = _column(parts_ptr, row, BEST, chunks, LOWEST, CHUNKS, LISTED).to(tl.float32, bitcast=True)
+    index = _column(parts_ptr, row, INDEX, chunks, NEVER, CHUNKS, LISTED)
     largest = tl.max(best, axis=0)
     token = tl.min(tl.where(best == largest, index, NEVER), axis=0)
     suffices = row >= 0
     if cuts:
-        bound = tl.max(tl.load(bound_ptr + row * chunks + each, mask=here, other=0), axis=0)
-        masses = tl.load(mass_ptr + row * chunks + each, mask=here, other=0.0)
-        spot = tl.arange(0, CHUNKS * LISTED)
-        number = tl.load(number_ptr + row * chunks + spot // LISTED, mask=spot // LISTED < chunks, other=0)
-        live = spot % LISTED < number
-        x = tl.load(value_ptr + row * chunks * LISTED + spot, mask=live, other=float("-inf"))
-        ids = tl.load(id_ptr + row * chunks * LISTED + spot, mask=live, other=0)
+        bounds = _column(parts_ptr, row, BOUND, chunks, 0, CHUNKS, LISTED).to(tl.uint32, bitcast=True)
+        bound = tl.max(bounds, axis=0)
+        masses = _column(parts_ptr, row, MASS, chunks, 0, CHUNKS, LISTED).to(tl.float32, bitcast=True)
+        x, ids = _listed_in(parts_ptr, row, chunks, CHUNKS, LISTED)
+        live = x > float("-inf")
         keys = tl.where(live, _ordered(x), 0)
         cut = tl.zeros((), dtype=tl.uint32)
         if top_k > 0:
@@ -195,7 +292,7 @@ def _pick(
         if min_p > 0.0:
             cut = tl.maximum(cut, _ordered(largest + tl.log(min_p)))
         suffices = suffices & (cut > bound)
-        noisy = _noisy(x, ids, tl.load(seed_ptr + slot), position)
+        noisy = _noisy(x, ids, _seed_of(wishes_ptr, slot), position)
         noisy = tl.where(live & (keys >= cut), noisy, float("-inf"))
         token = tl.min(tl.where(live & (noisy == tl.max(noisy, axis=0)), ids, NEVER), axis=0)
     if tl.min(index, axis=0) < 0:
@@ -207,38 +304,42 @@ def _pick(
 
 
 @triton.jit
-def _scaled(line, start, at, vocab, inverse):
-    return tl.load(line + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32) * inverse
+def _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr, vocab,
+               length, inverse, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Bent logits over the temperature of ids from ``start`` on, -inf behind the last."""
+    ids = start + tl.arange(0, BLOCK)
+    live = ids < vocab
+    x = tl.load(logits_ptr + row.to(tl.int64) * vocab + ids, mask=live, other=0.0).to(tl.float32)
+    x = _bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
+              vocab, length, MASKED)  # fmt: skip
+    return tl.where(live, x * inverse, float("-inf"))
 
 
 @triton.jit
 def _look_again(
     logits_ptr,
-    left_ptr,
+    row,
     row_slots_ptr,
     positions_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,
+    wishes_ptr,
+    bent_ptr,
+    counts_ptr,
     token_ids_ptr,
-    out_ptr,
+    allowed_ptr,
     vocab,
     length,
     BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Rows that are left: one program each, which walks the vocabulary once for each bit of a threshold."""
-    row = tl.program_id(0)
-    if tl.load(left_ptr + row) == 0:
-        return
-    slot, temperature, top_k, top_p, min_p, _ = _wishes(
-        row_slots_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab
-    )
-    line, inverse, at = logits_ptr + row.to(tl.int64) * vocab, 1.0 / temperature, tl.arange(0, BLOCK)
+    """A row's token by walking the vocabulary once for each bit of a threshold."""
+    slot, position = tl.load(row_slots_ptr + row).to(tl.int64), tl.load(positions_ptr + row)
+    temperature, top_k, top_p, min_p, _ = _cuts_of(wishes_ptr, slot, vocab)
+    inverse, at = 1.0 / temperature, tl.arange(0, BLOCK)
     tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     for start in range(0, vocab, BLOCK):
-        tops = tl.maximum(tops, _scaled(line, start, at, vocab, inverse))
+        x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+                       allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
+        tops = tl.maximum(tops, x)
     top = tl.max(tops, axis=0)
     cut = tl.zeros((), dtype=tl.uint32)
     if top_k > 0:
@@ -246,13 +347,15 @@ def _look_again(
             trial = cut | (tl.full((), 1, dtype=tl.uint32) << (31 - bit))
             count = tl.zeros((BLOCK,), dtype=tl.int32)
             for start in range(0, vocab, BLOCK):
-                reach = _ordered(_scaled(line, start, at, vocab, inverse)) >= trial
-                count += (reach & (start + at < vocab)).to(tl.int32)
+                x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+                               allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
+                count += ((_ordered(x) >= trial) & (start + at < vocab)).to(tl.int32)
             cut = tl.where(tl.sum(count, axis=0) >= top_k, trial, cut)
     if top_p < 1.0:
         mass = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, vocab, BLOCK):
-            x = _scaled(line, start, at, vocab, inverse)
+            x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+                           allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
             mass += tl.where(_ordered(x) >= cut, tl.exp(x - top), 0.0)
         wanted = tl.sum(mass, axis=0) * top_p
         found = tl.zeros((), dtype=tl.uint32)
@@ -260,22 +363,88 @@ def _look_again(
             trial = found | (tl.full((), 1, dtype=tl.uint32) << (31 - bit))
             mass = tl.zeros((BLOCK,), dtype=tl.float32)
             for start in range(0, vocab, BLOCK):
-                x = _scaled(line, start, at, vocab, inverse)
+                x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+                               allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
                 mass += tl.where(_ordered(x) >= tl.maximum(trial, cut), tl.exp(x - top), 0.0)
             found = tl.where(tl.sum(mass, axis=0) >= wanted, trial, found)
         cut = tl.maximum(cut, found)
     if min_p > 0.0:
         cut = tl.maximum(cut, _ordered(top + tl.log(min_p)))
-    seed, position = tl.load(seed_ptr + slot), tl.load(positions_ptr + row)
+    seed = _seed_of(wishes_ptr, slot)
     best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     index = tl.full((BLOCK,), 0, dtype=tl.int32)
     for start in range(0, vocab, BLOCK):
-        x = _scaled(line, start, at, vocab, inverse)
+        x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+                       allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
         noisy = tl.where(_ordered(x) >= cut, _noisy(x, start + at, seed, position), float("-inf"))
         index = tl.where(noisy > best, start + at, index)
         best = tl.maximum(best, noisy)
-    token = tl.min(tl.where(best == tl.max(best, axis=0), index, NEVER), axis=0)
-    _put(token, row, slot, position, token_ids_ptr, out_ptr, length)
+    return tl.min(tl.where(best == tl.max(best, axis=0), index, NEVER), axis=0)
+
+
+@triton.jit
+def _tell(raw_ptr, row, token, num_told, told_ptr, out_ptr, vocab, chunks, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The chosen token's log-probability and rank, and the most likely tokens' in any order."""
+    best = _column(told_ptr, row, BEST, chunks, LOWEST, CHUNKS, MAX_TOLD).to(tl.float32, bitcast=True)
+    masses = _column(told_ptr, row, MASS, chunks, 0, CHUNKS, MAX_TOLD).to(tl.float32, bitcast=True)
+    top = tl.max(best, axis=0)
+    total = top + tl.log(tl.sum(tl.where(best > float("-inf"), masses * tl.exp(best - top), 0.0), axis=0))
+    line = raw_ptr + row.to(tl.int64) * vocab
+    chosen = tl.load(line + tl.maximum(token, 0)).to(tl.float32) - total
+    more = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(line + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        more += (x - total > chosen).to(tl.int32)
+    out = out_ptr + row * (2 + 2 * MAX_TOLD)
+    tl.store(out, chosen.to(tl.int32, bitcast=True))
+    tl.store(out + 1, tl.sum(more, axis=0) + 1)
+    x, ids = _listed_in(told_ptr, row, chunks, CHUNKS, MAX_TOLD)
+    keys = _ordered(x)
+    bound = _kth(keys, num_told)
+    above, equal = (keys > bound).to(tl.int32), (keys == bound).to(tl.int32)
+    before = tl.cumsum(above + (equal << 16), axis=0)
+    spot = tl.where(above == 1, before & 0xFFFF, tl.sum(above, axis=0) + (before >> 16)) - 1
+    listed = (keys >= bound) & (spot < num_told)
+    tl.store(out + 2 + spot, (x - total).to(tl.int32, bitcast=True), mask=listed)
+    tl.store(out + 2 + MAX_TOLD + spot, ids, mask=listed)
+
+
+@triton.jit
+def _finish(
+    logits_ptr,
+    raw_ptr,
+    left_ptr,
+    row_slots_ptr,
+    positions_ptr,
+    wishes_ptr,
+    bent_ptr,
+    counts_ptr,
+    token_ids_ptr,
+    allowed_ptr,
+    told_ptr,
+    out_ptr,
+    out_told_ptr,  # int32 [rows, 2 + 2 * MAX_TOLD]
+    vocab,
+    chunks,
+    length,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows that are left, and what is to be told: one program a row, which has nothing to do for most."""
+    row = tl.program_id(0)
+    slot = tl.load(row_slots_ptr + row).to(tl.int64)
+    left, num_told = tl.load(left_ptr + row), tl.load(wishes_ptr + slot * WISH_WORDS + NUM_TOLD)
+    token = tl.load(out_ptr + row)
+    if left != 0:
+        token = _look_again(
+            logits_ptr, row, row_slots_ptr, positions_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
+            vocab, length, BLOCK, MASKED,
+        )  # fmt: skip
+        _put(token, row, slot, tl.load(positions_ptr + row), token_ids_ptr, out_ptr, length)
+    if num_told >= 0:
+        _tell(raw_ptr, row, token, num_told, told_ptr, out_told_ptr, vocab, chunks, BLOCK, CHUNKS)
 
 
 def sample(
@@ -283,48 +452,52 @@ def sample(
     row_slots: Tensor,
     positions: Tensor,
     *,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
+    wishes: Tensor,
+    bent: Tensor,
+    counts: Tensor,
     token_ids: Tensor,
+    raw: Tensor | None = None,
+    allowed: Tensor | None = None,
     listed: int = LISTED,
-) -> Tensor:
-    """The next token of each row, int32 [rows], CORRUPT where logits are not finite; also written into ``token_ids``.
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row, int32 [rows], CORRUPT where logits are not finite; also written into ``token_ids``. And what
+    is told of rows that wish it: int32 [rows, TOLD_WORDS], float32 numbers as their bits.
 
-    logits [rows, vocab]; row_slots, positions int32 [rows]; the other tensors are per slot. The same tokens as
-    runner/sampler.py gives, up to the rounding of logarithms. ``listed`` logits of each chunk are kept at most, one fewer in fact.
+    logits [rows, vocab]; row_slots, positions int32 [rows]. By slot: wishes (kernels/wishes.py), bent int32
+    [slots, MAX_BENT, 2], counts int16 [slots, vocab], token_ids int32 [slots, length]. ``raw`` [rows, vocab] are the model's own
+    logits, where those were changed since; ``allowed`` int32 [rows, vocab / 32] has a bit for each token that may come.
+    ``listed`` logits of each chunk are kept. The same tokens as runner/sampler.py gives, up to the rounding of logarithms.
     """
     rows, vocab = logits.shape
     chunks = triton.cdiv(vocab, SAMPLE_CHUNK)
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=logits.device)
+    def scratch(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=logits.device)
 
-    best, mass = scratch(rows, chunks, dtype=torch.float32), scratch(rows, chunks, dtype=torch.float32)
-    index, number, bound = scratch(rows, chunks), scratch(rows, chunks), scratch(rows, chunks, dtype=torch.uint32)
-    value, ids = scratch(rows, chunks, listed, dtype=torch.float32), scratch(rows, chunks, listed)
-    out, left = scratch(rows), scratch(rows)
-    wishes = (row_slots, positions, temperature, top_k, top_p, min_p, seed)
+    parts, told = scratch(rows, chunks, 4 + 2 * listed), scratch(rows, chunks, 4 + 2 * limits.MAX_TOLD)
+    out, left, out_told = scratch(rows), scratch(rows), scratch(rows, TOLD_WORDS)
+    raw, length, masked = logits if raw is None else raw, token_ids.shape[1], allowed is not None
+    where, all_chunks = (row_slots, positions), triton.next_power_of_2(chunks)
     _look[(rows, chunks)](
-        logits,
-        *wishes,
-        best,
-        index,
-        mass,
-        bound,
-        number,
-        value,
-        ids,
+        logits, raw, *where, wishes, bent, counts, token_ids, allowed, parts, told, vocab, length,
+        LISTED=listed, BLOCK=SAMPLE_CHUNK, MASKED=masked, num_warps=8,
+    )  # fmt: skip
+    _pick[(rows,)](
+        parts,
+        *where,
+        wishes,
+        token_ids,
+        out,
+        left,
         vocab,
+        chunks,
+        length,
         LISTED=listed,
-        BLOCK=SAMPLE_CHUNK,
+        CHUNKS=all_chunks,
         num_warps=8,
     )
-    _pick[(rows,)](
-        best, index, mass, bound, number, value, ids, *wishes, token_ids, out, left, vocab, chunks, token_ids.shape[1],
-        LISTED=listed, CHUNKS=triton.next_power_of_2(chunks), num_warps=8,
+    _finish[(rows,)](
+        logits, raw, left, *where, wishes, bent, counts, token_ids, allowed, told, out, out_told, vocab, chunks, length,
+        BLOCK=8192, CHUNKS=all_chunks, MASKED=masked, num_warps=16,
     )  # fmt: skip
-    _look_again[(rows,)](logits, left, *wishes, token_ids, out, vocab, token_ids.shape[1], BLOCK=8192, num_warps=16)
-    return out
+    return out, out_told
