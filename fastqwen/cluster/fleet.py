@@ -115,6 +115,11 @@ class Fleet:
         every: dict[str, ServedModel | RelayedModel] = {**self.relayed, **self.models}
         return {name: model for name, model in sorted(every.items()) if model.is_there}
 
+    @property
+    def known_names(self) -> set[str]:
+        """Of models that have or had a replica, and of those that are still loading."""
+        return {*self.models, *self.relayed, *(name for member in self.members.values() for name in member.names)}
+
     # ---- workers come and go ----
 
     def _on_members(self, told: Members) -> None:

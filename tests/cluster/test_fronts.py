@@ -41,6 +41,7 @@ class Scene:
         self.controller.start()
         self.closing: list[Any] = [self.controller]
         self.tasks: list[asyncio.Task[Any]] = []
+        self.workers: dict[str, list[Any]] = {}
         self.drained: list[str] = []
 
     async def client(self, **options: Any) -> httpx.AsyncClient:
@@ -59,7 +60,9 @@ class Scene:
         def describe() -> Member:
             return Member(key=key, address=f"127.0.0.1:{number}", names=[name], kind=kind, state="ready")
 
-        self.closing = [Beacon(TOKEN, self.address, describe, lambda: self.drained.append(key)), port, *self.closing]
+        ends = [Beacon(TOKEN, self.address, describe, lambda: self.drained.append(key)), port]
+        self.workers[key] = ends
+        self.closing = [*ends, *self.closing]
 
     def add_worker(self, folder: Path, key: str, name: str = "Qwen") -> Any:
         config = EngineConfig(model=str(folder), served_model_name=[name])
@@ -78,6 +81,11 @@ class Scene:
         port.state = "ready"
         self.register(port, key, name, "upstream")
         return port
+
+    async def lose(self, key: str) -> None:
+        for end in self.workers.pop(key):
+            self.closing.remove(end)
+            await end.close()
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -166,6 +174,36 @@ def test_models_are_told_apart_by_name(folder: Path, tmp_path: Path):
     told(story())
 
 
+def test_no_other_model_answers_for_one_whose_workers_are_gone(folder: Path, tmp_path: Path):
+    async def story() -> None:
+        async with scene() as made, await made.client() as client:
+            made.add_worker(folder, "a")
+            other = make_model(tmp_path)
+            (other / "generation_config.json").write_text('{"temperature": 0.5}')
+            made.add_worker(other, "b", "Other")
+            await until(lambda: len(made.front.fleet.there) == 2)
+            await made.lose("b")
+            await until(lambda: list(made.front.fleet.there) == ["Qwen"])
+            gone = await ask(client, model="Other")
+            assert gone.status_code == 503 and gone.headers["retry-after"] == "1"
+            assert "no worker of Other is ready" in gone.json()["error"]["message"]
+            assert (await ask(client, model="whatever")).json()["model"] == "Qwen"
+
+    told(story())
+
+
+def test_priority_and_seed_reach_the_engine(folder: Path):
+    async def story() -> None:
+        async with scene() as made, await made.client() as client:
+            engine = made.add_worker(folder, "a")
+            await until(lambda: "Qwen" in made.front.fleet.there)
+            assert (await ask(client, priority=-3, seed=7)).status_code == 200
+            [request] = engine.requests
+            assert (request.priority, request.seed) == (-3, 7)
+
+    told(story())
+
+
 def test_another_checkpoint_under_a_taken_name_waits_for_its_turn(folder: Path, tmp_path: Path):
     other = make_model(tmp_path)
     (other / "generation_config.json").write_text('{"temperature": 0.5}')
@@ -177,9 +215,7 @@ def test_another_checkpoint_under_a_taken_name_waits_for_its_turn(folder: Path, 
             made.add_worker(other, "b")
             await until(lambda: "b" in made.front.fleet.refused)
             assert list(made.front.fleet.models["Qwen"].engine.replicas) == ["a"]
-            beacon, port = made.closing.pop(2), made.closing.pop(2)
-            await beacon.close()
-            await port.close()
+            await made.lose("a")
             await until(lambda: list(made.front.fleet.models["Qwen"].engine.replicas) == ["b"])
             assert (await ask(client)).json()["choices"][0]["message"]["content"] == TEXT
 
