@@ -247,7 +247,9 @@ async def other_server(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
         parts = [f'data: {{"choices": [{{"index": 0, "delta": {{"content": "{word}"}}}}]}}\n\n' for word in ("a", "b")]
         kind, data = "text/event-stream", "".join([*parts, "data: [DONE]\n\n"])
     else:
-        kind, data = "application/json", json.dumps({"model": body.get("model"), "asked": head.split()[1]})
+        hops = next((line.split()[1] for line in head.splitlines() if line.lower().startswith("x-fastqwen-hops")), "0")
+        answered = {"model": body.get("model"), "asked": head.split()[1], "hops": int(hops)}
+        kind, data = "application/json", json.dumps(answered)
     answer = (
         f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\nconnection: close\r\n\r\n{data}"
     )
@@ -268,7 +270,8 @@ def test_another_server_joins_as_a_worker():
             await made.add_server("alive", "llama", url)
             await until(lambda: len(made.front.fleet.relayed["llama"].replicas) == 2)
             for _ in range(4):  # whichever is asked first, one of them answers
-                assert (await ask(client, model="llama")).json() == {"model": "llama", "asked": "/v1/chat/completions"}
+                answered = {"model": "llama", "asked": "/v1/chat/completions", "hops": 1}
+                assert (await ask(client, model="llama")).json() == answered
             streamed = await ask(client, model="llama", stream=True)
             assert streamed.headers["content-type"].startswith("text/event-stream")
             assert [line for line in streamed.text.splitlines() if line][-1] == "data: [DONE]"
@@ -276,6 +279,27 @@ def test_another_server_joins_as_a_worker():
             [model] = (await client.get("/v1/models")).json()["data"]
             assert model["id"] == "llama" and model["replicas"] == 2
             assert all(made.front.fleet.relayed["llama"].router.num_requests(key) == 0 for key in ("dead", "alive"))
+
+    told(story())
+
+
+def test_another_server_is_asked_under_its_own_name_and_not_for_ever():
+    async def story() -> None:
+        server = await asyncio.start_server(other_server, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        async with scene() as made, await made.client() as client, server:
+            port = await made.add_server("alive", "alias", url)
+            port.names_there = ["org/llama", "other"]
+            await until(lambda: "alias" in made.front.fleet.there)
+            assert (await ask(client, model="alias")).json()["model"] == "org/llama"
+            assert (await ask(client, model="other")).json()["model"] == "other"
+            client.headers["x-fastqwen-hops"] = "3"
+            assert (await ask(client, model="alias")).json()["hops"] == 4
+            client.headers["x-fastqwen-hops"] = "4"
+            round_and_round = await ask(client, model="alias")
+            assert (
+                round_and_round.status_code >= 500 and "leads back here" in round_and_round.json()["error"]["message"]
+            )
 
     told(story())
 
