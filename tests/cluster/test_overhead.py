@@ -16,7 +16,7 @@ from tests.reliability.server import serving
 
 pytestmark = pytest.mark.slow
 MODEL = "Qwen"
-ROUNDS, ASKED = 12, 100
+ROUNDS, ASKED = 6, 100
 MOST_MS = 3.0
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 
@@ -28,8 +28,8 @@ def asked_ms(client: httpx.Client) -> float:
 
 
 def test_one_token_comes_as_soon_as_without_a_cluster(tmp_path: Path):
-    """In turns, so that both meet the same load. Rounds are repeated, since this machine may have other work: an overhead that
-    is there is there in each of them."""
+    """In turns, so that both meet the same load. What is held to the bound is the quickest tenth: other work on this machine
+    makes requests slow at random, and an overhead that is there makes all of them slow. Medians are printed."""
     with (
         serving(make_model(tmp_path), step_s=0) as server,
         Cluster(tmp_path, step_s=0) as cluster,
@@ -38,17 +38,17 @@ def test_one_token_comes_as_soon_as_without_a_cluster(tmp_path: Path):
         cluster.start_worker("one", tmp_path, engine={"served_model_name": [MODEL]})
         cluster.start_front()
         cluster.until_replicas(1, MODEL)
+        quick: list[tuple[float, float]] = []
         with httpx.Client(base_url=cluster.url, timeout=60) as over:
-            for client in (direct, over):
-                for _ in range(30):
-                    asked_ms(client)
-            more_ms = []
-            while len(more_ms) < ROUNDS and (not more_ms or min(more_ms) > MOST_MS):
+            for _ in range(30):
+                asked_ms(direct), asked_ms(over)
+            for _ in range(ROUNDS):
                 both = [(asked_ms(direct), asked_ms(over)) for _ in range(ASKED)]
-                direct_ms, over_ms = (statistics.median(one) for one in zip(*both, strict=True))
-                more_ms.append(over_ms - direct_ms)
+                direct_ms, over_ms = (statistics.quantiles(one, n=10) for one in zip(*both, strict=True))
+                quick.append((direct_ms[0], over_ms[0]))
                 print(
-                    f"one token, median of {ASKED}: serve {direct_ms:.2f} ms, api and worker {over_ms:.2f} ms; load "
-                    f"average {os.getloadavg()[0]:.1f}"
+                    f"one token, median (quickest tenth) of {ASKED}: serve {direct_ms[4]:.2f} ({direct_ms[0]:.2f}) ms, api and "
+                    f"worker {over_ms[4]:.2f} ({over_ms[0]:.2f}) ms; load average {os.getloadavg()[0]:.1f}"
                 )
-    assert min(more_ms) <= MOST_MS, more_ms
+    direct_best_ms, over_best_ms = (min(one) for one in zip(*quick, strict=True))
+    assert over_best_ms - direct_best_ms <= MOST_MS, quick
