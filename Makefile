@@ -48,7 +48,8 @@ test-clients: $(DEV_STAMP)  ## Talk to a server with the clients that people use
 test-vllm-examples: $(DEV_STAMP)  ## Run vLLM's own examples, from its source package, with one import line or an address changed
 	$(BIN)/python scripts/vllm_examples.py
 
-test-cluster: $(DEV_STAMP)  ## Run a cluster of real processes: kills, drains and replacements under load, in network namespaces where that may be
+test-cluster: $(DEV_STAMP)  ## Run a cluster of real processes: kills, drains and replacements under load, in network namespaces where that may be, and on Ray
+	@scripts/install cluster
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/cluster -s --timeout 1200
 
 test-agents: $(DEV_STAMP)  ## Run Claude Code, Codex, qwen-code, opencode and aider against a scripted model (needs npm)

@@ -1,11 +1,15 @@
 """The routing policy of a cluster on paper: hit rate and waiting times against round robin, with as many workers as you like.
 
     python -m bench.route_simulation --workers 1000 --requests 100000
+    python -m bench.route_simulation --workers 20 --trace conversation_trace.jsonl
 
 It drives fastqwen.cluster.routing.Router, the very code that front ends use, with a clock of its own. What is made up here:
 
 trace    conversations begin at random; each has one of a few system prompts, some turns of growing length, and a pause between
-         two turns. Lengths are log-normal, pauses exponential, all from one seed.
+         two turns. Lengths are log-normal, pauses exponential, all from one seed. None of it was recorded anywhere: for requests
+         that were, give --trace FILE in the format that Mooncake's traces have, one JSON object a line with timestamp (in ms),
+         input_length, output_length (in tokens) and hash_ids, one for each --trace-block tokens of the prompt, equal where all
+         up to there is equal. --speed 20 plays it twenty times as fast, for more workers than the recorded ones.
 worker   --slots answers at once, the rest waits in order. A prompt's tokens that its prefix cache does not hold cost
          --prompt-ms each (not shared between slots), an answer's tokens --token-ms each. The cache holds --cache-tokens, the
          least recently used pages go first. It is the worker's own: the router only guesses what is in it.
@@ -19,6 +23,7 @@ import argparse
 import heapq
 import json
 import random
+import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -31,19 +36,53 @@ SYSTEM_PROMPTS = 20
 
 @dataclass(order=True)
 class Turn:
+    """``page(index)``: what names the prompt's page of that number, and all in front of it."""
+
     arrival_s: float
-    conversation: int
-    system: int = field(compare=False)
-    system_tokens: int = field(compare=False)
+    number: int
     prompt_tokens: int = field(compare=False)
     answer_tokens: int = field(compare=False)
+    page: Callable[[int], bytes] = field(compare=False, repr=False)
 
     def pages(self) -> list[bytes]:
-        shared = self.system_tokens // PAGE_TOKENS
-        return [
-            b"s%d:%d" % (self.system, index) if index < shared else b"c%d:%d" % (self.conversation, index)
-            for index in range(self.prompt_tokens // PAGE_TOKENS)
-        ]
+        return [self.page(index) for index in range(self.prompt_tokens // PAGE_TOKENS)]
+
+
+def pages_of_conversation(conversation: int, system: int, system_tokens: int) -> Callable[[int], bytes]:
+    shared = system_tokens // PAGE_TOKENS
+    return lambda index: b"s%d:%d" % (system, index) if index < shared else b"c%d:%d" % (conversation, index)
+
+
+def pages_of_record(hash_ids: list[int], block_tokens: int) -> Callable[[int], bytes]:
+    """A page counts as equal where the block is in which it ends."""
+
+    def page(index: int) -> bytes:
+        block = min(((index + 1) * PAGE_TOKENS - 1) // block_tokens, len(hash_ids) - 1)
+        return b"h%d:%d" % (hash_ids[block], index)
+
+    return page
+
+
+def recorded(options: argparse.Namespace) -> list[Turn]:
+    """Turns of a trace file. Ends with one line that says which of its lines is none."""
+    turns: list[Turn] = []
+    with open(options.trace, encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            if len(turns) == options.requests:
+                break
+            try:
+                one = json.loads(line)
+                arrival_s = one["timestamp"] / 1000 / options.speed
+                prompt, answer, ids = (
+                    int(one["input_length"]),
+                    int(one["output_length"]),
+                    list(map(int, one["hash_ids"])),
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                sys.exit(f"{options.trace}, line {number + 1} is no request of a trace: {error!r}")
+            page = pages_of_record(ids or [-1 - number], options.trace_block)
+            turns.append(Turn(arrival_s, number, max(1, prompt), max(1, answer), page))
+    return sorted(turns)
 
 
 def conversations(options: argparse.Namespace) -> list[Turn]:
@@ -64,7 +103,8 @@ def conversations(options: argparse.Namespace) -> list[Turn]:
         for _ in range(1 + int(chance.expovariate(1 / 3.5))):
             length += max(8, int(chance.lognormvariate(4.5, 1.0)))
             answer = max(1, int(chance.lognormvariate(5.3, 0.9)))
-            turns.append(Turn(at_s, number, system, systems[system], length, answer))
+            page = pages_of_conversation(number, system, systems[system])
+            turns.append(Turn(at_s, number, length, answer, page))
             length += answer
             at_s += answer * options.token_ms / 1000 + chance.expovariate(1 / options.pause_s)
         number += 1
@@ -125,7 +165,7 @@ def simulate(
         if worker.waiting:
             start(place, *worker.waiting.popleft(), now_s)  # type: ignore[arg-type]
 
-    for turn in conversations(options):
+    for turn in recorded(options) if options.trace else conversations(options):
         while ends and ends[0][0] <= turn.arrival_s:
             finish()
         pages = turn.pages()
@@ -178,6 +218,9 @@ def main() -> None:
     parser.add_argument("--cache-tokens", type=int, default=100_000)
     parser.add_argument("--pause-s", type=float, default=15.0, help="mean time between an answer and the next question")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace", metavar="FILE", help="recorded requests in the place of made-up ones")
+    parser.add_argument("--trace-block", type=int, default=512, help="prompt tokens to each of its hash_ids")
+    parser.add_argument("--speed", type=float, default=1.0, help="play the trace so many times as fast")
     options = parser.parse_args()
     for name, policy, on_end in policies(options):
         start_s = time.monotonic()

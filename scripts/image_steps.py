@@ -1,11 +1,13 @@
-"""The steps of docker/Dockerfile.cpu and what the compose files start, without a container engine: in clean Debian roots.
+"""The steps of a Dockerfile and what the compose files start, without a container engine: in clean Debian roots.
 
-sudo python3 scripts/image_steps.py [--root FOLDER] [--certificates FILE] [--wheels FOLDER]
+sudo python3 scripts/image_steps.py [--dockerfile docker/Dockerfile] [--root FOLDER] [--certificates FILE] [--wheels FOLDER]
 
 debootstrap makes what stands for the base image. Each instruction of the Dockerfile is then carried out as it stands there: RUN in
 a chroot, COPY from what .dockerignore leaves of the checkout, ENV, USER. What runs after that is said by docker/compose.yaml and
 docker/compose.cluster.yaml: as their user, in a root that cannot be written, with the folders that they name, as the first
 process of its own. Health check, answers and the end by the image's stop signal are looked at. Needs root and debootstrap.
+
+The image for GPUs (docker/Dockerfile, some 7 GB twice) computes on the CPU where there is no GPU, so its steps can be tried anywhere.
 
 Not proven by this: the base image itself (its Python may be another one than Debian's), layers, registries, a network of its own.
 """
@@ -240,6 +242,9 @@ def prove(image: Stage, models: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
+        "--dockerfile", type=Path, default=CHECKOUT / "docker/Dockerfile.cpu", help="Default: docker/Dockerfile.cpu."
+    )
+    parser.add_argument(
         "--root", type=Path, help="Where the clean Debian lies or shall lie. Default: made, and removed."
     )
     parser.add_argument("--certificates", type=Path, help="A bundle to trust, for networks with one of their own.")
@@ -251,7 +256,7 @@ def main() -> None:
         folder.chmod(0o755)  # the image's user must reach its root
         base, models = options.root or folder / "debian", folder / "models"
         make_base(base, options.certificates, options.wheels)
-        image = build(CHECKOUT / "docker/Dockerfile.cpu", base, folder)
+        image = build(options.dockerfile, base, folder)
         models.mkdir()
         owner, group = image.user.split(":")
         shutil.chown(models, int(owner), int(group))

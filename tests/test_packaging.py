@@ -45,7 +45,7 @@ def imported(folder: str) -> Iterator[tuple[str, Path]]:
 
 @pytest.mark.parametrize(("folder", "extras"), [("fastqwen", ("plot",)), ("tests", ("dev",))])
 def test_what_is_imported_is_declared(folder: str, extras: tuple[str, ...]):
-    own = set(sys.stdlib_module_names) | {"fastqwen", "tests", "__future__"} | OPTIONAL
+    own = set(sys.stdlib_module_names) | {"fastqwen", "tests", "bench", "__future__"} | OPTIONAL
     distributions = importlib.metadata.packages_distributions()
     known = set(declared(*extras))
     # What a declared package promises to bring: torch's Triton, pytest's packaging, fastapi's starlette.

@@ -85,6 +85,9 @@ class Fleet:
         self._links: dict[str, LinkedEngine | LinkedServer] = {}
         self._joining = asyncio.Lock()  # one model is made at a time
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = (
+            set()
+        )  # of lost links, each to its end: an open socket's context waits for ever
         self._restarts: dict[str, int] = {}
 
     def start(self) -> None:
@@ -94,6 +97,7 @@ class Fleet:
         await self._watcher.close()
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, *self._closing, return_exceptions=True)
         links, self._links = self._links, {}
         for link in links.values():
             await link.close()
@@ -114,6 +118,11 @@ class Fleet:
         """Models that have a replica, by their names."""
         every: dict[str, ServedModel | RelayedModel] = {**self.relayed, **self.models}
         return {name: model for name, model in sorted(every.items()) if model.is_there}
+
+    @property
+    def known_names(self) -> set[str]:
+        """Of models that have or had a replica, and of those that are still loading."""
+        return {*self.models, *self.relayed, *(name for member in self.members.values() for name in member.names)}
 
     # ---- workers come and go ----
 
@@ -192,7 +201,7 @@ class Fleet:
         for relayed in self.relayed.values():
             if key in relayed.replicas:
                 relayed.remove_replica(key)
-        self._spawn(link.close())
+        self._spawn(link.close(), self._closing)
 
     def _model_of(self, key: str) -> ServedModel | None:
         return next((model for model in self.models.values() if key in model.engine), None)
@@ -278,7 +287,8 @@ class Fleet:
             card.identity, engine, state, create_routes(state), pool, folder, asyncio.create_task(state.remember())
         )
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], among: set[asyncio.Task[None]] | None = None) -> None:
+        tasks = self._tasks if among is None else among
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)

@@ -102,7 +102,7 @@ class FrontState:
 
     def choose(self, name: str | None) -> ServedModel | RelayedModel:
         """Any name is a model's while it is the only one, unless strict. Raises UnknownModelName, or EngineGone while no
-        worker is there."""
+        worker is there, or none of those that have the name: another model must not answer for one that was killed."""
         there = self.fleet.there
         if name and name in there:
             return there[name]
@@ -112,6 +112,8 @@ class FrontState:
                 if not self.fleet.members
                 else "no model is ready: its workers are loading, draining or gone"
             )
+        if name and name in self.fleet.known_names:
+            raise EngineGone(f"no worker of {name} is ready: they are loading, draining or gone")
         several = len({id(model) for model in there.values()}) > 1
         if several or (name and self.config.strict_model_name):
             asked = f"there is no model {name[:200]!r} here" if name else "several models are here: say which one"

@@ -30,9 +30,11 @@ from fastqwen.cluster.wire import (
 from fastqwen.errors import EngineGone, Overloaded, UpstreamGone
 from fastqwen.server.http.errors import describe, error_response
 from fastqwen.server.http.sse import EventStream
+from fastqwen.server.web.upstream import HOPS
 
 log = logging.getLogger("fastqwen.cluster")
 
+MAX_HOPS = 4  # clusters over clusters; a front end that was named as its own worker's server would ask itself for ever
 BYTES_PER_TOKEN = 4  # of a body: nobody here knows the other server's tokens
 NO_WORD = Part(0, error="the worker that passes this answer on was lost", is_last=True)
 JSON = "application/json"
@@ -52,14 +54,14 @@ class LinkedServer:
         self._calling: Calling[FromUpstream] = Calling(token, address, from_upstream.decode, self._take, self._broke)
         self._task = asyncio.create_task(self._keep_alive(), name="cluster-relay")
 
-    async def fetch(self, path: str, body: bytes) -> AsyncGenerator[Part, None]:
+    async def fetch(self, path: str, body: bytes, hops: int = 1) -> AsyncGenerator[Part, None]:
         """What comes of the answer, to its last part. Raises UpstreamGone where it breaks off."""
         number = next(self._numbers)
         queue: asyncio.Queue[Part] = asyncio.Queue()
         self._parts[number] = queue
         ended = False
         try:
-            if self.is_lost or not self._calling.send(Fetch(number, path, body)):
+            if self.is_lost or not self._calling.send(Fetch(number, path, body, hops)):
                 raise UpstreamGone(NO_WORD.error)
             while not ended:
                 part = await queue.get()
@@ -143,7 +145,7 @@ class RelayedModel:
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. The body comes in one message: who calls has read it."""
         body = (await receive())["body"]
-        parts = self._parts(scope["path"], body)
+        parts = self._parts(scope["path"], body, _hops(scope))
         try:
             first = await anext(parts)
         except (UpstreamGone, EngineGone) as error:
@@ -158,8 +160,10 @@ class RelayedModel:
                 headers = {"retry-after": "1"} if first.status in (429, 503) else None
                 await Response(first.data, first.status, headers, media_type=kind)(scope, receive, send)
 
-    async def _parts(self, path: str, body: bytes) -> AsyncGenerator[Part, None]:
+    async def _parts(self, path: str, body: bytes, hops: int) -> AsyncGenerator[Part, None]:
         """From one server after the other, until one says a word: from then on only it can go on."""
+        if hops >= MAX_HOPS:
+            raise UpstreamGone(f"this request came through {hops} workers with --upstream: one of them leads back here")
         tried: set[str] = set()
         while True:
             ticket = self.router.choose(
@@ -170,7 +174,7 @@ class RelayedModel:
             tried.add(ticket.replica)
             has_spoken = False
             try:
-                async with aclosing(self.replicas[ticket.replica].fetch(path, body)) as parts:
+                async with aclosing(self.replicas[ticket.replica].fetch(path, body, hops + 1)) as parts:
                     async for part in parts:
                         has_spoken = True
                         yield part
@@ -181,6 +185,11 @@ class RelayedModel:
                 log.warning("a server did not answer, another one is asked: %s", error)
             finally:
                 self.router.end(ticket, whole=False)
+
+
+def _hops(scope: Scope) -> int:
+    told = next((value for name, value in scope["headers"] if name == HOPS.encode()), b"")
+    return int(told) if told.isdigit() and len(told) < 4 else 0
 
 
 async def _events(first: Part, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[bytes, None]:

@@ -163,7 +163,8 @@ class Supervisor:
             one.pause_s = PAUSE_S if steady else min(2 * one.pause_s, LONGEST_PAUSE_S)
             one.next_start_s = now_s + one.pause_s
             one.running = None
-            log.error("%s ended with status %s and is started again in %g s", one.name, status, one.pause_s)
+            told = log.info if status == 0 else log.error  # one that was drained has done what it was told
+            told("%s ended with status %s and is started again in %g s", one.name, status, one.pause_s)
         if now_s >= one.next_start_s:
             one.running = launcher.launch(one.words, one.needs)
             one.started_s = now_s

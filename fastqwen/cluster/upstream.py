@@ -43,6 +43,7 @@ class RelayPort:
     def __init__(self, upstream: Upstream, token: str) -> None:
         self.state: State = "loading"
         self.is_draining = False
+        self.names_there: list[str] = []  # of the server's models, as it lists them
         self._upstream = upstream
         self._running: dict[tuple[bytes, int], asyncio.Task[None]] = {}
         self._heard_s: dict[bytes, float] = {}
@@ -87,13 +88,26 @@ class RelayPort:
         else:
             self._listening.send(who, Alive(self.state, self.is_draining))
 
+    def _renamed(self, body: bytes) -> bytes:
+        """Under the server's own name of its model, where --served-model-name gave it one that the server does not know."""
+        if not self.names_there:
+            return body
+        try:
+            asked = msgspec.json.decode(body)
+        except (msgspec.DecodeError, RecursionError):
+            return body  # the server says what is wrong with it
+        if not isinstance(asked, dict) or "model" not in asked or asked["model"] in self.names_there:
+            return body
+        return msgspec.json.encode({**asked, "model": self.names_there[0]})
+
     async def _answer(self, who: bytes, asked: Fetch) -> None:
         number = asked.number
         if asked.path not in PATHS:
             self._listening.send(who, Part(number, error=f"{asked.path[:100]} is no path of the API", is_last=True))
             return
         try:
-            response = await self._upstream.open("POST", asked.path, body=asked.body)
+            body = self._renamed(asked.body)
+            response = await self._upstream.open("POST", asked.path, body=body, hops=asked.hops)
             kind = response.headers.get("content-type", "")
             try:
                 if kind.startswith("text/event-stream"):
@@ -169,7 +183,8 @@ async def _names_of(upstream: Upstream) -> list[str]:
 async def _keep_looking(upstream: Upstream, port: RelayPort) -> None:
     while True:
         try:
-            status, _, _ = await upstream.models(None)
+            status, models, _ = await upstream.models(None)
+            port.names_there = [str(model["id"]) for model in models] or port.names_there
             state: State = "ready" if status == 200 else "restarting"
         except FastqwenError as error:
             if port.state == "ready":

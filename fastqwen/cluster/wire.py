@@ -144,6 +144,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     number: int
     path: str
     body: bytes
+    hops: int = 1  # workers of this kind that it has come through, this one included
 
 
 class Drop(msgspec.Struct, frozen=True, tag=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -20,26 +21,30 @@ import psutil
 
 from fastqwen.cluster.beacon import ask_controller
 from fastqwen.cluster.wire import Ask, Member
+from fastqwen.errors import FastqwenError
+from tests.cluster.hosts import Host
 from tests.reliability.server import free_port
 from tests.server.live import ROOT, command
 
 TOKEN = "a-token-of-these-tests-only"
+MARK = "FASTQWEN_TEST_CLUSTER"  # in the environment of all that a cluster starts, and of what that starts
 
 
 class Cluster:
-    """``with Cluster(folder) as cluster``: a controller; workers and fronts as the test adds them."""
+    """``with Cluster(folder) as cluster``: a controller, here or on a host of its own; workers and fronts as the test adds them."""
 
-    def __init__(self, folder: Path, *, step_s: float = 0.005) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, step_s: float = 0.005, host: Host | None = None) -> None:
+        self._folder, self._host = folder, host
         self._environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "FASTQWEN_CLUSTER_TOKEN": TOKEN,
             "MOCK_STEP_S": str(step_s),
+            MARK: str(folder),
         }
         self.port = free_port()
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = f"{host.address if host else '127.0.0.1'}:{self.port}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.url = ""
 
@@ -63,11 +68,13 @@ class Cluster:
             )
 
     def start_controller(self) -> None:
-        self.start("controller", command("controller", "--host", "0.0.0.0", "--port", str(self.port)))
+        words = command("controller", "--host", "0.0.0.0", "--port", str(self.port))
+        self.start("controller", [*(self._host.enter if self._host else ()), *words])
 
     def start_worker(self, name: str, model: Path, *, host: Host | None = None, **options: Any) -> None:
         """One with the mock engine, here or on another host."""
-        given = {"controller": f"{host.gateway}:{self.port}" if host else self.address, "port": 0, **options}
+        near = f"{host.gateway}:{self.port}" if host and self._host is None else self.address
+        given = {"controller": near, "port": 0, **options}
         words = [sys.executable, "-m", "tests.cluster.mock_worker", str(model), json.dumps(given)]
         self.start(name, [*(host.enter if host else ()), *words])
 
@@ -89,7 +96,7 @@ class Cluster:
                 os.kill(one.pid, signal.SIGKILL)
         process.wait(10)
 
-    def kill_alone(self, name: str, within_s: float = 15) -> None:
+    def kill_alone(self, name: str, within_s: float = 30) -> None:
         """kill -9 of the one process. What it had started must end by itself."""
         process = self.processes.pop(name)
         every = psutil.Process(process.pid).children(recursive=True)
@@ -98,11 +105,20 @@ class Cluster:
         _, left = psutil.wait_procs(every, timeout=within_s)
         assert not left, f"{name} left {left}"
 
-    def end(self, name: str, timeout_s: float = 30) -> int:
+    def end(self, name: str, timeout_s: float = 90) -> int:
         """SIGTERM, and the exit status."""
         process = self.processes.pop(name)
         process.send_signal(signal.SIGTERM)
         return process.wait(timeout_s)
+
+    def left(self) -> list[psutil.Process]:
+        """All processes of this cluster that are there, whoever their parent is by now."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self._environment[MARK] and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
 
     def log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
@@ -110,7 +126,7 @@ class Cluster:
     def members(self) -> list[dict[str, Any]]:
         done = subprocess.run(
             command("status", "--controller", self.address, "--json"),
-            env=self._environment, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True,
+            env=self._environment, cwd=ROOT, capture_output=True, text=True, timeout=90, check=True,
         )  # fmt: skip
         return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -126,14 +142,14 @@ class Cluster:
         found: dict[str, Any] = self.cluster()["models"].get(model, {"replicas": {}})["replicas"]
         return found
 
-    def until(self, condition: Callable[[], Any], within_s: float = 60) -> float:
+    def until(self, condition: Callable[[], Any], within_s: float = 180) -> float:
         """Seconds until it held. Whatever an unready process answers counts as no."""
         start_s = time.monotonic()
         while time.monotonic() - start_s < within_s:
             try:
                 if condition():
                     return time.monotonic() - start_s
-            except httpx.HTTPError:
+            except (httpx.HTTPError, FastqwenError):
                 pass
             for name, process in self.processes.items():
                 assert process.poll() is None, f"{name} has ended: {self.log(name).read_text()}"
@@ -152,50 +168,8 @@ class Cluster:
 
     @property
     def client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=180)
 
 
 def warnings(log: Path) -> list[str]:
     return re.findall(r"^(?:WARNING|ERROR).*|Traceback.*", log.read_text(), re.MULTILINE)
-
-
-class Host:
-    """A network namespace with an address of its own, as another machine would have: ``cut`` and ``join`` are its cable."""
-
-    def __init__(self, number: int) -> None:
-        self._name = f"fq{os.getpid()}-{number}"
-        self._link = f"fq{os.getpid() % 100000}-{number}"  # names of interfaces are short
-        self.gateway, self.address = f"10.213.{number}.1", f"10.213.{number}.2"
-        self.enter = ("ip", "netns", "exec", self._name)
-
-    def __enter__(self) -> Host:
-        self._ip("netns", "add", self._name)
-        self._ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self._name)
-        self._ip("addr", "add", f"{self.gateway}/24", "dev", self._link)
-        self._ip("link", "set", self._link, "up")
-        self._ip("-n", self._name, "addr", "add", f"{self.address}/24", "dev", "eth0")
-        self._ip("-n", self._name, "link", "set", "eth0", "up")
-        self._ip("-n", self._name, "link", "set", "lo", "up")
-        self._ip("-n", self._name, "route", "add", "default", "via", self.gateway)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ip("netns", "del", self._name)
-
-    def cut(self) -> None:
-        self._ip("link", "set", self._link, "down")
-
-    def join(self) -> None:
-        self._ip("link", "set", self._link, "up")
-
-    @staticmethod
-    def _ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
-
-
-def can_make_hosts() -> bool:
-    try:
-        with Host(99):
-            return True
-    except (OSError, subprocess.SubprocessError):
-        return False

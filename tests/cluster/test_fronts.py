@@ -41,6 +41,7 @@ class Scene:
         self.controller.start()
         self.closing: list[Any] = [self.controller]
         self.tasks: list[asyncio.Task[Any]] = []
+        self.workers: dict[str, list[Any]] = {}
         self.drained: list[str] = []
 
     async def client(self, **options: Any) -> httpx.AsyncClient:
@@ -59,7 +60,9 @@ class Scene:
         def describe() -> Member:
             return Member(key=key, address=f"127.0.0.1:{number}", names=[name], kind=kind, state="ready")
 
-        self.closing = [Beacon(TOKEN, self.address, describe, lambda: self.drained.append(key)), port, *self.closing]
+        ends = [Beacon(TOKEN, self.address, describe, lambda: self.drained.append(key)), port]
+        self.workers[key] = ends
+        self.closing = [*ends, *self.closing]
 
     def add_worker(self, folder: Path, key: str, name: str = "Qwen") -> Any:
         config = EngineConfig(model=str(folder), served_model_name=[name])
@@ -78,6 +81,11 @@ class Scene:
         port.state = "ready"
         self.register(port, key, name, "upstream")
         return port
+
+    async def lose(self, key: str) -> None:
+        for end in self.workers.pop(key):
+            self.closing.remove(end)
+            await end.close()
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -166,6 +174,36 @@ def test_models_are_told_apart_by_name(folder: Path, tmp_path: Path):
     told(story())
 
 
+def test_no_other_model_answers_for_one_whose_workers_are_gone(folder: Path, tmp_path: Path):
+    async def story() -> None:
+        async with scene() as made, await made.client() as client:
+            made.add_worker(folder, "a")
+            other = make_model(tmp_path)
+            (other / "generation_config.json").write_text('{"temperature": 0.5}')
+            made.add_worker(other, "b", "Other")
+            await until(lambda: len(made.front.fleet.there) == 2)
+            await made.lose("b")
+            await until(lambda: list(made.front.fleet.there) == ["Qwen"])
+            gone = await ask(client, model="Other")
+            assert gone.status_code == 503 and gone.headers["retry-after"] == "1"
+            assert "no worker of Other is ready" in gone.json()["error"]["message"]
+            assert (await ask(client, model="whatever")).json()["model"] == "Qwen"
+
+    told(story())
+
+
+def test_priority_and_seed_reach_the_engine(folder: Path):
+    async def story() -> None:
+        async with scene() as made, await made.client() as client:
+            engine = made.add_worker(folder, "a")
+            await until(lambda: "Qwen" in made.front.fleet.there)
+            assert (await ask(client, priority=-3, seed=7)).status_code == 200
+            [request] = engine.requests
+            assert (request.priority, request.seed) == (-3, 7)
+
+    told(story())
+
+
 def test_another_checkpoint_under_a_taken_name_waits_for_its_turn(folder: Path, tmp_path: Path):
     other = make_model(tmp_path)
     (other / "generation_config.json").write_text('{"temperature": 0.5}')
@@ -177,9 +215,7 @@ def test_another_checkpoint_under_a_taken_name_waits_for_its_turn(folder: Path, 
             made.add_worker(other, "b")
             await until(lambda: "b" in made.front.fleet.refused)
             assert list(made.front.fleet.models["Qwen"].engine.replicas) == ["a"]
-            beacon, port = made.closing.pop(2), made.closing.pop(2)
-            await beacon.close()
-            await port.close()
+            await made.lose("a")
             await until(lambda: list(made.front.fleet.models["Qwen"].engine.replicas) == ["b"])
             assert (await ask(client)).json()["choices"][0]["message"]["content"] == TEXT
 
@@ -211,7 +247,9 @@ async def other_server(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
         parts = [f'data: {{"choices": [{{"index": 0, "delta": {{"content": "{word}"}}}}]}}\n\n' for word in ("a", "b")]
         kind, data = "text/event-stream", "".join([*parts, "data: [DONE]\n\n"])
     else:
-        kind, data = "application/json", json.dumps({"model": body.get("model"), "asked": head.split()[1]})
+        hops = next((line.split()[1] for line in head.splitlines() if line.lower().startswith("x-fastqwen-hops")), "0")
+        answered = {"model": body.get("model"), "asked": head.split()[1], "hops": int(hops)}
+        kind, data = "application/json", json.dumps(answered)
     answer = (
         f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\nconnection: close\r\n\r\n{data}"
     )
@@ -232,7 +270,8 @@ def test_another_server_joins_as_a_worker():
             await made.add_server("alive", "llama", url)
             await until(lambda: len(made.front.fleet.relayed["llama"].replicas) == 2)
             for _ in range(4):  # whichever is asked first, one of them answers
-                assert (await ask(client, model="llama")).json() == {"model": "llama", "asked": "/v1/chat/completions"}
+                answered = {"model": "llama", "asked": "/v1/chat/completions", "hops": 1}
+                assert (await ask(client, model="llama")).json() == answered
             streamed = await ask(client, model="llama", stream=True)
             assert streamed.headers["content-type"].startswith("text/event-stream")
             assert [line for line in streamed.text.splitlines() if line][-1] == "data: [DONE]"
@@ -240,6 +279,27 @@ def test_another_server_joins_as_a_worker():
             [model] = (await client.get("/v1/models")).json()["data"]
             assert model["id"] == "llama" and model["replicas"] == 2
             assert all(made.front.fleet.relayed["llama"].router.num_requests(key) == 0 for key in ("dead", "alive"))
+
+    told(story())
+
+
+def test_another_server_is_asked_under_its_own_name_and_not_for_ever():
+    async def story() -> None:
+        server = await asyncio.start_server(other_server, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        async with scene() as made, await made.client() as client, server:
+            port = await made.add_server("alive", "alias", url)
+            port.names_there = ["org/llama", "other"]
+            await until(lambda: "alias" in made.front.fleet.there)
+            assert (await ask(client, model="alias")).json()["model"] == "org/llama"
+            assert (await ask(client, model="other")).json()["model"] == "other"
+            client.headers["x-fastqwen-hops"] = "3"
+            assert (await ask(client, model="alias")).json()["hops"] == 4
+            client.headers["x-fastqwen-hops"] = "4"
+            round_and_round = await ask(client, model="alias")
+            assert (
+                round_and_round.status_code >= 500 and "leads back here" in round_and_round.json()["error"]["message"]
+            )
 
     told(story())
 

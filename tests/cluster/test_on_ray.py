@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from fastqwen.cluster.secret import ray_token
-from tests.cluster.live import TOKEN, Cluster, Host, can_make_hosts
+from tests.cluster.hosts import Host, can_make_hosts
+from tests.cluster.live import TOKEN, Cluster
 from tests.reliability.server import free_port
 from tests.server.live import command
 

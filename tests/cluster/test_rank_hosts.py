@@ -10,7 +10,8 @@ import openai
 import psutil
 import pytest
 
-from tests.cluster.live import Cluster, Host, can_make_hosts
+from tests.cluster.hosts import Host, can_make_hosts
+from tests.cluster.live import Cluster
 from tests.server.live import command
 
 pytestmark = pytest.mark.slow

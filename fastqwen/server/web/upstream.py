@@ -24,6 +24,7 @@ MAX_ANSWER_BYTES = 32 * 2**20
 MAX_LINE_BYTES = 4 * 2**20
 ANSWERS = frozenset({200, *range(400, 600)})  # no other status comes with an answer to what is asked here
 NO_KEY = "none"
+HOPS = "x-fastqwen-hops"
 REFUSALS = (401, 403, 429, 503)  # an API's word that it is one, but not now or not for this key
 Answer = TypeVar("Answer")
 VERSION = re.compile(r"/v\d+\w*$")
@@ -67,13 +68,16 @@ class Upstream:
         )
 
     async def open(
-        self, method: str, path: str, *, body: bytes | None = None, key: str | None = None
+        self, method: str, path: str, *, body: bytes | None = None, key: str | None = None, hops: int = 0
     ) -> httpx.Response:
-        """The answer with its body still to come: the caller closes it. ``key`` is a visitor's own."""
+        """The answer with its body still to come: the caller closes it. ``key`` is a visitor's own; ``hops`` tells another
+        cluster's front end through how many such servers the request came."""
         address = self._api + path.removeprefix("/v1") if path.startswith("/v1/") else self._root + path
         headers = {"content-type": "application/json"} if body is not None else {}
         if key is not None and self._visitors_keys:
             headers["authorization"] = key
+        if hops:
+            headers[HOPS] = str(hops)
         request = self._client.build_request(method, address, content=body, headers=headers)
         try:
             async with asyncio.timeout(
