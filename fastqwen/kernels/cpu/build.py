@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("kernels.cpp", "packed.cpp", "scaled.cpp", "attention.cpp"))
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 # clang takes only the second of these on some processors; where neither is taken, it is compiled for any of its kind.
 PROCESSOR_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 ERROR_LINES = 10
