@@ -103,6 +103,9 @@ INLINE floats load(const T* p) { return by_registers<floats>([&](int lane) { ret
 INLINE void store(float* p, const floats& v) { write(p, v); }
 INLINE floats spread(float v) { return v - floats{}; }
 
+// This many rows times as many outputs have their sums in registers.
+constexpr int SUMS_AT_ONCE = REGISTER == LANES ? 4 : 2;
+
 // The order of this sum is part of every result.
 INLINE float sum(const floats& v) { return lanes_added(v); }
 
