@@ -139,12 +139,6 @@ void rope_all(const float* qkv, int64_t width, const float* cos_sin, const float
 
 // ---- what is read of the cache ----
 
-inline floats load(const int8_t* p) {
-  typedef int8_t small __attribute__((vector_size(LANES)));
-  small v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(__builtin_convertvector(v, ints), floats);
-}
 inline float wide(int8_t v) { return v; }
 
 // A number of one head's keys or values, and what they are to be multiplied by.
@@ -152,6 +146,7 @@ template <typename C>
 struct Line {
   const C* numbers;
   float scale;
+  of_floats piece(int64_t i) const { return sizeof(C) == 1 ? part(numbers + i) * scale : part(numbers + i); }
   floats at(int64_t i) const { return sizeof(C) == 1 ? load(numbers + i) * scale : load(numbers + i); }
   float one(int64_t i) const { return sizeof(C) == 1 ? wide(numbers[i]) * scale : wide(numbers[i]); }
 };
@@ -185,10 +180,8 @@ void columns_of_keys(const Lines<C>& lines, int64_t position, int64_t start, int
   for (int64_t j = 0; j < KEYS; j++) keys[j] = lines.key(std::max(start, std::min(position + j, end - 1)));
   int64_t i = 0;
   for (; i + LANES <= d; i += LANES) {
-    floats v[KEYS];
-    for (int64_t j = 0; j < KEYS; j++) v[j] = keys[j].at(i);
-    transpose(v);
-    for (int64_t l = 0; l < LANES; l++) store(out + (i + l) * KEYS, v[l]);
+    transposed([&](int key, int lane) { return keys[key].piece(i + lane); },
+               [&](int row, int key, of_floats found) { write(out + (i + row) * KEYS + key, found); });
   }
   for (; i < d; i++)
     for (int64_t j = 0; j < KEYS; j++) out[i * KEYS + j] = keys[j].one(i);
@@ -243,7 +236,7 @@ inline void softmax(float* w, int64_t count) {
   const int64_t padded = (count + LANES - 1) / LANES * LANES;
   for (int64_t j = count; j < padded; j++) w[j] = -INFINITY;
   floats tops = load(w);
-  for (int64_t j = LANES; j < padded; j += LANES) { const floats v = load(w + j); tops = v > tops ? v : tops; }
+  for (int64_t j = LANES; j < padded; j += LANES) { const floats v = load(w + j); tops = choose(v > tops, v, tops); }
   float each[LANES], top;
   store(each, tops);
   top = *std::max_element(each, each + LANES);

@@ -116,7 +116,10 @@ inline void tile(const Rows<W>& rows, int64_t row, const W* w, float* y, int64_t
 template <typename W, int NT>
 inline void columns(const Rows<W>& rows, int64_t row, int64_t end, const W* w, float* y, const W* bias, int64_t n_size,
                     bool accumulate) {
-  for (; row + 4 <= end; row += 4) tile<W, 4, NT>(rows, row, w, y, n_size, bias, accumulate);
+  constexpr int MT = SUMS_AT_ONCE, PART = NT < SUMS_AT_ONCE ? NT : SUMS_AT_ONCE;
+  for (; row + MT <= end; row += MT)
+    for (int n = 0; n < NT; n += PART)
+      tile<W, MT, PART>(rows, row, w + n * rows.k, y + n, n_size, bias ? bias + n : nullptr, accumulate);
   for (; row < end; row++) tile<W, 1, NT>(rows, row, w, y, n_size, bias, accumulate);
 }
 

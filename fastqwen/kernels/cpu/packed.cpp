@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32, TILE = LANES, QUADS = BLOCK / 4;
+constexpr int64_t TILE = LANES;
 
 // How the codes of a tile's block lie: planes of 4, 2 or 1 bits, each of a code's bits in one of them. Vector q of 8 has
 // byte 4 * o + i for output o and input 4 * q + i.
@@ -34,33 +34,20 @@ struct Matrix {
 
 // ---- x, rounded ----
 
-// A number is scale * (256 * high + low): two products of bytes give 16 bits of it.
 struct Block {
   float scale, sum;  // of all numbers as they were rounded
   int32_t sums[2];   // of each half's whole numbers
-  int8_t high[BLOCK], low[BLOCK];
+  Numbers numbers;   // of 16 bits, to be multiplied by the scale
 };
 
 constexpr float TOP = 32639.0f;  // 256 * 127 + 127
-
-inline int32_t total(ints v) {
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) v[i] += v[i + width];
-  return v[0];
-}
-
-inline void store_bytes(int8_t* p, ints v) {
-  typedef int8_t small __attribute__((vector_size(LANES)));
-  const small narrowed = __builtin_convertvector(v, small);
-  std::memcpy(p, &narrowed, sizeof narrowed);
-}
 
 // NaN and infinity are larger than every number by their bits: the scale is one of them then, and so is the result.
 inline Block rounded(const float* x) {
   const floats parts[2] = {load(x), load(x + LANES)};
   const words mask = words{} + 0x7fffffffu;
-  const words p = reinterpret_cast<words>(parts[0]) & mask, q = reinterpret_cast<words>(parts[1]) & mask;
-  const words larger = p > q ? p : q;
+  const words p = as<words>(parts[0]) & mask, q = as<words>(parts[1]) & mask;
+  const words larger = choose(p > q, p, q);
   uint32_t bits[LANES], top = 0;
   std::memcpy(bits, &larger, sizeof bits);
   for (uint32_t one : bits) top = one > top ? one : top;
@@ -71,11 +58,9 @@ inline Block rounded(const float* x) {
   const float inverse = TOP / largest;
   for (int h = 0; h < 2; h++) {
     // adding 1.5 * 2^23 rounds to the nearest integer, which is in the lowest bits then
-    const ints whole = reinterpret_cast<ints>(parts[h] * inverse + spread(12582912.0f)) - 0x4b400000;
-    const ints high = (whole + 128) >> 8;
-    store_bytes(block.high + h * LANES, high);
-    store_bytes(block.low + h * LANES, whole - (high << 8));
-    block.sums[h] = total(whole);
+    const ints whole = as<ints>(parts[h] * inverse + spread(12582912.0f)) - 0x4b400000;
+    put(whole, h, &block.numbers);
+    block.sums[h] = lanes_added(whole);
   }
   block.sum = block.scale * static_cast<float>(block.sums[0] + block.sums[1]);
   return block;
@@ -88,25 +73,22 @@ inline void round_row(const float* x, int64_t blocks, Block* out) {
 // ---- codes ----
 
 // Bits from ``from`` on moved to ``to``; what else moves is masked away.
-inline bytes moved(bytes v, int from, int to, int mask) {
-  const pairs wide = reinterpret_cast<pairs>(v);
+INLINE bytes moved(const bytes& v, int from, int to, int mask) {
+  const pairs wide = as<pairs>(v);
   const pairs shifted = from > to ? wide >> (from - to) : wide << (to - from);
-  return reinterpret_cast<bytes>(shifted) & (bytes{} + static_cast<uint8_t>(mask << to));
+  return as<bytes>(shifted) & (bytes{} + static_cast<uint8_t>(mask << to));
 }
 
+INLINE bytes load_bytes(const uint8_t* p) { return read<bytes>(p); }
+
 template <int KIND>
-inline void unpack(const uint8_t* p, bytes (&out)[QUADS]) {
-  if (KIND == BYTES)
-    for (int q = 0; q < QUADS; q++) out[q] = load_bytes(p + q * 64);
+INLINE bytes quad_of(const uint8_t* p, int q) {
   constexpr bool nibbles = KIND == NIBBLES || KIND == NIBBLES_BITS || KIND == NIBBLES_PAIRS;
-  if (nibbles)
-    for (int q = 0; q < QUADS; q++) out[q] = moved(load_bytes(p + q / 2 * 64), q % 2 * 4, 0, 15);
-  if (KIND == PAIRS || KIND == PAIRS_BITS)
-    for (int q = 0; q < QUADS; q++) out[q] = moved(load_bytes(p + q / 4 * 64), q % 4 * 2, 0, 3);
-  if (KIND == NIBBLES_PAIRS)
-    for (int q = 0; q < QUADS; q++) out[q] |= moved(load_bytes(p + 256 + q / 4 * 64), q % 4 * 2, 4, 3);
-  if (KIND == NIBBLES_BITS || KIND == PAIRS_BITS)
-    for (int q = 0; q < QUADS; q++) out[q] |= moved(load_bytes(p + (nibbles ? 256 : 128)), q, nibbles ? 4 : 2, 1);
+  if constexpr (KIND == BYTES) return load_bytes(p + q * 64);
+  bytes out = nibbles ? moved(load_bytes(p + q / 2 * 64), q % 2 * 4, 0, 15) : moved(load_bytes(p + q / 4 * 64), q % 4 * 2, 0, 3);
+  if (KIND == NIBBLES_PAIRS) out |= moved(load_bytes(p + 256 + q / 4 * 64), q % 4 * 2, 4, 3);
+  if (KIND == NIBBLES_BITS || KIND == PAIRS_BITS) out |= moved(load_bytes(p + (nibbles ? 256 : 128)), q, nibbles ? 4 : 2, 1);
+  return out;
 }
 
 // The same the other way round, from one byte a code: codes [outputs, inputs].
@@ -143,43 +125,59 @@ struct Scales {
     for (int h = 0; h < HALVES; h++) {
       scale[h] = load(w.scales + scale_at);
       minimum[h] = w.minima ? load(w.minima + scale_at) : floats{};
-      if (w.parts) scale[h] *= load_small(w.parts + part_at + h * TILE);
-      if (w.min_parts) minimum[h] *= load_small(w.min_parts + part_at + h * TILE);
+      if (w.parts) scale[h] *= load(w.parts + part_at + h * TILE);
+      if (w.min_parts) minimum[h] *= load(w.min_parts + part_at + h * TILE);
     }
   }
 };
 
-// Half ``h`` of a block: whole numbers may be added in any order, and products of high and low bytes are two sums.
-template <int KIND, int HALVES>
-inline ints dot_of_half(const bytes (&codes)[QUADS], const Block& x, int h, int32_t first) {
-  ints high = {}, low = ints{} + first;
-  for (int q = h * QUADS / HALVES; q < (h + 1) * QUADS / HALVES; q++) {
-    high = dot_of_quads<KIND == BYTES>(high, codes[q], x.high + 4 * q);
-    low = dot_of_quads<KIND == BYTES>(low, codes[q], x.low + 4 * q);
+// A tile's codes of one block: unpacked at once where registers hold them all, else each time that some rows need them.
+template <int KIND, bool AT_ONCE>
+struct Codes {
+  const uint8_t* packed;
+  explicit Codes(const uint8_t* p) : packed(p) {}
+  INLINE Quad<KIND == BYTES> of(int q) const { return Quad<KIND == BYTES>(quad_of<KIND>(packed, q)); }
+};
+template <int KIND>
+struct Codes<KIND, true> {
+  bytes quads[QUADS];
+  explicit Codes(const uint8_t* p) {
+    for (int q = 0; q < QUADS; q++) quads[q] = quad_of<KIND>(p, q);
   }
-  return (high << 8) + low;
+  INLINE Quad<KIND == BYTES> of(int q) const { return Quad<KIND == BYTES>(quads[q]); }
+};
+
+// y += a block's half ``h``, for COUNT rows of x that are ``blocks`` apart.
+template <int KIND, int HALVES, int COUNT, typename C>
+INLINE void add_half(const Matrix& w, const C& codes, const Scales<HALVES>& of, const Block* x, int64_t blocks, int h, floats* y) {
+  const auto sum_of = [&](const Block& block) { return HALVES == 1 ? block.sums[0] + block.sums[1] : block.sums[h]; };
+  Sums sums[COUNT];
+  for (int m = 0; m < COUNT; m++) sums[m] = Sums(-static_cast<int32_t>(w.zero) * sum_of(x[m * blocks]));
+#pragma GCC unroll 8
+  for (int i = 0; i < QUADS / HALVES; i++) {
+    const int q = h * static_cast<int>(QUADS) / HALVES + i;
+    const Quad<KIND == BYTES> quad = codes.of(q);
+    for (int m = 0; m < COUNT; m++) sums[m].add(quad, x[m * blocks].numbers, q);
+  }
+  for (int m = 0; m < COUNT; m++) {
+    const Block& block = x[m * blocks];
+    y[m] += to_floats(sums[m].total()) * (of.scale[h] * block.scale);
+    if (w.minima) y[m] += of.minimum[h] * (HALVES == 1 ? block.sum : block.scale * static_cast<float>(sum_of(block)));
+  }
 }
 
 template <int KIND, int HALVES, int ROWS>
 __attribute__((noinline)) void tile_rows(const Matrix& matrix, int64_t tile, const Block* x, floats (&out)[ROWS]) {
+  constexpr int COUNT = ROWS < ROWS_OF_CODES ? ROWS : ROWS_OF_CODES;
   const Matrix w = matrix;  // a copy that no store can change, so its fields stay in registers
   const int64_t blocks = w.blocks(), scales_at = tile * w.scales_of_tile();
-  const uint8_t* codes = w.codes + tile * blocks * BLOCK_BYTES[KIND];
-  const int32_t zero = static_cast<int32_t>(w.zero);
+  const uint8_t* packed = w.codes + tile * blocks * BLOCK_BYTES[KIND];
   floats y[ROWS] = {};
   for (int64_t b = 0; b < blocks; b++) {
-    bytes quads[QUADS];
-    unpack<KIND>(codes + b * BLOCK_BYTES[KIND], quads);
+    const Codes<KIND, ROWS_OF_CODES == 1> codes(packed + b * BLOCK_BYTES[KIND]);
     const Scales<HALVES> of(w, (scales_at + (b >> w.shift)) * TILE, (tile * blocks + b) * HALVES * TILE);
-    for (int m = 0; m < ROWS; m++) {
-      const Block& block = x[m * blocks + b];
-      for (int h = 0; h < HALVES; h++) {
-        const int32_t sum = HALVES == 1 ? block.sums[0] + block.sums[1] : block.sums[h];
-        const ints dot = dot_of_half<KIND, HALVES>(quads, block, h, -zero * sum);
-        y[m] += __builtin_convertvector(dot, floats) * (of.scale[h] * block.scale);
-        if (w.minima) y[m] += of.minimum[h] * (HALVES == 1 ? block.sum : block.scale * static_cast<float>(sum));
-      }
-    }
+    for (int m = 0; m < ROWS; m += COUNT)
+      for (int h = 0; h < HALVES; h++) add_half<KIND, HALVES, COUNT>(w, codes, of, x + m * blocks + b, blocks, h, y + m);
   }
   float bias[TILE] = {};
   const int64_t there = w.outputs - tile * TILE;
@@ -211,10 +209,12 @@ void some_rows(const Matrix& w, int64_t tile, const Block* x, int64_t row, const
   for (int m = 0; m < ROWS; m++) out.put(row + m, tile, out.form == GATED ? gated(y[m], up[m]) : y[m]);
 }
 
+constexpr int MOST_ROWS = ROWS_OF_CODES == 1 ? 8 : 4, SOME_ROWS = MOST_ROWS / 2;
+
 template <int KIND, int HALVES>
 void all_rows(const Matrix& w, int64_t tile, const Block* x, int64_t row, int64_t end, const Output& out) {
-  for (; row + 8 <= end; row += 8) some_rows<KIND, HALVES, 8>(w, tile, x, row, out);
-  for (; row + 4 <= end; row += 4) some_rows<KIND, HALVES, 4>(w, tile, x, row, out);
+  for (; row + MOST_ROWS <= end; row += MOST_ROWS) some_rows<KIND, HALVES, MOST_ROWS>(w, tile, x, row, out);
+  for (; row + SOME_ROWS <= end; row += SOME_ROWS) some_rows<KIND, HALVES, SOME_ROWS>(w, tile, x, row, out);
   for (; row < end; row++) some_rows<KIND, HALVES, 1>(w, tile, x, row, out);
 }
 

@@ -59,7 +59,9 @@ inline void put(const Scaled& w, const float* x, float* y, int64_t row, int64_t 
 template <int NT>
 inline void all_rows(const Scaled& w, const float* x, float* y, int64_t rows, int64_t first, bool add) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) put<4, NT>(w, x, y, row, first, add);
+  constexpr int MT = SUMS_AT_ONCE, PART = NT < SUMS_AT_ONCE ? NT : SUMS_AT_ONCE;
+  for (; row + MT <= rows; row += MT)
+    for (int n = 0; n < NT; n += PART) put<MT, PART>(w, x, y, row, first + n, add);
   for (; row < rows; row++) put<1, NT>(w, x, y, row, first, add);
 }
 

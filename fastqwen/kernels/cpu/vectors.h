@@ -1,24 +1,16 @@
 // Vectors of 16 numbers, and what is computed with them in the same order wherever it is used.
 //
-// They are GCC's, so that one source serves AVX-512, AVX2 and NEON; a vector's 16 lanes are part of the order in which
-// numbers are added, hence fixed.
+// A vector's 16 lanes are part of the order in which numbers are added, hence fixed, whatever a register holds.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "lanes.h"
 
 namespace {
-
-constexpr int LANES = 16;
-typedef float floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t ints __attribute__((vector_size(LANES * 4)));
-typedef uint32_t words __attribute__((vector_size(LANES * 4)));
-typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 
 // C++ has _Float16 in g++ from 13 on (on x86 from 12), in clang from 15 on (on ARM before). Elsewhere the same is done by bits.
 #if defined(NO_FLOAT16)
@@ -31,7 +23,6 @@ struct bf16 { uint16_t bits; };
 struct e4m3 { uint8_t bits; };
 #ifdef HAS_FLOAT16
 struct f16 { _Float16 value; };
-typedef _Float16 float16s __attribute__((vector_size(LANES * 2)));
 #else
 struct f16 { uint16_t bits; };
 #endif
@@ -78,100 +69,57 @@ inline void narrow(float v, bf16* out) {
   out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline floats load(const e4m3* p) {
-  typedef uint8_t small __attribute__((vector_size(LANES)));
-  small v;
-  std::memcpy(&v, p, sizeof v);
-  const words all = __builtin_convertvector(v, words);
-  const floats size = reinterpret_cast<floats>((all & 0x7fu) << 20) * 0x1p120f;
-  return reinterpret_cast<floats>(reinterpret_cast<words>(size) | (all & 0x80u) << 24);
+// A register of numbers as float32.
+INLINE of_floats part(const float* p) { return read<of_floats>(p); }
+INLINE of_floats part(const bf16* p) { return as<of_floats>(widened(&p->bits) << 16); }
+INLINE of_floats part(const e4m3* p) {
+  const of_register<uint32_t> all = widened(&p->bits);
+  const of_floats size = as<of_floats>((all & 0x7fu) << 20) * 0x1p120f;
+  return as<of_floats>(as<of_register<uint32_t>>(size) | (all & 0x80u) << 24);
 }
-inline floats load(const float* p) { floats v; std::memcpy(&v, p, sizeof v); return v; }
-#if defined(__AVX512F__) && !defined(NO_FLOAT16)  // compilers convert a vector of _Float16 number by number
-inline floats load(const f16* p) {
-  __m256i v;
-  std::memcpy(&v, p, sizeof v);
-  return (floats)_mm512_cvtph_ps(v);
-}
-#elif defined(__F16C__) && !defined(NO_FLOAT16)
-inline floats load(const f16* p) {
-  __m128i v[2];
-  std::memcpy(v, p, sizeof v);
-  const __m256 parts[2] = {_mm256_cvtph_ps(v[0]), _mm256_cvtph_ps(v[1])};
-  floats out;
-  std::memcpy(&out, parts, sizeof out);
-  return out;
-}
+INLINE of_floats part(const int8_t* p) { return to_floats(widened(p)); }
+INLINE of_floats part(const uint8_t* p) { return to_floats(as<of_register<int32_t>>(widened(p))); }
+#if defined(HAS_AVX512) && !defined(NO_FLOAT16)  // compilers convert a vector of _Float16 number by number
+INLINE of_floats part(const f16* p) { return (of_floats)_mm512_cvtph_ps(read<__m256i>(p)); }
+#elif defined(HAS_AVX2) && !defined(NO_FLOAT16)
+INLINE of_floats part(const f16* p) { return (of_floats)_mm256_cvtph_ps(read<__m128i>(p)); }
+#elif defined(__ARM_NEON) && defined(HAS_FLOAT16)
+INLINE of_floats part(const f16* p) { return (of_floats)vcvt_f32_f16(read<float16x4_t>(p)); }
 #elif defined(HAS_FLOAT16)
-inline floats load(const f16* p) {
-  float16s v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, floats);
-}
+INLINE of_floats part(const f16* p) { return of_floats{wide(p[0]), wide(p[1]), wide(p[2]), wide(p[3])}; }
 #else
-inline floats load(const f16* p) {
-  halves v;
-  std::memcpy(&v, p, sizeof v);
-  const words all = __builtin_convertvector(v, words), sign = (all & 0x8000u) << 16, rest = (all & 0x7fffu) << 13;
-  const floats small = reinterpret_cast<floats>(rest + (UP + NO_LEADING_ONE)) - 0x1p-14f;
-  const words large = rest + UP, beyond = rest + 2 * UP;
-  const words finite = rest < NO_LEADING_ONE ? reinterpret_cast<words>(small) : large;
-  return reinterpret_cast<floats>(sign | (rest >= ALL_ONES ? beyond : finite));
+INLINE of_floats part(const f16* p) {
+  using Words = of_register<uint32_t>;
+  const Words all = widened(&p->bits), sign = (all & 0x8000u) << 16, rest = (all & 0x7fffu) << 13;
+  const of_floats small = as<of_floats>(rest + (UP + NO_LEADING_ONE)) - 0x1p-14f;
+  const Words large = rest + UP, beyond = rest + 2 * UP;
+  const Words finite = rest < NO_LEADING_ONE ? as<Words>(small) : large;
+  return as<of_floats>(sign | (rest >= ALL_ONES ? beyond : finite));
 }
 #endif
-inline floats load(const bf16* p) {
-  halves v;
-  std::memcpy(&v, p, sizeof v);
-  return reinterpret_cast<floats>(__builtin_convertvector(v, words) << 16);
-}
-inline void store(float* p, floats v) { std::memcpy(p, &v, sizeof v); }
-inline floats spread(float v) { return v - floats{}; }
+
+template <typename T>
+INLINE floats load(const T* p) { return by_registers<floats>([&](int lane) { return part(p + lane); }); }
+INLINE void store(float* p, const floats& v) { write(p, v); }
+INLINE floats spread(float v) { return v - floats{}; }
+
+// This many rows times as many outputs have their sums in registers.
+constexpr int SUMS_AT_ONCE = REGISTER == LANES ? 4 : 2;
 
 // The order of this sum is part of every result.
-inline float sum(floats v) {
-  float s[LANES];
-  store(s, v);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) s[i] += s[i + width];
-  return s[0];
-}
+INLINE float sum(const floats& v) { return lanes_added(v); }
 
-#if defined(__clang__)
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, ints{__VA_ARGS__})
-#endif
-
-// Rows 2^n apart exchange the halves of their groups of 2^(n+1) numbers; after all four n columns have become rows.
-inline void transpose(floats (&v)[LANES]) {
-  for (int i = 0; i < 8; i++) {
-    const floats a = v[i], b = v[i + 8];
-    v[i] = SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    v[i + 8] = SHUFFLED(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-  for (int i = 0; i < 16; i = i % 4 == 3 ? i + 5 : i + 1) {
-    const floats a = v[i], b = v[i + 4];
-    v[i] = SHUFFLED(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-    v[i + 4] = SHUFFLED(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  }
-  for (int i = 0; i < 16; i = i % 2 == 1 ? i + 3 : i + 1) {
-    const floats a = v[i], b = v[i + 2];
-    v[i] = SHUFFLED(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    v[i + 2] = SHUFFLED(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  }
-  for (int i = 0; i < 16; i += 2) {
-    const floats a = v[i], b = v[i + 1];
-    v[i] = SHUFFLED(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    v[i + 1] = SHUFFLED(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  }
-}
+INLINE const of_floats& register_of(const floats& v, int lane) { return reinterpret_cast<const of_floats*>(&v)[lane / REGISTER]; }
+INLINE of_floats& register_of(floats& v, int lane) { return reinterpret_cast<of_floats*>(&v)[lane / REGISTER]; }
 
 // The sums of 16 vectors at once, each in the order of ``sum``.
-inline floats sums(floats (&v)[LANES]) {
-  transpose(v);
+inline floats sums(const floats (&v)[LANES]) {
+  floats columns[LANES];
+  transposed([&](int row, int lane) { return register_of(v[row], lane); },
+             [&](int row, int lane, of_floats found) { register_of(columns[row], lane) = found; });
   for (int width = LANES / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) v[i] += v[i + width];
-  return v[0];
+    for (int i = 0; i < width; i++) columns[i] += columns[i + width];
+  return columns[0];
 }
 
 // The sum of each vector.
@@ -179,7 +127,7 @@ template <int MT, int NT>
 inline void sums_of(floats (&acc)[MT][NT], float (&out)[MT][NT]) {
   if constexpr (MT * NT == LANES) {
     floats all[LANES];
-    std::memcpy(all, acc, sizeof all);
+    for (int i = 0; i < LANES; i++) all[i] = acc[i / NT][i % NT];
     store(out[0], sums(all));
   } else {
     for (int m = 0; m < MT; m++)
@@ -189,8 +137,8 @@ inline void sums_of(floats (&acc)[MT][NT], float (&out)[MT][NT]) {
 
 // 2^n times Cephes' polynomial on [-ln2/2, ln2/2]. Below -87 the result is 0, above 88 it stays at exp(88).
 inline floats exponential(floats x) {
-  const floats low = spread(-87.0f), high = spread(88.0f), raised = x < low ? low : x;
-  const floats clamped = raised > high ? high : raised;
+  const floats low = spread(-87.0f), high = spread(88.0f), raised = choose(x < low, low, x);
+  const floats clamped = choose(raised > high, high, raised);
   const floats scaled = clamped * 1.44269504088896341f;
   const floats shifter = spread(12582912.0f);  // adding 1.5 * 2^23 rounds to the nearest integer
   const floats n = (scaled + shifter) - shifter;
@@ -203,9 +151,9 @@ inline floats exponential(floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
-  const floats result = p * reinterpret_cast<floats>(power);
-  return x < low ? floats{} : result;
+  const ints power = (to_ints(n) + 127) << 23;
+  const floats result = p * as<floats>(power);
+  return choose(x < low, floats{}, result);
 }
 
 // silu(gate) * up
