@@ -119,7 +119,9 @@ class Assembler:
         output.token_ids += piece.token_ids
         output.finish_reason, output.stop_reason = piece.finish_reason, piece.stop_reason
         if piece.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + piece.logprobs
+            if output.logprobs is None:
+                output.logprobs = []
+            output.logprobs += piece.logprobs
             chosen = sum(one.logprob for one in (delta.logprobs or [])[: len(piece.token_ids)])
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + chosen
 

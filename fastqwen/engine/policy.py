@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 
 import msgspec
@@ -25,11 +25,13 @@ class StepPolicy(msgspec.Struct, frozen=True, kw_only=True):
     tile_tokens: int = 1
     prompts_first: bool = False
 
-    def token_budget(self, running: Iterable[Running]) -> int:
-        """Prompts beside running streams come in smaller pieces: each piece is a pause for every stream."""
+    def token_budget(self, running: Sequence[Running]) -> int:
+        """Prompts beside running streams come in smaller pieces: each piece is a pause for every stream. Many streams take
+        nobody's turn: the step grows with them."""
         if self.prompts_first or not any(one.wants_more and one.num_left == 1 for one in running):
             return self.max_num_batched_tokens
-        return min(self.max_num_mixed_tokens or self.max_num_batched_tokens, self.max_num_batched_tokens)
+        mixed = self.max_num_mixed_tokens or self.max_num_batched_tokens
+        return min(max(mixed, len(running) + mixed // 2), self.max_num_batched_tokens)
 
     def surplus(self, rows: Sequence[Row]) -> tuple[int, int]:
         """Which row leaves how many of its last tokens to the next step, which the running streams need anyway; 0: none.

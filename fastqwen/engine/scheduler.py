@@ -326,7 +326,7 @@ class Scheduler:
             if sampled.prompt_logprobs is None:
                 return None
             return RequestDelta(request_id=row.request_id, prompt_logprobs=sampled.prompt_logprobs)
-        sequence.num_late = 0
+        sequence.num_late = max(0, sequence.num_late - 2)  # who waited long for a token will for the next
         sequence.num_pending -= row.num_logits + row.pools
         sequence.token_ids += sampled.token_ids
         if sequence.slot != NO_SLOT and step_id >= sequence.admitted_in_step:  # else preempted since: other blocks now

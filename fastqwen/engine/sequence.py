@@ -6,7 +6,8 @@ from fastqwen.engine.blocks import BlockHash, chain_next, chain_root
 from fastqwen.records import EngineRequest
 
 NO_SLOT = -1
-FIRST_ASIDE_S, LONGEST_ASIDE_S = 0.002, 0.1
+FIRST_ASIDE_S, LONGEST_ASIDE_S = 0.002, 2.0
+ASIDE_GROWS = 4  # each time is a row of a step, which costs the others as much as a token would
 
 
 class Sequence:
@@ -31,7 +32,7 @@ class Sequence:
         self.admitted_in_step = 0  # rows of earlier steps belong to blocks that a preemption took away
         self.slot = NO_SLOT
         self.blocks: list[int] = []
-        self.num_late = 0  # times in a row that it stepped aside
+        self.num_late = 0  # times that it stepped aside, two less with each token
         self.aside_until_s = 0.0
         self.num_registered = 0  # leading blocks that the prefix cache knows
         self.repeats = False  # the next token to compute was computed before
@@ -84,8 +85,8 @@ class Sequence:
         self.num_pending -= 1
         self.num_computed -= 1
         self.repeats = True
-        self.aside_until_s = now_s + min(LONGEST_ASIDE_S, FIRST_ASIDE_S * 2**self.num_late)
-        self.num_late = min(self.num_late + 1, 10)
+        self.aside_until_s = now_s + min(LONGEST_ASIDE_S, FIRST_ASIDE_S * ASIDE_GROWS**self.num_late)
+        self.num_late = min(self.num_late + 1, 5)
 
     def forget_cache(self) -> None:
         """After preemption: all that is known must be computed again."""

@@ -34,6 +34,9 @@ log = logging.getLogger("fastqwen.engine")
 
 Starter = Callable[[wire.Start, Callable[[int, int], None]], "Engine"]
 
+SWITCH_S = (
+    0.0005  # a step calls into native code a hundred times, and may wait so long for Python's lock after each call
+)
 IDLE_WAIT_MS = 500  # also how often an idle engine shows that it lives
 
 
@@ -42,6 +45,7 @@ def main(address: str, log_format: str = "text", start_engine: Starter | None = 
     # In a thread, since loading may take minutes and a step may hang; the kernel's signal would leave the directory behind.
     watch_parent(lambda: _tidy(Path(address.removeprefix("ipc://"))))
     configure_logging(log_format, "engine")
+    sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)

@@ -72,6 +72,7 @@ class EngineProcess:
         while not isinstance(message, wire.Failed):
             message = wire.from_engine.decode(await self._socket.recv())
             take(message)
+            await asyncio.sleep(0)  # one that is there already is received without a turn for others
 
     def how_it_ended(self) -> str:
         assert self._process is not None

@@ -12,7 +12,15 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.plan.catalog import NamedModel, published
 from fastqwen.plan.changes import advise
 from fastqwen.plan.device import budget_bytes, choose_dtype
-from fastqwen.plan.facts import CPU_STEP_TOKENS, DTYPE_BYTES, FASTQWEN_CPU, FASTQWEN_GPU, GIB, DeviceFacts
+from fastqwen.plan.facts import (
+    CPU_MIXED_TOKENS,
+    CPU_STEP_TOKENS,
+    DTYPE_BYTES,
+    FASTQWEN_CPU,
+    FASTQWEN_GPU,
+    GIB,
+    DeviceFacts,
+)
 from fastqwen.plan.generations import TORCH_ONLY, generation_of
 from fastqwen.plan.memory import Load, Need, kv_bytes_per_token, predict
 from fastqwen.plan.question import PlanOptions, Question, beyond_training, is_fitting, too_long
@@ -108,7 +116,8 @@ def make_plan(
         max_state_snapshots=states.snapshots,
         states_bytes=states.bytes,
         max_num_batched_tokens=config.max_num_batched_tokens or usual_tokens,
-        max_num_mixed_tokens=config.max_num_mixed_tokens or (None if on_cpu else mixed_tokens(active, facts)),
+        max_num_mixed_tokens=config.max_num_mixed_tokens
+        or (CPU_MIXED_TOKENS if on_cpu else mixed_tokens(active, facts)),
         weights_bytes=need.weights,
         kv_bytes_per_token=per_token,
         notices=tuple(notices),

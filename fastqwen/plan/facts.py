@@ -65,6 +65,7 @@ FASTQWEN_GPU = EngineProfile(
 )
 
 CPU_STEP_TOKENS = 512
+CPU_MIXED_TOKENS = 16  # beside running streams: from here on a token costs the same time however many there are
 FASTQWEN_CPU = EngineProfile(
     name="fastqwen on a CPU",
     step_tokens=CPU_STEP_TOKENS,

@@ -1,39 +1,34 @@
 """Structured output in the sampler: which tokens a row's grammar allows next.
 
 The matchers live on the host and see each token after it was sampled, so a step with such a row cannot run ahead of it.
-Masks are computed in threads, which llguidance lets run beside the model. A row whose mask is not there in time steps aside:
-the others do not wait for it, and it is computed again in a later step. A grammar that costs more than its budget ends.
+Masks are computed beside the model (``mask_lanes.py``). A row whose mask is not there in time steps aside: the others do not
+wait for it, and it is computed again in a later step. A grammar that costs more than its budget ends.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from threading import Lock
 from typing import Protocol
 
 import llguidance
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastqwen.records import Admission, Failure
 from fastqwen.runner.choices import Choice
+from fastqwen.runner.mask_lanes import Bits, Lane, Mask, Native
 from fastqwen.runner.results import only_this_row
 from fastqwen.runner.sampler import FORBIDDEN
 
 MAX_CACHED_GRAMMARS = 64
 PATIENCE_S = 0.02  # what one step's other rows wait for masks in all
 LONE_PATIENCE_S = 0.2  # where no other row waits
-SLOW_S = 0.01  # masks that take longer have a thread of their own, so that the quick ones do not stand behind them
-SLOW_NICENESS = 10
+SLOW_S = 0.01  # masks that take longer have a lane of their own, so that the quick ones do not stand behind them
+SLOW_NICENESS = 10  # where processors are short, the model's threads go first
 BUDGET_S = 2.0  # of processor time for one grammar's masks, whoever uses it, and
 BUDGET_PER_TOKEN_S = 0.02  # as much more for each of its tokens
 
@@ -45,7 +40,6 @@ class Meter:
         self.spent_s = 0.0
         self.last_s: float | None = None  # not known before the first mask
         self.num_tokens = 0
-        self.was_begun = False
 
     def note(self, took_s: float, num_tokens: int) -> None:
         self.spent_s += took_s
@@ -53,8 +47,9 @@ class Meter:
         self.num_tokens += num_tokens
 
     @property
-    def slow(self) -> bool:
-        return self.last_s is not None and self.last_s > SLOW_S
+    def is_quick(self) -> bool:
+        """As far as is known."""
+        return self.last_s is not None and self.last_s <= SLOW_S
 
     @property
     def problem(self) -> str | None:
@@ -99,10 +94,6 @@ class GrammarCompiler:
             return made.deep_copy(), meter
 
 
-Bits = NDArray[np.int32]  # a bit for each token that may come, from each word's lowest on
-Mask = tuple[Bits, str | None]  # of the tokens that the grammar knows, and what is wrong
-
-
 class _Constraint:
     """One row's matcher. It sleeps until the text ``after`` has been generated; until then nothing may end the answer, which
     would be none of the required form."""
@@ -138,17 +129,16 @@ class _Constraint:
     def active(self) -> bool:
         return not self._awaited
 
-    def compute(self) -> Mask:
-        """In a thread. Nothing else touches the matcher until it is done."""
-        begin_s = time.thread_time()
-        matcher, untaken = self._matcher, self._untaken
-        self._untaken = []
-        if untaken:
-            matcher.consume_tokens(untaken)
-        allowed = np.frombuffer(bytes(matcher.compute_bitmask()), dtype=np.int32)
-        error = matcher.get_error() if matcher.is_error() else None
-        self.meter.note(time.thread_time() - begin_s, len(untaken))
-        return allowed, error
+    def compute(self, native: Native) -> Mask:
+        """In a lane. Nothing else touches the matcher until it is done."""
+        problem = self.meter.problem
+        if problem is not None:
+            return np.zeros(0, dtype=np.int32), problem
+        begin_s = native.time_s()
+        untaken, self._untaken = self._untaken, []
+        mask = native.follow(self._matcher, untaken, self._tokenizer)
+        self.meter.note(native.time_s() - begin_s, len(untaken))
+        return mask
 
 
 class Constraints(Protocol):
@@ -161,13 +151,6 @@ class Constraints(Protocol):
     def bits(self, choices: Sequence[Choice], vocab_size: int, errors: dict[int, Failure]) -> tuple[set[int], Bits]: ...
 
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None: ...
-
-
-def _stand_back() -> None:
-    """This thread alone, which Linux can rank by itself: where processors are short, the model's threads go first."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICENESS)
 
 
 def mask(structured: Constraints, logits: Tensor, choices: Sequence[Choice], errors: dict[int, Failure]) -> set[int]:
@@ -185,13 +168,16 @@ class StructuredOutput:
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._constraints: dict[int, _Constraint] = {}
-        self._fast = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._slow = ThreadPoolExecutor(1, thread_name_prefix="slow-masks", initializer=_stand_back)
+        self._quick = Lane("masks")
+        self._new = Lane("first-masks", SLOW_NICENESS)
+        self._slow = Lane("slow-masks", SLOW_NICENESS)
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         """Also after a preemption: what was generated before is taken in again."""
         for admission in admissions:
-            self._constraints.pop(admission.slot, None)
+            gone = self._constraints.pop(admission.slot, None)
+            if gone is not None and gone.job is not None:
+                gone.job.cancel()
             if admission.grammar is not None:
                 matcher, meter = self._compiler.compile(admission.grammar.text)
                 constraint = _Constraint(admission, matcher, meter, self._compiler.tokenizer())
@@ -254,13 +240,11 @@ class StructuredOutput:
         """Its next mask is computed while the model computes the next step."""
         if constraint.active and constraint.job is None:
             meter = constraint.meter
-            unknown = meter.last_s is None and meter.was_begun  # one mask shows what the grammar's others will cost
-            meter.was_begun = True
-            lane = self._slow if meter.slow or unknown else self._fast
+            lane = self._quick if meter.is_quick else self._new if meter.last_s is None else self._slow
             constraint.job = lane.submit(constraint.compute)
 
     def _wait(self, constraints: Sequence[_Constraint], *, alone: bool) -> None:
-        """``alone``: no other row waits. Else those that are known to be slow are not waited for."""
-        jobs = [one.job for one in constraints if one.job is not None and (alone or not one.meter.slow)]
+        """``alone``: no other row waits. Else only those that are known to be quick are waited for."""
+        jobs = [one.job for one in constraints if one.job is not None and (alone or one.meter.is_quick)]
         if jobs and not all(job.done() for job in jobs):
             wait(jobs, timeout=LONE_PATIENCE_S if alone else PATIENCE_S)

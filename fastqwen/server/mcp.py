@@ -17,6 +17,8 @@ import httpx
 import msgspec
 
 from fastqwen.errors import BadConfig, BadRequest, UpstreamGone
+from fastqwen.server.http.body import joined
+from fastqwen.server.http.heads import bound_heads, head_awaited
 from fastqwen.version import __version__
 
 PROTOCOL = "2025-03-26"
@@ -117,26 +119,38 @@ class HttpChannel:
 
     def __init__(self, server: McpServer) -> None:
         self._url = server.url
-        self._client = httpx.AsyncClient(headers=server.headers, timeout=CALL_S, follow_redirects=False)
+        headers = {"accept-encoding": "identity", **server.headers}
+        self._client = bound_heads(httpx.AsyncClient(headers=headers, timeout=CALL_S, follow_redirects=False))
         self._session: dict[str, str] = {}
 
-    async def _post(self, message: dict[str, Any]) -> httpx.Response:
+    async def _post(self, message: dict[str, Any]) -> tuple[str, str]:
+        """Content type and text of the answer."""
         headers = {"accept": "application/json, text/event-stream", **self._session}
-        response = await self._client.post(self._url, json=message, headers=headers)
-        if response.status_code >= 300:
-            raise UpstreamGone(f"{self._url} answered {response.status_code}")
+        request = self._client.build_request("POST", self._url, json=message, headers=headers)
+        with head_awaited():
+            response = await self._client.send(request, stream=True)
+        try:
+            if response.status_code >= 300:
+                raise UpstreamGone(f"{self._url} answered {response.status_code}")
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise UpstreamGone(f"{self._url} sends its answer compressed, which it was not asked for")
+            body = await joined(response.aiter_bytes(), MAX_MESSAGE_BYTES)
+        finally:
+            await response.aclose()
+        if body is None:
+            raise UpstreamGone(f"{self._url} answered with more than {MAX_MESSAGE_BYTES} bytes")
         if session := response.headers.get("mcp-session-id"):
             self._session = {"mcp-session-id": session}
-        return response
+        return response.headers.get("content-type", ""), body.decode("utf-8", "replace")
 
     async def tell(self, message: dict[str, Any]) -> None:
         await self._post(message)
 
     async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        response = await self._post(message)
-        lines = [response.text]
-        if response.headers.get("content-type", "").startswith("text/event-stream"):
-            lines = [line[5:] for line in response.text.splitlines() if line.startswith("data:")]
+        kind, text = await self._post(message)
+        lines = [text]
+        if kind.startswith("text/event-stream"):
+            lines = [line[5:] for line in text.splitlines() if line.startswith("data:")]
         for line in lines:
             answer = msgspec.json.decode(line.encode(), type=dict[str, Any])
             if answer.get("id") == message["id"]:
@@ -167,7 +181,7 @@ class McpClient:
             except TimeoutError:
                 await self._drop()
                 raise UpstreamGone(f"MCP server {self.name} did not answer within {timeout_s:.0f} s") from None
-            except (OSError, ValueError, httpx.HTTPError, msgspec.MsgspecError, UpstreamGone) as error:
+            except (OSError, ValueError, httpx.HTTPError, msgspec.MsgspecError, RecursionError, UpstreamGone) as error:
                 await self._drop()
                 raise UpstreamGone(f"MCP server {self.name} cannot be used: {error or type(error).__name__}") from None
 

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -46,10 +47,14 @@ NO_STOPS = (
 )
 
 
+SWITCH_S = 0.0005  # how long the event loop waits for a thread that spells a large answer
+
+
 def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Runs until a signal. Returns the exit status. Raises FastqwenError for what the user must change."""
     if PARENT_VARIABLE in os.environ:
         end_with_parent()
+    sys.setswitchinterval(SWITCH_S)
     configure_logging(config.log_format)
     check_exposure(config)
     mcp = _mcp_tools(config)

@@ -63,6 +63,26 @@ def test_a_step_with_streams_is_cut_to_whole_tiles():
     assert tokens_of(found["late"]) == expected(request("late", list(range(100, 118)), 3))
 
 
+def test_more_streams_than_a_small_step_has_tokens_all_go_on_and_the_prompt_as_well():
+    engine, executor = make_engine(budget=32, mixed_budget=4)
+    for index in range(6):
+        engine.add(request(f"stream {index}", 2, 30, arrival_s=float(index)))
+    while engine.scheduler.num_running < 6 or executor.batches[-1].num_tokens > 6:
+        engine.step()
+    begun = len(executor.batches)
+    engine.add(request("late", list(range(100, 108)), 3, arrival_s=9.0))
+    for _ in range(4):
+        engine.step()
+    for batch in executor.batches[begun:]:
+        assert [row.num_tokens for row in batch.rows if row.request_id != "late"] == [1] * 6
+    assert [row.num_tokens for batch in executor.batches[begun:] for row in batch.rows if row.request_id == "late"] == [
+        2,
+        3,
+        3,
+        1,
+    ]
+
+
 def test_a_prompt_alone_is_not_cut_to_whole_tiles():
     engine, executor = make_engine(budget=64, tile=4)
     engine.add(request("alone", 18, 2))

@@ -126,6 +126,21 @@ def test_no_single_body_costs_the_api_process_much(mock_server: Server, name: st
     assert most - before < 3 * len(body) + 24 * 2**20, "what thousands of small objects need in any case"
 
 
+def test_no_short_request_has_the_api_process_keep_millions_of_logprobs(mock_server: Server):
+    """4,000 tokens of each of 128 answers, 21 entries each, would be 10 million."""
+    process = psutil.Process(mock_server.process.pid)
+    before = most = process.memory_info().rss
+    body = {**json.loads(BODY), "n": 128, "logprobs": True, "top_logprobs": 20, "max_tokens": 4000, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, f"{mock_server.url}/v1/chat/completions", json=body, timeout=120)
+        while not asked.done():
+            most = max(most, process.memory_info().rss)
+            time.sleep(0.01)
+    assert asked.result().status_code == 400 and "log-probabilities" in asked.result().text
+    assert most - before < 250 * 2**20
+    assert httpx.get(f"{mock_server.url}/health", timeout=30).status_code == 200
+
+
 def test_a_mixed_list_is_refused_at_its_first_wrong_item(mock_server: Server):
     body = {"prompt": [1, "a", [1]] * 3000}
     start_s = time.process_time()

@@ -46,6 +46,7 @@ def bad_bytes(rng: random.Random) -> bytes:
         with_body(BODY, more=OFFER),
         with_body(chat(top_p=10.0 ** -rng.randrange(30, 320), repetition_penalty=10.0 ** -rng.randrange(1, 320))),
         with_body(chat(guided_grammar=AMBIGUOUS, n=4)),
+        with_body(chat(logprobs=True, top_logprobs=20, n=32, ignore_eos=True)),
         with_body(chat(guided_regex=f"[a-z]{{{rng.randrange(1, 90)}}}", stream=True)),
         with_body(chat(stream=True, max_tokens=2000)),
         POST + b"Content-Length: 100\r\n\r\n{",
@@ -110,14 +111,18 @@ def test_hostile_soak_costs_good_clients_nothing(model: Path):
         before, files = process.memory_info().rss, process.num_fds()
         found = soak(server, SOAK_S * 3 / 4)
         wait_idle(server, 60)
-        gaps_s = sorted(found["gaps_s"])
+        gaps_s, firsts_s, after = sorted(found["gaps_s"]), sorted(found["firsts_s"]), process.memory_info().rss
         result = {
             "seconds": SOAK_S,
             "good": found["asked"],
             "lost": found["lost"],
             "gap_p50_ms": round(1000 * gaps_s[len(gaps_s) // 2], 1),
             "gap_p99_ms": round(1000 * gaps_s[len(gaps_s) * 99 // 100], 1),
-            "grown_mb": round((process.memory_info().rss - before) / 1e6, 1),
+            "first_p50_ms": round(1000 * firsts_s[len(firsts_s) // 2], 1),
+            "first_p99_ms": round(1000 * firsts_s[len(firsts_s) * 99 // 100], 1),
+            "start_mb": round(before / 1e6, 1),
+            "end_mb": round(after / 1e6, 1),
+            "grown_mb": round((after - before) / 1e6, 1),
             "fds": process.num_fds() - files,
             "restarts": server.figures()["engine_restarts"],
         }

@@ -11,6 +11,7 @@ from fastqwen.ipc.arrivals import Arrivals
 from fastqwen.records import Admission, EngineRequest, Failure, Grammar, SamplingParams, StructuredOutputs
 from fastqwen.runner import structured
 from fastqwen.runner.choices import Choice
+from fastqwen.runner.mask_lanes import Mask, Native
 from fastqwen.runner.sampler import FORBIDDEN
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput, mask
 from fastqwen.text.grammar import grammar_tokenizer, to_grammar
@@ -129,9 +130,9 @@ def test_a_slow_mask_steps_aside_and_its_row_goes_on_later(compiler: GrammarComp
     computing = threading.Event()
     compute = structured._Constraint.compute
 
-    def slow(self: structured._Constraint) -> structured.Mask:
+    def slow(self: structured._Constraint, native: Native) -> Mask:
         computing.wait(10)
-        return compute(self)
+        return compute(self, native)
 
     monkeypatch.setattr(structured._Constraint, "compute", slow)
     output = StructuredOutput(compiler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -12,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from fastqwen.errors import BadConfig
+from fastqwen.errors import BadConfig, UpstreamGone
 from fastqwen.server.answer.history import History
 from fastqwen.server.config import ServerConfig
-from fastqwen.server.mcp import HttpChannel, McpServer, McpTools, read_mcp_file
+from fastqwen.server.mcp import MAX_MESSAGE_BYTES, HttpChannel, McpClient, McpServer, McpTools, read_mcp_file
 from fastqwen.server.run import _mcp_tools
 from tests.server.harness import client_of, make_state
 
@@ -104,6 +105,27 @@ def test_a_server_reached_over_http(kind: str):
         assert (await channel.ask({"jsonrpc": "2.0", "id": 1, "method": "initialize"}))["result"]["session"] is None
         assert (await channel.ask({"jsonrpc": "2.0", "id": 2, "method": "tools/list"}))["result"]["session"] == "s1"
         await channel.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("told", "fault"),
+    [
+        ({"content": b" " * (MAX_MESSAGE_BYTES + 1)}, "more than"),
+        ({"content": gzip.compress(b" " * 2**20), "headers": {"content-encoding": "gzip"}}, "compressed"),
+        ({"content": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"}, "cannot be used"),
+    ],
+    ids=["large", "compressed", "deep"],
+)
+def test_a_server_over_http_cannot_fill_the_memory(told: dict[str, Any], fault: str):
+    async def run() -> None:
+        client = McpClient("tools", McpServer(url="http://tools.example/mcp"))
+        channel = HttpChannel(McpServer(url="http://tools.example/mcp"))
+        channel._client = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: httpx.Response(200, **told)))
+        client._channel = channel
+        with pytest.raises(UpstreamGone, match=fault):
+            await client.request("tools/list", {}, timeout_s=10)
 
     asyncio.run(run())
 

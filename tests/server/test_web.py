@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -367,6 +368,24 @@ def test_keys_are_given_one_for_each_server():
 def test_the_address_may_end_as_people_write_it(url: str):
     found = Upstream(url, None)
     assert (found._root, found._api) == ("http://host:1", "http://host:1/v1")
+
+
+def test_a_server_that_says_continue_ten_thousand_times_and_then_nothing_is_given_up():
+    async def burst(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000)
+        with contextlib.suppress(OSError):
+            await writer.drain()
+            await reader.read()
+
+    async def run() -> None:
+        listening = await asyncio.start_server(burst, "127.0.0.1", 0)
+        async with listening:
+            port = listening.sockets[0].getsockname()[1]
+            with pytest.raises(UpstreamGone, match="no answer among them"):
+                await asyncio.wait_for(Upstream(f"http://127.0.0.1:{port}/v1", None).open("GET", "/v1/models"), 30)
+
+    asyncio.run(run())
 
 
 def test_a_server_that_only_ever_says_continue_is_given_up(monkeypatch: pytest.MonkeyPatch):

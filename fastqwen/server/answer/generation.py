@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,7 @@ class Generation:
         self._check_length(sampling.max_tokens, room)
         self.choices = [self._choice(request, index, facts.stop_token_ids) for index, request in enumerate(requests)]
         self._clock: RequestClock | None = None
+        self.num_logprobs = 0  # of the prompt and all answers, alternatives among them
         self._running = {choice.request.request_id: choice for choice in self.choices}
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if sampling.prompt_logprobs is None else [None]
@@ -142,7 +143,7 @@ class Generation:
         """
         self._clock = clock = RequestClock(self._state.metrics, len(self.prompt_token_ids), len(self.choices))
         self._state.metrics.request_max_tokens.observe(self._max_tokens)
-        with self._state.engine.stream([choice.request for choice in self.choices]) as stream:
+        with self._state.engine.stream([choice.request for choice in self.choices]) as stream, self._kept():
             async for deltas in stream:
                 now_s = time.perf_counter()
                 for delta in deltas:
@@ -152,6 +153,8 @@ class Generation:
                     if delta.waited_s:
                         clock.waited_s = max(clock.waited_s, delta.waited_s)
                     piece = self._take(choice, delta, stream)
+                    if piece.logprobs or piece.prompt_logprobs:
+                        self._keep(piece)
                     if piece.token_ids:
                         clock.saw(choice.index, len(piece.token_ids), now_s)
                     if piece.finish_reason is not None:
@@ -162,6 +165,19 @@ class Generation:
                         if piece.abort:
                             stream.abort([delta.request_id])
                     yield first_index + choice.index, piece
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._state.kept.release(self.num_logprobs)
+
+    def _keep(self, piece: Piece) -> None:
+        """Raises BadRequest or Overloaded."""
+        num_new = sum(map(len, piece.logprobs or ())) + sum(map(len, piece.prompt_logprobs or ()))
+        self._state.kept.keep(num_new, self.num_logprobs + num_new)
+        self.num_logprobs += num_new
 
     async def finish(self) -> None:
         """Run to the end without streaming; raises as ``pieces`` does."""

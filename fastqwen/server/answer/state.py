@@ -17,6 +17,7 @@ from fastqwen.config import EngineConfig
 from fastqwen.errors import BadRequest, EngineGone, Overloaded, UnknownModelName
 from fastqwen.server.answer.cache_story import CacheStories
 from fastqwen.server.answer.history import EVERY_S, History
+from fastqwen.server.answer.kept import KeptLogprobs
 from fastqwen.server.answer.metrics import Metrics
 from fastqwen.server.answer.request_limits import check_grammar_length
 from fastqwen.server.answer.response_store import ResponseStore
@@ -55,6 +56,7 @@ class ServerState:
     cache_stories: CacheStories
     mcp: McpTools | None = None
     history: History = field(default_factory=History)
+    kept: KeptLogprobs = field(default_factory=KeptLogprobs)
     responses: ResponseStore = field(default_factory=ResponseStore)
     started_s: float = field(default_factory=time.time)
     _born_s: float = field(default_factory=time.monotonic)  # the other may be set back or forward meanwhile

@@ -128,10 +128,11 @@ class Chat(OpenAIWork):
     async def response(self) -> dict[str, Any]:
         generation = self.generation
         await generation.finish()
+        choices = await self.written(lambda: (self._choice(choice) for choice in generation.choices))
         return {
             **self.head("chat.completion"),
             **WITHOUT_MEANING,
-            "choices": [self._choice(choice) for choice in generation.choices],
+            "choices": choices,
             "usage": self.usage(),
             **({"prompt_token_ids": generation.prompt_token_ids} if self._body.return_token_ids else {}),
             **self._prompt_text(),

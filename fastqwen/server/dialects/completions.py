@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -80,12 +80,14 @@ class Completion(OpenAIWork):
 
     async def response(self) -> dict[str, Any]:
         await gather([generation.finish() for generation in self.generations])
-        choices: list[dict[str, Any]] = []
-        for generation in self.generations:
-            for output in self._best(generation.outputs):
-                choices.append(self._choice(len(choices), generation, output, echo=self._body.echo))
+        choices = await self.written(self._choices)
         head = {**self.head("text_completion"), **WITHOUT_MEANING}
         return {**head, "choices": choices, "usage": self.usage(), **self.notes()}
+
+    def _choices(self) -> Iterator[dict[str, Any]]:
+        best = [(one, output) for one in self.generations for output in self._best(one.outputs)]
+        for index, (generation, output) in enumerate(best):
+            yield self._choice(index, generation, output, echo=self._body.echo)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         body = self._body

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import msgspec
 
 from fastqwen.client.prepare import spellings
 from fastqwen.outputs import Logprob
@@ -11,10 +14,11 @@ from fastqwen.records import SamplingParams
 from fastqwen.server.answer.beams import BeamGeneration
 from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.generation import Generation, GenerationOptions
+from fastqwen.server.answer.kept import ASIDE_FROM
 from fastqwen.server.answer.state import ServerState, new_id
 from fastqwen.server.dialects.schema import SamplingFields
 from fastqwen.server.dialects.warnings import Warnings
-from fastqwen.server.http.sse import event
+from fastqwen.server.http.sse import encode, event
 
 # Of a whole answer: clients read them without asking whether they are there.
 WITHOUT_MEANING: dict[str, Any] = {"system_fingerprint": None, "service_tier": None, "prompt_logprobs": None}
@@ -65,6 +69,13 @@ class OpenAIWork:
     def token_name(self, token_id: int, text: str | None) -> str:
         """What log-probabilities call a token."""
         return f"token_id:{token_id}" if self._body.return_tokens_as_token_ids else text or ""
+
+    async def written(self, write: Callable[[], Iterable[dict[str, Any]]]) -> list[Any]:
+        """Whole answers, spelled at once where their log-probabilities are many: as objects these take five times the room."""
+        count = sum(one.num_logprobs for one in self.generations)
+        return await self._state.kept.written(
+            lambda: [msgspec.Raw(encode(one)) for one in write()] if count >= ASIDE_FROM else list(write()), count
+        )
 
     def notes(self) -> dict[str, Any]:
         """Once the answer is there: what had no effect, and why the cache did not help more if that was asked."""

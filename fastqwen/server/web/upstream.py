@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from fastqwen.errors import BadConfig, UpstreamGone
 from fastqwen.server.http.body import joined
+from fastqwen.server.http.heads import bound_heads, head_awaited
 from fastqwen.server.http.sse import EventStream
 from fastqwen.version import __version__
 
@@ -61,10 +62,12 @@ class Upstream:
         headers = {"accept-encoding": "identity", "user-agent": f"fastqwen/{__version__}"}
         if key is not None:
             headers["authorization"] = f"Bearer {key}"
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(ANSWER_WITHIN_S, connect=CONNECT_WITHIN_S),
-            limits=httpx.Limits(max_connections=None),
+        self._client = bound_heads(
+            httpx.AsyncClient(
+                headers=headers,
+                timeout=httpx.Timeout(ANSWER_WITHIN_S, connect=CONNECT_WITHIN_S),
+                limits=httpx.Limits(max_connections=None),
+            )
         )
 
     async def open(
@@ -80,10 +83,9 @@ class Upstream:
             headers[HOPS] = str(hops)
         request = self._client.build_request(method, address, content=body, headers=headers)
         try:
-            async with asyncio.timeout(
-                ANSWER_WITHIN_S
-            ):  # httpx counts from byte to byte, and 100 Continue may come for ever
-                response = await self._client.send(request, stream=True)
+            async with asyncio.timeout(ANSWER_WITHIN_S):  # httpx counts from byte to byte
+                with head_awaited():
+                    response = await self._client.send(request, stream=True)
         except httpx.HTTPError as error:
             raise self._silent(error) from None
         except TimeoutError:
