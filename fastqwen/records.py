@@ -29,6 +29,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_N = 128
 MAX_BAD_WORDS = 256
+MAX_LOGPROB_TOKEN_IDS = 128
 ALL = -1  # of log-probabilities: the whole vocabulary's
 MAX_GRAMMAR_CHARS = 200_000
 
@@ -82,6 +83,7 @@ class Sampling(msgspec.Struct, kw_only=True, omit_defaults=True):
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None  # whose log-probabilities are told, in place of the likeliest tokens'
 
     @property
     def greedy(self) -> bool:
@@ -109,7 +111,8 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
 
     temperature 0 is greedy. ``top_k`` of 0 or -1 means no limit. ``max_tokens`` of None means up to the model's
     length. ``logprobs`` and ``prompt_logprobs`` of -1 are the whole vocabulary's. ``bad_words`` are texts that an answer must
-    not hold, with or without a space before them. ``truncate_prompt_tokens`` keeps a prompt's last tokens, as many as that;
+    not hold, with or without a space before them. ``logprob_token_ids`` are told of at each token of the answer, in place of the
+    likeliest. ``truncate_prompt_tokens`` keeps a prompt's last tokens, as many as that;
     -1: as many as the context takes. Raises BadRequest, naming the field, for a value out of range.
     """
 
@@ -191,6 +194,12 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
                 _within("logit_bias", bias, -100.0, 100.0)
 
     def _check_forbidden(self) -> None:
+        if self.logprob_token_ids is not None and len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
+            raise BadRequest(
+                f"logprob_token_ids has {len(self.logprob_token_ids)} ids, at most {MAX_LOGPROB_TOKEN_IDS} are allowed: ask for "
+                "logprobs=-1, which tells of all tokens",
+                "logprob_token_ids",
+            )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise BadRequest("allowed_token_ids is empty, so no token could be chosen", "allowed_token_ids")
         for name in ("bad_words", "bad_word_ids"):
@@ -323,13 +332,14 @@ class ScheduledBatch(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
-    """The chosen token's log-probability, its rank (1 is the most likely), and the top alternatives."""
+    """The chosen token's log-probability, its rank (1 is the most likely), and the top alternatives, or those asked for."""
 
     token_id: int
     logprob: float
     rank: int
     top_ids: list[int]
     top_logprobs: list[float]
+    top_ranks: list[int] | None = None  # None: 1, 2, ...
 
 
 class Failure(msgspec.Struct, frozen=True, gc=False):

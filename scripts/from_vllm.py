@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastqwen.config import EngineConfig, flag, options_of
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.chat_batch import ELSEWHERE, ChatBatchRequest
 from fastqwen.server.dialects.classify import ClassifyRequest
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.pooling import PoolingRequest
@@ -73,7 +74,7 @@ head says of a text's last token.
 
 ## Operation
 
-`/ping`, `/load`, `/server_info`, `/sleep`, `/wake_up`, `/is_sleeping` and `/reset_prefix_cache` are there; they want the key, if there
+`/invocations` is the route that the fields of its body ask for. `/ping`, `/load`, `/server_info`, `/sleep`, `/wake_up`, `/is_sleeping` and `/reset_prefix_cache` are there; they want the key, if there
 is one, and a server open to all (`--insecure`) refuses those that change it. Metrics have vLLM's names. `X-Request-Id` comes back.
 """
 
@@ -86,6 +87,7 @@ def _fields() -> list[str]:
     lines = ["## Fields of a request", ""]
     for path, kind in (
         ("/v1/chat/completions", ChatRequest),
+        ("/v1/chat/completions/batch", ChatBatchRequest),
         ("/v1/completions", CompletionRequest),
         ("/v1/responses", ResponsesRequest),
         ("/v1/embeddings", EmbeddingRequest),
@@ -95,7 +97,8 @@ def _fields() -> list[str]:
         ("/v1/score", ScoreRequest),
         ("/v1/rerank", RerankRequest),
     ):
-        acting = sorted(name for name in kind.model_fields if name not in WITHOUT_EFFECT)
+        refused = ELSEWHERE if kind is ChatBatchRequest else ()
+        acting = sorted(name for name in kind.model_fields if name not in WITHOUT_EFFECT and name not in refused)
         lines += [f"`{path}` acts on: {_listed(acting)}.", ""]
     lines += [
         f"Without effect, and said in the answer's `warnings`: {_listed(sorted(WITHOUT_EFFECT))}, and all unknown ones.",

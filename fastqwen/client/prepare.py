@@ -65,6 +65,7 @@ def check_sampling(sampling: SamplingParams, facts: ModelFacts) -> None:
         "logit_bias": list(sampling.logit_bias or ()),
         "stop_token_ids": sampling.stop_token_ids,
         "allowed_token_ids": sampling.allowed_token_ids or [],
+        "logprob_token_ids": sampling.logprob_token_ids or [],
         "bad_word_ids": [token_id for word in sampling.bad_word_ids for token_id in word],
     }
     for field, token_ids in given.items():
@@ -106,6 +107,8 @@ def _for_engine(sampling: SamplingParams, facts: ModelFacts, tokenizer: Tokenize
         value = getattr(found, name)
         if value is not None:
             setattr(found, name, vocab if value == ALL else min(value, vocab))
+    if found.logprob_token_ids and found.logprobs is None:
+        found.logprobs = 0
     if sampling.bad_words:
         if tokenizer is None:
             raise BadRequest("bad_words needs a tokenizer: give bad_word_ids", "bad_words")

@@ -26,6 +26,8 @@ class ChosenLogprobs:
         self._asked = [index for index, count in enumerate(counts) if count is not None]
         self._rows = [choices[index].row for index in self._asked]
         self._counts = [counts[index] or 0 for index in self._asked]
+        named = [slots.sampling[choices[index].slot].logprob_token_ids for index in self._asked]
+        self._named = {place: ids for place, ids in enumerate(named) if ids}
         self._raw = logits[self._asked].float() if self._asked else None
 
     def of(self, tokens: Sequence[int], errors: dict[int, Failure]) -> dict[int, TokenLogprobs]:
@@ -35,7 +37,7 @@ class ChosenLogprobs:
             return {}
         chosen = torch.tensor([max(0, tokens[index]) for index in self._asked], device=self._raw.device)
         try:
-            return dict(zip(self._asked, top_logprobs(self._raw, chosen, self._counts), strict=True))
+            return dict(zip(self._asked, top_logprobs(self._raw, chosen, self._counts, self._named), strict=True))
         except Exception:  # one of them: each alone says which
             return self._one_by_one(self._raw, chosen, errors)
 
@@ -43,7 +45,8 @@ class ChosenLogprobs:
         found = {}
         for index, (place, row, count) in enumerate(zip(self._asked, self._rows, self._counts, strict=True)):
             with only_this_row(row, errors):
-                [found[place]] = top_logprobs(raw[index : index + 1], chosen[index : index + 1], [count])
+                named = {0: self._named[index]} if index in self._named else None
+                [found[place]] = top_logprobs(raw[index : index + 1], chosen[index : index + 1], [count], named)
         return found
 
 

@@ -143,7 +143,7 @@ class Speaker:
         return SampledRow(
             request_id=row.request_id,
             token_ids=[token],
-            logprobs=None if asked is None else [self._logprobs(token, asked)],
+            logprobs=None if asked is None else [self._told(token, admission.sampling)],
             prompt_logprobs=scored,
         )
 
@@ -168,6 +168,12 @@ class Speaker:
         if len(said) < sampling.min_tokens:
             logits[0, admission.stop_token_ids] = FORBIDDEN
         return logits
+
+    def _told(self, token: int, sampling: Any) -> TokenLogprobs:
+        if sampling.logprob_token_ids:
+            ids = sampling.logprob_token_ids
+            return TokenLogprobs(token, -0.5, 1, ids, [-float(one) for one in ids], [one + 1 for one in ids])
+        return self._logprobs(token, sampling.logprobs)
 
     @staticmethod
     def _logprobs(token: int, count: int) -> TokenLogprobs:

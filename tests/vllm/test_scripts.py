@@ -134,7 +134,7 @@ def test_prompts_and_parameters_as_examples_write_them(demo: LLM):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"logits_processors": [print]}, {"best_of": 3}, {"logprob_token_ids": [3]}, {"use_beam_search": True},
+    [{"logits_processors": [print]}, {"best_of": 3}, {"logprob_token_ids": [3] * 129}, {"use_beam_search": True},
      {"structured_outputs": {"regex": "a", "choice": ["b"]}}, {"structured_outputs": {"nonsense": 1}},
      {"allowed_token_ids": []}, {"bad_words": [""]}, {"logprobs": -2}, {"truncate_prompt_tokens": 0}],
 )  # fmt: skip
@@ -223,6 +223,20 @@ def test_all_log_probabilities_and_a_cut_prompt(tiny: LLM):
     [listed] = output.outputs[0].logprobs
     assert len(listed) == tiny.model.vocab_size
     assert math.fsum(math.exp(one.logprob) for one in listed.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_log_probabilities_of_named_tokens_are_those_among_all(tiny: LLM):
+    ids, named = prompt(12), [7, 3, 90]
+    [all_of_them] = tiny.generate(ids, SamplingParams(max_tokens=3, logprobs=-1, **GREEDY))
+    for asked in ({}, {"logprobs": 2}):  # the likeliest give way to those that are named
+        [output] = tiny.generate(ids, SamplingParams(max_tokens=3, logprob_token_ids=named, **asked, **GREEDY))
+        answer = output.outputs[0]
+        for token, told, listed in zip(answer.token_ids, answer.logprobs, all_of_them.outputs[0].logprobs, strict=True):
+            assert list(told) == list(dict.fromkeys([token, *named]))
+            for name, one in told.items():
+                assert one.logprob == pytest.approx(listed[name].logprob, abs=1e-6) and one.rank == listed[name].rank
+    with pytest.raises(BadRequest, match="logprob_token_ids"):
+        tiny.generate(ids, SamplingParams(logprob_token_ids=[tiny.model.vocab_size]))
 
 
 def test_beam_search_is_the_textbooks(tiny: LLM):

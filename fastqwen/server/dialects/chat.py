@@ -47,6 +47,7 @@ class Chat(OpenAIWork):
         body, state = self._body, self._state
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        self.check_named_tokens(asked=bool(body.logprobs))
         facts, formats = state.facts(), state.formats
         check_logprobs(state.config, "top_logprobs", body.top_logprobs, facts.model.vocab_size)
         tools = tool_options(body, formats, self.warnings)
@@ -131,12 +132,16 @@ class Chat(OpenAIWork):
         return {
             **self.head("chat.completion"),
             **WITHOUT_MEANING,
-            "choices": [self._choice(choice) for choice in generation.choices],
+            "choices": self.choices(),
             "usage": self.usage(),
             **({"prompt_token_ids": generation.prompt_token_ids} if self._body.return_token_ids else {}),
             **self._prompt_text(),
             **self._ending(),
         }
+
+    def choices(self) -> list[dict[str, Any]]:
+        """The whole answers, once they are there."""
+        return [self._choice(choice) for choice in self.generation.choices]
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         generation = self.generation
@@ -189,6 +194,7 @@ class Chat(OpenAIWork):
         output, parts = choice.assembler.output, choice.answer
         content = self._echoed + parts.content
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if parts.calls else "")}
+        message["reasoning"] = None  # vLLM's clients read it
         message.update(self._reasoning(parts))
         if parts.calls:
             message["tool_calls"] = [call_json(call) for call in parts.calls]
@@ -251,6 +257,8 @@ class Chat(OpenAIWork):
         """One token's, in OpenAI's shape."""
         entries = [self._entry(token_id, logprob) for token_id, logprob in one.items()]
         count = None if self._body.top_logprobs == ALL else self._body.top_logprobs or 0
+        if self._body.logprob_token_ids:
+            return {**entries[0], "top_logprobs": entries}
         ranked = sorted(one.items(), key=lambda item: item[1].rank or 0)[:count]
         return {**entries[0], "top_logprobs": [self._entry(token_id, logprob) for token_id, logprob in ranked]}
 
