@@ -283,7 +283,8 @@ class LLM:
         pooling_task: str | None = None,
         tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[PoolingRequestOutput]:
-        """What ``embed`` or ``classify`` gives, as tensors; ``pooling_task`` says which of them. Raises BadRequest."""
+        """What ``embed`` or ``classify`` gives, as tensors; ``pooling_task`` says which of them, and with ``token_embed`` or
+        ``token_classify`` a tensor holds a line for each token. Raises BadRequest."""
         if pooling_task is None and isinstance(pooling_params, PoolingParams):
             pooling_task = pooling_params.task
         return self._tensors(

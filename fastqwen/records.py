@@ -20,8 +20,9 @@ from fastqwen.errors import BadRequest
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 FailureKind = Literal["grammar", "not_finite", "sampling", "gone", "closed"]
-Pooling = Literal["last"]
-PoolingTask = Literal["embed", "classify"]
+Pooling = Literal["last", "all"]
+PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]
+POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify")
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -230,11 +231,11 @@ class PoolingParams(msgspec.Struct):
     softmax: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in (None, "embed", "classify", "score"):
-            raise BadRequest(f"task {self.task!r}: there are embed and classify, of a text's last token", "task")
+        if self.task not in (None, "score", *POOLING_TASKS):
+            raise BadRequest(f"task {self.task!r}: there are {', '.join(POOLING_TASKS)}", "task")
         for name in ("step_tag_id", "returned_token_ids"):
             if getattr(self, name) is not None:
-                raise BadRequest(f"{name} is for models that judge each step: a text has one result here", name)
+                raise BadRequest(f"{name} is for models that judge each step: pick from what token_classify gives", name)
         names = ("use_activation", "normalize", "activation", "softmax")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(set(given.values())) > 1:
@@ -276,7 +277,8 @@ class EngineRequest(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     priority: int = 0  # smaller runs first
     cache_salt: str = ""
     grammar: Grammar | None = None
-    pooling: Pooling | None = None  # "last": it ends with one vector, the prompt's last token's, instead of tokens
+    # It ends with vectors instead of tokens: with the prompt's last token's, or with one of each of its tokens.
+    pooling: Pooling | None = None
     arrival_s: float = 0.0
     # What another engine generated of the answer before it was lost. It counts as generated here: by max_tokens, min_tokens,
     # penalties, grammar and random numbers; deltas bring only what comes behind it.
@@ -309,6 +311,7 @@ class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     num_logits: int  # of the last tokens, each of whose logits give a token; 0: the row only fills the cache
     prompt_logprobs: bool = False
     pools: bool = False  # the last token's hidden state is the request's result; such a row has no logits
+    pools_all: bool = False  # each of its tokens' is a part of the request's result
     repeats: bool = False  # its one token was computed before: states of fixed size hold it already
     keep_state: int | None = None  # place for a copy of its states of fixed size after the step; None: no copy
 
@@ -362,7 +365,7 @@ class SampledRow(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored
     embedding: bytes | None = (
-        None  # float32, little-endian: as the model makes it, of any length; or a label's number each
+        None  # float32, little-endian: as the model makes it, of any length; or a label's number each; of one token or several
     )
     error: Failure | None = None
     stepped_aside: bool = False  # it has no token: StepHandle.late held its request

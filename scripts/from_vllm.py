@@ -60,8 +60,7 @@ modules that scripts import them from: `engine.arg_utils`, `entrypoints.llm`, `i
 `utils`, `v1.engine.async_llm`.
 `LLM` takes the flags below as keywords. `sleep` gives weights and cache back, and `wake_up` reads the weights again.
 
-Not there: adapters (LoRA), images and sound, results for each token of a text (`token_embed`, `token_classify`),
-speculative decoding, plugins.
+Not there: adapters (LoRA), images and sound, speculative decoding, plugins.
 
 ## Scores
 
@@ -70,12 +69,14 @@ among `--hf-overrides`) for its yes and no, with the prompt of Qwen3-Reranker's 
 the roles `query` and `document`. A checkpoint with a sequence-classification head (`Qwen2ForSequenceClassification`, `Qwen3...`) with
 one label reads query and document one behind the other, or, with "reranker" in its name, in the same prompt. Of any other model
 the score is the cosine of both texts' embeddings. `/classify`, `/pooling`, `LLM.classify`, `LLM.reward` and `LLM.encode` give what a
-head says of a text's last token.
+head says of a text's last token. `/pooling` with `task` and `LLM.encode` with `pooling_task` of `token_embed` or `token_classify` give a
+line of numbers for each token.
 
 ## Operation
 
-`/invocations` is the route that the fields of its body ask for. `/ping`, `/load`, `/server_info`, `/sleep`, `/wake_up`, `/is_sleeping` and `/reset_prefix_cache` are there; they want the key, if there
+`/ping`, `/load`, `/server_info`, `/sleep`, `/wake_up`, `/is_sleeping` and `/reset_prefix_cache` are there; they want the key, if there
 is one, and a server open to all (`--insecure`) refuses those that change it. Metrics have vLLM's names. `X-Request-Id` comes back.
+`/invocations` is whichever of the other routes the fields of its body ask for.
 """
 
 

@@ -175,10 +175,10 @@ def prepare(
 
 def check_task(task: PoolingTask, facts: ModelFacts) -> None:
     """Raises BadRequest for what the model has no head for."""
-    classifier = facts.model.classifier
-    if task == "classify" and classifier is None:
+    classifier, kind = facts.model.classifier, task.removeprefix("token_")
+    if kind == "classify" and classifier is None:
         raise BadRequest("this model has no classification head: it makes embeddings (/v1/embeddings)", "task")
-    if task == "embed" and classifier is not None:
+    if kind == "embed" and classifier is not None:
         raise BadRequest(
             "this model has a classification head: it classifies (/classify), it makes no embeddings", "task"
         )
@@ -194,7 +194,7 @@ def prepare_pooling(
     priority: int = 0,
     cache_salt: str = "",
 ) -> EngineRequest:
-    """The engine request for one text's vector, or its labels' numbers. ``field`` is what an error names. Raises BadRequest."""
+    """The engine request for one text's vector, or its labels' numbers, or those of each token. ``field`` is what an error names. Raises BadRequest."""
     check_task(task, facts)
     check_priority(priority, facts)
     _check_ids(token_ids, facts, field, field, room=facts.max_model_len)
@@ -207,7 +207,7 @@ def prepare_pooling(
         seed=0,
         priority=priority,
         cache_salt=cache_salt,
-        pooling="last",
+        pooling="all" if task.startswith("token_") else "last",
         arrival_s=time.monotonic(),
     )
 

@@ -47,6 +47,7 @@ CHANGES_THE_ANSWER: dict[str, tuple[tuple[Any, ...], str]] = {
     "documents": (([],), "they belong to a chat's messages"),
     "logits_processors": (([],), "send logit_bias, bad_words or allowed_token_ids"),
     "logprob_token_ids": (([],), "send it to /v1/chat/completions or /v1/completions"),
+    "late_chunking_params": ((), "ask /pooling for task token_embed and take the means of your chunks"),
     "watermarking": ((False,), "no answer carries a mark"),
     "repetition_detection": ((), "send repetition_penalty or frequency_penalty"),
 }
