@@ -42,7 +42,7 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
         "enable-request-id-headers", "enable-tokenizer-info-endpoint", "enable-server-load-tracking", "enable-offline-docs",
         "enable-reasoning", "disable-log-requests", "enable-log-deltas",
         "scheduler-reserve-full-isl", "skip-mm-profiling", "language-model-only",
-        "exclude-tools-when-tool-choice-none",
+        "exclude-tools-when-tool-choice-none", "enable-sleep-mode",
     ),
     "this server chooses that itself": (
         "disable-fastapi-docs", "fail-on-environ-validation", "safetensors-load-strategy",
@@ -116,7 +116,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu-offload-gb": ("0", "0.0"), "cpu-offload-params": (), "offload-backend": ("auto",), "offload-group-size": ("0",),
         "offload-num-in-group": (), "offload-params": (), "offload-prefetch-step": (), "kv-offloading-size": (),
         "kv-offloading-backend": (), "kv-transfer-config": (), "kv-events-config": (), "ec-transfer-config": (),
-        "ec-manager-config": (), "weight-transfer-config": (), "enable-sleep-mode": (), "kv-sharing-fast-prefill": (),
+        "ec-manager-config": (), "weight-transfer-config": (), "kv-sharing-fast-prefill": (),
     },
     "an 8-bit KV cache has scales of its own, for each head of each token: leave it out": {
         "kv-cache-dtype-skip-layers": (), "calculate-kv-scales": (),

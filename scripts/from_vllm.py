@@ -58,7 +58,8 @@ for output in llm.generate(["The capital of France is"], SamplingParams(temperat
 `SamplingParams`, `PoolingParams`, `BeamSearchParams`, `StructuredOutputsParams`, `TextPrompt`, `TokensPrompt`, and the
 modules that scripts import them from: `engine.arg_utils`, `entrypoints.llm`, `inputs`, `outputs`, `sampling_params`,
 `utils`, `v1.engine.async_llm`.
-`LLM` takes the flags below as keywords. `sleep` gives weights and cache back, and `wake_up` reads the weights again.
+`LLM` takes the flags below as keywords. `sleep` gives weights and cache back: at level 1 the weights wait in host
+memory for `wake_up`, at level 2 they are read again. A server's `/sleep` ends the engine's process, at either level.
 
 Not there: adapters (LoRA), images and sound, speculative decoding, plugins.
 
