@@ -235,7 +235,9 @@ class PoolingParams(msgspec.Struct):
             raise BadRequest(f"task {self.task!r}: there are {', '.join(POOLING_TASKS)}", "task")
         for name in ("step_tag_id", "returned_token_ids"):
             if getattr(self, name) is not None:
-                raise BadRequest(f"{name} is for models that judge each step: pick from what token_classify gives", name)
+                raise BadRequest(
+                    f"{name} is for models that judge each step: pick from what token_classify gives", name
+                )
         names = ("use_activation", "normalize", "activation", "softmax")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(set(given.values())) > 1:

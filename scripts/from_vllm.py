@@ -70,8 +70,8 @@ among `--hf-overrides`) for its yes and no, with the prompt of Qwen3-Reranker's 
 the roles `query` and `document`. A checkpoint with a sequence-classification head (`Qwen2ForSequenceClassification`, `Qwen3...`) with
 one label reads query and document one behind the other, or, with "reranker" in its name, in the same prompt. Of any other model
 the score is the cosine of both texts' embeddings. `/classify`, `/pooling`, `LLM.classify`, `LLM.reward` and `LLM.encode` give what a
-head says of a text's last token. `/pooling` with `task` and `LLM.encode` with `pooling_task` of `token_embed` or `token_classify` give a
-line of numbers for each token.
+head says of a text's last token. `/pooling` with `task` and `LLM.encode` with
+`pooling_task` of `token_embed` or `token_classify` give a line of numbers for each token.
 
 ## Operation
 

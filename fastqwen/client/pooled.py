@@ -96,7 +96,10 @@ class PoolingJob:
     ) -> list[Any]:
         classifier = self._loaded.facts.model.classifier
         if task.startswith("token_"):
-            num_tokens, activation = len(request.prompt_token_ids), None if classifier is None else classifier.activation
+            num_tokens, activation = (
+                len(request.prompt_token_ids),
+                None if classifier is None else classifier.activation,
+            )
             found = of_each_token(delta, num_tokens, asked.dimensions, activation, activate=asked.activated)
             listed: list[Any] = found.tolist()
             return listed

@@ -194,7 +194,8 @@ def prepare_pooling(
     priority: int = 0,
     cache_salt: str = "",
 ) -> EngineRequest:
-    """The engine request for one text's vector, or its labels' numbers, or those of each token. ``field`` is what an error names. Raises BadRequest."""
+    """The engine request for one text's vector, or its labels' numbers, or those of each token. ``field`` is what an error
+    names. Raises BadRequest."""
     check_task(task, facts)
     check_priority(priority, facts)
     _check_ids(token_ids, facts, field, field, room=facts.max_model_len)

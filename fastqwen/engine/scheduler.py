@@ -344,9 +344,7 @@ class Scheduler:
         if row.pools:
             told = b"".join(sequence.vectors) if row.pools_all else sampled.embedding
             assert told is not None
-            return self._finish(
-                sequence, finish_reason="stop", num_cached_tokens=sequence.num_cached, embedding=told
-            )
+            return self._finish(sequence, finish_reason="stop", num_cached_tokens=sequence.num_cached, embedding=told)
         if not row.num_logits:
             if sampled.prompt_logprobs is None:
                 return None

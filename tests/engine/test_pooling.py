@@ -64,7 +64,7 @@ def each_of(tokens: list[int]) -> bytes:
 @pytest.mark.parametrize("run_ahead", [1, 2, 3])
 def test_each_tokens_vector_comes_once_whatever_was_computed_twice(run_ahead: int):
     """Chunks, a prefix in the cache, and preemptions that make a text begin again."""
-    engine, executor = make_engine(blocks=10, run_ahead=run_ahead, max_num_seqs=4, budget=6)
+    engine, _ = make_engine(blocks=10, run_ahead=run_ahead, max_num_seqs=4, budget=6)
     texts = [[i] * (9 + 5 * i) for i in range(4)]
     for i, text in enumerate(texts):
         engine.add(request(f"text{i}", text, 1, pooling="all", arrival_s=float(2 * i + 1)))

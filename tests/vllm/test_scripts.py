@@ -57,6 +57,8 @@ def test_the_modules_of_vllms_layout_hold_their_names():
         ("inputs", "TokensPrompt"), ("outputs", "RequestOutput"), ("pooling_params", "PoolingParams"),
         ("sampling_params", "StructuredOutputsParams"), ("utils", "FlexibleArgumentParser"),
         ("v1.engine.async_llm", "AsyncLLM"), ("v1.metrics.reader", "Counter"),
+        ("lora.request", "LoRARequest"), ("logprobs", "Logprob"), ("version", "__version__"),
+        ("distributed", "cleanup_dist_env_and_memory"),
     ):  # fmt: skip
         assert hasattr(importlib.import_module(f"fastqwen.vllm.{module}"), name)
     with pytest.raises(AttributeError, match="from_vllm"):
@@ -126,6 +128,9 @@ def test_prompts_and_parameters_as_examples_write_them(demo: LLM):
     assert first.outputs[0].text == second.outputs[0].text and first.outputs[0].finished()
     with pytest.raises(BadRequest, match="LoRA"):
         demo.generate("One", params, lora_request=object())
+    with pytest.raises(BadRequest, match="merge one into the weights"):
+        importlib.import_module("fastqwen.vllm.lora.request").LoRARequest("mine", 1, "/adapter")
+    assert first.metrics is first.lora_request is first.encoder_prompt is first.outputs[0].lora_request is None
     with pytest.raises(BadRequest, match="text only"):
         demo.generate({"prompt": "One", "multi_modal_data": {"image": b""}}, params)
     with pytest.raises(BadRequest, match="no 'text'"):
