@@ -36,7 +36,7 @@ def of_each_token(
         if not activate:
             return found
         lengths = np.sqrt(np.square(found, dtype=np.float64).sum(-1, keepdims=True))
-        return (found / np.maximum(lengths, 1e-12)).astype(np.float32)
+        return np.asarray((found / np.maximum(lengths, 1e-12)).astype(np.float32))
     return np.stack([activated(one, activation) for one in found]).astype(np.float32) if activate else found
 
 
