@@ -24,6 +24,8 @@ def test_fields_that_clients_read_without_asking_are_there():
         found = answer(path, body)
         assert found["system_fingerprint"] is found["prompt_logprobs"] is found["service_tier"] is None
     assert answer(CHAT, chat())["choices"][0]["message"]["reasoning"] is None
+    tool = {"type": "function", "function": {"name": "add"}}
+    assert answer(CHAT, {**chat(), "tools": [tool]})["choices"][0]["message"]["tool_calls"] == []
 
 
 def test_an_echoed_chat_begins_with_what_it_continues():

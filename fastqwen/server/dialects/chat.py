@@ -196,7 +196,7 @@ class Chat(OpenAIWork):
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if parts.calls else "")}
         message["reasoning"] = None  # vLLM's clients read it
         message.update(self._reasoning(parts))
-        if parts.calls:
+        if parts.calls or self._body.tools:  # who gave tools walks through the calls, also where there are none
             message["tool_calls"] = [call_json(call) for call in parts.calls]
         return {
             "index": output.index,
