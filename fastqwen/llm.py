@@ -283,7 +283,8 @@ class LLM:
         pooling_task: str | None = None,
         tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[PoolingRequestOutput]:
-        """What ``embed`` or ``classify`` gives, as tensors; ``pooling_task`` says which of them. Raises BadRequest."""
+        """What ``embed`` or ``classify`` gives, as tensors; ``pooling_task`` says which of them, and with ``token_embed`` or
+        ``token_classify`` a tensor holds a line for each token. Raises BadRequest."""
         if pooling_task is None and isinstance(pooling_params, PoolingParams):
             pooling_task = pooling_params.task
         return self._tensors(
@@ -348,18 +349,21 @@ class LLM:
         return metrics_of(self.stats(), {"model_name": self.config.served_names[0]})
 
     def sleep(self, level: int = 1) -> None:
-        """Give the memory of weights and cache back until ``wake_up``, which reads the weights from their files again, at
-        either ``level``. Nothing may be running."""
+        """Give the memory of weights and cache back until ``wake_up``. At ``level`` 1 the weights wait in host memory, which must
+        have room for them; at 2, and where several processes compute, they are read from their files again. Nothing may be
+        running."""
         if level not in (1, 2):
             raise BadRequest(f"level is {level}, but must be 1 or 2", "level")
         if self.is_sleeping():
+            if level == 2:
+                self._loaded.drop_kept()
             return
         if self.engine.has_work:
             raise BadRequest("requests are running: wait for them before sleep()", "level")
         self.reset_prefix_cache()
         self._asleep = self.engine.ready
         del self.engine
-        self._loaded.stop()
+        self._loaded.stop(keep=level == 1)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Load again what ``sleep`` gave back. ``tags``: all of it is loaded, whichever is asked for first."""

@@ -20,8 +20,9 @@ from fastqwen.errors import BadRequest
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 FailureKind = Literal["grammar", "not_finite", "sampling", "gone", "closed"]
-Pooling = Literal["last"]
-PoolingTask = Literal["embed", "classify"]
+Pooling = Literal["last", "all"]
+PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]
+POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify")
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -29,6 +30,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_N = 128
 MAX_BAD_WORDS = 256
+MAX_LOGPROB_TOKEN_IDS = 128
 ALL = -1  # of log-probabilities: the whole vocabulary's
 MAX_GRAMMAR_CHARS = 200_000
 
@@ -82,6 +84,7 @@ class Sampling(msgspec.Struct, kw_only=True, omit_defaults=True):
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None  # whose log-probabilities are told, in place of the likeliest tokens'
 
     @property
     def greedy(self) -> bool:
@@ -109,7 +112,8 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
 
     temperature 0 is greedy. ``top_k`` of 0 or -1 means no limit. ``max_tokens`` of None means up to the model's
     length. ``logprobs`` and ``prompt_logprobs`` of -1 are the whole vocabulary's. ``bad_words`` are texts that an answer must
-    not hold, with or without a space before them. ``truncate_prompt_tokens`` keeps a prompt's last tokens, as many as that;
+    not hold, with or without a space before them. ``logprob_token_ids`` are told of at each token of the answer, in place of the
+    likeliest. ``truncate_prompt_tokens`` keeps a prompt's last tokens, as many as that;
     -1: as many as the context takes. Raises BadRequest, naming the field, for a value out of range.
     """
 
@@ -191,6 +195,12 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
                 _within("logit_bias", bias, -100.0, 100.0)
 
     def _check_forbidden(self) -> None:
+        if self.logprob_token_ids is not None and len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
+            raise BadRequest(
+                f"logprob_token_ids has {len(self.logprob_token_ids)} ids, at most {MAX_LOGPROB_TOKEN_IDS} are allowed: ask for "
+                "logprobs=-1, which tells of all tokens",
+                "logprob_token_ids",
+            )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise BadRequest("allowed_token_ids is empty, so no token could be chosen", "allowed_token_ids")
         for name in ("bad_words", "bad_word_ids"):
@@ -221,11 +231,13 @@ class PoolingParams(msgspec.Struct):
     softmax: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in (None, "embed", "classify", "score"):
-            raise BadRequest(f"task {self.task!r}: there are embed and classify, of a text's last token", "task")
+        if self.task not in (None, "score", *POOLING_TASKS):
+            raise BadRequest(f"task {self.task!r}: there are {', '.join(POOLING_TASKS)}", "task")
         for name in ("step_tag_id", "returned_token_ids"):
             if getattr(self, name) is not None:
-                raise BadRequest(f"{name} is for models that judge each step: a text has one result here", name)
+                raise BadRequest(
+                    f"{name} is for models that judge each step: pick from what token_classify gives", name
+                )
         names = ("use_activation", "normalize", "activation", "softmax")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(set(given.values())) > 1:
@@ -267,7 +279,8 @@ class EngineRequest(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     priority: int = 0  # smaller runs first
     cache_salt: str = ""
     grammar: Grammar | None = None
-    pooling: Pooling | None = None  # "last": it ends with one vector, the prompt's last token's, instead of tokens
+    # It ends with vectors instead of tokens: with the prompt's last token's, or with one of each of its tokens.
+    pooling: Pooling | None = None
     arrival_s: float = 0.0
     # What another engine generated of the answer before it was lost. It counts as generated here: by max_tokens, min_tokens,
     # penalties, grammar and random numbers; deltas bring only what comes behind it.
@@ -300,6 +313,7 @@ class Row(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     num_logits: int  # of the last tokens, each of whose logits give a token; 0: the row only fills the cache
     prompt_logprobs: bool = False
     pools: bool = False  # the last token's hidden state is the request's result; such a row has no logits
+    pools_all: bool = False  # each of its tokens' is a part of the request's result
     repeats: bool = False  # its one token was computed before: states of fixed size hold it already
     keep_state: int | None = None  # place for a copy of its states of fixed size after the step; None: no copy
 
@@ -323,13 +337,14 @@ class ScheduledBatch(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
-    """The chosen token's log-probability, its rank (1 is the most likely), and the top alternatives."""
+    """The chosen token's log-probability, its rank (1 is the most likely), and the top alternatives, or those asked for."""
 
     token_id: int
     logprob: float
     rank: int
     top_ids: list[int]
     top_logprobs: list[float]
+    top_ranks: list[int] | None = None  # None: 1, 2, ...
 
 
 class Failure(msgspec.Struct, frozen=True, gc=False):
@@ -352,7 +367,7 @@ class SampledRow(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored
     embedding: bytes | None = (
-        None  # float32, little-endian: as the model makes it, of any length; or a label's number each
+        None  # float32, little-endian: as the model makes it, of any length; or a label's number each; of one token or several
     )
     error: Failure | None = None
     stepped_aside: bool = False  # it has no token: StepHandle.late held its request

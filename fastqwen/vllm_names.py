@@ -42,7 +42,7 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
         "enable-request-id-headers", "enable-tokenizer-info-endpoint", "enable-server-load-tracking", "enable-offline-docs",
         "enable-reasoning", "disable-log-requests", "enable-log-deltas",
         "scheduler-reserve-full-isl", "skip-mm-profiling", "language-model-only",
-        "exclude-tools-when-tool-choice-none",
+        "exclude-tools-when-tool-choice-none", "enable-sleep-mode",
     ),
     "this server chooses that itself": (
         "disable-fastapi-docs", "fail-on-environ-validation", "safetensors-load-strategy",
@@ -116,7 +116,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu-offload-gb": ("0", "0.0"), "cpu-offload-params": (), "offload-backend": ("auto",), "offload-group-size": ("0",),
         "offload-num-in-group": (), "offload-params": (), "offload-prefetch-step": (), "kv-offloading-size": (),
         "kv-offloading-backend": (), "kv-transfer-config": (), "kv-events-config": (), "ec-transfer-config": (),
-        "ec-manager-config": (), "weight-transfer-config": (), "enable-sleep-mode": (), "kv-sharing-fast-prefill": (),
+        "ec-manager-config": (), "weight-transfer-config": (), "kv-sharing-fast-prefill": (),
     },
     "an 8-bit KV cache has scales of its own, for each head of each token: leave it out": {
         "kv-cache-dtype-skip-layers": (), "calculate-kv-scales": (),
@@ -131,7 +131,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "text goes in and out as tokens of the model's own tokenizer": {
         "tokenizer-mode": ("auto", "hf", "slow"), "tokenizer-revision": (), "enable-prompt-embeds": (), "enable-mm-embeds": (),
-        "tokens-only": (), "hf-config-path": (), "return-tokens-as-token-ids": (),
+        "tokens-only": (), "hf-config-path": (),
     },
     "put a proxy in front for that (docs/operate.md)": {
         "enable-ssl-refresh": (), "grpc": (), "grpc-port": (), "allow-credentials": (),
@@ -141,8 +141,8 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "set the hub's variables instead: HF_TOKEN, HF_HOME, HF_HUB_CACHE": {
         "hf-token": (), "ignore-patterns": (),
     },
-    "send it with each request: chat_template_kwargs, or the sampling parameters": {
-         "reasoning-effort-map": (),
+    "send it with each request: chat_template_kwargs, or the field of this name": {
+        "return-tokens-as-token-ids": (), "reasoning-effort-map": (),
         "reasoning-config": (),
         "response-role": ("assistant",), "logprobs-mode": ("raw_logprobs",),
         "tool-strict-level": (), "return-sampling-mask": (), "enable-return-routed-experts": (),
@@ -152,7 +152,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "max-num-active-seqs": (),
     },
     "vectors come from /v1/embeddings with the model's own pooling": {
-        "pooler-config": (), "convert": ("auto",), "task": ("auto", "generate", "embed"),
+        "pooler-config": (), "convert": ("auto", "none", "embed"), "task": ("auto", "generate", "embed"),
     },
     "templates of text models get each message's text in one piece: leave it out": {
         "chat-template-content-format": ("auto", "string"),

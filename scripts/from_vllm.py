@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastqwen.config import EngineConfig, flag, options_of
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.chat_batch import ELSEWHERE, ChatBatchRequest
 from fastqwen.server.dialects.classify import ClassifyRequest
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.pooling import PoolingRequest
@@ -57,10 +58,10 @@ for output in llm.generate(["The capital of France is"], SamplingParams(temperat
 `SamplingParams`, `PoolingParams`, `BeamSearchParams`, `StructuredOutputsParams`, `TextPrompt`, `TokensPrompt`, and the
 modules that scripts import them from: `engine.arg_utils`, `entrypoints.llm`, `inputs`, `outputs`, `sampling_params`,
 `utils`, `v1.engine.async_llm`.
-`LLM` takes the flags below as keywords. `sleep` gives weights and cache back, and `wake_up` reads the weights again.
+`LLM` takes the flags below as keywords. `sleep` gives weights and cache back: at level 1 the weights wait in host
+memory for `wake_up`, at level 2 they are read again. A server's `/sleep` ends the engine's process, at either level.
 
-Not there: adapters (LoRA), images and sound, results for each token of a text (`token_embed`, `token_classify`),
-speculative decoding, plugins.
+Not there: adapters (LoRA), images and sound, speculative decoding, plugins.
 
 ## Scores
 
@@ -69,12 +70,14 @@ among `--hf-overrides`) for its yes and no, with the prompt of Qwen3-Reranker's 
 the roles `query` and `document`. A checkpoint with a sequence-classification head (`Qwen2ForSequenceClassification`, `Qwen3...`) with
 one label reads query and document one behind the other, or, with "reranker" in its name, in the same prompt. Of any other model
 the score is the cosine of both texts' embeddings. `/classify`, `/pooling`, `LLM.classify`, `LLM.reward` and `LLM.encode` give what a
-head says of a text's last token.
+head says of a text's last token. `/pooling` with `task` and `LLM.encode` with
+`pooling_task` of `token_embed` or `token_classify` give a line of numbers for each token.
 
 ## Operation
 
 `/ping`, `/load`, `/server_info`, `/sleep`, `/wake_up`, `/is_sleeping` and `/reset_prefix_cache` are there; they want the key, if there
 is one, and a server open to all (`--insecure`) refuses those that change it. Metrics have vLLM's names. `X-Request-Id` comes back.
+`/invocations` is whichever of the other routes the fields of its body ask for.
 """
 
 
@@ -86,6 +89,7 @@ def _fields() -> list[str]:
     lines = ["## Fields of a request", ""]
     for path, kind in (
         ("/v1/chat/completions", ChatRequest),
+        ("/v1/chat/completions/batch", ChatBatchRequest),
         ("/v1/completions", CompletionRequest),
         ("/v1/responses", ResponsesRequest),
         ("/v1/embeddings", EmbeddingRequest),
@@ -95,7 +99,8 @@ def _fields() -> list[str]:
         ("/v1/score", ScoreRequest),
         ("/v1/rerank", RerankRequest),
     ):
-        acting = sorted(name for name in kind.model_fields if name not in WITHOUT_EFFECT)
+        refused = ELSEWHERE if kind is ChatBatchRequest else ()
+        acting = sorted(name for name in kind.model_fields if name not in WITHOUT_EFFECT and name not in refused)
         lines += [f"`{path}` acts on: {_listed(acting)}.", ""]
     lines += [
         f"Without effect, and said in the answer's `warnings`: {_listed(sorted(WITHOUT_EFFECT))}, and all unknown ones.",

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 # What pip needs to read the source package's name and version without building it.
 BUILD_PARTS = ("setuptools", "setuptools-scm", "setuptools-rust", "packaging", "wheel", "jinja2", "cmake", "ninja")
 TIMEOUT_S = 600
-ADDRESS = re.compile(r"http://(?:localhost|127\.0\.0\.1):8000")
+ADDRESS = re.compile(r"http://(?:localhost|0\.0\.0\.0|127\.0\.0\.1):8000")
 IMPORT = re.compile(r"^(\s*)(from|import) vllm\b", re.MULTILINE)
 
 

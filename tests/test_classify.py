@@ -51,6 +51,20 @@ def test_the_labels_of_transformers(tmp_path: Path, shape: str):
     )
 
 
+def test_each_tokens_labels_are_transformers(tmp_path: Path):
+    model = make_classifier(tmp_path, head_dim=32, id2label=LABELS)
+    llm = load(tmp_path, max_num_batched_tokens=16)
+    raw = llm.encode(TEXTS, PoolingParams(use_activation=False), pooling_task="token_classify", use_tqdm=False)
+    found = llm.encode(TEXTS, pooling_task="token_classify", use_tqdm=False)
+    for text, output, numbers in zip(TEXTS, found, raw, strict=True):
+        ids = list(text.encode())
+        wanted = torch.stack([logits_of(model, ids[: end + 1]) for end in range(len(ids))])  # nothing looks ahead
+        torch.testing.assert_close(numbers.outputs.data, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.outputs.data, wanted.softmax(-1), rtol=0, atol=1e-4)
+    with pytest.raises(BadRequest, match="no embeddings"):
+        llm.encode("a", pooling_task="token_embed")
+
+
 def test_the_same_bits_whatever_runs_beside_it(tmp_path: Path):
     make_classifier(tmp_path, head_dim=32)
     texts = [prompt(1 + 7 * index, seed=index) for index in range(12)]
@@ -133,7 +147,7 @@ def test_what_a_head_cannot_do_is_said(tmp_path: Path):
     llm = load(tmp_path)
     for call, told in (
         (lambda: llm.generate("Hi"), "classifies"), (lambda: llm.embed("Hi"), "makes no embeddings"),
-        (lambda: llm.score("a", "b"), "3 labels"), (lambda: llm.encode("Hi", pooling_task="token_classify"), "last token"),
+        (lambda: llm.score("a", "b"), "3 labels"), (lambda: llm.encode("Hi", pooling_task="plugin"), "token_classify"),
         (lambda: llm.classify("Hi", pooling_params=PoolingParams(dimensions=2)), "dimensions"),
         (lambda: llm.classify(""), "empty"),
         (lambda: llm.classify("Hi", tokenization_kwargs={"padding": True}), "padding"),

@@ -14,6 +14,7 @@ import torch
 
 from fastqwen import LLM, SamplingParams
 from fastqwen.errors import BadCheckpoint, BadRequest, FastqwenError
+from fastqwen.records import PoolingParams
 from tests.models.embedding import END, make_embedder, reference, write_tokenizer
 from tests.models.tiny import prompt
 from tests.server.live import run
@@ -84,6 +85,27 @@ def test_the_same_bits_whatever_runs_beside_it(made: tuple[Path, Any], options: 
             assert any(output.num_cached_tokens for output in again)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 7}], ids=["whole", "chunks-of-7"])
+def test_each_tokens_vector_is_transformers(made: tuple[Path, Any], options: dict[str, Any]):
+    folder, base = made
+    llm = load(folder, **options)
+    llm.embed(TEXTS, use_tqdm=False)  # what is cached of them must not be left out
+    found = llm.encode(TEXTS, pooling_task="token_embed", use_tqdm=False)
+    plain = llm.encode(TEXTS, PoolingParams(task="token_embed", use_activation=False, dimensions=24), use_tqdm=False)
+    for text, output, raw in zip(TEXTS, found, plain, strict=True):
+        ids = [*text.encode(), END]
+        with torch.no_grad():
+            wanted = base(torch.tensor([ids])).last_hidden_state[0]
+        torch.testing.assert_close(raw.outputs.data, wanted[:, :24], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            output.outputs.data, torch.nn.functional.normalize(wanted, dim=-1), rtol=0, atol=1e-4
+        )
+    with pytest.raises(BadRequest, match="token_classify"):
+        llm.encode("a", pooling_task="plugin")
+    with pytest.raises(BadRequest, match="no classification head"):
+        llm.encode("a", pooling_task="token_classify")
 
 
 def test_generation_goes_on_undisturbed_in_the_same_engine(made: tuple[Path, Any]):

@@ -131,7 +131,8 @@ class Assembler:
     def _alternatives(self, one: TokenLogprobs) -> dict[int, Logprob]:
         """The chosen token first, then the most likely ones, as vLLM orders them."""
         found = {one.token_id: Logprob(one.logprob, one.rank, self._token_text(one.token_id))}
-        for rank, (token_id, logprob) in enumerate(zip(one.top_ids, one.top_logprobs, strict=True), start=1):
+        ranks = one.top_ranks or range(1, len(one.top_ids) + 1)
+        for rank, token_id, logprob in zip(ranks, one.top_ids, one.top_logprobs, strict=True):
             found.setdefault(token_id, Logprob(logprob, rank, self._token_text(token_id)))
         return found
 

@@ -18,6 +18,7 @@ from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
 from fastqwen.hub import find_checkpoint
 from fastqwen.ranks.start import start_engine
 from fastqwen.records import Grammar, SamplingParams
+from fastqwen.runner.held import HeldWeights
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.grammar import check_grammar, to_grammar
 from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text, read_template
@@ -53,6 +54,8 @@ class LoadedModel:
             log.warning("trust_remote_code has no effect: nothing needs it, a checkpoint's code is never run")
         self.text: TextTools | None = None if config.skip_tokenizer_init else load_text(path, model, config)
         self._path = path
+        self._weights: HeldWeights | None = None
+        self._kept: HeldWeights | None = None  # while there is no core
         self.ready, self.core = self.start()
         stops = self.text.stop_token_ids if self.text else eos_without_tokenizer(path, model)
         self.facts = self.ready.facts(stops, takes_priorities=config.takes_priorities)
@@ -60,25 +63,34 @@ class LoadedModel:
             self.text.tokenizer.limit_length(self.ready.plan.max_model_len)
 
     def start(self) -> tuple[Ready, EngineCore]:
-        """Load the weights and make the cache, at first and after ``stop``."""
+        """Load the weights and make the cache, at first and after ``stop``; weights that were kept are not read again."""
         with closing(LoadingBar()) as bar:
             engine = start_engine(
                 self.config,
                 self._path,
                 bar.update,
                 grammar_tokenizer=lambda found: self.need_text().grammar_tokenizer(found),
+                weights=self._kept,
             )
-        self.core = engine.core
+        self.core, self._weights, self._kept = engine.core, engine.weights, None
         self._compiler = engine.compiler
         return Ready(engine.plan, engine.model, engine.comparison), engine.core
 
-    def stop(self) -> None:
-        """Give weights and cache back; nobody else may hold ``core`` any more."""
+    def stop(self, *, keep: bool = False) -> None:
+        """Give weights and cache back; nobody else may hold ``core`` any more. ``keep``: the weights wait in host memory, where
+        this process computes alone."""
         del self.core
+        self._kept, self._weights = (self._weights if keep else None), None
+        if self._kept is not None:
+            self._kept.put_away()
         self._compiler = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def drop_kept(self) -> None:
+        """What ``stop`` kept."""
+        self._kept = None
 
     def need_text(self) -> TextTools:
         if self.text is None:

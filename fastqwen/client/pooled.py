@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from fastqwen.client.batch_job import Prompt, as_list, salt_of, text_and_ids
 from fastqwen.client.model import LoadedModel
 from fastqwen.client.prepare import check_dimensions, check_task, prepare_pooling, truncated
 from fastqwen.client.scores import OWN_TEMPLATE, Judge, judge_of, pair_messages, pairs
-from fastqwen.client.vectors import activated, numbers_of, vector_of
+from fastqwen.client.vectors import activated, numbers_of, of_each_token, vector_of
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import ScoringOutput, ScoringRequestOutput
-from fastqwen.records import EngineRequest, PoolingParams, PoolingTask, RequestDelta
+from fastqwen.records import POOLING_TASKS, EngineRequest, PoolingParams, PoolingTask, RequestDelta
 
 Run = Callable[[list[EngineRequest]], dict[str, RequestDelta]]
 T = TypeVar("T")
@@ -21,10 +21,10 @@ CUTS = ("truncate_prompt_tokens",)
 
 
 class Pooled(NamedTuple):
-    """One prompt's result: a vector's numbers, or a number for each label."""
+    """One prompt's result: a vector's numbers, or a number for each label; or a list of those of each token."""
 
     request_id: str
-    numbers: list[float]
+    numbers: list[Any]
     prompt_token_ids: list[int]
     num_cached_tokens: int
 
@@ -42,12 +42,10 @@ class PoolingJob:
 
     def task(self, asked: str | None) -> PoolingTask:
         """What the model's own is, if nothing else is asked. Raises BadRequest."""
-        if asked not in (None, "embed", "classify"):
-            raise BadRequest(
-                f"pooling_task {asked!r}: there are embed and classify, of a text's last token", "pooling_task"
-            )
         own: PoolingTask = "embed" if self._loaded.facts.model.classifier is None else "classify"
-        task: PoolingTask = own if asked is None else "embed" if asked == "embed" else "classify"
+        task = own if asked is None else next((one for one in get_args(PoolingTask) if one == asked), None)
+        if task is None:
+            raise BadRequest(f"pooling_task {asked!r}: there are {', '.join(POOLING_TASKS)}", "pooling_task")
         check_task(task, self._loaded.facts)
         return task
 
@@ -64,7 +62,7 @@ class PoolingJob:
         for index, (prompt, one) in enumerate(zip(listed, asked, strict=True)):
             if one.task not in (None, task):
                 raise BadRequest(f"pooling_params has task {one.task!r}, but {task} was asked for", "task")
-            if task == "classify" and one.dimensions is not None:
+            if task.endswith("classify") and one.dimensions is not None:
                 raise BadRequest("dimensions belongs to vectors, not to labels", "dimensions")
             check_dimensions(one.dimensions, facts)
             ids = self._closed(prompt, one.truncate_prompt_tokens)
@@ -73,7 +71,7 @@ class PoolingJob:
         return [
             Pooled(
                 request.request_id,
-                self._numbers(found[request.request_id], task, one),
+                self._numbers(found[request.request_id], request, task, one),
                 request.prompt_token_ids,
                 found[request.request_id].num_cached_tokens,
             )
@@ -93,8 +91,18 @@ class PoolingJob:
             name, ids, self._loaded.facts, task=task, field=field, priority=self._priority, cache_salt=salt
         )
 
-    def _numbers(self, delta: RequestDelta, task: PoolingTask, asked: PoolingParams) -> list[float]:
+    def _numbers(
+        self, delta: RequestDelta, request: EngineRequest, task: PoolingTask, asked: PoolingParams
+    ) -> list[Any]:
         classifier = self._loaded.facts.model.classifier
+        if task.startswith("token_"):
+            num_tokens, activation = (
+                len(request.prompt_token_ids),
+                None if classifier is None else classifier.activation,
+            )
+            found = of_each_token(delta, num_tokens, asked.dimensions, activation, activate=asked.activated)
+            listed: list[Any] = found.tolist()
+            return listed
         if task == "embed" or classifier is None:
             return [float(one) for one in vector_of(delta, asked.dimensions, normalize=asked.activated)]
         numbers = numbers_of(delta)

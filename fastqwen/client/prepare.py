@@ -65,6 +65,7 @@ def check_sampling(sampling: SamplingParams, facts: ModelFacts) -> None:
         "logit_bias": list(sampling.logit_bias or ()),
         "stop_token_ids": sampling.stop_token_ids,
         "allowed_token_ids": sampling.allowed_token_ids or [],
+        "logprob_token_ids": sampling.logprob_token_ids or [],
         "bad_word_ids": [token_id for word in sampling.bad_word_ids for token_id in word],
     }
     for field, token_ids in given.items():
@@ -106,6 +107,8 @@ def _for_engine(sampling: SamplingParams, facts: ModelFacts, tokenizer: Tokenize
         value = getattr(found, name)
         if value is not None:
             setattr(found, name, vocab if value == ALL else min(value, vocab))
+    if found.logprob_token_ids and found.logprobs is None:
+        found.logprobs = 0
     if sampling.bad_words:
         if tokenizer is None:
             raise BadRequest("bad_words needs a tokenizer: give bad_word_ids", "bad_words")
@@ -172,10 +175,10 @@ def prepare(
 
 def check_task(task: PoolingTask, facts: ModelFacts) -> None:
     """Raises BadRequest for what the model has no head for."""
-    classifier = facts.model.classifier
-    if task == "classify" and classifier is None:
+    classifier, kind = facts.model.classifier, task.removeprefix("token_")
+    if kind == "classify" and classifier is None:
         raise BadRequest("this model has no classification head: it makes embeddings (/v1/embeddings)", "task")
-    if task == "embed" and classifier is not None:
+    if kind == "embed" and classifier is not None:
         raise BadRequest(
             "this model has a classification head: it classifies (/classify), it makes no embeddings", "task"
         )
@@ -191,7 +194,8 @@ def prepare_pooling(
     priority: int = 0,
     cache_salt: str = "",
 ) -> EngineRequest:
-    """The engine request for one text's vector, or its labels' numbers. ``field`` is what an error names. Raises BadRequest."""
+    """The engine request for one text's vector, or its labels' numbers, or those of each token. ``field`` is what an error
+    names. Raises BadRequest."""
     check_task(task, facts)
     check_priority(priority, facts)
     _check_ids(token_ids, facts, field, field, room=facts.max_model_len)
@@ -204,7 +208,7 @@ def prepare_pooling(
         seed=0,
         priority=priority,
         cache_salt=cache_salt,
-        pooling="last",
+        pooling="all" if task.startswith("token_") else "last",
         arrival_s=time.monotonic(),
     )
 

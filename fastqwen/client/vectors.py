@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +24,20 @@ def vector_of(delta: RequestDelta, dimensions: int | None = None, *, normalize: 
         return vector
     length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
     return (vector / max(length, 1e-12)).astype(np.float32)
+
+
+def of_each_token(
+    delta: RequestDelta, num_tokens: int, dimensions: int | None, activation: Activation | None, *, activate: bool
+) -> NDArray[Any]:
+    """[tokens, dimensions or labels], each token's as ``vector_of`` or ``activated`` makes it; ``activation`` is a head's."""
+    found = numbers_of(delta).reshape(num_tokens, -1)
+    if activation is None:
+        found = found[:, :dimensions]
+        if not activate:
+            return found
+        lengths = np.sqrt(np.square(found, dtype=np.float64).sum(-1, keepdims=True))
+        return np.asarray((found / np.maximum(lengths, 1e-12)).astype(np.float32))
+    return np.stack([activated(one, activation) for one in found]).astype(np.float32) if activate else found
 
 
 def activated(numbers: NDArray[np.float32], activation: Activation) -> NDArray[np.float64]:

@@ -30,6 +30,7 @@ from fastqwen.logs import configure_logging
 from fastqwen.server.answer.state import MAX_RECENT_ERRORS
 from fastqwen.server.app import MANY_NUMBERS, PROMPTS_OF_IDS
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.chat_batch import ChatBatchRequest
 from fastqwen.server.dialects.classify import ClassifyRequest
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
@@ -57,6 +58,7 @@ log = logging.getLogger("fastqwen.cluster")
 
 POSTED: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
+    "/v1/chat/completions/batch": ChatBatchRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,

@@ -250,8 +250,9 @@ class Scheduler:
     def _cached_blocks(self, sequence: Sequence) -> tuple[list[int], int | None]:
         """The blocks that hold a sequence's beginning, and the place of the copy of states behind them."""
         sequence.keep_at = []
-        if not self.enable_prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
-            return [], None  # prompt log-probabilities need every position's logits
+        request = sequence.request
+        if not self.enable_prefix_caching or request.sampling.prompt_logprobs is not None or request.pooling == "all":
+            return [], None  # every position's logits, or hidden state, is needed
         # The last known token is always computed: its logits are what the step is for.
         usable = (len(sequence.token_ids) - 1) // self.blocks.block_size
         hashes = sequence.hashes(self.blocks.block_size)[:usable]
@@ -315,6 +316,7 @@ class Scheduler:
             new_blocks=new_blocks,
             num_logits=1 if last and not pools else 0,
             pools=pools,
+            pools_all=sequence.request.pooling == "all",
             prompt_logprobs=sequence.request.sampling.prompt_logprobs is not None and start < sequence.num_prompt - 1,
             repeats=repeats,
         )
@@ -335,11 +337,14 @@ class Scheduler:
                 assert self._snapshots is None, "states of fixed size cannot be taken back"
                 sequence.roll_back(num_taken_back)
             self._register_full_blocks(sequence, row.end - num_taken_back)
-        if row.pools:
+        if row.pools_all:
             assert sampled.embedding is not None
-            return self._finish(
-                sequence, finish_reason="stop", num_cached_tokens=sequence.num_cached, embedding=sampled.embedding
-            )
+            # After a preemption all begins again.
+            sequence.vectors = [*(sequence.vectors if row.start else []), sampled.embedding]
+        if row.pools:
+            told = b"".join(sequence.vectors) if row.pools_all else sampled.embedding
+            assert told is not None
+            return self._finish(sequence, finish_reason="stop", num_cached_tokens=sequence.num_cached, embedding=told)
         if not row.num_logits:
             if sampled.prompt_logprobs is None:
                 return None

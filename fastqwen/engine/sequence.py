@@ -38,6 +38,7 @@ class Sequence:
         self.repeats = False  # the next token to compute was computed before
         self.keep_at: list[int] = []  # numbers of tokens, growing, behind which a copy of its states is to be kept
         self.newest_copy: BlockHash | None = None  # of those made while it generates, under which it was filed
+        self.vectors: list[bytes] = []  # of the tokens that were computed, where each token's is asked for
         self._hashes: list[BlockHash] = []
         self._root = chain_root(rope_key, request.cache_salt)
 

@@ -15,6 +15,7 @@ from fastqwen.model_config import ModelConfig
 from fastqwen.ranks.executor import RanksExecutor
 from fastqwen.ranks.group import RANK_COMMAND, Group
 from fastqwen.runner import start
+from fastqwen.runner.held import HeldWeights
 from fastqwen.runner.start import Computer, Engine, GrammarTokenizer, Progress, engine_of
 from fastqwen.runner.structured import GrammarCompiler
 
@@ -45,11 +46,13 @@ def start_engine(
     *,
     log_format: str = "text",
     command: Sequence[str] = RANK_COMMAND,
+    weights: HeldWeights | None = None,
 ) -> Engine:
-    """As runner/start.py has it; progress counts all ranks' layers. Raises FastqwenError."""
+    """As runner/start.py has it; progress counts all ranks' layers. Only one that computes alone takes ``weights``. Raises
+    FastqwenError."""
     count = config.tensor_parallel_size
     if count == 1:
-        return start.start_engine(config, path, progress, on_capture, grammar_tokenizer)
+        return start.start_engine(config, path, progress, on_capture, grammar_tokenizer, weights)
     group = Group(config, path, log_format=log_format, command=command)
     try:
         first, *_ = started = group.start(progress, on_capture)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastqwen.records import Admission, Failure
 from fastqwen.runner.choices import Choice
+from fastqwen.runner.mask_lanes import Bits
 from fastqwen.runner.model_runner import ModelRunner
-from fastqwen.runner.structured import Bits
 
 
 class GrammarMarks:

@@ -32,6 +32,8 @@ class ChosenLogprobs:
         self._asked = [index for index, _, _ in asked]
         self._rows = [row for _, row, _ in asked]
         self._counts = [count for _, _, count in asked]
+        named = [slots.sampling[choices[index].slot].logprob_token_ids for index in self._asked]
+        self._named = {place: ids for place, ids in enumerate(named) if ids}
         self._raw = logits[self._asked].float() if asked else None
 
     def of(self, tokens: Sequence[int], errors: dict[int, Failure]) -> dict[int, TokenLogprobs]:
@@ -41,7 +43,7 @@ class ChosenLogprobs:
             return {}
         chosen = torch.tensor([max(0, tokens[index]) for index in self._asked], device=self._raw.device)
         try:
-            return dict(zip(self._asked, top_logprobs(self._raw, chosen, self._counts), strict=True))
+            return dict(zip(self._asked, top_logprobs(self._raw, chosen, self._counts, self._named), strict=True))
         except Exception:  # one of them: each alone says which
             return self._one_by_one(self._raw, chosen, errors)
 
@@ -49,7 +51,8 @@ class ChosenLogprobs:
         found = {}
         for index, (place, row, count) in enumerate(zip(self._asked, self._rows, self._counts, strict=True)):
             with only_this_row(row, errors):
-                [found[place]] = top_logprobs(raw[index : index + 1], chosen[index : index + 1], [count])
+                named = {0: self._named[index]} if index in self._named else None
+                [found[place]] = top_logprobs(raw[index : index + 1], chosen[index : index + 1], [count], named)
         return found
 
 

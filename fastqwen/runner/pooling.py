@@ -1,4 +1,5 @@
-"""Rows that end in a vector: the last token's hidden state after the final norm, or a number for each of a classifier's labels."""
+"""Rows that end in a vector: the last token's hidden state after the final norm, or a number for each of a classifier's labels;
+and rows of which each token gives one."""
 
 from __future__ import annotations
 
@@ -17,17 +18,21 @@ from fastqwen.runner.results import NOT_FINITE
 
 
 def last_vectors(decoder: Decoder, rows: list[Row], hidden: Tensor | None) -> Tensor | None:
-    """float32 [rows that pool, hidden size] on the host, on its way there without waiting; None if no row pools.
+    """float32 [tokens that pool, hidden size] on the host, on its way there without waiting; None if no row pools.
 
     ``hidden`` [tokens, hidden size] are all of the step's tokens, row after row, before the final norm.
     """
-    if not any(row.pools for row in rows):
+    if not any(row.pools or row.pools_all for row in rows):
         return None
     ends = itertools.accumulate(row.num_tokens for row in rows)
-    places = [end - 1 for end, row in zip(ends, rows, strict=True) if row.pools]
+    places = [place for end, row in zip(ends, rows, strict=True) for place in range(end - _num_vectors(row), end)]
     assert hidden is not None, "a step with such a row keeps its hidden states"
     picked = hidden[torch.tensor(places, device=hidden.device)]
     return decoder.final(picked).float().to("cpu", non_blocking=True)
+
+
+def _num_vectors(row: Row) -> int:
+    return row.num_tokens if row.pools_all else int(row.pools)
 
 
 class PooledStep:
@@ -46,19 +51,21 @@ class PooledStep:
 
     def result(self) -> StepOutput:
         output = self._step.result()
-        vectors = iter(self._vectors.numpy())
+        counts = [_num_vectors(row) for row in self._rows]
+        parts = np.split(self._vectors.numpy(), np.cumsum(counts)[:-1])
         rows = [
-            _with_vector(found, next(vectors), self._classifier) if row.pools else found
-            for row, found in zip(self._rows, output.rows, strict=True)
+            _with_vectors(found, part, self._classifier) if len(part) else found
+            for found, part in zip(output.rows, parts, strict=True)
         ]
         return StepOutput(step_id=output.step_id, rows=rows)
 
 
-def _with_vector(row: SampledRow, vector: np.ndarray, classifier: np.ndarray | None) -> SampledRow:
+def _with_vectors(row: SampledRow, vectors: np.ndarray, classifier: np.ndarray | None) -> SampledRow:
+    """vectors [tokens, hidden size]"""
     if row.error is not None:
         return row
     if classifier is not None:  # one vector at a time, so that its bits depend on nothing else in the batch
-        vector = classifier @ vector
-    if not np.isfinite(vector).all():
+        vectors = np.stack([classifier @ vector for vector in vectors])
+    if not np.isfinite(vectors).all():
         return msgspec.structs.replace(row, error=NOT_FINITE)
-    return msgspec.structs.replace(row, embedding=vector.astype("<f4").tobytes())
+    return msgspec.structs.replace(row, embedding=vectors.astype("<f4").tobytes())

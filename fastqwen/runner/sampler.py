@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -121,16 +122,18 @@ def penalize(logits: Tensor, token_ids: Tensor, num_prompt: Tensor, num_known: T
     logits -= column("frequency_penalty") * counts + column("presence_penalty") * (counts > 0)
 
 
-def top_logprobs(logits: Tensor, chosen: Tensor, counts: list[int]) -> list[TokenLogprobs]:
+def top_logprobs(
+    logits: Tensor, chosen: Tensor, counts: list[int], asked: dict[int, list[int]] | None = None
+) -> list[TokenLogprobs]:
     """Log-probabilities of the model's own distribution, before temperature, penalties and cuts.
 
-    logits [rows, vocab], chosen int64 [rows]; row r reports counts[r] alternatives.
+    logits [rows, vocab], chosen int64 [rows]; row r reports counts[r] alternatives, or the tokens of asked[r].
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     picked = logprobs.gather(-1, chosen[:, None])
     ranks = (logprobs > picked).sum(-1) + 1
     top = logprobs.topk(min(max(1, *counts), logits.shape[-1]), dim=-1)
-    return [
+    found = [
         TokenLogprobs(token, logprob, rank, ids[:count], values[:count])
         for token, logprob, rank, ids, values, count in zip(
             chosen.tolist(),
@@ -142,3 +145,10 @@ def top_logprobs(logits: Tensor, chosen: Tensor, counts: list[int]) -> list[Toke
             strict=True,
         )
     ]
+    for row, ids in (asked or {}).items():
+        values = logprobs[row, torch.tensor(ids, device=logits.device)]
+        above = (logprobs[row] > values[:, None]).sum(-1) + 1
+        found[row] = msgspec.structs.replace(
+            found[row], top_ids=ids, top_logprobs=values.tolist(), top_ranks=above.tolist()
+        )
+    return found

@@ -32,6 +32,7 @@ from fastqwen.plan import DeviceFacts, EnginePlan, Line, Measured, compare, make
 from fastqwen.plan.weights import as_held
 from fastqwen.runner.device import TORCH_DTYPES, choose_device, choose_ops, device_facts, has_own_kernels
 from fastqwen.runner.follower import Follower, GrammarMarks
+from fastqwen.runner.held import HeldWeights
 from fastqwen.runner.model_runner import ModelRunner
 from fastqwen.runner.structured import GrammarCompiler, StructuredOutput
 from fastqwen.sharding import Alone, World
@@ -65,6 +66,7 @@ class Computer:
     model: ModelConfig
     comparison: list[Line]  # what was planned on paper against what was measured
     tile_tokens: int  # steps that are multiples of this are no dearer than smaller ones
+    weights: HeldWeights | None = None  # None where others hold them
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Engine:
     model: ModelConfig
     comparison: list[Line] = field(default_factory=list)
     check: Callable[[], None] = lambda: None  # raises where what computes is gone, also while there is nothing to do
+    weights: HeldWeights | None = None
 
 
 def start_engine(
@@ -83,14 +86,17 @@ def start_engine(
     progress: Progress = lambda done, total: None,
     on_capture: Progress = lambda done, total: None,
     grammar_tokenizer: GrammarTokenizer | None = None,
+    weights: HeldWeights | None = None,
 ) -> Engine:
     """On one device. ``progress`` is told after each layer how many of how many are loaded, ``on_capture`` the same of CUDA
     graphs.
 
-    ``grammar_tokenizer`` is called upon the first request for structured output. Raises FastqwenError.
+    ``grammar_tokenizer`` is called upon the first request for structured output. ``weights`` are an earlier engine's, of the
+    same config, that were put away. Raises FastqwenError.
     """
     device = choose_device(config)
-    return engine_of(config, start_computer(config, path, device, Alone(), progress, on_capture, grammar_tokenizer))
+    found = start_computer(config, path, device, Alone(), progress, on_capture, grammar_tokenizer, weights)
+    return engine_of(config, found)
 
 
 def engine_of(config: EngineConfig, computer: Computer, check: Callable[[], None] = lambda: None) -> Engine:
@@ -109,7 +115,7 @@ def engine_of(config: EngineConfig, computer: Computer, check: Callable[[], None
         snapshots=SnapshotPool(plan.max_state_snapshots, plan.block_size) if model.has_states else None,
     )
     core = EngineCore(scheduler, computer.executor)
-    return Engine(core, computer.compiler, plan, model, computer.comparison, check)
+    return Engine(core, computer.compiler, plan, model, computer.comparison, check, computer.weights)
 
 
 def start_computer(
@@ -120,6 +126,7 @@ def start_computer(
     progress: Progress = lambda done, total: None,
     on_capture: Progress = lambda done, total: None,
     grammar_tokenizer: GrammarTokenizer | None = None,
+    weights: HeldWeights | None = None,
 ) -> Computer:
     """One shard on its device. All shards of a world are started at once, and get the same plan."""
     if config.num_threads is not None:
@@ -138,9 +145,12 @@ def start_computer(
             log.warning("%s", notice)
     world.prepare(checkpoint.model.hidden_size, TORCH_DTYPES[plan.dtype])
     paper, ops = plan, choose_ops(device)
-    mapped = MappedFiles(checkpoint.tensor_files)
-    decoder, weights_bytes = _load(config, checkpoint, plan, device, ops, world, progress)
-    mapped.check()
+    if weights is None:
+        weights = _load(config, checkpoint, plan, device, ops, world, progress)
+    else:
+        weights.bring_back()
+    weights.mapped.check()
+    decoder = weights.decoder
     compiler = None if grammar_tokenizer is None else GrammarCompiler(partial(grammar_tokenizer, checkpoint.model))
     structured = None if compiler is None else StructuredOutput(compiler)
     executor: ModelRunner
@@ -148,11 +158,11 @@ def start_computer(
         plan, executor, step_bytes = _on_gpu(config, checkpoint.model, decoder, plan, device, structured, on_capture)
     else:
         runner = ModelRunner if world.index == 0 else Follower
-        executor, step_bytes = runner(checkpoint.model, decoder, plan, device, structured, mapped.check), 0
+        executor, step_bytes = runner(checkpoint.model, decoder, plan, device, structured, weights.mapped.check), 0
     gc.collect()
     gc.freeze()  # what was loaded lives as long as the process: collections need not look at it again
     measured = Measured(
-        weights_bytes=weights_bytes, peak_bytes=_peak_bytes(device, step_bytes), num_blocks=plan.num_blocks
+        weights_bytes=weights.num_bytes, peak_bytes=_peak_bytes(device, step_bytes), num_blocks=plan.num_blocks
     )
     return Computer(
         executor=executor,
@@ -161,6 +171,7 @@ def start_computer(
         model=msgspec.structs.replace(as_held(checkpoint.model, facts), has_head=decoder.has_head),
         comparison=compare(paper, measured),
         tile_tokens=TILE_TOKENS if has_own_kernels(device) else 1,
+        weights=weights if world.count == 1 else None,
     )
 
 
@@ -226,8 +237,8 @@ def _load(
     ops: Ops,
     world: World,
     progress: Progress,
-) -> tuple[Decoder, int]:
-    """The decoder, and the bytes of its weights."""
+) -> HeldWeights:
+    mapped = MappedFiles(checkpoint.tensor_files)
     dtype = TORCH_DTYPES[plan.dtype]
     if checkpoint.tensors is None:
         weights: Weights = DummyWeights(dtype, device, config.seed or 0)
@@ -235,4 +246,4 @@ def _load(
         weights = Weights(checkpoint.tensors, dtype, device)
     decoder = build_decoder(checkpoint.model, weights, ops, source=checkpoint.source, world=world, progress=progress)
     account(weights, checkpoint.model, checkpoint.source)
-    return decoder, weights.num_bytes
+    return HeldWeights(decoder, weights.num_bytes, mapped)

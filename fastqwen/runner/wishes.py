@@ -61,7 +61,7 @@ def counts_of(one: Admission, vocab_size: int) -> tuple[NDArray[np.int64], NDArr
 
 def device_tells(sampling: Sampling) -> bool:
     """Whether the device's sampler finds the log-probabilities that are asked for."""
-    return sampling.logprobs is not None and 0 <= sampling.logprobs <= MAX_TOLD
+    return sampling.logprobs is not None and 0 <= sampling.logprobs <= MAX_TOLD and not sampling.logprob_token_ids
 
 
 def host_forbids(sampling: Sampling) -> bool:

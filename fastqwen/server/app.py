@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
@@ -11,10 +11,12 @@ from starlette.types import ASGIApp
 
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.chat import Chat
+from fastqwen.server.dialects.chat_batch import ChatBatchRequest, chat_batch
 from fastqwen.server.dialects.checking import read_as
 from fastqwen.server.dialects.classify import ClassifyRequest, classify
 from fastqwen.server.dialects.completions import Completion
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest, cohere_embed, embed
+from fastqwen.server.dialects.invocations import meant
 from fastqwen.server.dialects.messages import CountRequest, Messages, MessagesRequest, count_tokens
 from fastqwen.server.dialects.pooling import PoolingRequest, pool
 from fastqwen.server.dialects.responses import Responses
@@ -39,6 +41,7 @@ from fastqwen.server.operator.tools import add_tools
 from fastqwen.version import __version__
 
 B = TypeVar("B", bound=Body)
+Answer = Callable[[Request, bytearray], Awaitable[Response]]  # to a body that was read
 
 MANY_NUMBERS, PROMPTS_OF_IDS = 2**17, 8
 
@@ -88,14 +91,19 @@ class Work(Protocol):
 
 
 def _add_dialects(app: FastAPI, state: ServerState) -> None:
+    answers: dict[str, Answer] = {}
+
     def add_post(path: str, name: str, kind: type[B], answer: Callable[[Request, B], Any]) -> None:
-        async def route(request: Request) -> Response:
-            body = await read_body(request, state.config, _max_numbers(state))
+        async def answer_to(request: Request, body: bytearray) -> Response:
             checked = await read_as(state, kind, body)
             del body
             found = await answer(request, checked)
             return found if isinstance(found, Response) else _json(found)
 
+        async def route(request: Request) -> Response:
+            return await answer_to(request, await read_body(request, state.config, _max_numbers(state)))
+
+        answers[path] = answer_to
         app.post(path, name=name, openapi_extra=openapi.documented(kind))(route)
 
     def add_work(path: str, name: str, kind: type[B], make: Callable[..., Work], done: bytes = DONE) -> None:
@@ -119,6 +127,7 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
         add_post(path, name, kind, answer)
 
     add_work("/v1/chat/completions", "chat_completions", ChatRequest, Chat)
+    add_whole("/v1/chat/completions/batch", "chat_batch", ChatBatchRequest, chat_batch)
     add_work("/v1/completions", "completions", CompletionRequest, Completion)
     add_work("/v1/responses", "responses", ResponsesRequest, Responses, done=b"")
     add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"")
@@ -131,6 +140,12 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
     add_whole("/pooling", "pooling", PoolingRequest, pool)
     add_post("/tokenize", "tokenize", TokenizeRequest, lambda _, body: tokenize(state, body))
     add_post("/detokenize", "detokenize", DetokenizeRequest, lambda _, body: detokenize(state, body))
+
+    @app.post("/invocations", include_in_schema=False)
+    async def invocations(request: Request) -> Response:
+        """SageMaker's one route for all: the body says which of the others is meant."""
+        body = await read_body(request, state.config, _max_numbers(state))
+        return await answers[meant(body, state.facts().model)](request, body)
 
     @app.get("/tokenizer_info")
     async def info() -> dict[str, Any]:

@@ -23,7 +23,6 @@ ADVICE = {
     "extra_args": "no field has further ones",
     "thinking_token_budget": "ChatModel and the server limit thinking",
     "repetition_detection": "use repetition_penalty or frequency_penalty",
-    "logprob_token_ids": "ask for logprobs=-1, which holds all tokens",
     "use_beam_search": "call LLM.beam_search",
     "watermarking": "no answer carries a mark",
     "prompt_logprob_token_ids": "ask for prompt_logprobs=-1, which holds all tokens",
@@ -37,7 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "flat_logprobs": (False, None), "extra_args": (None, {}), "thinking_token_budget": (None, -1),
     "watermarking": (None, False), "prompt_logprob_token_ids": (None, []), "prompt_logprob_start": (None, 0),
     "skip_reading_prefix_cache": (None, False), "trace_decode_token_ids": (None, []), "routed_experts_prompt_start": (0,),
-    "repetition_detection": (None,), "logprob_token_ids": (None, []), "use_beam_search": (False, None),
+    "repetition_detection": (None,), "use_beam_search": (False, None),
 }  # fmt: skip
 
 
@@ -101,7 +100,6 @@ class SamplingParams(records.SamplingParams, kw_only=True, omit_defaults=True, m
     watermarking: bool | None = None
     prompt_logprob_token_ids: list[int] | None = None
     prompt_logprob_start: int | None = None
-    logprob_token_ids: list[int] | None = None
     flat_logprobs: bool | None = False
     spaces_between_special_tokens: bool | None = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE

@@ -93,6 +93,10 @@ class FakeExecutor:
         if row.request_id in self.fail:
             tokens.append(0)
             return SampledRow(request_id=row.request_id, token_ids=[0] * row.num_logits, error=NOT_FINITE)
+        if row.pools_all:
+            assert not row.num_logits and row.pools == (end == len(tokens))
+            told = b"".join(vector_at(tokens[: place + 1]) for place in range(row.start, end))
+            return SampledRow(request_id=row.request_id, embedding=told)
         if row.pools:
             assert end == len(tokens) and not row.num_logits
             return SampledRow(request_id=row.request_id, embedding=vector_at(tokens))

@@ -57,6 +57,26 @@ def test_too_few_blocks_change_nothing(run_ahead: int):
         assert tokens_of(found[f"answer{i}"]) == expected(request("x", [i] * 9, 20, seed=i))
 
 
+def each_of(tokens: list[int]) -> bytes:
+    return b"".join(vector_at(tokens[: end + 1]) for end in range(len(tokens)))
+
+
+@pytest.mark.parametrize("run_ahead", [1, 2, 3])
+def test_each_tokens_vector_comes_once_whatever_was_computed_twice(run_ahead: int):
+    """Chunks, a prefix in the cache, and preemptions that make a text begin again."""
+    engine, _ = make_engine(blocks=10, run_ahead=run_ahead, max_num_seqs=4, budget=6)
+    texts = [[i] * (9 + 5 * i) for i in range(4)]
+    for i, text in enumerate(texts):
+        engine.add(request(f"text{i}", text, 1, pooling="all", arrival_s=float(2 * i + 1)))
+        engine.add(request(f"answer{i}", [i] * 9, 20, seed=i, arrival_s=float(2 * i)))
+    found = run(engine)
+    assert engine.scheduler.num_preemptions > 0
+    for i, text in enumerate(texts):
+        [delta] = found[f"text{i}"]
+        assert delta.embedding == each_of(text) and delta.num_cached_tokens == 0
+        assert tokens_of(found[f"answer{i}"]) == expected(request("x", [i] * 9, 20, seed=i))
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_an_abort_leaves_nothing_behind(steps: int):
     engine, _ = make_engine(budget=8, run_ahead=2)

@@ -84,9 +84,9 @@ class MockExecutor:
 
     def _row(self, row: Row, logits: torch.Tensor | None) -> SampledRow:
         """logits [vocab], of a row that has some"""
-        if row.pools:
+        if row.pools or row.pools_all:
             unit = struct.pack(f"<{HIDDEN_SIZE}f", 1.0, *[0.0] * (HIDDEN_SIZE - 1))
-            return SampledRow(request_id=row.request_id, embedding=unit)
+            return SampledRow(request_id=row.request_id, embedding=unit * (row.num_tokens if row.pools_all else 1))
         if not row.num_logits:
             return SampledRow(request_id=row.request_id)
         admission = self._admissions[row.slot]

@@ -101,9 +101,9 @@ class ScriptedExecutor:
         return self._output
 
     def _row(self, row: Row) -> SampledRow:
-        if row.pools:
+        if row.pools or row.pools_all:
             unit = struct.pack(f"<{self._hidden_size}f", 0.6, 0.8, *[0.0] * (self._hidden_size - 2))
-            return SampledRow(request_id=row.request_id, embedding=unit)
+            return SampledRow(request_id=row.request_id, embedding=unit * (row.num_tokens if row.pools_all else 1))
         admission, script = self._admissions[row.slot], self._scripts[row.slot]
         scored = self._scored(row, admission) if row.prompt_logprobs else None
         if not row.num_logits:

@@ -121,9 +121,10 @@ class Speaker:
         if row.prompt_logprobs:
             last = min(row.start + row.num_tokens, admission.num_prompt_tokens - 1)
             scored = [self._logprobs(tokens[i + 1], admission.sampling.prompt_logprobs) for i in range(row.start, last)]
-        if row.pools:
-            numbers = np.array([hash((tuple(tokens), place)) % 997 - 498 for place in range(8)], dtype=np.float32)
-            return SampledRow(request_id=row.request_id, embedding=numbers.tobytes())
+        if row.pools or row.pools_all:
+            ends = range(row.start + 1, row.end + 1) if row.pools_all else [row.end]
+            told = [[hash((tuple(tokens[:end]), place)) % 997 - 498 for place in range(8)] for end in ends]
+            return SampledRow(request_id=row.request_id, embedding=np.array(told, dtype=np.float32).tobytes())
         if not row.num_logits:
             return SampledRow(request_id=row.request_id, prompt_logprobs=scored)
         logits = self._logits(admission, tokens)
@@ -143,7 +144,7 @@ class Speaker:
         return SampledRow(
             request_id=row.request_id,
             token_ids=[token],
-            logprobs=None if asked is None else [self._logprobs(token, asked)],
+            logprobs=None if asked is None else [self._told(token, admission.sampling)],
             prompt_logprobs=scored,
         )
 
@@ -168,6 +169,12 @@ class Speaker:
         if len(said) < sampling.min_tokens:
             logits[0, admission.stop_token_ids] = FORBIDDEN
         return logits
+
+    def _told(self, token: int, sampling: Any) -> TokenLogprobs:
+        if sampling.logprob_token_ids:
+            ids = sampling.logprob_token_ids
+            return TokenLogprobs(token, -0.5, 1, ids, [-float(one) for one in ids], [one + 1 for one in ids])
+        return self._logprobs(token, sampling.logprobs)
 
     @staticmethod
     def _logprobs(token: int, count: int) -> TokenLogprobs:

@@ -63,7 +63,7 @@ def test_thinking_switched_off_leaves_the_answer_in_content():
         {"reasoning_effort": "none"},
     ):
         state = make_state(says("Hello"))
-        assert message(ask(state, PATH, chat(**switch))) == {"role": "assistant", "content": "Hello"}
+        assert message(ask(state, PATH, chat(**switch))) == {"role": "assistant", "content": "Hello", "reasoning": None}
         prompt = bytes(t for t in state.engine.requests[0].prompt_token_ids if t < 256)
         assert b"<think>\n\n</think>" in prompt
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fastqwen.server.dialects.chat_batch import ChatBatchRequest
 from fastqwen.server.dialects.classify import ClassifyRequest
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
@@ -63,6 +64,7 @@ SAMPLING: dict[str, tuple[Any, dict[str, Any], str]] = {
     "bad_words": (["H"], {}, "Hello"),
     "allowed_token_ids": ([72], {}, "Hello"),
     "truncate_prompt_tokens": (1, {}, "Hello"),
+    "logprob_token_ids": ([5], {"logprobs": True}, "Hello"),
     "use_beam_search": (True, {}, "Hello"),
     "length_penalty": (10.0, {"use_beam_search": True, "n": 2}, ""),
     "return_token_ids": (True, {}, "Hello"),
@@ -98,8 +100,21 @@ CHAT = {
     "chat_template": ("x", {}, "Hello"),
     "documents": ([{"text": "x"}], {}, "Hello"),
 }
+BATCH = {
+    **CHAT,
+    "messages": ([CHAT["messages"][0]], {}, "Hello"),
+    "continue_final_message": (True, {"messages": [BEGUN]}, "Hello"),
+    "echo": (True, {"messages": [BEGUN], "continue_final_message": True}, "Hello"),
+    # Refused: one answer of each conversation, and no more of it than a choice has a place for.
+    "tools": ([TOOL], {}, "Hello"),
+    "tool_choice": ("required", {}, "Hello"),
+    "parallel_tool_calls": (False, {}, "Hello"),
+    "length_penalty": (10.0, {}, "Hello"),
+    "stream_options": ({"include_usage": True}, {}, "Hello"),
+}
 COMPLETIONS = {
     **SAMPLING,
+    "logprob_token_ids": ([5], {"logprobs": 1}, "Hello"),
     "prompt": ("other", {}, "Hello"),
     "suffix": ("after", {}, "Hello"),
     "echo": (True, {}, "Hello"),
@@ -237,6 +252,7 @@ ONE_VALUE = {
 }
 ROUTES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "/v1/chat/completions": (ChatRequest, CHAT, {"messages": USER, "max_tokens": 60}),
+    "/v1/chat/completions/batch": (ChatBatchRequest, BATCH, {"messages": [USER, USER], "max_tokens": 60}),
     "/v1/completions": (CompletionRequest, COMPLETIONS, {"prompt": "hi", "max_tokens": 60}),
     "/v1/embeddings": (EmbeddingRequest, EMBEDDINGS, {"input": "hi"}),
     "/classify": (ClassifyRequest, POOLED, {"input": "hi"}),

@@ -102,11 +102,32 @@ def test_each_label_has_a_number():
     assert pooled["data"] == raw and pooled["object"] == "pooling"
 
 
+def test_a_line_for_each_token(monkeypatch: pytest.MonkeyPatch):
+    state = make_state()
+    found = ask(state, "/pooling", {"input": ["abc", "d"], "task": "token_embed"}).json()
+    lines = [one["data"] for one in found["data"]]
+    assert [len(one) for one in lines] == [3, 1] and {len(line) for one in lines for line in one} == {8}
+    assert [np.linalg.norm(line) for line in lines[0]] == pytest.approx([1, 1, 1])
+    last = ask(state, "/pooling", {"input": "abc"}).json()["data"][0]["data"]
+    assert lines[0][-1] == pytest.approx(last)
+    short = {"input": "abc", "task": "token_embed", "dimensions": 2, "encoding_format": "base64"}
+    assert len(numbers(ask(state, "/pooling", short).json()["data"][0]["data"])) == 3 * 2
+    [labels] = ask(classifying(), "/pooling", {"input": "ab", "task": "token_classify"}).json()["data"]
+    assert [sum(one) for one in labels["data"]] == pytest.approx([1, 1], abs=1e-6)
+    monkeypatch.setattr("fastqwen.server.dialects.pooling.MAX_TOKEN_NUMBERS", 24)
+    assert ask(state, "/pooling", {"input": "abc", "task": "token_embed"}).status_code == 200
+    refused = ask(state, "/pooling", {"input": ["ab", "cd"], "task": "token_embed"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input.1")
+    assert ask(state, "/pooling", {**short, "input": ["ab", "cd"]}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("/classify", {"input": "a"}, "task"), ("/pooling", {"input": "a", "task": "classify"}, "task"),
-        ("/pooling", {"input": "a", "task": "token_embed"}, "task"), ("/pooling", {}, "input"),
+        ("/pooling", {"input": "a", "task": "token_classify"}, "task"), ("/pooling", {}, "input"),
+        ("/pooling", {"input": "a", "task": "plugin"}, "task"),
+        ("/v1/embeddings", {"input": "a", "late_chunking_params": {"chunk_size": 5}}, "late_chunking_params"),
         ("/pooling", {"input": "a", "padding": "max_length"}, "padding"), ("/v2/embed", {}, "texts"),
         ("/v2/embed", {"texts": []}, "texts"), ("/v2/embed", {"images": ["data:"]}, "images"),
         ("/v2/embed", {"texts": ["a"], "embedding_types": ["int8"]}, "embedding_types"),

@@ -23,6 +23,9 @@ def test_fields_that_clients_read_without_asking_are_there():
     for path, body in ((CHAT, chat()), (COMPLETIONS, {"prompt": "hi"})):
         found = answer(path, body)
         assert found["system_fingerprint"] is found["prompt_logprobs"] is found["service_tier"] is None
+    assert answer(CHAT, chat())["choices"][0]["message"]["reasoning"] is None
+    tool = {"type": "function", "function": {"name": "add"}}
+    assert answer(CHAT, {**chat(), "tools": [tool]})["choices"][0]["message"]["tool_calls"] == []
 
 
 def test_an_echoed_chat_begins_with_what_it_continues():
@@ -69,6 +72,19 @@ def test_all_log_probabilities_where_the_operator_allows_them():
         assert ask(state, path, body).status_code == 200
         sampling = state.engine.requests[0].sampling
         assert VOCAB in (sampling.logprobs, sampling.prompt_logprobs)
+
+
+def test_log_probabilities_of_the_tokens_that_are_named():
+    body = {**chat(), "logprobs": True, "logprob_token_ids": [5, 9], "return_tokens_as_token_ids": True}
+    first = answer(CHAT, body)["choices"][0]["logprobs"]["content"][0]
+    told = [(one["token"], one["logprob"]) for one in first["top_logprobs"]]
+    assert told == [("token_id:72", -0.5), ("token_id:5", -5.0), ("token_id:9", -9.0)]
+    body = {"prompt": "hi", "logprobs": 1, "logprob_token_ids": [5], "return_tokens_as_token_ids": True}
+    told = answer(COMPLETIONS, body)["choices"][0]["logprobs"]["top_logprobs"][0]
+    assert told == {"token_id:72": -0.5, "token_id:5": -5.0}
+    for wrong in ({"logprobs": None}, {"use_beam_search": True}, {"logprob_token_ids": [VOCAB]}):
+        refused = ask(make_state(), COMPLETIONS, {**body, **wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprob_token_ids")
 
 
 def test_no_tokens_but_the_echo():

@@ -57,6 +57,8 @@ def test_the_modules_of_vllms_layout_hold_their_names():
         ("inputs", "TokensPrompt"), ("outputs", "RequestOutput"), ("pooling_params", "PoolingParams"),
         ("sampling_params", "StructuredOutputsParams"), ("utils", "FlexibleArgumentParser"),
         ("v1.engine.async_llm", "AsyncLLM"), ("v1.metrics.reader", "Counter"),
+        ("lora.request", "LoRARequest"), ("logprobs", "Logprob"), ("version", "__version__"),
+        ("distributed", "cleanup_dist_env_and_memory"),
     ):  # fmt: skip
         assert hasattr(importlib.import_module(f"fastqwen.vllm.{module}"), name)
     with pytest.raises(AttributeError, match="from_vllm"):
@@ -126,6 +128,9 @@ def test_prompts_and_parameters_as_examples_write_them(demo: LLM):
     assert first.outputs[0].text == second.outputs[0].text and first.outputs[0].finished()
     with pytest.raises(BadRequest, match="LoRA"):
         demo.generate("One", params, lora_request=object())
+    with pytest.raises(BadRequest, match="merge one into the weights"):
+        importlib.import_module("fastqwen.vllm.lora.request").LoRARequest("mine", 1, "/adapter")
+    assert first.metrics is first.lora_request is first.encoder_prompt is first.outputs[0].lora_request is None
     with pytest.raises(BadRequest, match="text only"):
         demo.generate({"prompt": "One", "multi_modal_data": {"image": b""}}, params)
     with pytest.raises(BadRequest, match="no 'text'"):
@@ -134,7 +139,7 @@ def test_prompts_and_parameters_as_examples_write_them(demo: LLM):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"logits_processors": [print]}, {"best_of": 3}, {"logprob_token_ids": [3]}, {"use_beam_search": True},
+    [{"logits_processors": [print]}, {"best_of": 3}, {"logprob_token_ids": [3] * 129}, {"use_beam_search": True},
      {"structured_outputs": {"regex": "a", "choice": ["b"]}}, {"structured_outputs": {"nonsense": 1}},
      {"allowed_token_ids": []}, {"bad_words": [""]}, {"logprobs": -2}, {"truncate_prompt_tokens": 0}],
 )  # fmt: skip
@@ -223,6 +228,20 @@ def test_all_log_probabilities_and_a_cut_prompt(tiny: LLM):
     [listed] = output.outputs[0].logprobs
     assert len(listed) == tiny.model.vocab_size
     assert math.fsum(math.exp(one.logprob) for one in listed.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_log_probabilities_of_named_tokens_are_those_among_all(tiny: LLM):
+    ids, named = prompt(12), [7, 3, 90]
+    [all_of_them] = tiny.generate(ids, SamplingParams(max_tokens=3, logprobs=-1, **GREEDY))
+    for asked in ({}, {"logprobs": 2}):  # the likeliest give way to those that are named
+        [output] = tiny.generate(ids, SamplingParams(max_tokens=3, logprob_token_ids=named, **asked, **GREEDY))
+        answer = output.outputs[0]
+        for token, told, listed in zip(answer.token_ids, answer.logprobs, all_of_them.outputs[0].logprobs, strict=True):
+            assert list(told) == list(dict.fromkeys([token, *named]))
+            for name, one in told.items():
+                assert one.logprob == pytest.approx(listed[name].logprob, abs=1e-6) and one.rank == listed[name].rank
+    with pytest.raises(BadRequest, match="logprob_token_ids"):
+        tiny.generate(ids, SamplingParams(logprob_token_ids=[tiny.model.vocab_size]))
 
 
 def test_beam_search_is_the_textbooks(tiny: LLM):

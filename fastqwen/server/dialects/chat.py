@@ -47,6 +47,7 @@ class Chat(OpenAIWork):
         body, state = self._body, self._state
         if body.top_logprobs and not body.logprobs:
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        self.check_named_tokens(asked=bool(body.logprobs))
         facts, formats = state.facts(), state.formats
         check_logprobs(state.config, "top_logprobs", body.top_logprobs, facts.model.vocab_size)
         tools = tool_options(body, formats, self.warnings)
@@ -128,7 +129,7 @@ class Chat(OpenAIWork):
     async def response(self) -> dict[str, Any]:
         generation = self.generation
         await generation.finish()
-        choices = await self.written(lambda: (self._choice(choice) for choice in generation.choices))
+        choices = await self.choices()
         return {
             **self.head("chat.completion"),
             **WITHOUT_MEANING,
@@ -138,6 +139,10 @@ class Chat(OpenAIWork):
             **self._prompt_text(),
             **self._ending(),
         }
+
+    async def choices(self, **more: Any) -> list[Any]:
+        """The whole answers, once they are there, each with ``more`` in it."""
+        return await self.written(lambda: ({**self._choice(choice), **more} for choice in self.generation.choices))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         generation = self.generation
@@ -190,8 +195,9 @@ class Chat(OpenAIWork):
         output, parts = choice.assembler.output, choice.answer
         content = self._echoed + parts.content
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if parts.calls else "")}
+        message["reasoning"] = None  # vLLM's clients read it
         message.update(self._reasoning(parts))
-        if parts.calls:
+        if parts.calls or self._body.tools:  # who gave tools walks through the calls, also where there are none
             message["tool_calls"] = [call_json(call) for call in parts.calls]
         return {
             "index": output.index,
@@ -252,6 +258,8 @@ class Chat(OpenAIWork):
         """One token's, in OpenAI's shape."""
         entries = [self._entry(token_id, logprob) for token_id, logprob in one.items()]
         count = None if self._body.top_logprobs == ALL else self._body.top_logprobs or 0
+        if self._body.logprob_token_ids:
+            return {**entries[0], "top_logprobs": entries}
         ranked = sorted(one.items(), key=lambda item: item[1].rank or 0)[:count]
         return {**entries[0], "top_logprobs": [self._entry(token_id, logprob) for token_id, logprob in ranked]}
 

@@ -51,7 +51,7 @@ async def read_as(state: ServerState, kind: type[B], body: bytes | bytearray) ->
 def check(job: Check, body: bytes | bytearray) -> Checked:
     """Raises BadRequest."""
     if not job.kind:  # the first of a worker: everything is imported before anybody's time is counted
-        for room in ("chat", "classify", "embeddings", "messages", "responses", "scores"):
+        for room in ("chat", "chat_batch", "classify", "embeddings", "messages", "responses", "scores"):
             importlib.import_module(f"fastqwen.server.dialects.{room}")
         return Checked(None, [])
     module, name = job.kind.split(":")
@@ -68,7 +68,9 @@ def _check_length(plain: dict[str, Any], max_chars: int) -> None:
     """Raises BadRequest where it is sure that the prompt cannot fit."""
     for place, length in _long_texts(plain, max_chars):
         raise _too_long(length, max_chars, place)
-    length, allowed = _num_chars(plain.get("messages")), CONVERSATION_SHARE * max_chars
+    told = plain.get("messages") or []
+    conversations = told if told and isinstance(told[0], list) else [told]
+    length, allowed = max(map(_num_chars, conversations)), CONVERSATION_SHARE * max_chars
     if length > allowed:
         raise _too_long(length, allowed, "messages")
 
@@ -92,7 +94,7 @@ def _plain(value: Any) -> Any:
             for name in fields
             if name in value.model_fields_set
         }
-    if isinstance(value, list) and value and isinstance(value[0], BaseModel):
+    if isinstance(value, list) and value and isinstance(value[0], (BaseModel, list)):
         return [_plain(one) for one in value]
     return value
 

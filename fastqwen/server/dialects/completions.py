@@ -73,6 +73,7 @@ class Completion(OpenAIWork):
             self._story = self._state.cache_stories.begin(prompts[0], self._state.salted(body.cache_salt))
 
     def _check(self) -> None:
+        self.check_named_tokens(asked=self._body.logprobs is not None)
         if self._best_of < self._n:
             raise BadRequest(f"best_of is {self._best_of}, less than n, which is {self._n}", "best_of")
         if self._best_of > self._n and self._body.stream:

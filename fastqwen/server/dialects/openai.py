@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from fastqwen.client.prepare import spellings
+from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
 from fastqwen.records import SamplingParams
 from fastqwen.server.answer.beams import BeamGeneration
@@ -49,6 +50,16 @@ class OpenAIWork:
     def generation(self) -> Generation:
         assert self.generations, "prepare comes first"
         return self.generations[0]
+
+    def check_named_tokens(self, *, asked: bool) -> None:
+        """``asked``: log-probabilities were. Raises BadRequest."""
+        body = self._body
+        if not body.logprob_token_ids:
+            return
+        if not asked:
+            raise BadRequest("logprob_token_ids needs logprobs", "logprob_token_ids")
+        if body.use_beam_search:
+            raise BadRequest("logprob_token_ids cannot be combined with use_beam_search", "logprob_token_ids")
 
     async def forbid_words(self, sampling: SamplingParams) -> None:
         """Texts to tokens, where texts of anybody's are encoded. Raises BadRequest."""

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from fastqwen.client.engine import error_of
 from fastqwen.client.prepare import Side, check_dimensions, check_task, prepare_pooling, truncated
-from fastqwen.client.vectors import activated, numbers_of, vector_of
+from fastqwen.client.vectors import activated, numbers_of, of_each_token, vector_of
 from fastqwen.errors import BadRequest
 from fastqwen.records import EngineRequest, PoolingTask, RequestDelta
 from fastqwen.server.answer.metrics import RequestClock
@@ -32,6 +32,7 @@ from fastqwen.server.dialects.schema import (
 )
 
 MAX_INPUTS = 2048  # as OpenAI's
+MAX_TOKEN_NUMBERS = 2**24  # of an answer that has a line for each token: some 300 MB of JSON
 NUMBERS = {"float32": "f4", "float16": "f2"}
 
 
@@ -74,7 +75,9 @@ class VectorFields(PoolingFields):
 
 
 class PoolingRequest(VectorFields):
-    task: Literal["embed", "classify"] | None = None
+    """With a task that begins with token_ each token has a line of numbers of its own."""
+
+    task: PoolingTask | None = None
 
 
 class Pooled:
@@ -111,6 +114,7 @@ class Pooled:
     def add(self, ids: list[int], field: str) -> None:
         """``field`` is what an error names."""
         body = self._body
+        self._check_size(len(ids), field)
         self._requests.append(
             prepare_pooling(
                 f"{self.id}-{len(self._requests)}",
@@ -122,6 +126,21 @@ class Pooled:
                 cache_salt=self._state.salted(body.cache_salt),
             )
         )
+
+    def _check_size(self, num_tokens: int, field: str) -> None:
+        """Raises BadRequest for lines of numbers that no client would read."""
+        if not self._task.startswith("token_"):
+            return
+        classifier, body = self._state.facts().model.classifier, self._body
+        own = self._state.facts().model.hidden_size if classifier is None else len(classifier.labels)
+        width = getattr(body, "dimensions", None) or own
+        num_tokens += sum(len(one.prompt_token_ids) for one in self._requests)
+        if num_tokens * width > MAX_TOKEN_NUMBERS:
+            raise BadRequest(
+                f"{field}: {num_tokens} tokens with {width} numbers each are more than the {MAX_TOKEN_NUMBERS} of an answer: "
+                "send fewer or shorter texts in a request",
+                field,
+            )
 
     async def ids(self, text: str, field: str) -> list[int]:
         """A text's, closed as the tokenizer's post-processor says, once."""
@@ -165,12 +184,15 @@ class Pooled:
         """
         found = await self._deltas()
         self.num_cached_tokens = sum(delta.num_cached_tokens for delta in found.values())
-        return [self._numbers(found[one.request_id]) for one in self._requests]
+        return [self._numbers(found[one.request_id], len(one.prompt_token_ids)) for one in self._requests]
 
-    def _numbers(self, delta: RequestDelta) -> NDArray[Any]:
+    def _numbers(self, delta: RequestDelta, num_tokens: int) -> NDArray[Any]:
         body = self._body
         activate = body.use_activation and getattr(body, "normalize", True)
         classifier = self._state.facts().model.classifier
+        if self._task.startswith("token_"):
+            activation = None if classifier is None else classifier.activation
+            return of_each_token(delta, num_tokens, getattr(body, "dimensions", None), activation, activate=activate)
         if classifier is None:
             return vector_of(delta, getattr(body, "dimensions", None), normalize=activate)
         numbers = numbers_of(delta)
@@ -205,7 +227,7 @@ class Pooled:
 def task_of(state: ServerState, asked: PoolingTask | None, dimensions: int | None) -> PoolingTask:
     """The model's own, if none was asked for. Raises BadRequest."""
     task: PoolingTask = asked or ("embed" if state.facts().model.classifier is None else "classify")
-    if task == "classify" and dimensions is not None:
+    if task.endswith("classify") and dimensions is not None:
         raise BadRequest("dimensions belongs to vectors, not to labels", "dimensions")
     return task
 

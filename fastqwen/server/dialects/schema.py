@@ -15,7 +15,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from fastqwen.errors import BadRequest
-from fastqwen.records import ALL, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_N, SamplingParams, StructuredOutputs
+from fastqwen.records import (
+    ALL,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_N,
+    SamplingParams,
+    StructuredOutputs,
+)
 from fastqwen.server.dialects import spellings
 from fastqwen.server.dialects.fail_fast import FailFastModel
 from fastqwen.server.dialects.warnings import Warnings
@@ -38,7 +46,8 @@ CHANGES_THE_ANSWER: dict[str, tuple[tuple[Any, ...], str]] = {
     "truncate_prompt_tokens": ((), "shorten the prompt"),
     "documents": (([],), "they belong to a chat's messages"),
     "logits_processors": (([],), "send logit_bias, bad_words or allowed_token_ids"),
-    "logprob_token_ids": (([],), "send logprobs or top_logprobs -1, which holds all tokens"),
+    "logprob_token_ids": (([],), "send it to /v1/chat/completions or /v1/completions"),
+    "late_chunking_params": ((), "ask /pooling for task token_embed and take the means of your chunks"),
     "watermarking": ((False,), "no answer carries a mark"),
     "repetition_detection": ((), "send repetition_penalty or frequency_penalty"),
 }
@@ -210,6 +219,7 @@ class SamplingFields(AccountFields):
     guided_grammar: str | None = None
     bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: list[Whole] | None = None
+    logprob_token_ids: Annotated[list[Whole], Field(max_length=MAX_LOGPROB_TOKEN_IDS)] | None = None
     truncate_prompt_tokens: Truncation | None = None
     truncation_side: Literal["left", "right"] = "left"
     use_beam_search: bool = False
@@ -308,8 +318,9 @@ class ChosenTool(Body):
     allowed_tools: AllowedTools | None = None
 
 
-class ChatRequest(SamplingFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+class ChatFields(SamplingFields):
+    """What may stand beside the messages of a chat."""
+
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
@@ -331,6 +342,10 @@ class ChatRequest(SamplingFields):
     return_prompt_text: bool = False
     chat_template: str | None = None
     documents: list[dict[str, Any]] | None = None
+
+
+class ChatRequest(ChatFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
 
     @classmethod
     def of(cls, warnings: Warnings, **fields: Any) -> ChatRequest:

@@ -24,7 +24,7 @@ OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping", "/favicon.ico"})
 COUNTED_PATHS = frozenset(
     {
         "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/score",
-        "/v1/rerank", "/v2/embed", "/classify", "/pooling",
+        "/v1/rerank", "/v2/embed", "/classify", "/pooling", "/v1/chat/completions/batch", "/invocations",
     }
 )  # fmt: skip
 UNVERSIONED = frozenset(
