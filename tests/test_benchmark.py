@@ -16,7 +16,7 @@ import pytest
 from fastqwen.benchmark import progress
 from fastqwen.benchmark.curves import plot_decode
 from fastqwen.benchmark.http_load import Stream
-from fastqwen.benchmark.latency import host_ms
+from fastqwen.benchmark.latency import host_ms, sampling_of
 from fastqwen.benchmark.machine import Machine
 from fastqwen.benchmark.progress import Progress
 from fastqwen.benchmark.report import commit, shares, table
@@ -73,6 +73,18 @@ def test_latency(config_only: Path, tmp_path: Path):
         assert one.get("host_ms") is None, "a CPU computes the step itself"
     assert "of bandwidth" in done.stdout
     assert png_size(picture) == (1200, 700)
+
+
+def test_latency_of_what_people_ask_for(config_only: Path):
+    words = ["--batch-size", "2", "--output-len", "3", "--prefill", "1x8", "--input-len", "8", "--input-len", "12"]
+    wishes = ["--penalties", "--logprobs", "3"]
+    done = run("bench", "latency", str(config_only), "--load-format", "dummy", *words, *wishes)
+    assert done.returncode == 0, done.stderr
+    works = [one["work"] for one in last_json(done.stdout)["results"]]
+    assert works == ["decode, 2 at 8+3 tokens", "decode, 2 at 12+3 tokens", "prefill, 1 x 8 tokens"]
+    assert sampling_of(sampled=False, penalties=False, logprobs=None).greedy
+    wished = sampling_of(sampled=False, penalties=True, logprobs=3)
+    assert (wished.top_k, wished.presence_penalty, wished.logprobs) == (20, 1.5, 3)
 
 
 def test_the_hosts_work_is_what_a_step_takes_when_the_device_is_idle():

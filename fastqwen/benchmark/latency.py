@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from fastqwen.benchmark.machine import Machine, measure, synchronize
@@ -28,20 +29,31 @@ from fastqwen.plot import save_plot
 from fastqwen.records import EngineRequest, Sampling
 from fastqwen.runner.device import choose_device, device_facts
 
+GREEDY = Sampling(temperature=0.0)
+QWEN = Sampling(temperature=0.6, top_p=0.95, top_k=20)  # as Qwen's generation_config.json has it
+PRESENCE_PENALTY = 1.5  # what Qwen's model cards advise against endless repetitions
+
+
+def sampling_of(*, sampled: bool, penalties: bool, logprobs: int | None) -> Sampling:
+    found = QWEN if sampled or penalties else GREEDY
+    penalty = PRESENCE_PENALTY if penalties else 0.0
+    return msgspec.structs.replace(found, presence_penalty=penalty, logprobs=logprobs)
+
 
 def run(
     config: EngineConfig,
     *,
     batch_sizes: list[int],
-    input_len: int,
+    input_lens: list[int],
     output_len: int,
     prompts: tuple[int, int],
     iters: int,
+    sampling: Sampling = GREEDY,
     plot: Path | None = None,
 ) -> None:
-    bench = Bench(config)
+    bench = Bench(config, sampling)
     print(describe(bench.machine), flush=True)
-    decoded = [bench.decode(batch, input_len, output_len, iters) for batch in batch_sizes]
+    decoded = [bench.decode(batch, length, output_len, iters) for length in input_lens for batch in batch_sizes]
     results = [*decoded, bench.prefill(*prompts, iters)]
     rows = [
         [str(one["work"]), f"{one['ms']:.2f}", f"{one['tokens_per_s']:.1f}", percent(one["bandwidth_share"]),
@@ -53,7 +65,8 @@ def run(
     if plot is not None:  # last: a disk that is full must not cost the figures
         from fastqwen.benchmark.curves import plot_decode
 
-        save_plot(plot_decode(config.model, bench.machine, decoded, input_len=input_len, output_len=output_len), plot)
+        shown = decoded[: len(batch_sizes)]  # of the first length
+        save_plot(plot_decode(config.model, bench.machine, shown, input_len=input_lens[0], output_len=output_len), plot)
 
 
 def machine_for(config: EngineConfig) -> tuple[Machine, ModelConfig]:
@@ -74,7 +87,8 @@ def gpus_of(config: EngineConfig) -> int:
 class Bench:
     """An engine of its own, without a tokenizer and without a prefix cache: every token is computed."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, sampling: Sampling) -> None:
+        self._sampling = sampling
         self.machine, _ = machine_for(config)
         start_s = time.perf_counter()
         loaded = LoadedModel(config)
@@ -162,7 +176,7 @@ class Bench:
             EngineRequest(
                 request_id=str(next(self._ids)),
                 prompt_token_ids=random_ids(self._random, input_len, self._model.vocab_size),
-                sampling=Sampling(temperature=0.0),
+                sampling=self._sampling,
                 stop_token_ids=[],
                 max_tokens=output_len,
                 seed=0,

@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 
 BATCH_SIZES = [1, 8]
+INPUT_LENS = [128]
 CONCURRENCIES = [1, 16, 64]
 
 
@@ -25,8 +26,15 @@ def latency(
     batch_size: Annotated[
         list[int], typer.Option(min=1, help="Sequences at once; may be given several times.")
     ] = BATCH_SIZES,
-    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens of each sequence.")] = 128,
+    input_len: Annotated[
+        list[int], typer.Option(min=1, help="Prompt tokens of each sequence; may be given several times.")
+    ] = INPUT_LENS,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens whose steps are timed.")] = 64,
+    sampling: Annotated[
+        bool, typer.Option("--sampling", help="Sample as Qwen advises: temperature 0.6, top-p 0.95, top-k 20.")
+    ] = False,
+    penalties: Annotated[bool, typer.Option("--penalties", help="The same with a presence penalty of 1.5.")] = False,
+    logprobs: Annotated[int | None, typer.Option(min=0, help="Log-probabilities told of each token.")] = None,
     prefill: Annotated[str, typer.Option(help="Prompts to read: how many x how long.")] = "4x512",
     num_iters: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 3,
     plot: Annotated[
@@ -37,6 +45,7 @@ def latency(
 
     fastqwen bench latency demo
     fastqwen bench latency demo --batch-size 1 --batch-size 4 --batch-size 16 --plot speed.png
+    fastqwen bench latency demo --sampling --logprobs 5 --input-len 128 --input-len 1024
     fastqwen bench latency configs/Qwen3-8B --load-format dummy --batch-size 1 --batch-size 64 --prefill 32x4096
     """
     import re
@@ -50,7 +59,7 @@ def latency(
     if plot is not None:
         check_plot(plot)
 
-    from fastqwen.benchmark.latency import run
+    from fastqwen.benchmark.latency import run, sampling_of
     from fastqwen.config import EngineConfig
 
     config = EngineConfig(
@@ -60,10 +69,11 @@ def latency(
     run(
         config.for_batches(),
         batch_sizes=batch_size,
-        input_len=input_len,
+        input_lens=input_len,
         output_len=output_len,
         prompts=prompts,
         iters=num_iters,
+        sampling=sampling_of(sampled=sampling, penalties=penalties, logprobs=logprobs),
         plot=plot,
     )
 
