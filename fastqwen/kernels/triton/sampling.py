@@ -15,34 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastqwen.kernels import limits, wishes
+from fastqwen.kernels import limits
 from fastqwen.kernels.limits import LISTED, SAMPLE_CHUNK
+from fastqwen.kernels.triton.wishes import NUM_TOLD, WISH_WORDS, bent, cuts_of, seed_of
 
 CORRUPT = -1  # the token id that says: this row's logits were not finite
 SEGMENT = tl.constexpr(64)  # neighbours in a program's share of the vocabulary: frequent tokens have neighbouring ids
 NEVER = tl.constexpr(2147483647)
-FORBIDDEN = tl.constexpr(-1e30)  # as sampler.py has it
 MAX_TOLD = tl.constexpr(limits.MAX_TOLD)
-MAX_BENT = tl.constexpr(limits.MAX_BENT)
-MAX_COUNT = tl.constexpr(wishes.MAX_COUNT)
 TOLD_WORDS = 2 + 2 * limits.MAX_TOLD  # of a row: the chosen token's log-probability and rank, the others', their ids
-
-# Words of a slot's wishes.
-WISH_WORDS = tl.constexpr(limits.WISH_WORDS)
-SEED = tl.constexpr(wishes.COLUMN["seed"] // 2)  # in words of 64 bits
-TEMPERATURE = tl.constexpr(wishes.COLUMN["temperature"])
-TOP_K = tl.constexpr(wishes.COLUMN["top_k"])
-TOP_P = tl.constexpr(wishes.COLUMN["top_p"])
-MIN_P = tl.constexpr(wishes.COLUMN["min_p"])
-REPETITION = tl.constexpr(wishes.COLUMN["repetition_penalty"])
-PRESENCE = tl.constexpr(wishes.COLUMN["presence_penalty"])
-FREQUENCY = tl.constexpr(wishes.COLUMN["frequency_penalty"])
-BENDS = tl.constexpr(wishes.COLUMN["bends"])
-NUM_BIASES = tl.constexpr(wishes.COLUMN["num_biases"])
-NUM_BENT = tl.constexpr(wishes.COLUMN["num_bent"])
-LEAST_END = tl.constexpr(wishes.COLUMN["least_end"])
-NUM_COUNTED = tl.constexpr(wishes.COLUMN["num_counted"])
-NUM_TOLD = tl.constexpr(wishes.COLUMN["num_told"])
 
 # Words of what a program leaves of its chunk; behind them two lists of LISTED: numbers, ids.
 BEST = tl.constexpr(0)  # the largest number, with noise if nothing is cut
@@ -50,11 +31,6 @@ INDEX = tl.constexpr(1)  # its id, CORRUPT where a logit is not finite
 MASS = tl.constexpr(2)  # of lists: the sum of exp(number - the largest)
 BOUND = tl.constexpr(3)  # of lists: what no number that is not listed is above, as ordered bits
 HEAD = tl.constexpr(4)
-
-
-@triton.jit
-def _float(ptr):
-    return tl.load(ptr).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -104,61 +80,6 @@ def _least_with_mass(keys, masses, wanted):
 
 
 @triton.jit
-def _cuts_of(wishes_ptr, slot, vocab):
-    """Of a slot: temperature, top_k (0: none), top_p, min_p, and whether they cut anything."""
-    line = wishes_ptr + slot * WISH_WORDS
-    temperature, top_k = _float(line + TEMPERATURE), tl.load(line + TOP_K)
-    top_p, min_p = _float(line + TOP_P), _float(line + MIN_P)
-    top_k = tl.where(top_k < vocab, top_k, 0)
-    cuts = (temperature > 0.0) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
-    return temperature, top_k, top_p, min_p, cuts
-
-
-@triton.jit
-def _seed_of(wishes_ptr, slot):
-    return tl.load(wishes_ptr.to(tl.pointer_type(tl.int64), bitcast=True) + slot * (WISH_WORDS // 2) + SEED)
-
-
-@triton.jit
-def _penalized(x, ids, live, slot, position, line, counts_ptr, token_ids_ptr, vocab, length):
-    """Repetition, presence and frequency penalties, as sampler.py's; the sequence's newest token is counted first, once."""
-    newest = tl.load(token_ids_ptr + slot * length + tl.maximum(position - 1, 0))
-    repetition, presence, frequency = _float(line + REPETITION), _float(line + PRESENCE), _float(line + FREQUENCY)
-    if (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0):
-        counts = tl.load(counts_ptr + slot * vocab + ids, mask=live, other=0).to(tl.int32) & 0xFFFF
-        fresh = live & (ids == newest) & (tl.load(line + NUM_COUNTED) < position)
-        counts = tl.where(fresh & ((counts & MAX_COUNT) < MAX_COUNT), counts + 1, counts)
-        tl.store(counts_ptr + slot * vocab + ids, counts.to(tl.int16), mask=fresh)
-        if tl.sum(fresh.to(tl.int32), axis=0) > 0:
-            tl.store(line + NUM_COUNTED, position)
-        repeated = tl.where(x > 0.0, x / repetition, x * repetition)
-        repeated = tl.minimum(tl.maximum(repeated, FORBIDDEN), -FORBIDDEN)
-        said = (counts & MAX_COUNT).to(tl.float32)
-        x = tl.where(counts != 0, repeated, x) - (frequency * said + tl.where(said > 0.0, presence, 0.0))
-    return x
-
-
-@triton.jit
-def _bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr, vocab, length,
-          MASKED: tl.constexpr):  # fmt: skip
-    """Logits with all that a request wishes of them before they are cut."""
-    line = wishes_ptr + slot * WISH_WORDS
-    if tl.load(line + BENDS) != 0:
-        x = _penalized(x, ids, live, slot, position, line, counts_ptr, token_ids_ptr, vocab, length)
-        biases, early = tl.load(line + NUM_BIASES), position < tl.load(line + LEAST_END)
-        for number in range(tl.load(line + NUM_BENT)):
-            entry = bent_ptr + (slot * MAX_BENT + number) * 2
-            hit = ids == tl.load(entry)
-            x = tl.where(hit & (number < biases), x + _float(entry + 1), x)
-            x = tl.where(hit & (number >= biases) & early, FORBIDDEN, x)
-    if MASKED:
-        words = allowed_ptr + row.to(tl.int64) * tl.cdiv(vocab, 32)
-        bits = tl.load(words + ids // 32, mask=live, other=0) >> (ids % 32)
-        x = tl.where((bits & 1) == 1, x, FORBIDDEN)
-    return x
-
-
-@triton.jit
 def _list(x, ids, part_ptr, LISTED: tl.constexpr):
     """A chunk's largest numbers with their ids, of equal ones any, the sum of all, and the bound."""
     keys = _ordered(x)
@@ -196,7 +117,7 @@ def _look(
 ):
     row, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     slot, position = tl.load(row_slots_ptr + row).to(tl.int64), tl.load(positions_ptr + row)
-    temperature, _, _, _, cuts = _cuts_of(wishes_ptr, slot, vocab)
+    temperature, _, _, _, cuts = cuts_of(wishes_ptr, slot, vocab)
     own = tl.arange(0, BLOCK)
     ids = own // SEGMENT * (chunks * SEGMENT) + chunk * SEGMENT + own % SEGMENT
     live = ids < vocab
@@ -206,7 +127,7 @@ def _look(
         _list(x, ids, told_ptr + place * (HEAD + 2 * MAX_TOLD), MAX_TOLD)
     x = tl.load(logits_ptr + row.to(tl.int64) * vocab + ids, mask=live, other=0.0).to(tl.float32)
     corrupt = tl.sum((tl.abs(x) < float("inf")).to(tl.int32), axis=0) < BLOCK
-    x = _bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
+    x = bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
               vocab, length, MASKED)  # fmt: skip
     x = tl.where(live, x, float("-inf"))
     if temperature > 0.0:
@@ -215,7 +136,7 @@ def _look(
     if cuts:
         _list(x, ids, part, LISTED)
     elif temperature > 0.0:
-        x = _noisy(x, ids, _seed_of(wishes_ptr, slot), position)
+        x = _noisy(x, ids, seed_of(wishes_ptr, slot), position)
     best = tl.max(x, axis=0)
     index = tl.min(tl.where(x == best, ids, NEVER), axis=0)  # the lowest id among equals
     tl.store(part + BEST, best.to(tl.int32, bitcast=True))
@@ -266,7 +187,7 @@ def _pick(
 ):
     row = tl.program_id(0)
     slot, position = tl.load(row_slots_ptr + row).to(tl.int64), tl.load(positions_ptr + row)
-    _, top_k, top_p, min_p, cuts = _cuts_of(wishes_ptr, slot, vocab)
+    _, top_k, top_p, min_p, cuts = cuts_of(wishes_ptr, slot, vocab)
     best = _column(parts_ptr, row, BEST, chunks, LOWEST, CHUNKS, LISTED).to(tl.float32, bitcast=True)
     index = _column(parts_ptr, row, INDEX, chunks, NEVER, CHUNKS, LISTED)
     largest = tl.max(best, axis=0)
@@ -292,7 +213,7 @@ def _pick(
         if min_p > 0.0:
             cut = tl.maximum(cut, _ordered(largest + tl.log(min_p)))
         suffices = suffices & (cut > bound)
-        noisy = _noisy(x, ids, _seed_of(wishes_ptr, slot), position)
+        noisy = _noisy(x, ids, seed_of(wishes_ptr, slot), position)
         noisy = tl.where(live & (keys >= cut), noisy, float("-inf"))
         token = tl.min(tl.where(live & (noisy == tl.max(noisy, axis=0)), ids, NEVER), axis=0)
     if tl.min(index, axis=0) < 0:
@@ -310,7 +231,7 @@ def _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, cou
     ids = start + tl.arange(0, BLOCK)
     live = ids < vocab
     x = tl.load(logits_ptr + row.to(tl.int64) * vocab + ids, mask=live, other=0.0).to(tl.float32)
-    x = _bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
+    x = bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
               vocab, length, MASKED)  # fmt: skip
     return tl.where(live, x * inverse, float("-inf"))
 
@@ -333,7 +254,7 @@ def _look_again(
 ):
     """A row's token by walking the vocabulary once for each bit of a threshold."""
     slot, position = tl.load(row_slots_ptr + row).to(tl.int64), tl.load(positions_ptr + row)
-    temperature, top_k, top_p, min_p, _ = _cuts_of(wishes_ptr, slot, vocab)
+    temperature, top_k, top_p, min_p, _ = cuts_of(wishes_ptr, slot, vocab)
     inverse, at = 1.0 / temperature, tl.arange(0, BLOCK)
     tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     for start in range(0, vocab, BLOCK):
@@ -370,7 +291,7 @@ def _look_again(
         cut = tl.maximum(cut, found)
     if min_p > 0.0:
         cut = tl.maximum(cut, _ordered(top + tl.log(min_p)))
-    seed = _seed_of(wishes_ptr, slot)
+    seed = seed_of(wishes_ptr, slot)
     best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     index = tl.full((BLOCK,), 0, dtype=tl.int32)
     for start in range(0, vocab, BLOCK):
