@@ -1,4 +1,4 @@
-"""What a request wishes of the sampler, as it lies in a device's memory: one line of 64 bytes for each slot, so that a kernel
+"""What a request wishes of the sampler, as it lies in a device's memory: one line of words for each slot, so that a kernel
 finds all of it behind one pointer, and a list of tokens whose logits are bent."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from fastqwen.kernels.limits import WISH_WORDS
 
 _FIELDS = (
     ("seed", "<i8"),
+    ("counts", "<i8"),  # address of int16 [vocab], where penalties depend on how often a token was said
     ("temperature", "<f4"),  # 0: greedy
     ("top_k", "<i4"),  # 0: no limit
     ("top_p", "<f4"),

@@ -137,7 +137,7 @@ def predict(model: ModelConfig, load: Load, profile: EngineProfile, facts: Devic
     if profile.is_fastqwen_gpu:
         # Each sequence has a slot, and there is one for padding, whose block is padding as well.
         words = load.max_model_len + 2 + blocks_each + 1 + WISH_WORDS + 2 * MAX_BENT + 1
-        slot = 4 * words + 2 * model.rotary_dim + 2 * model.vocab_size  # the last are counts of tokens
+        slot = 4 * words + 2 * model.rotary_dim
         state = (max_num_seqs + 1) * slot + block_size * per_token
         tokens = load.max_num_batched_tokens or usual_step_tokens(_active_parameters(same), facts)
         capability = facts.compute_capability or LIBRARY_ATTENTION_CAPABILITY

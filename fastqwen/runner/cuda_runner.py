@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -59,8 +59,9 @@ class CudaRunner(ModelRunner):
         self._decode_steps: list[Recording] = []  # by growing size, as the next
         self._prompt_steps: list[Recording] = []
         self._staging = [torch.zeros(max(sizes), dtype=torch.int32).pin_memory() for _ in range(STEPS_IN_FLIGHT)]
-        # How often each slot's sequence has each token (kernels/wishes.py), where penalties depend on it.
-        self._counts = torch.zeros((rows + 1, model.vocab_size), dtype=torch.int16, device=device)
+        # How often a slot's sequence has each token (kernels/wishes.py); made with the first one whose penalties depend on
+        # it, of the memory that the plan leaves free: all slots have less than 130 MB of them.
+        self._counts: dict[int, Tensor] = {}
         self._results = [torch.zeros(rows, dtype=torch.int32).pin_memory() for _ in range(STEPS_IN_FLIGHT)]
         told = (rows, sampling.TOLD_WORDS)
         self._told = [torch.zeros(told, dtype=torch.int32).pin_memory() for _ in range(STEPS_IN_FLIGHT)]
@@ -115,11 +116,8 @@ class CudaRunner(ModelRunner):
     def submit(self, batch: ScheduledBatch) -> StepHandle:
         """The model is in ``_launch``: a recorded step replayed, or ``_compute``; both end with the tokens that the device's
         sampler chose. Rows of which the host knows more are chosen again from the same logits."""
-        self.slots.update(batch.admissions, batch.rows)
-        for one in batch.admissions:
-            if one.sampling.needs_history:
-                self._count(one)
         rows = batch.rows
+        self.slots.update(batch.admissions, rows, self._counted(batch.admissions))
         self.states.before(batch.admissions, rows)
         hidden, logits, tokens, told = self._launch(rows)
         self.states.after(rows)
@@ -135,12 +133,18 @@ class CudaRunner(ModelRunner):
         pending = self._pending(batch, choices, tokens, told, extras)
         return pending if vectors is None else PooledStep(pending, rows, vectors, self._decoder.classifier)
 
-    def _count(self, one: Admission) -> None:
-        """The tokens of a newcomer; what follows the sampler counts itself."""
-        ids, counts = counts_of(one, self._model.vocab_size)
-        line = self._counts[one.slot]
-        line.zero_()
-        line[self.slots.upload(ids)] = self.slots.upload(counts)
+    def _counted(self, admissions: Sequence[Admission]) -> dict[int, Tensor]:
+        """By slot, the tokens of newcomers with penalties; what follows the sampler counts itself."""
+        found = {}
+        for one in admissions:
+            if one.sampling.needs_history:
+                if one.slot not in self._counts:
+                    size = self._model.vocab_size
+                    self._counts[one.slot] = torch.zeros(size, dtype=torch.int16, device=self.slots.device)
+                ids, counts = counts_of(one, self._model.vocab_size)
+                line = found[one.slot] = self._counts[one.slot].zero_()
+                line[self.slots.upload(ids)] = self.slots.upload(counts)
+        return found
 
     def _take_last_step(self, structured: Constraints) -> None:
         """A grammar must see a row's last token before it allows the next one."""
@@ -240,7 +244,6 @@ class CudaRunner(ModelRunner):
             positions,
             wishes=slots.wishes,
             bent=slots.bent,
-            counts=self._counts,
             token_ids=slots.token_ids,
             raw=raw,
             allowed=allowed,

@@ -6,7 +6,7 @@ that a step can start before the host has seen what the previous one sampled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -75,8 +75,11 @@ class Slots:
         self.stop_token_ids: list[list[int]] = [[]] * num_slots
         self._num_blocks = [0] * num_slots
 
-    def update(self, admissions: Sequence[Admission], rows: Sequence[Row]) -> None:
-        """Take a step's newcomers in, then append the rows' new blocks to their slots' block tables."""
+    def update(
+        self, admissions: Sequence[Admission], rows: Sequence[Row], counts: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """Take a step's newcomers in, then append the rows' new blocks to their slots' block tables. ``counts`` int16 [vocab]
+        are of slots whose penalties the device's sampler computes."""
         places: list[NDArray[np.int64]] = []
         words: list[Words] = []
 
@@ -85,12 +88,13 @@ class Slots:
             places.append(np.arange(start, start + len(values)))
             words.append(values)
 
+        addresses = {slot: one.data_ptr() for slot, one in (counts or {}).items()}
         for one in admissions:
             frequencies, rope_scale = self._profile(one.rope_key)
             put("token_ids", one.slot, np.array(one.token_ids, dtype=np.int32))
             put("inverse_frequencies", one.slot, frequencies)
             put("rope_scale", one.slot, np.array([rope_scale], dtype=np.float32).view(np.int32))
-            put("wishes", one.slot, line_of(one, self._vocab_size))
+            put("wishes", one.slot, line_of(one, self._vocab_size, addresses.get(one.slot, 0)))
             put("bent", one.slot, bent_of(one))
             self.sampling[one.slot] = one.sampling
             self.host_forbids[one.slot] = host_forbids(one.sampling)

@@ -21,12 +21,13 @@ def neutral_line() -> Words:
     return line.reshape(1).view(np.int32)
 
 
-def line_of(one: Admission, vocab_size: int) -> Words:
+def line_of(one: Admission, vocab_size: int, counts: int) -> Words:
+    """``counts``: the address of the sequence's counts of tokens; 0: there are none."""
     line = np.zeros((), dtype=WISHES)
     sampling = one.sampling
     for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         line[name] = getattr(sampling, name)
-    line["seed"] = one.seed
+    line["seed"], line["counts"] = one.seed, counts
     line["temperature"] = 0.0 if sampling.greedy else sampling.temperature
     line["top_k"] = min(max(0, sampling.top_k), vocab_size)
     line["num_biases"] = len(sampling.logit_bias or ())

@@ -73,21 +73,20 @@ def make_slots(params: list[SamplingParams], known: list[list[int]], num_prompt:
         )
         for slot, one in enumerate(params)
     ]  # fmt: skip
-    slots.update(admissions, [])
+    slots.update(admissions, [], dict(enumerate(counts)))
     for one in admissions:
         ids, found = counts_of(one, VOCAB)
         counts[one.slot, torch.from_numpy(ids).to(DEVICE)] = torch.from_numpy(found).to(DEVICE)
     return slots, counts
 
 
-def sampled(logits: torch.Tensor, row_slots: torch.Tensor, positions: torch.Tensor, slots: Slots, counts, **more):
+def sampled(logits: torch.Tensor, row_slots: torch.Tensor, positions: torch.Tensor, slots: Slots, **more):
     return sampling.sample(
         logits,
         row_slots,
         positions,
         wishes=slots.wishes,
         bent=slots.bent,
-        counts=counts,
         token_ids=slots.token_ids,
         **more,
     )
@@ -112,7 +111,7 @@ def expected_of(logits: torch.Tensor, choices: list[Choice], slots: Slots) -> li
 def test_samples_are_those_of_the_plain_sampler(listed: int, spread: float):
     """Whether the list suffices, or all logits must be looked at again."""
     params = [SamplingParams(**one, seed=random.randrange(2**62)) for one in cuts()]
-    slots, counts = make_slots(params, [[1] * 9] * len(params), 9)
+    slots, _counts = make_slots(params, [[1] * 9] * len(params), 9)
     order = torch.randperm(len(params), device=DEVICE)
     for position in (9, 10)[: 1 if listed == 1 or spread < 1 else 2]:
         logits = torch.randn(len(params), VOCAB, device=DEVICE) * spread
@@ -120,7 +119,7 @@ def test_samples_are_those_of_the_plain_sampler(listed: int, spread: float):
         logits[0, 17] = logits[0, 4321] = 50.0  # a tie: the lowest id wins
         expected = expected_of(logits, [Choice(slot, slot, position) for slot in range(len(params))], slots)
         where = torch.full((len(params),), position, dtype=torch.int32, device=DEVICE)
-        found, _ = sampled(logits[order], order.int(), where, slots, counts, listed=listed)
+        found, _ = sampled(logits[order], order.int(), where, slots, listed=listed)
         assert found.tolist() == [expected[slot] for slot in order.tolist()]
         assert slots.token_ids[: len(params), position].tolist() == expected
 
@@ -153,7 +152,7 @@ def test_what_bends_logits_is_kept_on_the_device(listed: int, positions: int, ki
         expected = expected_of(logits, [Choice(slot, slot, position) for slot in range(len(params))], slots)
         where = torch.full_like(row_slots, position)
         for _ in range(2):
-            found, _ = sampled(logits, row_slots, where, slots, counts, listed=listed)
+            found, _ = sampled(logits, row_slots, where, slots, listed=listed)
             assert found.tolist() == expected, position
     counted = sum(one.needs_history for one in params) * (positions - 1)
     assert counts[:-1].long().sum() - before == counted
@@ -165,13 +164,13 @@ def test_a_token_is_counted_no_further_than_there_is_room():
     counts[0, 3] = torch.tensor(0x7FFF | -0x8000, dtype=torch.int16)  # of the prompt as well
     slots.wishes[0, COLUMN["num_counted"]] = 2
     one = torch.tensor([3], dtype=torch.int32, device=DEVICE)
-    sampled(torch.randn(1, VOCAB, device=DEVICE), one * 0, one, slots, counts)
+    sampled(torch.randn(1, VOCAB, device=DEVICE), one * 0, one, slots)
     assert counts[0, 3].item() == -1 and slots.wishes[0, COLUMN["num_counted"]].item() == 3
 
 
 def test_only_what_a_mask_allows_comes():
     params = [SamplingParams(**one) for one in cuts()]
-    slots, counts = make_slots(params, [[1, 2, 3]] * len(params), 3)
+    slots, _counts = make_slots(params, [[1, 2, 3]] * len(params), 3)
     row_slots = torch.arange(len(params), dtype=torch.int32, device=DEVICE)
     logits = torch.randn(len(params), VOCAB, device=DEVICE)
     allowed = torch.rand(len(params), VOCAB) < 0.01
@@ -184,7 +183,7 @@ def test_only_what_a_mask_allows_comes():
         slots,
     )
     bits = torch.from_numpy(packed).to(DEVICE)
-    found, _ = sampled(logits, row_slots, torch.full_like(row_slots, 3), slots, counts, allowed=bits)
+    found, _ = sampled(logits, row_slots, torch.full_like(row_slots, 3), slots, allowed=bits)
     assert found.tolist() == expected and found[0] == 4999
 
 
@@ -194,13 +193,13 @@ def test_told_are_the_models_own_probabilities(dtype: torch.dtype):
     numbers = [None, 0, 1, 5, 20, 32, 5, 5]
     params = [SamplingParams(**one, logprobs=number) for one, number in zip(cuts(), numbers, strict=True)]
     params.append(SamplingParams(temperature=0.0, logprobs=5, logit_bias={77: 100.0}))
-    slots, counts = make_slots(params, [[1, 2, 3]] * len(params), 3)
+    slots, _counts = make_slots(params, [[1, 2, 3]] * len(params), 3)
     row_slots = torch.arange(len(params), dtype=torch.int32, device=DEVICE)
     raw = (torch.randn(len(params), VOCAB, device=DEVICE) * 3).to(dtype)
     raw[6] = 1.0
     bent = raw.float()
     bent[7, :100] = sampler.FORBIDDEN
-    found, told = sampled(bent, row_slots, torch.full_like(row_slots, 3), slots, counts, raw=raw)
+    found, told = sampled(bent, row_slots, torch.full_like(row_slots, 3), slots, raw=raw)
     choices = [Choice(slot, slot, 3) for slot in range(len(params))]
     tokens = found.tolist()
     got = ToldLogprobs(told.cpu(), choices, slots).of(tokens)
@@ -220,19 +219,19 @@ def test_told_are_the_models_own_probabilities(dtype: torch.dtype):
 
 
 def test_a_small_vocabulary_tells_all_it_has():
-    slots, counts = make_slots([SamplingParams(temperature=0.0, logprobs=20)], [[1]], 1)
+    slots, _counts = make_slots([SamplingParams(temperature=0.0, logprobs=20)], [[1]], 1)
     one = torch.tensor([1], dtype=torch.int32, device=DEVICE)
     logits = torch.randn(1, 9, device=DEVICE)
-    found, told = sampled(logits, one * 0, one, slots, counts[:, :9].contiguous())
+    found, told = sampled(logits, one * 0, one, slots)
     [got] = ToldLogprobs(told.cpu(), [Choice(0, 0, 1)], slots).of(found.tolist()).values()
     assert got.top_ids == logits[0].argsort(descending=True).tolist()
 
 
 def test_a_row_that_is_not_finite_is_marked_and_the_others_are_not():
-    slots, counts = make_slots([SamplingParams(temperature=0.0)] * 3, [[1]] * 3, 1)
+    slots, _counts = make_slots([SamplingParams(temperature=0.0)] * 3, [[1]] * 3, 1)
     logits = torch.randn(3, VOCAB, device=DEVICE)
     expected = logits.argmax(-1).tolist()
     logits[1, 4500] = float("nan")
     rows = torch.arange(3, dtype=torch.int32, device=DEVICE)
-    found, _ = sampled(logits, rows, torch.ones_like(rows), slots, counts)
+    found, _ = sampled(logits, rows, torch.ones_like(rows), slots)
     assert found.tolist() == [expected[0], sampling.CORRUPT, expected[2]]

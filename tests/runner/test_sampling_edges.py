@@ -132,7 +132,7 @@ def test_one_row_that_fails_ends_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch
     real = getattr(sampler, broken)
 
     def fails_for_one(*args: Any, **kwargs: Any) -> Any:
-        listed = kwargs.get("params") or args[-1]
+        listed = kwargs.get("params") or (args[2] if broken == "top_logprobs" else args[-1])
         if any(getattr(one, "repetition_penalty", 1.0) == 1.25 or one == 7 for one in listed):
             raise RuntimeError("as if")
         return real(*args, **kwargs)

@@ -104,7 +104,6 @@ def _look(
     positions_ptr,  # int32 [rows]: of the token to be sampled
     wishes_ptr,  # int32 [slots, WISH_WORDS]
     bent_ptr,  # int32 [slots, MAX_BENT, 2]: ids, and what is added to their logits
-    counts_ptr,  # int16 [slots, vocab]
     token_ids_ptr,  # int32 [slots, length]
     allowed_ptr,  # int32 [rows, vocab / 32], if MASKED: a bit for each token
     parts_ptr,  # int32 [rows, chunks, HEAD + 2 * LISTED]
@@ -127,7 +126,7 @@ def _look(
         _list(x, ids, told_ptr + place * (HEAD + 2 * MAX_TOLD), MAX_TOLD)
     x = tl.load(logits_ptr + row.to(tl.int64) * vocab + ids, mask=live, other=0.0).to(tl.float32)
     corrupt = tl.sum((tl.abs(x) < float("inf")).to(tl.int32), axis=0) < BLOCK
-    x = bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
+    x = bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, token_ids_ptr, allowed_ptr,
               vocab, length, MASKED)  # fmt: skip
     x = tl.where(live, x, float("-inf"))
     if temperature > 0.0:
@@ -225,13 +224,13 @@ def _pick(
 
 
 @triton.jit
-def _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr, vocab,
+def _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, token_ids_ptr, allowed_ptr, vocab,
                length, inverse, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Bent logits over the temperature of ids from ``start`` on, -inf behind the last."""
     ids = start + tl.arange(0, BLOCK)
     live = ids < vocab
     x = tl.load(logits_ptr + row.to(tl.int64) * vocab + ids, mask=live, other=0.0).to(tl.float32)
-    x = bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
+    x = bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, token_ids_ptr, allowed_ptr,
               vocab, length, MASKED)  # fmt: skip
     return tl.where(live, x * inverse, float("-inf"))
 
@@ -244,7 +243,6 @@ def _look_again(
     positions_ptr,
     wishes_ptr,
     bent_ptr,
-    counts_ptr,
     token_ids_ptr,
     allowed_ptr,
     vocab,
@@ -258,7 +256,7 @@ def _look_again(
     inverse, at = 1.0 / temperature, tl.arange(0, BLOCK)
     tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     for start in range(0, vocab, BLOCK):
-        x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+        x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, token_ids_ptr,
                        allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
         tops = tl.maximum(tops, x)
     top = tl.max(tops, axis=0)
@@ -268,14 +266,14 @@ def _look_again(
             trial = cut | (tl.full((), 1, dtype=tl.uint32) << (31 - bit))
             count = tl.zeros((BLOCK,), dtype=tl.int32)
             for start in range(0, vocab, BLOCK):
-                x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+                x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, token_ids_ptr,
                                allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
                 count += ((_ordered(x) >= trial) & (start + at < vocab)).to(tl.int32)
             cut = tl.where(tl.sum(count, axis=0) >= top_k, trial, cut)
     if top_p < 1.0:
         mass = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, vocab, BLOCK):
-            x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+            x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, token_ids_ptr,
                            allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
             mass += tl.where(_ordered(x) >= cut, tl.exp(x - top), 0.0)
         wanted = tl.sum(mass, axis=0) * top_p
@@ -284,7 +282,7 @@ def _look_again(
             trial = found | (tl.full((), 1, dtype=tl.uint32) << (31 - bit))
             mass = tl.zeros((BLOCK,), dtype=tl.float32)
             for start in range(0, vocab, BLOCK):
-                x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+                x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, token_ids_ptr,
                                allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
                 mass += tl.where(_ordered(x) >= tl.maximum(trial, cut), tl.exp(x - top), 0.0)
             found = tl.where(tl.sum(mass, axis=0) >= wanted, trial, found)
@@ -295,7 +293,7 @@ def _look_again(
     best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     index = tl.full((BLOCK,), 0, dtype=tl.int32)
     for start in range(0, vocab, BLOCK):
-        x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr,
+        x = _bent_part(start, row, slot, position, logits_ptr, wishes_ptr, bent_ptr, token_ids_ptr,
                        allowed_ptr, vocab, length, inverse, BLOCK, MASKED)  # fmt: skip
         noisy = tl.where(_ordered(x) >= cut, _noisy(x, start + at, seed, position), float("-inf"))
         index = tl.where(noisy > best, start + at, index)
@@ -340,7 +338,6 @@ def _finish(
     positions_ptr,
     wishes_ptr,
     bent_ptr,
-    counts_ptr,
     token_ids_ptr,
     allowed_ptr,
     told_ptr,
@@ -360,7 +357,7 @@ def _finish(
     token = tl.load(out_ptr + row)
     if left != 0:
         token = _look_again(
-            logits_ptr, row, row_slots_ptr, positions_ptr, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr,
+            logits_ptr, row, row_slots_ptr, positions_ptr, wishes_ptr, bent_ptr, token_ids_ptr, allowed_ptr,
             vocab, length, BLOCK, MASKED,
         )  # fmt: skip
         _put(token, row, slot, tl.load(positions_ptr + row), token_ids_ptr, out_ptr, length)
@@ -375,7 +372,6 @@ def sample(
     *,
     wishes: Tensor,
     bent: Tensor,
-    counts: Tensor,
     token_ids: Tensor,
     raw: Tensor | None = None,
     allowed: Tensor | None = None,
@@ -385,7 +381,7 @@ def sample(
     is told of rows that wish it: int32 [rows, TOLD_WORDS], float32 numbers as their bits.
 
     logits [rows, vocab]; row_slots, positions int32 [rows]. By slot: wishes (kernels/wishes.py), bent int32
-    [slots, MAX_BENT, 2], counts int16 [slots, vocab], token_ids int32 [slots, length]. ``raw`` [rows, vocab] are the model's own
+    [slots, MAX_BENT, 2], token_ids int32 [slots, length]. ``raw`` [rows, vocab] are the model's own
     logits, where those were changed since; ``allowed`` int32 [rows, vocab / 32] has a bit for each token that may come.
     ``listed`` logits of each chunk are kept. The same tokens as runner/sampler.py gives, up to the rounding of logarithms.
     """
@@ -400,7 +396,7 @@ def sample(
     raw, length, masked = logits if raw is None else raw, token_ids.shape[1], allowed is not None
     where, all_chunks = (row_slots, positions), triton.next_power_of_2(chunks)
     _look[(rows, chunks)](
-        logits, raw, *where, wishes, bent, counts, token_ids, allowed, parts, told, vocab, length,
+        logits, raw, *where, wishes, bent, token_ids, allowed, parts, told, vocab, length,
         LISTED=listed, BLOCK=SAMPLE_CHUNK, MASKED=masked, num_warps=8,
     )  # fmt: skip
     _pick[(rows,)](
@@ -418,7 +414,7 @@ def sample(
         num_warps=8,
     )
     _finish[(rows,)](
-        logits, raw, left, *where, wishes, bent, counts, token_ids, allowed, told, out, out_told, vocab, chunks, length,
+        logits, raw, left, *where, wishes, bent, token_ids, allowed, told, out, out_told, vocab, chunks, length,
         BLOCK=8192, CHUNKS=all_chunks, MASKED=masked, num_warps=16,
     )  # fmt: skip
     return out, out_told

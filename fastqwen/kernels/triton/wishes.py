@@ -14,6 +14,7 @@ MAX_COUNT = tl.constexpr(wishes.MAX_COUNT)
 # Words of a slot's wishes.
 WISH_WORDS = tl.constexpr(limits.WISH_WORDS)
 SEED = tl.constexpr(wishes.COLUMN["seed"] // 2)  # in words of 64 bits
+COUNTS = tl.constexpr(wishes.COLUMN["counts"] // 2)
 TEMPERATURE = tl.constexpr(wishes.COLUMN["temperature"])
 TOP_K = tl.constexpr(wishes.COLUMN["top_k"])
 TOP_P = tl.constexpr(wishes.COLUMN["top_p"])
@@ -46,20 +47,27 @@ def cuts_of(wishes_ptr, slot, vocab):
 
 
 @triton.jit
-def seed_of(wishes_ptr, slot):
-    return tl.load(wishes_ptr.to(tl.pointer_type(tl.int64), bitcast=True) + slot * (WISH_WORDS // 2) + SEED)
+def _long_at(wishes_ptr, slot, place: tl.constexpr):
+    return tl.load(wishes_ptr.to(tl.pointer_type(tl.int64), bitcast=True) + slot * (WISH_WORDS // 2) + place)
 
 
 @triton.jit
-def _penalized(x, ids, live, slot, position, line, counts_ptr, token_ids_ptr, vocab, length):
+def seed_of(wishes_ptr, slot):
+    return _long_at(wishes_ptr, slot, SEED)
+
+
+@triton.jit
+def _penalized(x, ids, live, slot, position, wishes_ptr, token_ids_ptr, length):
     """Repetition, presence and frequency penalties, as sampler.py's; the sequence's newest token is counted first, once."""
+    line = wishes_ptr + slot * WISH_WORDS
     newest = tl.load(token_ids_ptr + slot * length + tl.maximum(position - 1, 0))
     repetition, presence, frequency = float_at(line + REPETITION), float_at(line + PRESENCE), float_at(line + FREQUENCY)
     if (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0):
-        counts = tl.load(counts_ptr + slot * vocab + ids, mask=live, other=0).to(tl.int32) & 0xFFFF
+        counts_ptr = _long_at(wishes_ptr, slot, COUNTS).to(tl.pointer_type(tl.int16))
+        counts = tl.load(counts_ptr + ids, mask=live, other=0).to(tl.int32) & 0xFFFF
         fresh = live & (ids == newest) & (tl.load(line + NUM_COUNTED) < position)
         counts = tl.where(fresh & ((counts & MAX_COUNT) < MAX_COUNT), counts + 1, counts)
-        tl.store(counts_ptr + slot * vocab + ids, counts.to(tl.int16), mask=fresh)
+        tl.store(counts_ptr + ids, counts.to(tl.int16), mask=fresh)
         if tl.sum(fresh.to(tl.int32), axis=0) > 0:
             tl.store(line + NUM_COUNTED, position)
         repeated = tl.where(x > 0.0, x / repetition, x * repetition)
@@ -70,12 +78,12 @@ def _penalized(x, ids, live, slot, position, line, counts_ptr, token_ids_ptr, vo
 
 
 @triton.jit
-def bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, counts_ptr, token_ids_ptr, allowed_ptr, vocab, length,
+def bent(x, ids, live, row, slot, position, wishes_ptr, bent_ptr, token_ids_ptr, allowed_ptr, vocab, length,
           MASKED: tl.constexpr):  # fmt: skip
     """Logits with all that a request wishes of them before they are cut."""
     line = wishes_ptr + slot * WISH_WORDS
     if tl.load(line + BENDS) != 0:
-        x = _penalized(x, ids, live, slot, position, line, counts_ptr, token_ids_ptr, vocab, length)
+        x = _penalized(x, ids, live, slot, position, wishes_ptr, token_ids_ptr, length)
         biases, early = tl.load(line + NUM_BIASES), position < tl.load(line + LEAST_END)
         for number in range(tl.load(line + NUM_BENT)):
             entry = bent_ptr + (slot * MAX_BENT + number) * 2
