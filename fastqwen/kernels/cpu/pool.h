@@ -16,7 +16,7 @@
 #include <immintrin.h>
 #endif
 
-namespace {
+namespace fastqwen {
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -26,7 +26,8 @@ inline void relax() {
 #endif
 }
 
-class Pool {
+// One pool for all sources of the library, and for no other library that the process has loaded.
+class [[gnu::visibility("hidden")]] Pool {
  public:
   // The pool lives as long as the process: its threads may be asleep when static objects are destroyed.
   static Pool& shared() {
@@ -123,6 +124,12 @@ class Pool {
   std::atomic<bool> waits_{false};
   int made_ = 0;
 };
+
+}  // namespace fastqwen
+
+namespace {
+
+using fastqwen::Pool;
 
 // parts of ``size`` of ``count`` things: body(first, last)
 template <typename F>
