@@ -19,6 +19,7 @@ from fastqwen.kernels import (
     StepTokens,
 )
 from fastqwen.kernels.cpu import packed, scaled
+from fastqwen.kernels.cpu.arena import Arena
 from fastqwen.kernels.reference import ReferenceOps
 
 _TYPES = packed.TYPES
@@ -73,6 +74,7 @@ class CpuOps(ReferenceOps):
             call.argtypes, call.restype = arguments, None
             self._calls[name] = call
         self._linear = self._calls["fq_linear"]
+        self._arena = Arena()
         self.set_threads(torch.get_num_threads())
 
     def set_threads(self, count: int) -> None:
@@ -126,7 +128,7 @@ class CpuOps(ReferenceOps):
         return self._product(weight, None)
 
     def _product(self, weight: CodedWeight, order: Tensor | None) -> Product:
-        tiled = packed.tiled(weight, self._calls["fq_pack"])
+        tiled = packed.tiled(weight, self._calls["fq_pack"], self._arena)
         product = self._calls["fq_packed_product"]
         return packed.TiledProduct(tiled, order, product=product, silu_mul=self.silu_mul)
 

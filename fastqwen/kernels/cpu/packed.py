@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastqwen.kernels import CodedWeight, GroupedWeight, Norm
+from fastqwen.kernels.cpu.arena import Arena
 
 TILE, BLOCK = 16, 32  # outputs, inputs
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -45,17 +46,17 @@ class TiledWeight:
         return self.codes.nbytes + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def tiled(weight: CodedWeight, pack: Callable[..., None]) -> TiledWeight:
+def tiled(weight: CodedWeight, pack: Callable[..., None], arena: Arena) -> TiledWeight:
     """``pack`` is fq_pack. The order of the inputs, if there is one, is the caller's matter."""
     kind, block_bytes, halves = KINDS[weight.bits]
     out_size, in_size = weight.codes.shape
     assert in_size % BLOCK == 0 and weight.part_size * halves == BLOCK
     tiles = -(-out_size // TILE)
-    codes = torch.empty((tiles, in_size // BLOCK, block_bytes), dtype=torch.uint8)
+    codes = arena.empty((tiles, in_size // BLOCK, block_bytes), torch.uint8)
     numbers = {
         "scales": weight.scales, "parts": weight.parts, "minima": weight.minima, "min_parts": weight.min_parts,
     }  # fmt: skip
-    tensors = {name: _by_tiles(tensor, tiles) for name, tensor in numbers.items() if tensor is not None}
+    tensors = {name: arena.copy(_by_tiles(tensor, tiles)) for name, tensor in numbers.items() if tensor is not None}
     if weight.bias is not None:
         tensors["bias"] = weight.bias.float().contiguous()
     shift = max(0, -(-weight.group_size // BLOCK) - 1).bit_length()
@@ -161,4 +162,4 @@ def _by_tiles(numbers: Tensor, tiles: int) -> Tensor:
     """[out, groups] -> [tiles, groups, 16]"""
     out_size, groups = numbers.shape
     padded = torch.nn.functional.pad(numbers, (0, 0, 0, tiles * TILE - out_size))
-    return padded.view(tiles, TILE, groups).transpose(1, 2).contiguous()
+    return padded.view(tiles, TILE, groups).transpose(1, 2)
