@@ -6,9 +6,14 @@ The public names load on first use, so that ``fastqwen --help`` and the planner 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from fastqwen.version import __version__
+
+# After each of torch's own operations its threads would look for the next one for milliseconds, on the cores that the CPU
+# kernels' threads need: 8 streams were half as fast. OpenMP reads this when torch is imported, also in processes started later.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from fastqwen.chat_model import ChatModel

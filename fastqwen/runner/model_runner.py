@@ -125,7 +125,7 @@ class ModelRunner:
         are added to ``errors``."""
         adjust(logits, choices, self.slots, errors)
         late: set[int] = set()
-        if self._structured is not None:
+        if self._structured is not None and any(self._structured.constrains(choice.slot) for choice in choices):
             late = mask(self._structured, logits, choices, errors)
         try:
             chosen = self._draw(logits, choices)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -69,6 +70,16 @@ class FilePart(NamedTuple):
 
 
 def read_part(path: Path) -> FilePart:
+    """A start asks a file for its sizes, its tensors and its tokenizer: what was just read is not read again."""
+    try:
+        now = path.stat()
+    except OSError:
+        return _read_part(path, ())  # says what is wrong with it
+    return _read_part(path, (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+
+
+@lru_cache(maxsize=1)
+def _read_part(path: Path, identity: tuple[int, ...]) -> FilePart:
     mapped = _map(path)
     cursor = _Cursor(path, mapped)
     num_tensors, num_entries = _read_header(cursor)

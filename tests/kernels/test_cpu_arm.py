@@ -12,6 +12,7 @@ import torch
 
 from fastqwen.kernels import CodedWeight
 from fastqwen.kernels.cpu import build, packed
+from fastqwen.kernels.cpu.arena import Arena
 from tests.kernels.test_cpu_packed import TYPES, check, make_weight, right
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
@@ -37,7 +38,7 @@ def products(program: Path, weight: CodedWeight, x: torch.Tensor) -> torch.Tenso
     def pack(*_: object) -> None:
         """The program packs the codes."""
 
-    tiled = packed.tiled(weight, pack)
+    tiled = packed.tiled(weight, pack, Arena())
     header, tensors = tiled.header, tiled.tensors
     names = ("parts", "minima", "min_parts")
     numbers = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -252,3 +253,11 @@ def test_a_download_that_has_not_ended(path: Path) -> None:
     path.write_bytes(b"GGUF")
     with pytest.raises(BadCheckpoint, match="unfinished download"):
         GgufFile(path)
+
+
+def test_a_file_that_changed_is_read_again(path: Path) -> None:
+    """What was just read is not read again, as long as it is the same."""
+    first = GgufFile(write_gguf(path, METADATA, TENSORS))
+    assert GgufFile(path).metadata is first.metadata
+    os.utime(path, ns=(1, 1))
+    assert GgufFile(path).metadata is not first.metadata

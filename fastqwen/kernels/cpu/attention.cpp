@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t KEYS = LANES;        // as many keys are looked at together, one in each lane
 constexpr int ROWS = 4;                // as many queries of a task share what was read of a key
+constexpr int64_t SECOND_LEVEL = 1 << 20;  // bytes of a core's cache, about
+constexpr int64_t AHEAD = 4 * KEYS;    // keys and values are asked for this many tokens before they are read
 constexpr int64_t ROWS_OF_TASK = 32;   // at most, unless one token has more heads
 
 struct Shape {
@@ -167,6 +169,9 @@ struct Lines {
     const int64_t at = place(position);
     return {numbers + at * s.head_dim, scales ? wide(scales[at]) : 1.0f};
   }
+  void ask_for(const C* numbers, int64_t position) const {
+    ::ask_for(numbers + place(position) * s.head_dim, s.head_dim * sizeof(C));
+  }
   Line<C> key(int64_t position) const { return of(cache.k, cache.k_scale, position); }
   Line<C> value(int64_t position) const { return of(cache.v, cache.v_scale, position); }
 };
@@ -267,6 +272,7 @@ inline void add_values(const Row* rows, const Lines<C>& lines, int64_t first, in
   for (int n = 0; n < N; n++)
     for (int v = 0; v < VECTORS; v++) acc[n][v] = load(rows[n].out + dim + v * LANES);
   for (int64_t p = first; p < last; p++) {
+    if (p + AHEAD < last) lines.ask_for(lines.cache.v, p + AHEAD);
     const Line<C> line = lines.value(p);
     for (int v = 0; v < VECTORS; v++) {
       const floats value = line.at(dim + v * LANES);
@@ -335,7 +341,12 @@ void attend(const Task& t, const float* q, const Cache<C>& cache, const Pages& p
     }
   }
   const Lines<C> lines{cache, s, pages.of(t.token), t.kv_head};
+  const bool fits = (end - start) * d * sizeof(C) <= SECOND_LEVEL / 4;  // then values come while scores are computed
   for (int64_t p = start / KEYS * KEYS; p < end; p += KEYS) {
+    for (int64_t j = 0; j < KEYS; j++) {
+      if (p + AHEAD + j < end) lines.ask_for(cache.k, p + AHEAD + j);
+      if (p + j < end && fits) lines.ask_for(cache.v, p + j);
+    }
     columns_of_keys(lines, p, start, end, keys.data());
     by_fours(rows, [&](const Row* some, auto n) { score_rows<n>(some, d, keys.data(), p); });
   }

@@ -137,6 +137,11 @@ INLINE void write(void* p, const Two<V>& v) {
   write(static_cast<char*>(p) + sizeof v.lower, v.upper);
 }
 
+// Has the processor fetch what will be read soon; nothing happens where there is no memory.
+INLINE void ask_for(const void* p, int64_t num_bytes) {
+  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
 // Numbers of 16 and of 8 bits as a register of 32 bits each. What ``__builtin_convertvector`` makes of them is one after the other.
 #if defined(HAS_AVX512)
 INLINE of_register<uint32_t> widened(const uint16_t* p) { return (of_register<uint32_t>)_mm512_cvtepu16_epi32(read<__m256i>(p)); }

@@ -166,6 +166,9 @@ INLINE void add_half(const Matrix& w, const C& codes, const Scales<HALVES>& of, 
   }
 }
 
+// While many rows are computed with a block, the processor sees no stream of codes that it would fetch ahead of.
+constexpr int64_t AHEAD = 4096;  // bytes
+
 template <int KIND, int HALVES, int ROWS>
 __attribute__((noinline)) void tile_rows(const Matrix& matrix, int64_t tile, const Block* x, floats (&out)[ROWS]) {
   constexpr int COUNT = ROWS < ROWS_OF_CODES ? ROWS : ROWS_OF_CODES;
@@ -174,6 +177,7 @@ __attribute__((noinline)) void tile_rows(const Matrix& matrix, int64_t tile, con
   const uint8_t* packed = w.codes + tile * blocks * BLOCK_BYTES[KIND];
   floats y[ROWS] = {};
   for (int64_t b = 0; b < blocks; b++) {
+    ask_for(packed + b * BLOCK_BYTES[KIND] + AHEAD, BLOCK_BYTES[KIND]);
     const Codes<KIND, ROWS_OF_CODES == 1> codes(packed + b * BLOCK_BYTES[KIND]);
     const Scales<HALVES> of(w, (scales_at + (b >> w.shift)) * TILE, (tile * blocks + b) * HALVES * TILE);
     for (int m = 0; m < ROWS; m += COUNT)
