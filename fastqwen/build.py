@@ -108,7 +108,7 @@ class _Builder:
             return first, dense.Dense().linear(weights, spec, self.ops)
         if table is None or head != embed:
             table = weights.tensor(head, shape, part=part)
-        return first, DenseLinear(self.ops, DenseWeight(table))
+        return first, DenseLinear(self.ops, DenseWeight(table)).settled()
 
     def is_untied(self, embed: str, head: str, shape: tuple[int, int]) -> bool:
         """Whether a checkpoint that says that both are one holds two: then both count, as in transformers."""

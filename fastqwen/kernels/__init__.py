@@ -334,6 +334,9 @@ class Ops(Protocol):
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
         """x [tokens, in] -> [tokens, out]"""
 
+    def settled(self, weight: DenseWeight) -> DenseWeight:
+        """The same matrix where this device reads it fastest, possibly a copy, to be kept."""
+
     def norm_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
         """linear(rms_norm(x))"""
 

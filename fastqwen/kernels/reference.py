@@ -49,6 +49,9 @@ class ReferenceOps:
         bias = weight.bias
         return functional.linear(x, weight.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
+    def settled(self, weight: DenseWeight) -> DenseWeight:
+        return weight
+
     def norm_linear(self, x: Tensor, norm: Norm, weight: DenseWeight) -> Tensor:
         return self.linear(self.rms_norm(x, norm), weight)
 

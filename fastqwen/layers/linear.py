@@ -49,6 +49,10 @@ class Linear(ABC):
         """Both as one matrix, this one's outputs first; None if they cannot be one."""
         return None
 
+    def settled(self) -> Linear:
+        """The same where the device reads it fastest: for what is made for an engine's whole life."""
+        return self
+
 
 class DenseLinear(Linear):
     def __init__(self, ops: Ops, weight: DenseWeight) -> None:
@@ -76,6 +80,9 @@ class DenseLinear(Linear):
             return None
         a, b = self.weight, other.weight
         return DenseLinear(self.ops, DenseWeight(_cat(a.weight, b.weight), _cat_biases(a.bias, b.bias)))
+
+    def settled(self) -> Linear:
+        return DenseLinear(self.ops, self.ops.settled(self.weight))
 
 
 class GroupedLinear(Linear):
@@ -237,6 +244,7 @@ def join(ops: Ops, parts: Sequence[Linear]) -> Linear:
     for part in parts[1:]:
         together = found[-1].joined(part)
         found[-1:] = [found[-1], part] if together is None else [together]
+    found = [part.settled() for part in found]
     return found[0] if len(found) == 1 else JoinedLinear(ops, found)
 
 

@@ -13,6 +13,8 @@ namespace {
 
 // ---- y = x w^T (+ bias), or y += ----
 
+constexpr int64_t FIRST_LEVEL = 32768;  // bytes of a core's cache
+
 // Rows of x as a product with weights of type W reads them.
 template <typename W>
 struct Rows {
@@ -22,6 +24,16 @@ struct Rows {
   Rows(const float* all, int64_t, int64_t inputs) : x(all), k(inputs) {}
 };
 
+// While ``step`` inputs from ``i`` on of NT outputs are multiplied: as much of the next outputs' weights, one line after the
+// other, since a processor that sees NT short streams looks ahead in none of them. A first cache that x and these weights
+// would not fit in is left to x.
+template <int MT, int NT, typename W>
+INLINE void ask_ahead(const W* w, int64_t k, int64_t i, int64_t step) {
+  const W* ahead = w + NT * (k + i);
+  const int64_t num_bytes = NT * step * sizeof(W);
+  if (MT == 1 && NT * k * sizeof(W) <= FIRST_LEVEL / 4) ask_for(ahead, num_bytes); else ask_for_later(ahead, num_bytes);
+}
+
 template <typename W, int MT, int NT>
 inline void dots(const Rows<W>& rows, int64_t row, const W* w, float (&out)[MT][NT]) {
   const int64_t k = rows.k;
@@ -29,6 +41,7 @@ inline void dots(const Rows<W>& rows, int64_t row, const W* w, float (&out)[MT][
   floats acc[MT][NT] = {};
   int64_t i = 0;
   for (; i + LANES <= k; i += LANES) {
+    ask_ahead<MT, NT>(w, k, i, LANES);
     floats xv[MT];
     for (int m = 0; m < MT; m++) xv[m] = load(x + m * k + i);
     for (int n = 0; n < NT; n++) {
@@ -79,6 +92,7 @@ inline void dots(const Rows<bf16>& rows, int64_t row, const bf16* w, float (&out
   const uint16_t *high = rows.high + row * rows.padded, *low = rows.low + row * rows.padded;
   floats acc[MT][NT] = {};
   const auto step = [&](int64_t i, const bf16* weights, int64_t stride) {
+    ask_ahead<MT, NT>(w, k, i, STEP);
     __m512bh upper[MT], rest[MT];
     for (int m = 0; m < MT; m++) {
       upper[m] = pairs_of(high + m * rows.padded + i);

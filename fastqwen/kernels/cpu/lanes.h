@@ -137,9 +137,13 @@ INLINE void write(void* p, const Two<V>& v) {
   write(static_cast<char*>(p) + sizeof v.lower, v.upper);
 }
 
-// Has the processor fetch what will be read soon; nothing happens where there is no memory.
+// Has the processor fetch what will be read soon, to its first or second cache; nothing happens where there is no memory.
+constexpr int64_t LINE = 64;  // bytes that come together
 INLINE void ask_for(const void* p, int64_t num_bytes) {
-  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+  for (int64_t i = 0; i < num_bytes; i += LINE) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 3);
+}
+INLINE void ask_for_later(const void* p, int64_t num_bytes) {
+  for (int64_t i = 0; i < num_bytes; i += LINE) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
 // Numbers of 16 and of 8 bits as a register of 32 bits each. What ``__builtin_convertvector`` makes of them is one after the other.
@@ -228,6 +232,15 @@ INLINE auto folded(const V& v) {
 }
 template <typename V>
 INLINE auto lanes_added(const V& v) { return folded<REGISTER / 2>(v); }
+#if defined(HAS_AVX512)  // in registers, in the same order
+INLINE float lanes_added(const of_floats& v) {
+  const __m512 all = (__m512)v;
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
 template <typename V>
 INLINE auto lanes_added(const Two<V>& v) { return lanes_added(v.lower + v.upper); }
 

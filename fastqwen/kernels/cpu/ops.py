@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -101,6 +102,10 @@ class CpuOps(ReferenceOps):
             _TYPES[norm.weight.dtype],
         )
         return out
+
+    def settled(self, weight: DenseWeight) -> DenseWeight:
+        """In large pages; a mapped file's are small ones, and the system may take them back once they were copied."""
+        return replace(weight, weight=self._arena.copy(weight.weight))
 
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
         out = torch.empty((x.shape[0], weight.weight.shape[0]))
