@@ -72,6 +72,9 @@ class Channel(Protocol):
     async def close(self) -> None: ...
 
 
+ENDED = "the program ended"
+
+
 class ProgramChannel:
     """A program that reads and writes one JSON message a line."""
 
@@ -89,8 +92,11 @@ class ProgramChannel:
 
     async def tell(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(message) + b"\n")
-        await self._process.stdin.drain()
+        try:
+            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
+            await self._process.stdin.drain()
+        except ConnectionError:
+            raise UpstreamGone(ENDED) from None
 
     async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -102,7 +108,7 @@ class ProgramChannel:
             if "id" in answer and "method" in answer:  # the server asks us; we offer nothing
                 refusal = {"code": -32601, "message": "not supported"}
                 await self.tell({"jsonrpc": "2.0", "id": answer["id"], "error": refusal})
-        raise UpstreamGone("the program ended")
+        raise UpstreamGone(ENDED)
 
     async def close(self) -> None:
         if self._process.returncode is None:
