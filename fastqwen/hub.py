@@ -26,6 +26,7 @@ from fastqwen.weights.checkpoint import open_checkpoint
 WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.tiktoken", "merges.txt", "vocab.txt"]
 TEMPLATES_FOLDER = "additional_chat_templates/"
 NO_MODELS = ("mmproj", "imatrix")  # GGUF files beside a model's: what sees, and what a quantization was made with
+LISTING_S = 10.0  # a hub may take to say which files there are
 _OTHER_WORD = {"f16": "fp16", "fp16": "f16"}
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.)")
 
@@ -104,7 +105,9 @@ def _listed(repository: str, revision: str | None) -> list[str] | None:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return HfApi().list_repo_files(repository, revision=revision)
+        # one question: list_repo_files asks again for half a minute where there is no network
+        asked = HfApi().model_info(repository, revision=revision, timeout=LISTING_S)
+        return [file.rfilename for file in asked.siblings or []]
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError):
         raise
     except Exception:  # no network, or a mirror that does not list

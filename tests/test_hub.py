@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
 
 import huggingface_hub
 import pytest
@@ -16,7 +16,12 @@ from fastqwen.errors import BadConfig, ModelNotFound, Unsupported
 from fastqwen.hub import resolve
 
 
-def unlisted(self: Any, name: str, **options: Any) -> list[str]:
+def info(names: list[str]) -> SimpleNamespace:
+    """What a hub says of a repository with these files."""
+    return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+
+def unlisted(self: Any, name: str, **options: Any) -> NoReturn:
     raise OSError("no route to host")
 
 
@@ -37,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, st
     monkeypatch.setitem(sys.modules, "modelscope", modelscope)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", recorder("hugging face"))
     monkeypatch.setattr(hub, "_check_served", lambda model, revision, cache: None)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unlisted)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unlisted)
     for name in ("FASTQWEN_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE"):
         monkeypatch.delenv(name, raising=False)
     return seen
@@ -94,7 +99,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     monkeypatch.setattr(hub, "_check_served", lambda model, revision, cache: None)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unlisted)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unlisted)
     with pytest.raises(ModelNotFound, match="no route to host") as caught:
         resolve("Qwen/Qwen-7B-Chat")
     assert "\n" not in str(caught.value)
@@ -122,7 +127,7 @@ def listing(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> list[str]:
         return f"/cache/{file}"
 
     monkeypatch.setattr(hub, "_check_served", lambda model, revision, cache: None)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, **options: names)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, **options: info(names))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return fetched
 
@@ -209,7 +214,7 @@ def test_weights_that_are_packed_in_another_way_are_refused_before_they_are_fetc
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, **options: ["model.safetensors"])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, **options: info(["model.safetensors"]))
     with pytest.raises(Unsupported, match="bitsandbytes"):
         resolve("a/b", folder="models")
     assert asked == [("config.json", "models")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import huggingface_hub
 import pytest
@@ -150,6 +151,11 @@ def test_an_architecture_that_is_not_served_is_found_before_the_weights(
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
     fetched: list[str] = []
+
+    def unlisted(*_: object, **__: object) -> NoReturn:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unlisted)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(config))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: fetched.append(name) or str(tmp_path))
     with pytest.raises(Unsupported, match="mamba"):

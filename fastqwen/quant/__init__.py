@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fastqwen.common_config import OWN_WORDS
@@ -63,8 +64,10 @@ class QuantMethod(Protocol):
     def experts(self, weights: Weights, spec: ExpertsSpec, ops: Ops) -> Experts: ...
 
 
-def supported() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+@cache
+def supported() -> tuple[str, ...]:
+    """The planner asks for each of some ten thousand plans."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def method_word(quantization: dict[str, Any] | None) -> str:
