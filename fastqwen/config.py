@@ -12,6 +12,7 @@ from fastqwen.errors import BadConfig
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+ContentFormat = Literal["auto", "string", "openai"]
 KvCacheDtype = Literal["auto", "bfloat16", "float16", "int8", "fp8"]
 KV_CACHE_DTYPES: tuple[str, ...] = get_args(KvCacheDtype)
 JUDGING_KEYS = frozenset({"architectures", "classifier_from_token", "is_original_qwen3_reranker", "method"})
@@ -103,6 +104,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: Annotated[str | None, option("Folder or hub name of the tokenizer. Default: the model's own.")] = None
     skip_tokenizer_init: Annotated[bool, option("Work with token ids only.")] = False
     chat_template: Annotated[str | None, option("File with a Jinja chat template, or the template itself.")] = None
+    chat_template_content_format: Annotated[
+        ContentFormat,
+        option("How the chat template gets contents: string, openai (a list of parts), or auto: as its loops tell."),
+    ] = "auto"
     tool_call_parser: Annotated[
         str, option("How the model writes tool calls: hermes, qwen3_coder, react or none. auto: from its template.")
     ] = "auto"

@@ -154,9 +154,6 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "vectors come from /v1/embeddings with the model's own pooling": {
         "pooler-config": (), "convert": ("auto", "none", "embed"), "task": ("auto", "generate", "embed"),
     },
-    "templates of text models get each message's text in one piece: leave it out": {
-        "chat-template-content-format": ("auto", "string"),
-    },
     "full attention is what the model was trained with: leave it out": {"disable-sliding-window": ()},
     "no traces are written; each request has an id and a line of the log": {
         "otlp-traces-endpoint": (), "collect-detailed-traces": (), "profiler-config": (), "enable-trace-replay": (),

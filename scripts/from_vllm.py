@@ -11,17 +11,13 @@ from pathlib import Path
 
 from fastqwen.config import EngineConfig, flag, options_of
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.body import CHANGES_THE_ANSWER, WITHOUT_EFFECT
 from fastqwen.server.dialects.chat_batch import ELSEWHERE, ChatBatchRequest
 from fastqwen.server.dialects.classify import ClassifyRequest
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.pooling import PoolingRequest
 from fastqwen.server.dialects.responses_request import ResponsesRequest
-from fastqwen.server.dialects.schema import (
-    CHANGES_THE_ANSWER,
-    WITHOUT_EFFECT,
-    ChatRequest,
-    CompletionRequest,
-)
+from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from fastqwen.vllm.sampling_params import ADVICE, NEUTRAL
 from fastqwen.vllm_names import ACCEPTED, REFUSED, RENAMED, VALUES

@@ -12,9 +12,9 @@ from pydantic import Field
 from fastqwen.errors import BadRequest
 from fastqwen.records import ALL
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.body import Body, Priority, Whole
 from fastqwen.server.dialects.openai import noted
 from fastqwen.server.dialects.pooling import MAX_INPUTS, Pooled, VectorFields, listing
-from fastqwen.server.dialects.schema import Body, Priority, Whole
 
 TO_SIGNED = 128
 

@@ -12,9 +12,9 @@ from typing import Any
 from fastqwen.outputs import Logprob
 from fastqwen.server.answer.generation import parts_of
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.body import Body
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.responses_request import ENCRYPTED, FunctionTool, ResponsesRequest
-from fastqwen.server.dialects.schema import Body
 from fastqwen.server.http.sse import named_event
 from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call

@@ -14,8 +14,8 @@ from fastqwen.errors import BadRequest
 from fastqwen.records import EngineRequest, RequestDelta
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.body import Body, CacheSalt, Count, Priority, Truncation, Whole
 from fastqwen.server.dialects.openai import noted
-from fastqwen.server.dialects.schema import Body, CacheSalt, Count, Priority, Truncation, Whole
 
 MAX_TEXTS = 2048
 
