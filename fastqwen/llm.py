@@ -12,7 +12,7 @@ import msgspec
 from fastqwen.client.batch_job import BatchJob, Prompt, as_list, salt_of, text_and_ids
 from fastqwen.client.beams import BeamSearch, BeamSearchParams, sequences_of
 from fastqwen.client.conversation import for_template
-from fastqwen.client.engine import Ready, error_of
+from fastqwen.client.engine import error_of
 from fastqwen.client.local_engine import LocalEngine
 from fastqwen.client.model import LoadedModel, Template, batch_config
 from fastqwen.client.numbers import metrics_of
@@ -47,25 +47,32 @@ class LLM(PoolingCalls):
     def __init__(self, model: str, **options: Any) -> None:
         self._loaded = LoadedModel(batch_config(model, options))
         self.config, self.text, self.facts = self._loaded.config, self._loaded.text, self._loaded.facts
-        self.engine = LocalEngine(self._loaded.core, self._loaded.ready)
+        self._engine: LocalEngine | None = LocalEngine(self._loaded.core, self._loaded.ready)
+        self._level: int | None = None  # how deep it sleeps
         self._ids = itertools.count()
         self._seeds = random.Random(self.config.seed)  # noqa: S311 not a secret
         self._num_resets = 0
-        self._asleep: Ready | None = None
+
+    @property
+    def engine(self) -> LocalEngine:
+        """Raises BadRequest while it sleeps."""
+        if self._engine is None or self._level is not None:
+            raise BadRequest("the model sleeps: call wake_up() first")
+        return self._engine
 
     @property
     def model(self) -> ModelConfig:
         """What the checkpoint says about itself."""
-        return self.engine.ready.model
+        return self._loaded.ready.model
 
     @property
     def plan(self) -> EnginePlan:
         """What the device and the model allow."""
-        return self.engine.ready.plan
+        return self._loaded.ready.plan
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
-        return self.engine.stats()
+        return EngineStats() if self._engine is None else self._engine.stats()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
@@ -205,31 +212,36 @@ class LLM(PoolingCalls):
         """What the engine has done so far, under vLLM's names."""
         return metrics_of(self.stats(), {"model_name": self.config.served_names[0]})
 
-    def sleep(self, level: int = 1) -> None:
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Give the memory of weights and cache back until ``wake_up``. At ``level`` 1 the weights wait in host memory, which must
-        have room for them; at 2, and where several processes compute, they are read from their files again. Nothing may be
-        running."""
-        if level not in (1, 2):
-            raise BadRequest(f"level is {level}, but must be 1 or 2", "level")
-        if self.is_sleeping():
-            if level == 2:
-                self._loaded.drop_kept()
+        have room for them; at 2, and where several processes compute, they are read from their files again; at 0 nothing is
+        given back. Nothing may be running, whatever ``mode`` says."""
+        if level not in (0, 1, 2):
+            raise BadRequest(f"level is {level}, but must be 0, 1 or 2", "level")
+        if mode not in ("abort", "wait", "keep"):
+            raise BadRequest(f"mode is {mode!r}, but must be abort, wait or keep", "mode")
+        if self._level is not None and level <= self._level:
             return
-        if self.engine.has_work:
+        if self._engine is None:  # deeper than level 1
+            self._loaded.drop_kept()
+        elif self._engine.has_work:
             raise BadRequest("requests are running: wait for them before sleep()", "level")
-        self.reset_prefix_cache()
-        self._asleep = self.engine.ready
-        del self.engine
-        self._loaded.stop(keep=level == 1)
+        elif level:
+            self.reset_prefix_cache()
+            self._engine = None
+            self._loaded.stop(keep=level == 1)
+        self._level = level
 
-    def wake_up(self, tags: list[str] | None = None) -> None:
-        """Load again what ``sleep`` gave back. ``tags``: all of it is loaded, whichever is asked for first."""
-        if self._asleep is not None:
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """Load again what ``sleep`` gave back; whether all of it is awake. ``tags``: all wakes, whichever is asked for first."""
+        if self._engine is None:
             ready, core = self._loaded.start()
-            self.engine, self._asleep = LocalEngine(core, ready), None
+            self._engine = LocalEngine(core, ready)
+        self._level = None
+        return True
 
     def is_sleeping(self) -> bool:
-        return self._asleep is not None
+        return self._level is not None
 
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> LLM:

@@ -55,7 +55,9 @@ for output in llm.generate(["The capital of France is"], SamplingParams(temperat
 modules that scripts import them from: `engine.arg_utils`, `entrypoints.llm`, `inputs`, `outputs`, `sampling_params`,
 `utils`, `v1.engine.async_llm`.
 `LLM` takes the flags below as keywords. `sleep` gives weights and cache back: at level 1 the weights wait in host
-memory for `wake_up`, at level 2 they are read again. A server's `/sleep` ends the engine's process, at either level.
+memory for `wake_up`, at level 2 they are read again (as they are where several GPUs share them), at level 0 nothing is
+given back. So do `/sleep?level=1` and `/wake_up` of a server; with `mode=abort` or `mode=wait` running requests are no
+hindrance.
 
 Not there: adapters (LoRA), images and sound, speculative decoding, plugins.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from contextlib import closing
 from typing import Any, cast, get_args
 
 import msgspec
-import torch
 
 from fastqwen.client.engine import Ready
 from fastqwen.client.loading_bar import LoadingBar
@@ -18,7 +16,7 @@ from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
 from fastqwen.hub import find_checkpoint
 from fastqwen.ranks.start import start_engine
 from fastqwen.records import Grammar, SamplingParams
-from fastqwen.runner.held import HeldWeights
+from fastqwen.runner.held import HeldWeights, give_back
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.grammar import check_grammar, to_grammar
 from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text, read_template
@@ -84,9 +82,7 @@ class LoadedModel:
         if self._kept is not None:
             self._kept.put_away()
         self._compiler = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
 
     def drop_kept(self) -> None:
         """What ``stop`` kept."""

@@ -321,10 +321,12 @@ def test_the_prefix_cache_forgets_and_the_engine_sleeps(tiny: LLM):
     assert fresh.num_cached_tokens == 0
     [salted] = tiny.generate(TokensPrompt(prompt_token_ids=ids, cache_salt="mine"), params)
     assert salted.num_cached_tokens == 0
-    tiny.sleep()
-    tiny.sleep(level=2)
-    assert tiny.is_sleeping() and not hasattr(tiny, "engine")
-    tiny.wake_up()
+    for level in (0, 1, 2):
+        tiny.sleep(level=level)
+        assert tiny.is_sleeping() and tiny.get_metrics()
+        with pytest.raises(BadRequest, match="wake_up"):
+            tiny.generate(ids, params)
+    assert tiny.wake_up(tags=["weights"]) and not tiny.is_sleeping()
     [awake] = tiny.generate(ids, params)
     assert awake.outputs[0].token_ids == first.outputs[0].token_ids and awake.num_cached_tokens == 0
     metrics = tiny.get_metrics()
