@@ -19,6 +19,7 @@ from fastqwen.client.numbers import metrics_of
 from fastqwen.client.pooled import cut_of
 from fastqwen.client.pooling_calls import PoolingCalls
 from fastqwen.client.progress import bar, refuse_lora
+from fastqwen.client.sleeping import SleepingEngine
 from fastqwen.client.user_tokenizer import UserTokenizer
 from fastqwen.engine.core import EngineStats
 from fastqwen.errors import BadRequest
@@ -47,18 +48,14 @@ class LLM(PoolingCalls):
     def __init__(self, model: str, **options: Any) -> None:
         self._loaded = LoadedModel(batch_config(model, options))
         self.config, self.text, self.facts = self._loaded.config, self._loaded.text, self._loaded.facts
-        self._engine: LocalEngine | None = LocalEngine(self._loaded.core, self._loaded.ready)
-        self._level: int | None = None  # how deep it sleeps
+        self._sleeping = SleepingEngine(self._loaded, LocalEngine)
         self._ids = itertools.count()
         self._seeds = random.Random(self.config.seed)  # noqa: S311 not a secret
-        self._num_resets = 0
 
     @property
     def engine(self) -> LocalEngine:
         """Raises BadRequest while it sleeps."""
-        if self._engine is None or self._level is not None:
-            raise BadRequest("the model sleeps: call wake_up() first")
-        return self._engine
+        return self._sleeping.engine
 
     @property
     def model(self) -> ModelConfig:
@@ -72,7 +69,7 @@ class LLM(PoolingCalls):
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
-        return EngineStats() if self._engine is None else self._engine.stats()
+        return self._sleeping.stats()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
@@ -203,45 +200,24 @@ class LLM(PoolingCalls):
         """The model's, under the names that transformers' users know. Raises BadRequest where there is none."""
         return UserTokenizer(self._loaded.need_text())
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """No prompt finds what was computed before; the blocks are given to others when they are needed."""
-        self._num_resets += 1
-        return True
+        return self._sleeping.reset_prefix_cache()
 
     def get_metrics(self) -> list[Metric | Histogram]:
         """What the engine has done so far, under vLLM's names."""
         return metrics_of(self.stats(), {"model_name": self.config.served_names[0]})
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Give the memory of weights and cache back until ``wake_up``. At ``level`` 1 the weights wait in host memory, which must
-        have room for them; at 2, and where several processes compute, they are read from their files again; at 0 nothing is
-        given back. Nothing may be running, whatever ``mode`` says."""
-        if level not in (0, 1, 2):
-            raise BadRequest(f"level is {level}, but must be 0, 1 or 2", "level")
-        if mode not in ("abort", "wait", "keep"):
-            raise BadRequest(f"mode is {mode!r}, but must be abort, wait or keep", "mode")
-        if self._level is not None and level <= self._level:
-            return
-        if self._engine is None:  # deeper than level 1
-            self._loaded.drop_kept()
-        elif self._engine.has_work:
-            raise BadRequest("requests are running: wait for them before sleep()", "level")
-        elif level:
-            self.reset_prefix_cache()
-            self._engine = None
-            self._loaded.stop(keep=level == 1)
-        self._level = level
+        """Give the memory of weights and cache back until ``wake_up``: how much, says ``level`` (client/sleeping.py)."""
+        self._sleeping.sleep(level, mode, busy=not self._sleeping.is_sleeping and self.engine.has_work)
 
     def wake_up(self, tags: list[str] | None = None) -> bool:
         """Load again what ``sleep`` gave back; whether all of it is awake. ``tags``: all wakes, whichever is asked for first."""
-        if self._engine is None:
-            ready, core = self._loaded.start()
-            self._engine = LocalEngine(core, ready)
-        self._level = None
-        return True
+        return self._sleeping.wake_up()
 
     def is_sleeping(self) -> bool:
-        return self._level is not None
+        return self._sleeping.is_sleeping
 
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> LLM:
@@ -250,7 +226,7 @@ class LLM(PoolingCalls):
 
     @property
     def _salt(self) -> str:
-        return f"reset {self._num_resets}" if self._num_resets else ""
+        return self._sleeping.salt
 
     def _job(self) -> BatchJob:
         return BatchJob(self._loaded, self._ids, self._seeds, salt=self._salt)

@@ -6,6 +6,7 @@ below hold all others. What is accepted without effect is said in one line, so t
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 from fastqwen.config import EngineConfig
@@ -70,7 +71,7 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
         "log-config-file", "logging-config", "log-error-stack", "aggregate-engine-logging", "enable-logging-iteration-details",
         "kv-cache-metrics", "kv-cache-metrics-sample", "cudagraph-metrics", "show-hidden-metrics-for-version",
         "disable-access-log-for-endpoints", "jit-monitor-mode", "jit-monitor-verbose", "custom-histogram-buckets",
-        "enable-per-request-metrics", "per-request-spec-decode-metrics", "fingerprint-mode", "fingerprint-value",
+        "per-request-spec-decode-metrics", "fingerprint-mode", "fingerprint-value",
     ),
     "it is for models of another kind than this server has": (
         "limit-mm-per-prompt", "mm-processor-kwargs", "mm-processor-cache-gb", "mm-processor-cache-type", "media-io-kwargs",
@@ -152,7 +153,8 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "max-num-active-seqs": (),
     },
     "vectors come from /v1/embeddings with the model's own pooling": {
-        "pooler-config": (), "convert": ("auto", "none", "embed"), "task": ("auto", "generate", "embed"),
+        "pooler-config": (), "convert": ("auto", "none", "embed"),
+        "task": ("auto", "generate", "embed", "embedding", "classify", "score", "reward"),
     },
     "full attention is what the model was trained with: leave it out": {"disable-sliding-window": ()},
     "no traces are written; each request has an id and a line of the log": {
@@ -193,6 +195,31 @@ def fate(name: str) -> Fate | None:
     return None
 
 
+# Of objects (JSON on a command line): the parts that say what holds here anyway.
+HOLDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "pooler-config": {
+        "pooling_type": ("LAST",), "seq_pooling_type": ("LAST",), "tok_pooling_type": ("ALL",), "normalize": (True,),
+        "use_activation": (True,), "enable_chunked_processing": (False,), "enable_flash_late_interaction": (True, False),
+        "task": ("embed", "classify", "token_embed", "token_classify"),
+    },
+}  # fmt: skip
+
+
+def holds_anyway(name: str, given: str, neutral: tuple[str, ...]) -> bool:
+    """Whether a refused flag says with this value what holds without it."""
+    if given in neutral:
+        return True
+    if name not in HOLDS:
+        return False
+    try:
+        parts = json.loads(given)
+    except ValueError:
+        return False
+    return isinstance(parts, dict) and all(
+        value is None or value in HOLDS[name].get(part, ()) for part, value in parts.items()
+    )
+
+
 def is_switch(name: str) -> bool:
     """Whether a flag of the tables stands alone, without a value."""
     return name in _SWITCHES or (
@@ -229,7 +256,7 @@ def keywords(given: dict[str, Any]) -> Keywords:
                 ours[field] = value
         elif decided is None:
             raise BadConfig(f"there is no engine option {word}")
-        elif _says_nothing(value, decided):
+        elif _says_nothing(name, value, decided):
             continue
         elif decided.refused:
             raise BadConfig(f"{word}={str(value)[:80]} cannot hold here: {decided.why}")
@@ -239,9 +266,11 @@ def keywords(given: dict[str, Any]) -> Keywords:
     return Keywords(ours, notices)
 
 
-def _says_nothing(value: Any, decided: Fate) -> bool:
-    empty = value is None or value is False or value in ("", (), [], {})
-    return empty or (decided.refused and value is not True and str(value) in decided.neutral)
+def _says_nothing(name: str, value: Any, decided: Fate) -> bool:
+    if value is None or value is False or value in ("", (), [], {}):
+        return True
+    given = json.dumps(value) if isinstance(value, dict) else str(value)
+    return decided.refused and value is not True and holds_anyway(name, given, decided.neutral)
 
 
 def _as_ours(name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+import torch
 
 from fastqwen.client.batch_job import Prompt
 from fastqwen.client.model import LoadedModel
@@ -168,9 +169,11 @@ class PoolingCalls:
 
     @staticmethod
     def _tensors(found: list[Pooled]) -> list[PoolingRequestOutput]:
-        import torch
+        return [as_tensor(one) for one in found]
 
-        return [one.as_output(PoolingRequestOutput, PoolingOutput(torch.tensor(one.numbers))) for one in found]
+
+def as_tensor(one: Pooled) -> PoolingRequestOutput:
+    return one.as_output(PoolingRequestOutput, PoolingOutput(torch.tensor(one.numbers)))
 
 
 def params_with(

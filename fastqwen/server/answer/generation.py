@@ -190,6 +190,12 @@ class Generation:
         assert self._clock is not None, "pieces come first"
         return self._clock.timing()
 
+    def told_times(self) -> dict[str, float | None] | None:
+        """Of one answer, once it is there; None where there are several, or none was timed."""
+        if self._clock is None or len(self.choices) > 1:
+            return None
+        return self._clock.told(self.num_generated_tokens)
+
     def end_story(self, story: CacheStory, *, explain: bool) -> dict[str, Any] | None:
         """Once the answer is there: keep it for later prompts. Gives the explanation for this one if that was asked."""
         output = self.outputs[0]

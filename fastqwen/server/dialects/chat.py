@@ -138,6 +138,7 @@ class Chat(OpenAIWork):
             "usage": self.usage(),
             **({"prompt_token_ids": generation.prompt_token_ids} if self._body.return_token_ids else {}),
             **self._prompt_text(),
+            **self.measured(),
             **self._ending(),
         }
 
@@ -167,7 +168,7 @@ class Chat(OpenAIWork):
                         chunk["usage"] = self.usage()
                     yield event(chunk)
         if self._final_usage:
-            yield event({**head, "choices": [], "usage": self.usage()})
+            yield event({**head, "choices": [], "usage": self.usage(), **self.measured()})
 
     def _first_chunk(self, head: dict[str, Any], index: int) -> dict[str, Any]:
         chunk = self._chunk(head, index, {"role": "assistant", "content": self._echoed})

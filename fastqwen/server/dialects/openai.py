@@ -101,6 +101,13 @@ class OpenAIWork:
                 notes["timing"] = self.generation.timing()
         return notes
 
+    def measured(self) -> dict[str, Any]:
+        """Once the answer is there: its times, where the operator tells them."""
+        if not self._state.config.enable_per_request_metrics or len(self.generations) > 1:
+            return {}
+        times = self.generation.told_times()
+        return {} if times is None else {"metrics": times}
+
     def failure(self, status: int, body: dict[str, Any]) -> bytes:
         return event(body)
 

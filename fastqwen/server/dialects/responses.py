@@ -90,7 +90,7 @@ class Responses:
         whole = self._head("incomplete" if cut else "completed", items)
         if self._body.store is not False:
             self._state.responses.keep(self._id, self._items, items)
-        return {**whole, "usage": usage, "incomplete_details": details, **self._chat.notes()}
+        return {**whole, "usage": usage, "incomplete_details": details, **self._chat.measured(), **self._chat.notes()}
 
     def _head(self, status: str, items: list[dict[str, Any]]) -> dict[str, Any]:
         body = self._body
