@@ -207,8 +207,8 @@ def check_positive(config: msgspec.Struct, *names: str) -> None:
 
 
 def check_utilization(share: float) -> None:
-    if not 0.05 <= share <= 1.0:
-        raise BadConfig(f"--gpu-memory-utilization is {share}, but must be at least 0.05 and at most 1")
+    if not 0.01 <= share <= 1.0:
+        raise BadConfig(f"--gpu-memory-utilization is {share}, but must be at least 0.01 and at most 1")
 
 
 def check_bounds(config: msgspec.Struct) -> None:
