@@ -65,6 +65,11 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
         "swa-bounded-replay", "replayssm-buffer-len", "use-replayssm", "prefix-match-unit", "prefix-cache-retention-interval",
         "enable-shm-tensor-arena", "enable-nccl-comm-suspend", "sleep-mode-backend", "sleep-mode-offload-cudagraph",
         "sleep-preserve-parameter-names", "max-num-scheduled-tokens", "watchdog-config", "watermark-config",
+        # of older releases
+        "num-scheduler-steps", "multi-step-stream-outputs", "scheduler-delay-factor", "preemption-mode", "engine-use-ray",
+        "worker-use-ray", "disable-async-output-proc", "max-context-len-to-capture", "full-cuda-graph", "cuda-graph-sizes",
+        "guided-decoding-disable-fallback", "guided-decoding-disable-any-whitespace", "logits-processor-pattern",
+        "lora-extra-vocab-size", "disable-mm-preprocessor-cache",
     ),
     "what is logged is chosen with --log-format and --access-log, and prompts are never logged": (
         "uvicorn-log-level", "log-level", "enable-log-requests", "enable-log-outputs", "max-log-len", "disable-log-stats",
@@ -111,6 +116,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "specialize-active-lora": (), "max-lora-cls-labels": (),
     },
     "one token is sampled in each step: leave it out": {
+        "speculative-model": (), "num-speculative-tokens": (),
         "speculative-config": (), "spec-method": (), "spec-model": (), "spec-tokens": (),
     },
     "weights and KV cache lie in the memory of the device that computes: fastqwen plan MODEL says what fits": {
@@ -145,15 +151,16 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "send it with each request: chat_template_kwargs, or the field of this name": {
         "return-tokens-as-token-ids": (), "reasoning-effort-map": (),
         "reasoning-config": (),
-        "response-role": ("assistant",), "logprobs-mode": ("raw_logprobs",),
         "tool-strict-level": (), "return-sampling-mask": (), "enable-return-routed-experts": (),
     },
+    "log-probabilities are the model's own, before temperature and penalties": {"logprobs-mode": ("raw_logprobs",)},
+    "an answer's role is assistant": {"response-role": ("assistant",)},
     "--max-concurrent-requests bounds them": {
         "max-num-queued-reqs": (), "max-num-queued-tokens": (),
         "max-num-active-seqs": (),
     },
     "vectors come from /v1/embeddings with the model's own pooling": {
-        "pooler-config": (), "convert": ("auto", "none", "embed"),
+        "pooler-config": (), "override-pooler-config": (), "convert": ("auto", "none", "embed"),
         "task": ("auto", "generate", "embed", "embedding", "classify", "score", "reward"),
     },
     "full attention is what the model was trained with: leave it out": {"disable-sliding-window": ()},
@@ -172,7 +179,9 @@ _SWITCHES = (  # flags that stand alone, beside all that begin with enable- and 
     "mm-encoder-only", "monokernel", "numa-bind", "ray-workers-use-nsight", "return-sampling-mask",
     "return-tokens-as-token-ids", "scheduler-reserve-full-isl", "skip-mm-profiling", "sleep-mode-offload-cudagraph",
     "specialize-active-lora", "swa-bounded-replay", "tokens-only",
-    "trust-request-mm-kwargs", "use-fp64-gumbel", "use-replayssm", "use-tqdm-on-load", "use-v2-block-manager",
+    "trust-request-mm-kwargs", "use-fp64-gumbel", "engine-use-ray", "worker-use-ray", "full-cuda-graph",
+    "guided-decoding-disable-fallback", "guided-decoding-disable-any-whitespace", "multi-step-stream-outputs",
+    "use-replayssm", "use-tqdm-on-load", "use-v2-block-manager",
 )  # fmt: skip
 
 
@@ -196,13 +205,12 @@ def fate(name: str) -> Fate | None:
 
 
 # Of objects (JSON on a command line): the parts that say what holds here anyway.
-HOLDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "pooler-config": {
-        "pooling_type": ("LAST",), "seq_pooling_type": ("LAST",), "tok_pooling_type": ("ALL",), "normalize": (True,),
-        "use_activation": (True,), "enable_chunked_processing": (False,), "enable_flash_late_interaction": (True, False),
-        "task": ("embed", "classify", "token_embed", "token_classify"),
-    },
+_POOLER: dict[str, tuple[Any, ...]] = {
+    "pooling_type": ("LAST",), "seq_pooling_type": ("LAST",), "tok_pooling_type": ("ALL",), "normalize": (True,),
+    "use_activation": (True,), "enable_chunked_processing": (False,), "enable_flash_late_interaction": (True, False),
+    "task": ("embed", "classify", "token_embed", "token_classify"),
 }  # fmt: skip
+HOLDS = {"pooler-config": _POOLER, "override-pooler-config": _POOLER}
 
 
 def holds_anyway(name: str, given: str, neutral: tuple[str, ...]) -> bool:

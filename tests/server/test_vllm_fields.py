@@ -149,7 +149,7 @@ def test_templates_of_requests_where_the_operator_trusts_them():
     assert bytes(state.engine.requests[0].prompt_token_ids) == b"Q: hi D M"
     body["chat_template"] = "Q: {{ messages[0].content }}"
     tokens = ask(state, "/tokenize", {**body, "return_token_strs": True}).json()
-    assert "".join(tokens["token_strs"]) == "Q: hi"
+    assert "".join(tokens["token_strs"]) == "Q:Ġhi"  # as the vocabulary spells them
     for broken in ("{% if %}", "{{ messages.nothing.at.all }}"):
         assert ask(state, CHAT, {**body, "chat_template": broken}).status_code == 400
 
