@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 
 from fastqwen.errors import BadConfig
+from fastqwen.records import PoolingTask
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -112,6 +113,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         str, option("How the model writes tool calls: hermes, qwen3_coder, react or none. auto: from its template.")
     ] = "auto"
     reasoning_parser: Annotated[str, option("qwen3 or none. auto: <think> blocks if the template knows them.")] = "auto"
+    pooling_task: Annotated[
+        PoolingTask | None,
+        option(
+            "What /pooling gives where a request does not say: embed, classify, or for each token token_embed or "
+            "token_classify. Default: classify of a model with such a head, else embed."
+        ),
+    ] = None
     generation_config: Annotated[
         str,
         option(

@@ -208,8 +208,9 @@ def fate(name: str) -> Fate | None:
 _POOLER: dict[str, tuple[Any, ...]] = {
     "pooling_type": ("LAST",), "seq_pooling_type": ("LAST",), "tok_pooling_type": ("ALL",), "normalize": (True,),
     "use_activation": (True,), "enable_chunked_processing": (False,), "enable_flash_late_interaction": (True, False),
-    "task": ("embed", "classify", "token_embed", "token_classify"),
 }  # fmt: skip
+# And the parts that ours has a flag for.
+PARTS = {"pooler-config": {"task": "pooling-task"}, "override-pooler-config": {"task": "pooling-task"}}
 HOLDS = {"pooler-config": _POOLER, "override-pooler-config": _POOLER}
 
 
@@ -219,13 +220,27 @@ def holds_anyway(name: str, given: str, neutral: tuple[str, ...]) -> bool:
         return True
     if name not in HOLDS:
         return False
-    try:
-        parts = json.loads(given)
-    except ValueError:
-        return False
-    return isinstance(parts, dict) and all(
+    parts = _parts_of(given)
+    return parts is not None and all(
         value is None or value in HOLDS[name].get(part, ()) for part, value in parts.items()
     )
+
+
+def own_parts(name: str, given: str) -> tuple[dict[str, str], str]:
+    """Flags of ours that a part of an object stands for, with their values; and what is left of the object."""
+    parts = _parts_of(given) if name in PARTS else None
+    if parts is None:
+        return {}, given
+    found = {ours: str(parts.pop(part)) for part, ours in PARTS[name].items() if parts.get(part) is not None}
+    return found, json.dumps(parts)
+
+
+def _parts_of(given: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(given)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def is_switch(name: str) -> bool:
@@ -264,21 +279,21 @@ def keywords(given: dict[str, Any]) -> Keywords:
                 ours[field] = value
         elif decided is None:
             raise BadConfig(f"there is no engine option {word}")
-        elif _says_nothing(name, value, decided):
+        elif _says_nothing(value):
             continue
         elif decided.refused:
-            raise BadConfig(f"{word}={str(value)[:80]} cannot hold here: {decided.why}")
+            parts, left = own_parts(name, json.dumps(value) if isinstance(value, dict) else str(value))
+            ours.update({part.replace("-", "_"): one for part, one in parts.items()})
+            if value is True or not holds_anyway(name, left, decided.neutral):
+                raise BadConfig(f"{word}={str(value)[:80]} cannot hold here: {decided.why}")
         else:
             unsaid.setdefault(decided.why, []).append(word)
     notices = [f"{', '.join(words)} of vLLM changes nothing here: {why}" for why, words in unsaid.items()]
     return Keywords(ours, notices)
 
 
-def _says_nothing(name: str, value: Any, decided: Fate) -> bool:
-    if value is None or value is False or value in ("", (), [], {}):
-        return True
-    given = json.dumps(value) if isinstance(value, dict) else str(value)
-    return decided.refused and value is not True and holds_anyway(name, given, decided.neutral)
+def _says_nothing(value: Any) -> bool:
+    return value is None or value is False or value in ("", (), [], {})
 
 
 def _as_ours(name: str, value: Any) -> Any:

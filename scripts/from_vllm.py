@@ -21,7 +21,7 @@ from fastqwen.server.dialects.responses_request import ResponsesRequest
 from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from fastqwen.vllm.sampling_params import ADVICE, NEUTRAL
-from fastqwen.vllm_names import ACCEPTED, HOLDS, REFUSED, RENAMED, VALUES
+from fastqwen.vllm_names import ACCEPTED, HOLDS, PARTS, REFUSED, RENAMED, VALUES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "from_vllm.md"
@@ -149,6 +149,7 @@ def _flags() -> list[str]:
         lines.append(f"- {why}: {', '.join(told)}")
     for name, parts in HOLDS.items():
         told = [f"{part} {' or '.join(json.dumps(one) for one in values)}" for part, values in parts.items()]
+        told += [f"{part}, which is `--{ours}`" for part, ours in PARTS[name].items()]
         lines += ["", f"Of `--{name}`, what holds anyway is {', '.join(told)}."]
     return [*lines, ""]
 

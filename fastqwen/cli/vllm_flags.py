@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastqwen.errors import BadConfig
-from fastqwen.vllm_names import RENAMED, SHORT, VALUES, fate, holds_anyway, is_switch
+from fastqwen.vllm_names import RENAMED, SHORT, VALUES, fate, holds_anyway, is_switch, own_parts
 
 
 class Translated(NamedTuple):
@@ -40,6 +40,8 @@ def translated(words: list[str], ours: Collection[str], several: Collection[str]
                 continue
             taken = 0 if is_switch(name) else 1
             given = " ".join(values[:1]) if taken else ""
+            parts, given = own_parts(name, given)
+            found += [part for one, value in parts.items() for part in (f"--{one}", value)]
             held = negated or holds_anyway(name, given, decided.neutral) or not (given or is_switch(name))
             if decided.refused and not held:
                 raise BadConfig(f"--{name}{f' {given}' if given else ''} of vLLM cannot hold here: {decided.why}")

@@ -44,6 +44,7 @@ class PoolingJob:
     def task(self, asked: str | None) -> PoolingTask:
         """What the model's own is, if nothing else is asked. Raises BadRequest."""
         own: PoolingTask = "embed" if self._loaded.facts.model.classifier is None else "classify"
+        asked = self._loaded.config.pooling_task if asked is None else asked
         task = own if asked is None else next((one for one in get_args(PoolingTask) if one == asked), None)
         if task is None:
             raise BadRequest(f"pooling_task {asked!r}: there are {', '.join(POOLING_TASKS)}", "pooling_task")

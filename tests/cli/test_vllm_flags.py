@@ -78,7 +78,10 @@ def test_a_refusal_says_why_and_its_neutral_values_are_taken(why: str):
         ("demo --tool-call-parser qwen3_xml --reasoning-parser deepseek_r1", {"reasoning_parser": "qwen3"}),
         ("""demo --pooler-config '{"pooling_type": "LAST", "normalize": true}'""", {"model": "demo"}),
         ("demo --num-scheduler-steps 8 --worker-use-ray --override-pooler-config '{}' --port 7", {"port": 7}),
-        ("demo --pooler-config.task embed --compilation-config.mode=3 --port 7", {"model": "demo", "port": 7}),
+        (
+            "demo --pooler-config.task token_embed --compilation-config.mode=3 --port 7",
+            {"pooling_task": "token_embed", "port": 7},
+        ),
         (
             """demo --default-chat-template-kwargs.enable_thinking false --hf-overrides '{"a": 1}' --hf-overrides.b.c x""",
             {"default_chat_template_kwargs": {"enable_thinking": False}, "hf_overrides": {"a": 1, "b": {"c": "x"}}},

@@ -83,7 +83,8 @@ def test_keywords_are_ours_or_say_what_holds_or_are_refused():
         "dtype": "bfloat16", "tensor_parallel_size": 1, "seed": 0, "served_model_name": ["a"], "load_format": "auto",
         "generation_config": "none",
     }  # fmt: skip
-    assert keywords({"pooler_config": PoolerConfig(task="embed", pooling_type="LAST", dimensions=None)}).notices == []
+    pooler = keywords({"pooler_config": PoolerConfig(task="token_embed", pooling_type="LAST", dimensions=None)})
+    assert pooler.ours == {"pooling_task": "token_embed"} and pooler.notices == []
     [notice] = keywords({"compilation_config": CompilationConfig(3)}).notices
     assert "compilation_config" in notice
     told = " ".join(found.notices)

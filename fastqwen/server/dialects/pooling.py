@@ -218,7 +218,8 @@ class Pooled:
 
 def task_of(state: ServerState, asked: PoolingTask | None, dimensions: int | None) -> PoolingTask:
     """The model's own, if none was asked for. Raises BadRequest."""
-    task: PoolingTask = asked or ("embed" if state.facts().model.classifier is None else "classify")
+    own = asked or state.engine_config.pooling_task
+    task: PoolingTask = own or ("embed" if state.facts().model.classifier is None else "classify")
     if task.endswith("classify") and dimensions is not None:
         raise BadRequest("dimensions belongs to vectors, not to labels", "dimensions")
     return task
