@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -14,6 +15,8 @@ from fastqwen.client.vectors import activated, numbers_of, of_each_token, vector
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import ScoringOutput, ScoringRequestOutput
 from fastqwen.records import POOLING_TASKS, EngineRequest, PoolingParams, PoolingTask, RequestDelta
+
+log = logging.getLogger(__name__)
 
 Asked = tuple[EngineRequest, PoolingParams]
 Run = Callable[[list[EngineRequest]], dict[str, RequestDelta]]
@@ -183,7 +186,10 @@ class PoolingJob:
         ids = [token_id for piece in pieces for token_id in tokenizer.encode(piece, add_special_tokens=False)]
         if not judge.templated:
             ids += tokenizer.closing_ids
-        return judge.prompt(truncated(ids, cut, facts), facts)
+        ids = truncated(ids, cut, facts)
+        if told := judge.cut(ids, facts):
+            log.warning("%s", told)
+        return judge.prompt(ids, facts)
 
 
 def cut_of(tokenization_kwargs: dict[str, Any] | None) -> int | None:

@@ -126,7 +126,10 @@ class Scores:
         pieces = judge.pieces(query, document, self._instruction, tokenizer)
         encoded = [await state.tokenize(piece, add_special_tokens=False) for piece in pieces]
         ids = [one for part in encoded for one in part]
-        return judge.prompt(self._cut(ids if judge.templated else [*ids, *tokenizer.closing_ids]), state.facts())
+        ids = self._cut(ids if judge.templated else [*ids, *tokenizer.closing_ids])
+        if cut := judge.cut(ids, state.facts()):
+            self._body.warnings.tell(cut)
+        return judge.prompt(ids, state.facts())
 
     def _cut(self, ids: list[int]) -> list[int]:
         body, facts = self._body, self._state.facts()
