@@ -228,3 +228,4 @@ def test_a_request_s_times_are_told_where_the_operator_says_so():
         assert times["time_to_first_token_ms"] > 0 and times["queue_time_ms"] >= 0 and times["tokens_per_second"] > 0
         assert times["generation_time_ms"] >= times["mean_itl_ms"] >= 0
     assert "metrics" not in ask(state, CHAT, {**chat(), "n": 2}).json()
+    assert "mean_itl_ms" not in ask(state, CHAT, {**chat(), "max_tokens": 1}).json()["metrics"]

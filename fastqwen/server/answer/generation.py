@@ -191,7 +191,7 @@ class Generation:
         assert self._clock is not None, "pieces come first"
         return self._clock.timing()
 
-    def told_times(self) -> dict[str, float | None] | None:
+    def told_times(self) -> dict[str, float] | None:
         """Of one answer, once it is there; None where there are several, or none was timed."""
         if self._clock is None or len(self.choices) > 1:
             return None
