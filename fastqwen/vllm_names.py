@@ -149,7 +149,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "hf-token": (), "ignore-patterns": (),
     },
     "send it with each request: chat_template_kwargs, or the field of this name": {
-        "return-tokens-as-token-ids": (), "reasoning-effort-map": (),
+        "reasoning-effort-map": (),
         "reasoning-config": (),
         "tool-strict-level": (), "return-sampling-mask": (), "enable-return-routed-experts": (),
     },
@@ -177,7 +177,7 @@ _SWITCHES = (  # flags that stand alone, beside all that begin with enable- and 
     "interleave-mm-strings", "jit-monitor-verbose", "kv-cache-metrics", "kv-sharing-fast-prefill",
     "language-model-only", "log-error-stack", "long-prefill-token-threshold-adaptive", "mm-device-do-normalize",
     "mm-encoder-only", "monokernel", "numa-bind", "ray-workers-use-nsight", "return-sampling-mask",
-    "return-tokens-as-token-ids", "scheduler-reserve-full-isl", "skip-mm-profiling", "sleep-mode-offload-cudagraph",
+    "scheduler-reserve-full-isl", "skip-mm-profiling", "sleep-mode-offload-cudagraph",
     "specialize-active-lora", "swa-bounded-replay", "tokens-only",
     "trust-request-mm-kwargs", "use-fp64-gumbel", "engine-use-ray", "worker-use-ray", "full-cuda-graph",
     "guided-decoding-disable-fallback", "guided-decoding-disable-any-whitespace", "multi-step-stream-outputs",

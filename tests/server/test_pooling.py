@@ -71,7 +71,7 @@ def test_coheres_shape():
         state, "/v2/embed", {"texts": ["ab", "c"], "embedding_types": types, "input_type": "search_query"}
     ).json()
     assert found["response_type"] == "embeddings_by_type" and found["texts"] == ["ab", "c"]
-    assert found["meta"] == {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 3}}
+    assert found["meta"] == {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 3, "image_tokens": 0}}
     floats = found["embeddings"]["float"]
     assert numbers(found["embeddings"]["base64"][0]) == pytest.approx(floats[0])
     bits = [int("".join("1" if one >= 0 else "0" for one in vector), 2) for vector in floats]

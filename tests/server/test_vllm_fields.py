@@ -225,7 +225,14 @@ def test_a_request_s_times_are_told_where_the_operator_says_so():
         last,
     ]
     for times in (one["metrics"] for one in told):
-        assert times["time_to_first_token_ms"] > 0 and times["queue_time_ms"] >= 0 and times["tokens_per_second"] > 0
+        assert times["time_to_first_token_ms"] >= 0 and times["queue_time_ms"] >= 0 and times["tokens_per_second"] > 0
         assert times["generation_time_ms"] >= times["mean_itl_ms"] >= 0
     assert "metrics" not in ask(state, CHAT, {**chat(), "n": 2}).json()
     assert "mean_itl_ms" not in ask(state, CHAT, {**chat(), "max_tokens": 1}).json()["metrics"]
+
+
+def test_an_operator_has_tokens_named_by_their_ids():
+    body = {**chat(), "logprobs": True, "max_tokens": 1}
+    for options, named in (({}, False), ({"return_tokens_as_token_ids": True}, True)):
+        [token] = ask(make_state(**options), CHAT, body).json()["choices"][0]["logprobs"]["content"]
+        assert token["token"].startswith("token_id:") == named

@@ -79,7 +79,8 @@ class OpenAIWork:
 
     def token_name(self, token_id: int, text: str | None) -> str:
         """What log-probabilities call a token."""
-        return f"token_id:{token_id}" if self._body.return_tokens_as_token_ids else text or ""
+        by_id = self._body.return_tokens_as_token_ids or self._state.config.return_tokens_as_token_ids
+        return f"token_id:{token_id}" if by_id else text or ""
 
     async def written(self, write: Callable[[], Iterable[dict[str, Any]]]) -> list[Any]:
         """Whole answers, spelled at once where their log-probabilities are many: as objects these take five times the room."""
