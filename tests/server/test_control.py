@@ -100,7 +100,7 @@ def test_an_engine_that_sleeps_lightly_keeps_its_process(level: int):
             async with asyncio.timeout(60):
                 await engine.wait_ready()
                 first = engine._process
-                stream = engine.stream([request("endless", max_tokens=10_000)])
+                stream = engine.stream([request("endless", max_tokens=3000)])
                 await engine.sleep(level)  # what runs ends
                 assert engine.state == "asleep" and engine._process is first
                 assert [delta.finish_reason async for deltas in stream for delta in deltas][-1] == "abort"
