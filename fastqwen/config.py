@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 
 from fastqwen.errors import BadConfig
+from fastqwen.records import PoolingTask
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+ContentFormat = Literal["auto", "string", "openai"]
 KvCacheDtype = Literal["auto", "bfloat16", "float16", "int8", "fp8"]
 KV_CACHE_DTYPES: tuple[str, ...] = get_args(KvCacheDtype)
 JUDGING_KEYS = frozenset({"architectures", "classifier_from_token", "is_original_qwen3_reranker", "method"})
@@ -103,10 +105,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: Annotated[str | None, option("Folder or hub name of the tokenizer. Default: the model's own.")] = None
     skip_tokenizer_init: Annotated[bool, option("Work with token ids only.")] = False
     chat_template: Annotated[str | None, option("File with a Jinja chat template, or the template itself.")] = None
+    chat_template_content_format: Annotated[
+        ContentFormat,
+        option("How the chat template gets contents: string, openai (a list of parts), or auto: as its loops tell."),
+    ] = "auto"
     tool_call_parser: Annotated[
         str, option("How the model writes tool calls: hermes, qwen3_coder, react or none. auto: from its template.")
     ] = "auto"
     reasoning_parser: Annotated[str, option("qwen3 or none. auto: <think> blocks if the template knows them.")] = "auto"
+    pooling_task: Annotated[
+        PoolingTask | None,
+        option(
+            "What /pooling gives where a request does not say: embed, classify, or for each token token_embed or "
+            "token_classify. Default: classify of a model with such a head, else embed."
+        ),
+    ] = None
     generation_config: Annotated[
         str,
         option(
@@ -202,8 +215,8 @@ def check_positive(config: msgspec.Struct, *names: str) -> None:
 
 
 def check_utilization(share: float) -> None:
-    if not 0.05 <= share <= 1.0:
-        raise BadConfig(f"--gpu-memory-utilization is {share}, but must be at least 0.05 and at most 1")
+    if not 0.01 <= share <= 1.0:
+        raise BadConfig(f"--gpu-memory-utilization is {share}, but must be at least 0.01 and at most 1")
 
 
 def check_bounds(config: msgspec.Struct) -> None:

@@ -6,6 +6,7 @@ below hold all others. What is accepted without effect is said in one line, so t
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 from fastqwen.config import EngineConfig
@@ -64,13 +65,18 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
         "swa-bounded-replay", "replayssm-buffer-len", "use-replayssm", "prefix-match-unit", "prefix-cache-retention-interval",
         "enable-shm-tensor-arena", "enable-nccl-comm-suspend", "sleep-mode-backend", "sleep-mode-offload-cudagraph",
         "sleep-preserve-parameter-names", "max-num-scheduled-tokens", "watchdog-config", "watermark-config",
+        # of older releases
+        "num-scheduler-steps", "multi-step-stream-outputs", "scheduler-delay-factor", "preemption-mode", "engine-use-ray",
+        "worker-use-ray", "disable-async-output-proc", "max-context-len-to-capture", "full-cuda-graph", "cuda-graph-sizes",
+        "guided-decoding-disable-fallback", "guided-decoding-disable-any-whitespace", "logits-processor-pattern",
+        "lora-extra-vocab-size", "disable-mm-preprocessor-cache",
     ),
     "what is logged is chosen with --log-format and --access-log, and prompts are never logged": (
         "uvicorn-log-level", "log-level", "enable-log-requests", "enable-log-outputs", "max-log-len", "disable-log-stats",
         "log-config-file", "logging-config", "log-error-stack", "aggregate-engine-logging", "enable-logging-iteration-details",
         "kv-cache-metrics", "kv-cache-metrics-sample", "cudagraph-metrics", "show-hidden-metrics-for-version",
         "disable-access-log-for-endpoints", "jit-monitor-mode", "jit-monitor-verbose", "custom-histogram-buckets",
-        "enable-per-request-metrics", "per-request-spec-decode-metrics", "fingerprint-mode", "fingerprint-value",
+        "per-request-spec-decode-metrics", "fingerprint-mode", "fingerprint-value",
     ),
     "it is for models of another kind than this server has": (
         "limit-mm-per-prompt", "mm-processor-kwargs", "mm-processor-cache-gb", "mm-processor-cache-type", "media-io-kwargs",
@@ -110,6 +116,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "specialize-active-lora": (), "max-lora-cls-labels": (),
     },
     "one token is sampled in each step: leave it out": {
+        "speculative-model": (), "num-speculative-tokens": (),
         "speculative-config": (), "spec-method": (), "spec-model": (), "spec-tokens": (),
     },
     "weights and KV cache lie in the memory of the device that computes: fastqwen plan MODEL says what fits": {
@@ -142,20 +149,19 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "hf-token": (), "ignore-patterns": (),
     },
     "send it with each request: chat_template_kwargs, or the field of this name": {
-        "return-tokens-as-token-ids": (), "reasoning-effort-map": (),
+        "reasoning-effort-map": (),
         "reasoning-config": (),
-        "response-role": ("assistant",), "logprobs-mode": ("raw_logprobs",),
         "tool-strict-level": (), "return-sampling-mask": (), "enable-return-routed-experts": (),
     },
+    "log-probabilities are the model's own, before temperature and penalties": {"logprobs-mode": ("raw_logprobs",)},
+    "an answer's role is assistant": {"response-role": ("assistant",)},
     "--max-concurrent-requests bounds them": {
         "max-num-queued-reqs": (), "max-num-queued-tokens": (),
         "max-num-active-seqs": (),
     },
     "vectors come from /v1/embeddings with the model's own pooling": {
-        "pooler-config": (), "convert": ("auto", "none", "embed"), "task": ("auto", "generate", "embed"),
-    },
-    "templates of text models get each message's text in one piece: leave it out": {
-        "chat-template-content-format": ("auto", "string"),
+        "pooler-config": (), "override-pooler-config": (), "convert": ("auto", "none", "embed"),
+        "task": ("auto", "generate", "embed", "embedding", "classify", "score", "reward"),
     },
     "full attention is what the model was trained with: leave it out": {"disable-sliding-window": ()},
     "no traces are written; each request has an id and a line of the log": {
@@ -171,9 +177,11 @@ _SWITCHES = (  # flags that stand alone, beside all that begin with enable- and 
     "interleave-mm-strings", "jit-monitor-verbose", "kv-cache-metrics", "kv-sharing-fast-prefill",
     "language-model-only", "log-error-stack", "long-prefill-token-threshold-adaptive", "mm-device-do-normalize",
     "mm-encoder-only", "monokernel", "numa-bind", "ray-workers-use-nsight", "return-sampling-mask",
-    "return-tokens-as-token-ids", "scheduler-reserve-full-isl", "skip-mm-profiling", "sleep-mode-offload-cudagraph",
+    "scheduler-reserve-full-isl", "skip-mm-profiling", "sleep-mode-offload-cudagraph",
     "specialize-active-lora", "swa-bounded-replay", "tokens-only",
-    "trust-request-mm-kwargs", "use-fp64-gumbel", "use-replayssm", "use-tqdm-on-load", "use-v2-block-manager",
+    "trust-request-mm-kwargs", "use-fp64-gumbel", "engine-use-ray", "worker-use-ray", "full-cuda-graph",
+    "guided-decoding-disable-fallback", "guided-decoding-disable-any-whitespace", "multi-step-stream-outputs",
+    "use-replayssm", "use-tqdm-on-load", "use-v2-block-manager",
 )  # fmt: skip
 
 
@@ -194,6 +202,45 @@ def fate(name: str) -> Fate | None:
         if name in values:
             return Fate(True, why, values[name])
     return None
+
+
+# Of objects (JSON on a command line): the parts that say what holds here anyway.
+_POOLER: dict[str, tuple[Any, ...]] = {
+    "pooling_type": ("LAST",), "seq_pooling_type": ("LAST",), "tok_pooling_type": ("ALL",), "normalize": (True,),
+    "use_activation": (True,), "enable_chunked_processing": (False,), "enable_flash_late_interaction": (True, False),
+}  # fmt: skip
+# And the parts that ours has a flag for.
+PARTS = {"pooler-config": {"task": "pooling-task"}, "override-pooler-config": {"task": "pooling-task"}}
+HOLDS = {"pooler-config": _POOLER, "override-pooler-config": _POOLER}
+
+
+def holds_anyway(name: str, given: str, neutral: tuple[str, ...]) -> bool:
+    """Whether a refused flag says with this value what holds without it."""
+    if given in neutral:
+        return True
+    if name not in HOLDS:
+        return False
+    parts = _parts_of(given)
+    return parts is not None and all(
+        value is None or value in HOLDS[name].get(part, ()) for part, value in parts.items()
+    )
+
+
+def own_parts(name: str, given: str) -> tuple[dict[str, str], str]:
+    """Flags of ours that a part of an object stands for, with their values; and what is left of the object."""
+    parts = _parts_of(given) if name in PARTS else None
+    if parts is None:
+        return {}, given
+    found = {ours: str(parts.pop(part)) for part, ours in PARTS[name].items() if parts.get(part) is not None}
+    return found, json.dumps(parts)
+
+
+def _parts_of(given: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(given)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def is_switch(name: str) -> bool:
@@ -232,19 +279,21 @@ def keywords(given: dict[str, Any]) -> Keywords:
                 ours[field] = value
         elif decided is None:
             raise BadConfig(f"there is no engine option {word}")
-        elif _says_nothing(value, decided):
+        elif _says_nothing(value):
             continue
         elif decided.refused:
-            raise BadConfig(f"{word}={str(value)[:80]} cannot hold here: {decided.why}")
+            parts, left = own_parts(name, json.dumps(value) if isinstance(value, dict) else str(value))
+            ours.update({part.replace("-", "_"): one for part, one in parts.items()})
+            if value is True or not holds_anyway(name, left, decided.neutral):
+                raise BadConfig(f"{word}={str(value)[:80]} cannot hold here: {decided.why}")
         else:
             unsaid.setdefault(decided.why, []).append(word)
     notices = [f"{', '.join(words)} of vLLM changes nothing here: {why}" for why, words in unsaid.items()]
     return Keywords(ours, notices)
 
 
-def _says_nothing(value: Any, decided: Fate) -> bool:
-    empty = value is None or value is False or value in ("", (), [], {})
-    return empty or (decided.refused and value is not True and str(value) in decided.neutral)
+def _says_nothing(value: Any) -> bool:
+    return value is None or value is False or value in ("", (), [], {})
 
 
 def _as_ours(name: str, value: Any) -> Any:

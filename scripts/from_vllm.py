@@ -6,25 +6,22 @@ python scripts/from_vllm.py --check    # exit status 1 if it is not up to date
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 from fastqwen.config import EngineConfig, flag, options_of
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.body import CHANGES_THE_ANSWER, WITHOUT_EFFECT
 from fastqwen.server.dialects.chat_batch import ELSEWHERE, ChatBatchRequest
 from fastqwen.server.dialects.classify import ClassifyRequest
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.pooling import PoolingRequest
 from fastqwen.server.dialects.responses_request import ResponsesRequest
-from fastqwen.server.dialects.schema import (
-    CHANGES_THE_ANSWER,
-    WITHOUT_EFFECT,
-    ChatRequest,
-    CompletionRequest,
-)
+from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from fastqwen.vllm.sampling_params import ADVICE, NEUTRAL
-from fastqwen.vllm_names import ACCEPTED, REFUSED, RENAMED, VALUES
+from fastqwen.vllm_names import ACCEPTED, HOLDS, PARTS, REFUSED, RENAMED, VALUES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "from_vllm.md"
@@ -54,12 +51,14 @@ for output in llm.generate(["The capital of France is"], SamplingParams(temperat
 ```
 
 `fastqwen.vllm` has `LLM` (`generate`, `chat`, `embed`, `encode`, `classify`, `reward`, `score`, `beam_search`,
-`get_tokenizer`, `reset_prefix_cache`, `get_metrics`, `sleep`, `wake_up`), `AsyncLLM`, `EngineArgs`, `AsyncEngineArgs`,
-`SamplingParams`, `PoolingParams`, `BeamSearchParams`, `StructuredOutputsParams`, `TextPrompt`, `TokensPrompt`, and the
-modules that scripts import them from: `engine.arg_utils`, `entrypoints.llm`, `inputs`, `outputs`, `sampling_params`,
-`utils`, `v1.engine.async_llm`.
+`get_tokenizer`, `reset_prefix_cache`, `get_metrics`, `sleep`, `wake_up`), `AsyncLLM` (`generate`, `encode`), `LLMEngine`,
+`EngineArgs`, `AsyncEngineArgs`, `SamplingParams`, `PoolingParams`, `BeamSearchParams`, `StructuredOutputsParams`, `TextPrompt`,
+`TokensPrompt`, and the modules that scripts import them from: `config`, `engine.arg_utils`, `entrypoints.llm`, `inputs`,
+`outputs`, `sampling_params`, `utils`, `v1.engine.async_llm` and more.
 `LLM` takes the flags below as keywords. `sleep` gives weights and cache back: at level 1 the weights wait in host
-memory for `wake_up`, at level 2 they are read again. A server's `/sleep` ends the engine's process, at either level.
+memory for `wake_up`, at level 2 they are read again (as they are where several GPUs share them), at level 0 nothing is
+given back. So do `/sleep?level=1` and `/wake_up` of a server; with `mode=abort` or `mode=wait` running requests are no
+hindrance.
 
 Not there: adapters (LoRA), images and sound, speculative decoding, plugins.
 
@@ -148,6 +147,10 @@ def _flags() -> list[str]:
     for why, names in REFUSED.items():
         told = [f"`--{name}`" + (f" [{', '.join(values)}]" if values else "") for name, values in names.items()]
         lines.append(f"- {why}: {', '.join(told)}")
+    for name, parts in HOLDS.items():
+        told = [f"{part} {' or '.join(json.dumps(one) for one in values)}" for part, values in parts.items()]
+        told += [f"{part}, which is `--{ours}`" for part, ours in PARTS[name].items()]
+        lines += ["", f"Of `--{name}`, what holds anyway is {', '.join(told)}."]
     return [*lines, ""]
 
 

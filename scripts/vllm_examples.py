@@ -5,11 +5,14 @@ python scripts/vllm_examples.py chat      # those whose path has this word
 VLLM_SOURCE=vllm-0.33.0.tar.gz python scripts/vllm_examples.py
 
 The models are the demo and tiny ones with random weights, so what is proven is that the scripts run through, and that none of
-their calls or requests is refused.
+their calls or requests is refused. Where a script wants an answer that the demo is too small for, the model is one that says
+what it is told to (tests/scripted).
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import subprocess
@@ -33,15 +36,20 @@ IMPORT = re.compile(r"^(\s*)(from|import) vllm\b", re.MULTILINE)
 
 class Example(NamedTuple):
     """``model``: demo, or the name of a tiny one below. ``named``: the model's name in the script, where no flag sets it.
-    ``served``: the script asks a server."""
+    ``served``: the script asks a server. ``says``: the end of a question in it, and the scripted model's answer to that."""
 
     path: str
     model: str = "demo"
     arguments: tuple[str, ...] = ()
     named: str = ""
     served: bool = False
+    says: tuple[str, str] = ("", "")
 
 
+WEATHER = (
+    "<think>Dallas is in Texas.</think>\n\n<tool_call>\n"
+    '{"name": "get_current_weather", "arguments": {"city": "Dallas", "state": "TX", "unit": "fahrenheit"}}\n</tool_call>'
+)
 SHORT = ("--max-model-len", "2048")
 PORT = ("--port", "PORT")
 EXAMPLES = (
@@ -51,6 +59,9 @@ EXAMPLES = (
     Example("basic/offline_inference/classify.py", "classifier", ("--model", "MODEL")),
     Example("basic/offline_inference/embed.py", "embedder", ("--model", "MODEL")),
     Example("basic/offline_inference/score.py", "cross-encoder", ("--model", "MODEL")),
+    Example("features/automatic_prefix_caching/prefix_caching_offline.py", named="facebook/opt-125m"),
+    Example("features/reset_kv/reset_kv_offline.py", arguments=("--model", "MODEL", *SHORT)),
+    Example("pooling/token_embed/multi_vector_retrieval_offline.py", "embedder", ("--model", "MODEL")),
     Example("deployment/llm_engine_example.py", arguments=("--model", "MODEL", *SHORT)),
     Example("deployment/async_llm_streaming.py", named="meta-llama/Llama-3.2-1B-Instruct"),
     Example("features/structured_outputs/structured_outputs_offline.py", named="Qwen/Qwen2.5-3B-Instruct"),
@@ -62,16 +73,22 @@ EXAMPLES = (
     Example("pooling/score/qwen3_reranker_offline.py", named="Qwen/Qwen3-Reranker-0.6B"),
     Example("basic/online_serving/openai_chat_completion_client.py", served=True),
     Example("basic/online_serving/openai_completion_client.py", served=True),
-    Example("generate/batched_chat_completions_online.py", served=True),
+    Example("generate/batched_chat_completions_online.py", "scripted", served=True),
     Example("reasoning/openai_chat_completion_with_reasoning.py", served=True),
     Example("reasoning/openai_chat_completion_with_reasoning_streaming.py", served=True),
-    Example("reasoning/openai_chat_completion_tool_calls_with_reasoning.py", served=True),
+    Example(
+        "reasoning/openai_chat_completion_tool_calls_with_reasoning.py",
+        "scripted",
+        served=True,
+        says=("in Dallas, in fahrenheit?", WEATHER),
+    ),
     Example("reasoning/openai_responses_client.py", served=True),
     Example("tool_calling/openai_chat_completion_client_with_tools.py", served=True),
     Example("tool_calling/openai_chat_completion_client_with_tools_required.py", served=True),
     Example("tool_calling/openai_responses_client_with_tools.py", served=True),
     Example("pooling/classify/classification_online.py", "classifier", PORT, served=True),
     Example("pooling/embed/openai_embedding_client.py", "embedder", served=True),
+    Example("pooling/token_embed/multi_vector_retrieval_online.py", "embedder", PORT, served=True),
     Example("pooling/embed/openai_embedding_matryoshka_fy_client.py", "embedder", served=True),
     Example("pooling/reward/sequence_reward_online.py", "cross-encoder", PORT, served=True),
     Example("pooling/score/rerank_api_online.py", "cross-encoder", served=True),
@@ -104,12 +121,18 @@ def make_models(room: Path) -> dict[str, str]:
     sys.path.insert(0, str(ROOT))
     from tests.models.classifier import make_classifier
     from tests.models.embedding import make_embedder
+    from tests.reliability.mock_model import make_model
+    from tests.server.harness import QWEN3
 
-    places = {name: room / name for name in ("classifier", "cross-encoder", "embedder")}
+    places = {name: room / name for name in ("classifier", "cross-encoder", "embedder", "scripted")}
     make_classifier(places["classifier"], "Qwen2Config", num_labels=2)
     make_classifier(places["cross-encoder"], "Qwen2Config", num_labels=1, max_position_embeddings=2048)
-    places["embedder"].mkdir()
-    make_embedder(places["embedder"], tie_word_embeddings=True)
+    for name in ("embedder", "scripted"):
+        places[name].mkdir()
+    make_embedder(places["embedder"], tie_word_embeddings=True, max_position_embeddings=1024)
+    make_model(places["scripted"])
+    words = {"chat_template": QWEN3, "eos_token": "<|im_end|>"}
+    (places["scripted"] / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
     return {"demo": "demo", **{name: str(place) for name, place in places.items()}}
 
 
@@ -117,10 +140,13 @@ def make_models(room: Path) -> dict[str, str]:
 def serving(model: str, room: Path) -> Iterator[str]:
     """A server's port, while it runs."""
     flags = ["--port", "0", "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
+    command = ["-m", "fastqwen.cli.main", "serve", model, *flags]
+    if Path(model).name == "scripted":
+        command = ["-m", "tests.scripted", model, '{"port": 0}']
     log = room / "server.log"
     with log.open("w", encoding="utf-8") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "fastqwen.cli.main", "serve", model, *flags],
+            [sys.executable, *command],
             cwd=room, env=environment(), stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
@@ -159,6 +185,12 @@ def run(example: Example, examples: Path, model: str, port: str) -> str:
         if example.named not in text:
             return f"{example.named} is not named in it"
         changed = changed.replace(example.named, model)
+    question, answer = example.says
+    if answer:
+        if question not in text:
+            return f"{question} does not stand in it"
+        told = base64.b64encode(json.dumps(answer).encode()).decode()
+        changed = changed.replace(question, f"{question} SAY:{told}:")
     copy = source.with_name(f"changed_{source.name}")
     copy.write_text(changed, encoding="utf-8")
     arguments = [{"MODEL": model, "PORT": port}.get(one, one) for one in example.arguments]

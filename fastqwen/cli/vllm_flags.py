@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastqwen.errors import BadConfig
-from fastqwen.vllm_names import RENAMED, SHORT, VALUES, fate, is_switch
+from fastqwen.vllm_names import RENAMED, SHORT, VALUES, fate, holds_anyway, is_switch, own_parts
 
 
 class Translated(NamedTuple):
@@ -25,7 +25,7 @@ def translated(words: list[str], ours: Collection[str], several: Collection[str]
     words = _with_file(words)
     found, notices, model = list[str](), list[str](), list[str]()
     has_model = (bool(words) and not words[0].startswith("-")) or any(_name_of(word)[0] == "model" for word in words)
-    for word, values in _parted(words):
+    for word, values in _joined(list(_parted(words))):
         name, negated = _name_of(word)
         if not name:
             found += [word, *values] if word else values
@@ -40,7 +40,10 @@ def translated(words: list[str], ours: Collection[str], several: Collection[str]
                 continue
             taken = 0 if is_switch(name) else 1
             given = " ".join(values[:1]) if taken else ""
-            if decided.refused and not negated and given not in decided.neutral and (given or is_switch(name)):
+            parts, given = own_parts(name, given)
+            found += [part for one, value in parts.items() for part in (f"--{one}", value)]
+            held = negated or holds_anyway(name, given, decided.neutral) or not (given or is_switch(name))
+            if decided.refused and not held:
                 raise BadConfig(f"--{name}{f' {given}' if given else ''} of vLLM cannot hold here: {decided.why}")
             notices.append(f"--{name}{f' {given}' if given else ''} of vLLM changes nothing here: {decided.why}")
             found += [] if _takes_all(name) else values[taken:]
@@ -110,9 +113,50 @@ def _parted(words: list[str]) -> Iterator[tuple[str, list[str]]]:
     yield flag, values
 
 
+def _joined(pairs: list[tuple[str, list[str]]]) -> Iterator[tuple[str, list[str]]]:
+    """--compilation-config.mode 3 is a part of a flag's JSON: all parts of one are given as one, behind what it has itself."""
+    whole = {
+        name: dict[str, Any]()
+        for word, _ in pairs
+        for name, dot, _ in [word.partition(".")]
+        if dot and name[:2] == "--"
+    }
+    for word, values in pairs:
+        name, _, path = word.partition(".")
+        if name not in whole:
+            yield word, values
+        elif not path:
+            whole[name] = _object(values[:1]) | whole[name]
+            yield "", values[1:]
+        else:
+            _put(whole[name], path.split("."), values[0] if values else "true")
+            yield "", values[1:]
+    yield from ((name, [json.dumps(parts)]) for name, parts in whole.items())
+
+
+def _object(values: list[str]) -> dict[str, Any]:
+    try:
+        found = json.loads(values[0])
+    except (ValueError, IndexError):
+        found = None
+    if not isinstance(found, dict):
+        raise BadConfig(f"{' '.join(values)[:80]!r} must be a JSON object where parts of the flag are given as well")
+    return found
+
+
+def _put(whole: dict[str, Any], path: list[str], value: str) -> None:
+    for key in path[:-1]:
+        inner = whole.setdefault(key.replace("-", "_"), {})
+        whole = inner if isinstance(inner, dict) else {}
+    try:
+        whole[path[-1].replace("-", "_")] = json.loads(value)
+    except ValueError:
+        whole[path[-1].replace("-", "_")] = value
+
+
 def _name_of(word: str) -> tuple[str, bool]:
     """vLLM's name without dashes, and whether --no- stands in front of it."""
-    word = word.partition("=")[0].partition(".")[0]  # --compilation-config.mode is a part of a flag's value
+    word = word.partition("=")[0].partition(".")[0]
     if word in SHORT:
         return SHORT[word], False
     if not word.startswith("--"):

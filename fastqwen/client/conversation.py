@@ -1,4 +1,4 @@
-"""A script's messages as chat templates want them: text in one piece, a call's arguments as an object."""
+"""A script's messages as chat templates want them: texts of content parts, a call's arguments as an object."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastqwen.errors import BadRequest
+from fastqwen.text.content import joined_or_parts
 
 
 def for_template(messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -24,7 +25,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     if content is None:
         found["content"] = ""
     elif not isinstance(content, str):
-        found["content"] = "".join(_part(part, place) for part in content)
+        found["content"] = joined_or_parts([_part(part, place) for part in content])
     if found.get("reasoning") and not found.get("reasoning_content"):
         found["reasoning_content"] = found.pop("reasoning")
     calls = found.get("tool_calls")

@@ -89,8 +89,9 @@ class ServedEngine(EngineClient["AsyncStream"], Protocol):
 class Sleeper(Protocol):
     """An engine of this host that can give its memory back for a while."""
 
-    async def sleep(self) -> None:
-        """Give its memory back until ``wake_up``. Raises EngineGone where it is not ready."""
+    async def sleep(self, level: int = 2) -> None:
+        """Take no requests until ``wake_up``, and give memory back: at ``level`` 0 nothing, at 1 all but the weights, which wait in
+        host memory, at 2 all. Deeper than it sleeps already, or not at all. Raises EngineGone where it is not ready."""
 
     async def wake_up(self) -> None:
         """Load again, and return once it is ready. Raises FastqwenError if it cannot start."""
@@ -224,6 +225,10 @@ class Streams:
     def __len__(self) -> int:
         """Requests that still run."""
         return len(self._of)
+
+    @property
+    def request_ids(self) -> list[str]:
+        return list(self._of)
 
     def open(self, stream: Reader, requests: list[EngineRequest]) -> None:
         for request in requests:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from contextlib import closing
-from typing import Any
+from typing import Any, cast, get_args
 
 import msgspec
-import torch
 
 from fastqwen.client.engine import Ready
 from fastqwen.client.loading_bar import LoadingBar
-from fastqwen.config import EngineConfig
+from fastqwen.config import ContentFormat, EngineConfig
 from fastqwen.engine.core import EngineCore
 from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
 from fastqwen.hub import find_checkpoint
 from fastqwen.ranks.start import start_engine
 from fastqwen.records import Grammar, SamplingParams
-from fastqwen.runner.held import HeldWeights
+from fastqwen.runner.held import HeldWeights, give_back
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.grammar import check_grammar, to_grammar
 from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text, read_template
@@ -84,9 +82,7 @@ class LoadedModel:
         if self._kept is not None:
             self._kept.put_away()
         self._compiler = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
 
     def drop_kept(self) -> None:
         """What ``stop`` kept."""
@@ -99,13 +95,29 @@ class LoadedModel:
 
     def chat_token_ids(self, messages: list[Message], **options: Any) -> list[int]:
         """The prompt that the chat template makes. Raises BadRequest."""
-        text = self.need_text()
-        if text.template is None:
-            raise BadRequest(f"{self.config.model} has no chat template: give one with chat_template=...", "messages")
-        return text.template.encode(text.tokenizer, messages, **options)
+        return self._own_template().encode(self.need_text().tokenizer, messages, **options)
 
-    def template(self, given: str) -> Template:
-        """Another one for a call: a Jinja template, or a file with one. Raises BadRequest for one that does not parse."""
+    def template(self, given: str | None, content_format: str = "auto") -> Template:
+        """The one for a call: ``given``, a Jinja template or a file with one, or else the model's own. Raises BadRequest for
+        one that does not parse."""
+        template = self._own_template() if given is None else self._other_template(given)
+        if content_format not in get_args(ContentFormat):
+            one_of = ", ".join(get_args(ContentFormat))
+            raise BadRequest(
+                f"chat_template_content_format is {content_format!r}, but must be one of {one_of}",
+                "chat_template_content_format",
+            )
+        if content_format != "auto" and isinstance(template, ChatTemplate):
+            return template.with_content_format(cast("ContentFormat", content_format))
+        return template
+
+    def _own_template(self) -> Template:
+        template = self.need_text().template
+        if template is None:
+            raise BadRequest(f"{self.config.model} has no chat template: give one with chat_template=...", "messages")
+        return template
+
+    def _other_template(self, given: str) -> Template:
         own = self.need_text().template
         variables = own if isinstance(own, ChatTemplate) else ChatTemplate("", origin="chat_template")
         try:

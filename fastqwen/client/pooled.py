@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -15,6 +16,9 @@ from fastqwen.errors import BadRequest
 from fastqwen.outputs import ScoringOutput, ScoringRequestOutput
 from fastqwen.records import POOLING_TASKS, EngineRequest, PoolingParams, PoolingTask, RequestDelta
 
+log = logging.getLogger(__name__)
+
+Asked = tuple[EngineRequest, PoolingParams]
 Run = Callable[[list[EngineRequest]], dict[str, RequestDelta]]
 T = TypeVar("T")
 CUTS = ("truncate_prompt_tokens",)
@@ -43,6 +47,7 @@ class PoolingJob:
     def task(self, asked: str | None) -> PoolingTask:
         """What the model's own is, if nothing else is asked. Raises BadRequest."""
         own: PoolingTask = "embed" if self._loaded.facts.model.classifier is None else "classify"
+        asked = self._loaded.config.pooling_task if asked is None else asked
         task = own if asked is None else next((one for one in get_args(PoolingTask) if one == asked), None)
         if task is None:
             raise BadRequest(f"pooling_task {asked!r}: there are {', '.join(POOLING_TASKS)}", "pooling_task")
@@ -55,19 +60,31 @@ class PoolingJob:
         task: PoolingTask,
         params: PoolingParams | Sequence[PoolingParams] | None,
     ) -> list[Pooled]:
+        """Ask, and wait. Raises BadRequest."""
+        asked = self.asked(prompts, task, params)
+        return self.told(asked, task, self._run([request for request, _ in asked]))
+
+    def asked(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        task: PoolingTask,
+        params: PoolingParams | Sequence[PoolingParams] | None,
+    ) -> list[Asked]:
         """Token ids are used as they are; a text is closed as the tokenizer's post-processor says. Raises BadRequest."""
         facts, listed = self._loaded.facts, as_list(prompts)
-        asked = _for_each(params, len(listed))
-        requests = []
-        for index, (prompt, one) in enumerate(zip(listed, asked, strict=True)):
+        found = []
+        for index, (prompt, one) in enumerate(zip(listed, _for_each(params, len(listed)), strict=True)):
             if one.task not in (None, task):
                 raise BadRequest(f"pooling_params has task {one.task!r}, but {task} was asked for", "task")
             if task.endswith("classify") and one.dimensions is not None:
                 raise BadRequest("dimensions belongs to vectors, not to labels", "dimensions")
             check_dimensions(one.dimensions, facts)
             ids = self._closed(prompt, one.truncate_prompt_tokens)
-            requests.append(self._request(ids, task, f"prompts[{index}]", salt_of(prompt)))
-        found = self._run(requests)
+            found.append((self._request(ids, task, f"prompts[{index}]", salt_of(prompt)), one))
+        return found
+
+    def told(self, asked: list[Asked], task: PoolingTask, found: dict[str, RequestDelta]) -> list[Pooled]:
+        """``found`` holds each request's last delta."""
         return [
             Pooled(
                 request.request_id,
@@ -75,7 +92,7 @@ class PoolingJob:
                 request.prompt_token_ids,
                 found[request.request_id].num_cached_tokens,
             )
-            for request, one in zip(requests, asked, strict=True)
+            for request, one in asked
         ]
 
     def _closed(self, prompt: Prompt, cut: int | None) -> list[int]:
@@ -169,7 +186,10 @@ class PoolingJob:
         ids = [token_id for piece in pieces for token_id in tokenizer.encode(piece, add_special_tokens=False)]
         if not judge.templated:
             ids += tokenizer.closing_ids
-        return judge.prompt(truncated(ids, cut, facts), facts)
+        ids = truncated(ids, cut, facts)
+        if told := judge.cut(ids, facts):
+            log.warning("%s", told)
+        return judge.prompt(ids, facts)
 
 
 def cut_of(tokenization_kwargs: dict[str, Any] | None) -> int | None:

@@ -49,10 +49,18 @@ class Judge(msgspec.Struct, frozen=True):
 
     def prompt(self, text: list[int], facts: ModelFacts) -> list[int]:
         """Around a pair's text, cut at its end to what the context takes where a template says where it ends."""
-        if not self.templated:
-            return text
-        room = facts.max_model_len - 1 - len(self.prefix) - len(self.suffix)
-        return [*self.prefix, *text[: max(0, room)], *self.suffix]
+        return [*self.prefix, *text[: self.room(facts)], *self.suffix] if self.templated else text
+
+    def room(self, facts: ModelFacts) -> int:
+        """Tokens of a pair's text that the context takes inside the template."""
+        return max(0, facts.max_model_len - 1 - len(self.prefix) - len(self.suffix))
+
+    def cut(self, text: list[int], facts: ModelFacts) -> str:
+        """What to say of a text that ``prompt`` cuts; nothing, where it does not."""
+        room = self.room(facts)
+        if not self.templated or len(text) <= room:
+            return ""
+        return f"a pair of {len(text)} tokens was cut at its end to the {room} that fit between the words around it"
 
     def pieces(self, query: str, document: str, instruction: str | None, tokenizer: Tokenizer) -> list[str]:
         """A pair's text in pieces to encode one by one: so that no text of a user's becomes a control token. Raises

@@ -30,19 +30,14 @@ from fastqwen.logs import configure_logging
 from fastqwen.server.answer.state import MAX_RECENT_ERRORS
 from fastqwen.server.app import MANY_NUMBERS, PROMPTS_OF_IDS
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects.body import Body
 from fastqwen.server.dialects.chat_batch import ChatBatchRequest
 from fastqwen.server.dialects.classify import ClassifyRequest
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
 from fastqwen.server.dialects.pooling import PoolingRequest
 from fastqwen.server.dialects.responses_request import ResponsesRequest
-from fastqwen.server.dialects.schema import (
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from fastqwen.server.http import docs_page, errors, openapi
 from fastqwen.server.http.body import read_body

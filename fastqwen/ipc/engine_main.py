@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -18,10 +19,11 @@ import zmq
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+    from fastqwen.runner.held import HeldWeights
     from fastqwen.runner.start import Engine
 
 from fastqwen.client.engine import Ready
-from fastqwen.engine.core import EngineCore
+from fastqwen.engine.core import EngineCore, EngineStats
 from fastqwen.errors import FastqwenError
 from fastqwen.ipc import wire
 from fastqwen.ipc.arrivals import Arrivals
@@ -32,7 +34,7 @@ from fastqwen.ranks.group import RANK_COMMAND, RankLost
 
 log = logging.getLogger("fastqwen.engine")
 
-Starter = Callable[[wire.Start, Callable[[int, int], None]], "Engine"]
+Starter = Callable[..., "Engine"]  # as start_real_engine; weights only where an engine before had some
 
 SWITCH_S = (
     0.0005  # a step calls into native code a hundred times, and may wait so long for Python's lock after each call
@@ -55,10 +57,17 @@ def main(address: str, log_format: str = "text", start_engine: Starter | None = 
     try:
         start = wire.to_engine.decode(socket.recv())
         assert isinstance(start, wire.Start)
-        engine = _start(socket, start, start_engine or partial(start_real_engine, log_format=log_format))
-        if engine is None:
-            return 1
-        _serve(socket, engine.core, Arrivals(engine.compiler), engine.check)
+        weights: HeldWeights | None = None
+        while True:
+            engine = _start(socket, start, start_engine or partial(start_real_engine, log_format=log_format), weights)
+            if engine is None:
+                return 1
+            weights = engine.weights
+            if not _serve(socket, engine.core, Arrivals(engine.compiler), engine.check):
+                return 0
+            del engine
+            _put_away(weights)
+            _sleep(socket)
     except RankLost as error:
         log.error("%s", error)
         os._exit(1)  # the server tells its requests once this process is gone, and Python takes its time to leave
@@ -81,8 +90,9 @@ def start_real_engine(
     *,
     log_format: str = "text",
     rank_command: Sequence[str] = RANK_COMMAND,
+    weights: HeldWeights | None = None,
 ) -> Engine:
-    """``rank_command`` starts a rank, where there are several (ranks/group.py)."""
+    """``rank_command`` starts a rank, where there are several (ranks/group.py). ``weights`` are an earlier engine's."""
     from fastqwen.ranks.start import start_engine
     from fastqwen.text.load import load_text
 
@@ -98,15 +108,18 @@ def start_real_engine(
         grammar_tokenizer=grammar_tokenizer,
         log_format=log_format,
         command=rank_command,
+        weights=weights,
     )
 
 
-def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> Engine | None:
+def _start(
+    socket: zmq.Socket[bytes], start: wire.Start, starter: Starter, weights: HeldWeights | None
+) -> Engine | None:
     def progress(done: int, total: int) -> None:
         socket.send(wire.encode(wire.Loading(done, total)))
 
     try:
-        engine = starter(start, progress)
+        engine = starter(start, progress) if weights is None else starter(start, progress, weights=weights)
     except RankLost:
         raise
     except FastqwenError as error:
@@ -116,10 +129,15 @@ def _start(socket: zmq.Socket[bytes], start: wire.Start, starter: Starter) -> En
     return engine
 
 
-def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals, check: Callable[[], None]) -> None:
+def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals, check: Callable[[], None]) -> bool:
+    """True once it is to sleep; False if it cannot go on."""
     told_s = 0.0
+    sleepy = False
     while True:
-        _take_messages(socket, core, arrivals, wait_ms=0 if core.has_work else arrivals.patience_ms(IDLE_WAIT_MS))
+        wait_ms = 0 if sleepy or core.has_work else arrivals.patience_ms(IDLE_WAIT_MS)
+        sleepy = _take_messages(socket, core, arrivals, wait_ms) or sleepy
+        if sleepy and not core.has_work:
+            return True
         for request in arrivals.ready():
             core.add(request)
         check()
@@ -129,14 +147,36 @@ def _serve(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals, chec
             raise
         except FastqwenError as error:  # the weights were changed: no answer can be right any more
             socket.send(wire.encode(wire.Failed(str(error))))
-            return
+            return False
         now_s = time.monotonic()
         if deltas or now_s - told_s > IDLE_WAIT_MS / 1000:
             socket.send(wire.encode(wire.Deltas(deltas, core.stats())))
             told_s = now_s
 
 
-def _take_messages(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals, wait_ms: int) -> None:
+def _put_away(weights: HeldWeights | None) -> None:
+    if weights is None:  # there is no device in this process
+        gc.collect()
+        return
+    from fastqwen.runner.held import give_back
+
+    weights.put_away()
+    give_back()
+
+
+def _sleep(socket: zmq.Socket[bytes]) -> None:
+    """Until it is to wake up; the server hears every now and then that the process lives."""
+    socket.send(wire.encode(wire.Asleep()))
+    while True:
+        if not socket.poll(IDLE_WAIT_MS):
+            socket.send(wire.encode(wire.Deltas([], EngineStats())))
+        elif isinstance(wire.to_engine.decode(socket.recv()), wire.Wake):
+            return
+
+
+def _take_messages(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arrivals, wait_ms: int) -> bool:
+    """Whether one of them said that it is to sleep."""
+    sleepy = False
     while socket.poll(wait_ms):
         wait_ms = 0
         message = wire.to_engine.decode(socket.recv())
@@ -147,6 +187,9 @@ def _take_messages(socket: zmq.Socket[bytes], core: EngineCore, arrivals: Arriva
             for request_id in message.request_ids:
                 arrivals.drop(request_id)
                 core.abort(request_id)
+        elif isinstance(message, wire.Sleep):
+            sleepy = True
+    return sleepy
 
 
 if __name__ == "__main__":

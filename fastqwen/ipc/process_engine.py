@@ -51,10 +51,13 @@ class ProcessEngine:
         self._streams = Streams()
         self._stats = EngineStats()
         self._process: EngineProcess | None = None
+        self._dismissed: EngineProcess | None = None  # to sleep: that it ends is no failure
         self._heard_s = time.monotonic()
         self._changed = asyncio.Event()
         self._awake = asyncio.Event()  # not set: it shall sleep
         self._awake.set()
+        self._depth = 0
+        self._gave_back = asyncio.Event()  # the process, or it is gone
         self._keeper: asyncio.Task[None] | None = None
 
     def stats(self) -> EngineStats:
@@ -112,22 +115,38 @@ class ProcessEngine:
         if self._process is not None:
             await self._process.end()
 
-    async def sleep(self) -> None:
-        """End the process, and start no other before ``wake_up``. Raises EngineGone where it is not ready."""
-        if self.state == "asleep":
-            return
-        if self.state != "ready" or self._process is None:
+    async def sleep(self, level: int = 2) -> None:
+        """At level 2 the process ends, and no other starts before ``wake_up``; so it does at level 1 where several processes
+        compute."""
+        if self.state not in ("ready", "asleep") or self._process is None:
             raise EngineGone(f"the engine is {self.state}")
+        if level == 1 and self._start.config.tensor_parallel_size > 1:
+            level = 2
+        if self.state == "asleep" and level <= self._depth:
+            return
+        self._depth = level
+        self.abort(self._streams.request_ids)
         self._awake.clear()
         self._set_state("asleep")
         self._streams.end(CLOSED)
+        if level == 0:
+            return
         self._stats = EngineStats()
-        await self._process.end()
+        if level == 1:
+            self._gave_back.clear()
+            self._process.send(wire.Sleep())
+            await self._gave_back.wait()
+        else:
+            self._dismissed = self._process
+            await self._process.end()
 
     async def wake_up(self) -> None:
         if self.state == "asleep":
-            self._set_state("restarting")
+            assert self._process is not None
+            self._set_state("ready" if self._depth == 0 else "restarting")
             self._awake.set()
+            if self._depth == 1:  # else, and where it has ended meanwhile, another process starts
+                self._process.send(wire.Wake())
         await self.wait_ready()
 
     async def _keep(self) -> None:
@@ -146,10 +165,11 @@ class ProcessEngine:
         while True:
             self._process = EngineProcess(self._command, self._log_format)
             await self._process.run(self._start, self._take)
+            self._gave_back.set()
             before = self.state
             if before == "failed":
                 return
-            if not self._awake.is_set():
+            if self._process is self._dismissed or not self._awake.is_set():
                 await self._awake.wait()
                 continue
             if before == "ready":  # before the streams hear of it: whoever sends a request again must not send it here
@@ -177,6 +197,8 @@ class ProcessEngine:
         elif isinstance(message, wire.Loading):
             self.loading = (message.done, message.total)
             self._on_loading(message.done, message.total)
+        elif isinstance(message, wire.Asleep):
+            self._gave_back.set()
         elif isinstance(message, Ready):
             self.ready = message
             self._on_ready(message)

@@ -23,6 +23,18 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
 
 
+class Sleep(msgspec.Struct, frozen=True, tag=True):
+    """Give back what the device holds; the weights wait in host memory. Only to an engine that has nothing to do."""
+
+
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """Answered as a start is."""
+
+
+class Asleep(msgspec.Struct, frozen=True, tag=True):
+    """The memory is given back."""
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     done: int
     total: int
@@ -41,8 +53,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Start | Add | Abort
-FromEngine = Loading | Ready | Deltas | Failed
+ToEngine = Start | Add | Abort | Sleep | Wake
+FromEngine = Loading | Ready | Deltas | Asleep | Failed
 
 to_engine = msgspec.msgpack.Decoder(ToEngine)
 from_engine = msgspec.msgpack.Decoder(FromEngine)

@@ -113,6 +113,8 @@ def wished(quantization: dict[str, Any] | None, wish: str | None, source: str) -
             raise BadConfig(f"--quantization is {wish}, but {source} says that the weights are {own}: leave it out")
         return quantization
     if source.endswith(".gguf"):
+        if word == "gguf":
+            return None
         raise BadConfig(
             f"--quantization is {wish}, but {source} is stored as it is: leave it out, or take another file"
         )

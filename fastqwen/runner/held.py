@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from functools import partial
 from types import MethodType
@@ -38,6 +39,13 @@ class HeldWeights:
         for storage, copy in away:
             storage.resize_(copy.nbytes)
             _bytes_of(storage).copy_(copy)
+
+
+def give_back() -> None:
+    """What nobody holds any more, to the system and the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def tensors_of(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp
 
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.body import Body
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.chat_batch import ChatBatchRequest, chat_batch
 from fastqwen.server.dialects.checking import read_as
@@ -21,13 +22,7 @@ from fastqwen.server.dialects.messages import CountRequest, Messages, MessagesRe
 from fastqwen.server.dialects.pooling import PoolingRequest, pool
 from fastqwen.server.dialects.responses import Responses
 from fastqwen.server.dialects.responses_request import ResponsesRequest
-from fastqwen.server.dialects.schema import (
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest, rerank, score
 from fastqwen.server.dialects.tokens import detokenize, tokenize, tokenizer_info
 from fastqwen.server.http import docs_page, errors, openapi

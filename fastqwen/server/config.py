@@ -111,6 +111,19 @@ class ServerConfig(FrontConfig, frozen=True, kw_only=True):
     enable_force_include_usage: Annotated[
         bool, option("Tell usage in every chunk of every stream and at its end, whether or not it was asked for.")
     ] = False
+    return_tokens_as_token_ids: Annotated[
+        bool,
+        option(
+            "Name tokens by their ids (token_id:42) in all log-probabilities, whether or not a request asks for that."
+        ),
+    ] = False
+    enable_per_request_metrics: Annotated[
+        bool,
+        option(
+            "Tell each request's times in its answer (metrics): in the queue, to the first token, between tokens. Of streams "
+            "with the usage at their end."
+        ),
+    ] = False
     strict_fields: Annotated[
         bool,
         option("Refuse fields that this server does not know, which are else answered with a warning.", one_way=True),

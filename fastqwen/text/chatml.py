@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastqwen.errors import BadRequest
+from fastqwen.text.content import text_of
 from fastqwen.text.template import Message
 from fastqwen.text.tokenizer import Tokenizer
 
@@ -41,7 +42,7 @@ class PiecewiseChatMl:
             if ids:
                 ids += newline
             ids += [start, *tokenizer.encode_plain(message["role"]), *newline]
-            ids += [*tokenizer.encode_plain(message["content"] or ""), end]
+            ids += [*tokenizer.encode_plain(text_of(message["content"])), end]
         if continue_final_message:
             ids.pop()
         elif add_generation_prompt:

@@ -240,18 +240,19 @@ def read_template(given: str) -> str:
 
 
 def _template(files: _TextFiles, config: EngineConfig) -> ChatTemplate | PiecewiseChatMl | None:
+    known: dict[str, Any] = {"variables": files.variables, "content_format": config.chat_template_content_format}
     if config.chat_template is not None:
         origin = config.chat_template if os.path.isfile(config.chat_template) else "--chat-template"
-        return ChatTemplate(read_template(config.chat_template), origin=origin, variables=files.variables)
+        return ChatTemplate(read_template(config.chat_template), origin=origin, **known)
     if files.template is not None:
         return ChatTemplate(
             files.template,
             origin=files.template_origin,
-            variables=files.variables,
             tool_source=files.tool_template,
+            **known,
         )
     if files.template_origin == PiecewiseChatMl.origin:
         return PiecewiseChatMl()
     if {"<|im_start|>", "<|im_end|>"} <= files.tokenizer.control_tokens.keys():
-        return ChatTemplate(CHATML, origin="built-in ChatML", variables=files.variables)
+        return ChatTemplate(CHATML, origin="built-in ChatML", **known)
     return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastqwen.errors import BadRequest
 from fastqwen.text.answer import Parts, TextParser
+from fastqwen.text.content import text_of
 from fastqwen.text.json_schema import properties_of
 from fastqwen.text.strict_json import StrictJsonError, loads
 from fastqwen.text.tool_calls import Call, dump, schemas_of
@@ -38,7 +39,7 @@ def with_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any
     """The conversation with tools told in words, and calls and their results as lines of the assistant's turn."""
     found: list[dict[str, Any]] = []
     for message in messages:
-        role, content = message["role"], message.get("content") or ""
+        role, content = message["role"], text_of(message.get("content"))
         if role == "assistant":
             lines = _as_lines(message, content)
             if found and found[-1]["role"] == "assistant":

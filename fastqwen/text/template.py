@@ -15,7 +15,9 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from fastqwen.config import ContentFormat
 from fastqwen.errors import BadCheckpoint, BadRequest
+from fastqwen.text.content import appended, format_of, shaped
 from fastqwen.text.memory import memory_limit
 from fastqwen.text.tokenizer import Tokenizer, break_control_tokens
 
@@ -38,12 +40,20 @@ class ChatTemplate:
     """Raises BadCheckpoint for a template that does not parse, BadRequest when it refuses the messages.
 
     ``tool_source`` is the checkpoint's template for requests with tools, where it has one of its own; ``source`` is then
-    both, for those who look for words in it.
+    both, for those who look for words in it. ``content_format`` is how each of them gets contents; auto: as its loops tell.
     """
 
     def __init__(
-        self, source: str, *, origin: str, variables: dict[str, Any] | None = None, tool_source: str | None = None
+        self,
+        source: str,
+        *,
+        origin: str,
+        variables: dict[str, Any] | None = None,
+        tool_source: str | None = None,
+        content_format: ContentFormat = "auto",
     ) -> None:
+        self._sources = (source, tool_source)
+        self._asked_format = content_format
         self.source = source if tool_source is None else f"{source}\n{tool_source}"
         self.origin = origin
         self._variables = variables or {}
@@ -59,13 +69,27 @@ class ChatTemplate:
             with _bounded(origin):
                 self._template = environment.from_string(source)
                 self._tool_template = self._template if tool_source is None else environment.from_string(tool_source)
+                self._format, self._tool_format = (
+                    content_format if content_format != "auto" else format_of(environment.parse(one))
+                    for one in (source, tool_source or source)
+                )
         except (jinja2.TemplateError, *UNREADABLE) as error:
             told = " ".join(str(error).split())[:300] or type(error).__name__
             raise BadCheckpoint(f"{origin}: the chat template does not parse: {told}") from None
 
     def with_source(self, source: str, *, origin: str) -> ChatTemplate:
         """Another template that knows the same variables."""
-        return ChatTemplate(source, origin=origin, variables=self._variables)
+        return ChatTemplate(source, origin=origin, variables=self._variables, content_format=self._asked_format)
+
+    def with_content_format(self, content_format: ContentFormat) -> ChatTemplate:
+        source, tool_source = self._sources
+        return ChatTemplate(
+            source,
+            origin=self.origin,
+            variables=self._variables,
+            tool_source=tool_source,
+            content_format=content_format,
+        )
 
     def render(
         self,
@@ -77,12 +101,14 @@ class ChatTemplate:
     ) -> str:
         """``options`` are the template's own switches, such as enable_thinking."""
         try:
-            template = self._template if tools is None else self._tool_template
+            template, wanted = (
+                (self._template, self._format) if tools is None else (self._tool_template, self._tool_format)
+            )
             with _bounded(self.origin):
                 return template.render(
                     **self._variables,
                     **options,
-                    messages=messages,
+                    messages=shaped(messages, wanted),
                     tools=tools,
                     add_generation_prompt=add_generation_prompt,
                 )
@@ -100,7 +126,7 @@ class ChatTemplate:
         mark, end = (f"\ue0f0{secrets.token_hex(8)}\ue0f1" for _ in range(2))
         tools = options.pop("tools", None)
         if continue_final_message:  # the mark also keeps white space before it from being cut off
-            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
+            messages = [*messages[:-1], {**messages[-1], "content": appended(messages[-1]["content"], end)}]
         rendered = self.render(
             _without_control(messages, tokenizer, mark), tools=_without_control(tools, tokenizer, mark), **options
         )

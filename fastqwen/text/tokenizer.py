@@ -116,6 +116,12 @@ class Tokenizer(ABC):
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    def vocabulary_entry(self, token_id: int) -> str:
+        """A character for each byte, as vocabularies of files spell tokens ("Ġworld"); an added token as it is."""
+        if token_id in self.added_ids:
+            return self.token_text(token_id)
+        return "".join(_CHARACTERS[byte] for byte in self.token_bytes(token_id))
+
 
 class NoTokenizer(Tokenizer):
     """--skip-tokenizer-init: prompts are ids, and answers have ids but no text."""
@@ -220,3 +226,6 @@ def byte_alphabet() -> dict[str, bytes]:
     alphabet = {chr(byte): bytes([byte]) for byte in printable}
     alphabet.update({chr(256 + index): bytes([byte]) for index, byte in enumerate(others)})
     return alphabet
+
+
+_CHARACTERS = {data[0]: char for char, data in byte_alphabet().items()}

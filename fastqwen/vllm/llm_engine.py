@@ -12,9 +12,11 @@ from fastqwen.client.batch_job import BatchJob, Prompt, salt_of, text_and_ids
 from fastqwen.client.engine import Deltas, error_of
 from fastqwen.client.local_engine import LocalEngine
 from fastqwen.client.model import LoadedModel, batch_config
+from fastqwen.client.numbers import metrics_of
+from fastqwen.client.sleeping import SleepingEngine
 from fastqwen.client.user_tokenizer import UserTokenizer
 from fastqwen.errors import BadRequest
-from fastqwen.outputs import RequestOutput
+from fastqwen.outputs import Histogram, Metric, RequestOutput
 from fastqwen.records import SamplingParams
 
 
@@ -30,7 +32,7 @@ class LLMEngine:
 
     def __init__(self, model: str, **options: Any) -> None:
         self._loaded = LoadedModel(batch_config(model, options))
-        self._engine = LocalEngine(self._loaded.core, self._loaded.ready)
+        self._sleeping = SleepingEngine(self._loaded, LocalEngine)
         self._ids = itertools.count()
         self._seeds = random.Random(self._loaded.config.seed)  # noqa: S311 not a secret
         self._jobs: dict[str, BatchJob] = {}
@@ -59,12 +61,16 @@ class LLMEngine:
                 raise BadRequest(f"{name} cannot be had here: leave it out", name)
         if request_id in self._jobs:
             raise BadRequest(f"request_id {request_id!r} is running already", "request_id")
-        job = BatchJob(self._loaded, self._ids, self._seeds)
+        job = BatchJob(self._loaded, self._ids, self._seeds, salt=self._sleeping.salt)
         job.add(*text_and_ids(prompt, self._loaded), params, priority, salt=salt_of(prompt))
         job.outputs[0].request_id = request_id
         self._jobs[request_id] = job
         self._name_of.update({one.request_id: request_id for one in job.requests})
         self._engine.submit(self, job.requests)
+
+    @property
+    def _engine(self) -> LocalEngine:
+        return self._sleeping.engine
 
     def step(self) -> list[RequestOutput]:
         """The requests that gained something, each with all that it has so far. Raises what ended one of them."""
@@ -106,6 +112,24 @@ class LLMEngine:
 
     def get_num_unfinished_requests(self) -> int:
         return len(self._jobs)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """No later prompt finds what was computed before. What runs goes on with what it has."""
+        return self._sleeping.reset_prefix_cache()
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give memory back until ``wake_up``: how much, says ``level`` (client/sleeping.py). Nothing may be running."""
+        self._sleeping.sleep(level, mode, busy=bool(self._jobs))
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """All of it wakes, whichever of ``tags`` is asked for first."""
+        return self._sleeping.wake_up()
+
+    def is_sleeping(self) -> bool:
+        return self._sleeping.is_sleeping
+
+    def get_metrics(self) -> list[Metric | Histogram]:
+        return metrics_of(self._sleeping.stats(), {"model_name": self._loaded.config.served_names[0]})
 
     def get_tokenizer(self) -> UserTokenizer:
         return UserTokenizer(self._loaded.need_text())

@@ -76,6 +76,17 @@ def test_a_refusal_says_why_and_its_neutral_values_are_taken(why: str):
         ("""demo --allowed-origins '["*"]'""", {"allowed_origins": ["*"]}),
         ("demo -tp 1 -q awq --enable-auto-tool-choice --tool-call-parser hermes", {"tool_call_parser": "hermes"}),
         ("demo --tool-call-parser qwen3_xml --reasoning-parser deepseek_r1", {"reasoning_parser": "qwen3"}),
+        ("""demo --pooler-config '{"pooling_type": "LAST", "normalize": true}'""", {"model": "demo"}),
+        ("demo --num-scheduler-steps 8 --worker-use-ray --override-pooler-config '{}' --port 7", {"port": 7}),
+        (
+            "demo --pooler-config.task token_embed --compilation-config.mode=3 --port 7",
+            {"pooling_task": "token_embed", "port": 7},
+        ),
+        (
+            """demo --default-chat-template-kwargs.enable_thinking false --hf-overrides '{"a": 1}' --hf-overrides.b.c x""",
+            {"default_chat_template_kwargs": {"enable_thinking": False}, "hf_overrides": {"a": 1, "b": {"c": "x"}}},
+        ),
+        ("demo --chat-template-content-format openai", {"chat_template_content_format": "openai"}),
         ("demo --generation-config vllm", {"generation_config": "none"}),
         ("demo --load-format safetensors --enforce-eager", {"load_format": "auto", "enforce_eager": True}),
         ("demo --shutdown-timeout 5 --disable-uvicorn-access-log", {"drain_timeout_s": 5.0, "access_log": False}),

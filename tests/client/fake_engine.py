@@ -51,7 +51,7 @@ class FakeEngine:
             self.streams.deliver(self.core.step())
             await asyncio.sleep(self.step_delay_s if self.core.has_work else 0.001)
 
-    async def sleep(self) -> None:
+    async def sleep(self, level: int = 2) -> None:
         self.state = "asleep"
 
     async def wake_up(self) -> None:

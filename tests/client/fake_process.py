@@ -17,8 +17,9 @@ def start(message: wire.Start, progress: Callable[[int, int], None]) -> Any:
     executor.fail, executor.step_s = {"bad"}, 0.002
     progress(1, 1)
     return SimpleNamespace(
-        core=core, compiler=None, plan=READY.plan, model=READY.model, comparison=READY.comparison, check=lambda: None
-    )
+        core=core, compiler=None, plan=READY.plan, model=READY.model, comparison=READY.comparison, check=lambda: None,
+        weights=None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

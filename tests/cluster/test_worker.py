@@ -28,7 +28,7 @@ class Hanging(FakeEngine):
 
     def start(self) -> None: ...
 
-    async def sleep(self) -> None:
+    async def sleep(self, level: int = 2) -> None:
         self.told.append("sleep")
         self.silent_for_s = 0.0
 

@@ -23,10 +23,11 @@ from fastqwen.ipc import wire
 from fastqwen.models import read_config
 from fastqwen.records import RequestDelta, SamplingParams
 from fastqwen.server.answer.response_store import ResponseStore
+from fastqwen.server.dialects.body import parse
 from fastqwen.server.dialects.conversation import for_template
 from fastqwen.server.dialects.messages import MessagesRequest
 from fastqwen.server.dialects.responses_request import ResponsesRequest
-from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, TokenizeRequest, parse
+from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, TokenizeRequest
 from fastqwen.terminal.batch import read_requests
 from fastqwen.text import strict_json
 from fastqwen.text.answer import AnswerParser, Parts, TextParser

@@ -60,6 +60,7 @@ def test_what_the_flag_may_say():
     stored = {"quant_method": "awq"}
     assert wished(None, None, "config.json") is None and wished(None, "none", "config.json") is None
     assert wished(stored, "awq_marlin", "config.json") == stored == wished(stored, None, "config.json")
+    assert wished(None, "gguf", "model.gguf") is None
     for quantization, wish, source, words in (
         (stored, "fp8", "config.json", "weights are awq"),
         (None, "gptq", "config.json", "fp8, int8, int4"),

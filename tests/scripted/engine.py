@@ -33,8 +33,8 @@ from fastqwen.weights.checkpoint import open_checkpoint
 
 SAY = re.compile(r"SAY:([A-Za-z0-9+/=]+):")
 NUM_BLOCKS, BLOCK_SIZE, BATCH_TOKENS, MAX_SEQS = 20000, 16, 4096, 256
-# Said where a grammar has no use for the script: what closes or continues a JSON value.
-FILLERS = ('"', "}", "]", "1", "0", "a", "{", "[", ":", ",", "true", "null")
+# Said where a grammar has no use for the script: what ends a JSON value goes before what makes it longer.
+FILLERS = ('"', "}", "]", ",", "1", "0", "a", "{", "[", ":", "true", "null")
 PIECES = (32, 16, 8, 4, 3, 2, 1)  # characters that the next token of a constrained answer is looked for in
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from fastqwen.errors import BadRequest
+from fastqwen.server.dialects.body import Body, parse, parse_checked
 from fastqwen.server.dialects.checking import CHECKS, check
 from fastqwen.server.dialects.embeddings import EmbeddingRequest
 from fastqwen.server.dialects.messages import MessagesRequest
 from fastqwen.server.dialects.responses_request import ResponsesRequest
-from fastqwen.server.dialects.schema import Body, ChatRequest, CompletionRequest, parse, parse_checked
+from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from fastqwen.text.worker import Check
 from tests.server.harness import ask, make_state

@@ -8,6 +8,7 @@ import pytest
 
 from fastqwen.errors import EngineGone
 from tests.client.test_keeper import watched
+from tests.engine.fakes import request
 from tests.server.harness import ask, chat, get, make_state
 
 CHAT = "/v1/chat/completions"
@@ -49,13 +50,20 @@ def test_it_sleeps_when_nothing_runs():
     state = make_state()
     state.num_active = 1
     assert ask(state, "/sleep", {}).status_code == 429
+    assert ask(state, "/sleep?mode=abort&level=0", {}).json()["level"] == 0
     state.num_active = 0
     assert ask(state, "/sleep?level=7", {}).json()["error"]["param"] == "level"
-    assert ask(state, "/sleep?level=1", {}).json() == {"is_sleeping": True}
+    assert ask(state, "/sleep?mode=keep", {}).json()["error"]["param"] == "mode"
+    assert ask(state, "/sleep?level=1&mode=wait", {}).json() == {"status": "sleeping", "level": 1, "is_sleeping": True}
     refused = ask(state, CHAT, chat())
     assert refused.status_code == 503 and "wake_up" in refused.json()["error"]["message"]
     assert get(state, "/health/ready").status_code == 503 and get(state, "/health").status_code == 200
-    assert ask(state, "/wake_up", {}).json() == {"is_sleeping": False}
+    assert ask(state, "/wake_up?tags=everything", {}).json()["error"]["param"] == "tags"
+    assert ask(state, "/wake_up?tags=weights", {}).json() == {
+        "status": "awake",
+        "tags": ["weights"],
+        "is_sleeping": False,
+    }
     assert ask(state, CHAT, chat()).status_code == 200
 
 
@@ -77,6 +85,56 @@ def test_an_engines_process_ends_and_another_begins():
                 await engine.wake_up()
                 assert engine.state == "ready" and engine._process is not first and engine.num_restarts == 0
                 await engine.sleep()
+        finally:
+            await engine.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_an_engine_that_sleeps_lightly_keeps_its_process(level: int):
+    async def run() -> None:
+        engine = watched()
+        engine.start()
+        try:
+            async with asyncio.timeout(60):
+                await engine.wait_ready()
+                first = engine._process
+                stream = engine.stream([request("endless", max_tokens=3000)])
+                await engine.sleep(level)  # what runs ends
+                assert engine.state == "asleep" and engine._process is first
+                assert [delta.finish_reason async for deltas in stream for delta in deltas][-1] == "abort"
+                await asyncio.sleep(0.7)
+                assert engine.silent_for_s < 0.7  # it shows that it lives
+                await engine.wake_up()
+                assert engine.state == "ready" and engine._process is first
+                [*_, last] = [deltas async for deltas in engine.stream([request("again", max_tokens=3)])]
+                assert last[-1].finish_reason == "length" and engine.stats().num_running == 0
+                await engine.sleep(level)
+                await engine.sleep(2)
+                await engine.wake_up()
+                assert engine._process is not first and engine.num_restarts == 0
+        finally:
+            await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_dies_in_its_sleep_wakes_up_as_another():
+    async def run() -> None:
+        engine = watched()
+        engine.start()
+        try:
+            async with asyncio.timeout(60):
+                await engine.wait_ready()
+                await engine.sleep(1)
+                first = engine._process
+                assert first is not None and first._process is not None
+                first._process.kill()
+                await first._process.wait()
+                await asyncio.sleep(0.5)
+                await engine.wake_up()
+                assert engine.state == "ready" and engine._process is not first
         finally:
             await engine.stop()
 

@@ -9,19 +9,14 @@ from typing import Any
 
 import pytest
 
+from fastqwen.server.dialects.body import WITHOUT_EFFECT
 from fastqwen.server.dialects.chat_batch import ChatBatchRequest
 from fastqwen.server.dialects.classify import ClassifyRequest
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
 from fastqwen.server.dialects.pooling import PoolingRequest
 from fastqwen.server.dialects.responses_request import ResponsesRequest
-from fastqwen.server.dialects.schema import (
-    WITHOUT_EFFECT,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from tests.server.harness import QWEN3, ask, classifying, get, make_state
 

@@ -16,9 +16,9 @@ TEXT = {"prompt": "hi", "logprobs": 3, "prompt_logprobs": 2, "n": 2, "max_tokens
 ASKED = [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)]
 
 
-def answers(path: str, *bodies: dict[str, Any]) -> tuple[list[Any], int]:
+def answers(path: str, *bodies: dict[str, Any], **options: Any) -> tuple[list[Any], int]:
     """And how many are kept afterwards."""
-    state = make_state()
+    state = make_state(**options)
 
     async def run() -> list[Any]:
         async with client_of(state) as client:
@@ -48,3 +48,7 @@ def test_more_than_are_kept_end_the_request(
     assert "log-probabilities" in streamed.text and left == 0
     [[few], _] = answers(path, {**body, "logprobs": None, "top_logprobs": None, "prompt_logprobs": None})
     assert few.status_code == 200, "without them nothing is kept"
+    [[all_of_them], _] = answers(
+        path, body, max_logprobs=-1
+    )  # the operator bounds a request no further than all requests
+    assert all_of_them.status_code == (200 if limit == "MOST_OF_A_PROMPT" else 400)

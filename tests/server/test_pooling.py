@@ -71,7 +71,7 @@ def test_coheres_shape():
         state, "/v2/embed", {"texts": ["ab", "c"], "embedding_types": types, "input_type": "search_query"}
     ).json()
     assert found["response_type"] == "embeddings_by_type" and found["texts"] == ["ab", "c"]
-    assert found["meta"] == {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 3}}
+    assert found["meta"] == {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 3, "image_tokens": 0}}
     floats = found["embeddings"]["float"]
     assert numbers(found["embeddings"]["base64"][0]) == pytest.approx(floats[0])
     bits = [int("".join("1" if one >= 0 else "0" for one in vector), 2) for vector in floats]
@@ -183,3 +183,10 @@ def test_an_instruction_stands_in_front_of_a_query(tmp_path: Path):
         score = posted(server, "/v1/score", {"text_1": query, "text_2": "A force."})["data"][0]["score"]
         whole = [reference(base, [*text.encode(), END]) for text in (query, "A force.")]
         assert score == pytest.approx(float(whole[0] @ whole[1]), abs=1e-4)
+
+
+def test_an_operator_says_what_is_pooled_where_a_request_does_not():
+    state = make_state(engine={"pooling_task": "token_embed"})
+    [each] = ask(state, "/pooling", {"input": "abc"}).json()["data"]
+    [whole] = ask(state, "/pooling", {"input": "abc", "task": "embed"}).json()["data"]
+    assert len(each["data"]) == 3 and isinstance(each["data"][0], list) and isinstance(whole["data"][0], float)

@@ -64,3 +64,11 @@ def test_who_wrote_the_whole_prompt_is_taken_at_their_word():
 def test_what_cannot_be_scored_is_said(body: dict[str, Any], param: str):
     refused = ask(make_state(), "/v1/score", body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_a_pair_that_is_cut_to_the_context_is_told():
+    state = make_state(**JUDGE, max_model_len=512)
+    pair = {"text_1": "hi", "text_2": "long " * 200}
+    [warning] = ask(state, "/v1/score", pair).json()["warnings"]
+    assert "was cut" in warning and len(state.engine.requests[-1].prompt_token_ids) == 511
+    assert "warnings" not in ask(state, "/v1/score", {**pair, "text_2": "short"}).json()

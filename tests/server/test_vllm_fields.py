@@ -149,7 +149,7 @@ def test_templates_of_requests_where_the_operator_trusts_them():
     assert bytes(state.engine.requests[0].prompt_token_ids) == b"Q: hi D M"
     body["chat_template"] = "Q: {{ messages[0].content }}"
     tokens = ask(state, "/tokenize", {**body, "return_token_strs": True}).json()
-    assert "".join(tokens["token_strs"]) == "Q: hi"
+    assert "".join(tokens["token_strs"]) == "Q:Ġhi"  # as the vocabulary spells them
     for broken in ("{% if %}", "{{ messages.nothing.at.all }}"):
         assert ask(state, CHAT, {**body, "chat_template": broken}).status_code == 400
 
@@ -211,3 +211,28 @@ def test_a_limit_as_large_as_the_vocabulary_allows_all_of_it():
 def test_a_key_of_logit_bias_that_is_no_id_is_named():
     refused = ask(make_state(), "/v1/completions", {"prompt": "hi", "logit_bias": {"5": 1, "five": 1, "six": 2}})
     assert refused.status_code == 400 and "five, six" in refused.json()["error"]["message"]
+
+
+def test_a_request_s_times_are_told_where_the_operator_says_so():
+    assert "metrics" not in ask(make_state(), CHAT, chat()).json()
+    state = make_state(enable_per_request_metrics=True)
+    streamed = {**chat(), "stream": True, "stream_options": {"include_usage": True}}
+    last = json.loads(ask(state, CHAT, streamed).text.split("data: ")[-2])
+    told = [
+        ask(state, CHAT, chat()).json(),
+        ask(state, "/v1/completions", {"prompt": "Hi"}).json(),
+        ask(state, "/v1/responses", {"input": "Hi"}).json(),
+        last,
+    ]
+    for times in (one["metrics"] for one in told):
+        assert times["time_to_first_token_ms"] >= 0 and times["queue_time_ms"] >= 0 and times["tokens_per_second"] > 0
+        assert times["generation_time_ms"] >= times["mean_itl_ms"] >= 0
+    assert "metrics" not in ask(state, CHAT, {**chat(), "n": 2}).json()
+    assert "mean_itl_ms" not in ask(state, CHAT, {**chat(), "max_tokens": 1}).json()["metrics"]
+
+
+def test_an_operator_has_tokens_named_by_their_ids():
+    body = {**chat(), "logprobs": True, "max_tokens": 1}
+    for options, named in (({}, False), ({"return_tokens_as_token_ids": True}, True)):
+        [token] = ask(make_state(**options), CHAT, body).json()["choices"][0]["logprobs"]["content"]
+        assert token["token"].startswith("token_id:") == named

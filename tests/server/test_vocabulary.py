@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastqwen.server.dialects.schema import CompletionRequest, parse
+from fastqwen.server.dialects.body import parse
+from fastqwen.server.dialects.schema import CompletionRequest
 from tests.server.harness import QWEN3, ask, chat, make_state
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (

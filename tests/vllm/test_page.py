@@ -9,18 +9,13 @@ from typing import Any
 
 import pytest
 
+from fastqwen.server.dialects.body import CHANGES_THE_ANSWER
 from fastqwen.server.dialects.classify import ClassifyRequest
 from fastqwen.server.dialects.embeddings import CohereEmbedRequest, EmbeddingRequest
 from fastqwen.server.dialects.messages import CountRequest, MessagesRequest
 from fastqwen.server.dialects.pooling import PoolingRequest
 from fastqwen.server.dialects.responses_request import ResponsesRequest
-from fastqwen.server.dialects.schema import (
-    CHANGES_THE_ANSWER,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from fastqwen.server.dialects.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from fastqwen.server.dialects.scores import RerankRequest, ScoreRequest
 from tests.server.harness import ask, classifying, make_state
 from tests.server.live import ROOT, environment

@@ -28,6 +28,8 @@ from fastqwen.vllm import (
     TextPrompt,
     TokensPrompt,
 )
+from fastqwen.vllm.config import CompilationConfig, KVTransferConfig, PoolerConfig
+from fastqwen.vllm.multimodal.utils import fetch_image
 from fastqwen.vllm.utils.argparse_utils import FlexibleArgumentParser
 from fastqwen.vllm_names import RENAMED, keywords
 from tests.models.tiny import make, prompt
@@ -58,11 +60,15 @@ def test_the_modules_of_vllms_layout_hold_their_names():
         ("sampling_params", "StructuredOutputsParams"), ("utils", "FlexibleArgumentParser"),
         ("v1.engine.async_llm", "AsyncLLM"), ("v1.metrics.reader", "Counter"),
         ("lora.request", "LoRARequest"), ("logprobs", "Logprob"), ("version", "__version__"),
-        ("distributed", "cleanup_dist_env_and_memory"),
+        ("distributed", "cleanup_dist_env_and_memory"), ("config", "CompilationConfig"),
+        ("multimodal.utils", "fetch_image"), ("platforms", "current_platform"), ("logger", "init_logger"),
+        ("utils.network_utils", "get_open_port"), ("entrypoints.chat_utils", "load_chat_template"),
     ):  # fmt: skip
         assert hasattr(importlib.import_module(f"fastqwen.vllm.{module}"), name)
     with pytest.raises(AttributeError, match="from_vllm"):
         vllm.LoRARequest  # noqa: B018
+    with pytest.raises(BadRequest, match="text only"):
+        fetch_image("http://example.org/cat.png")
 
 
 def test_keywords_are_ours_or_say_what_holds_or_are_refused():
@@ -77,11 +83,16 @@ def test_keywords_are_ours_or_say_what_holds_or_are_refused():
         "dtype": "bfloat16", "tensor_parallel_size": 1, "seed": 0, "served_model_name": ["a"], "load_format": "auto",
         "generation_config": "none",
     }  # fmt: skip
+    pooler = keywords({"pooler_config": PoolerConfig(task="token_embed", pooling_type="LAST", dimensions=None)})
+    assert pooler.ours == {"pooling_task": "token_embed"} and pooler.notices == []
+    [notice] = keywords({"compilation_config": CompilationConfig(3)}).notices
+    assert "compilation_config" in notice
     told = " ".join(found.notices)
     assert "swap_space" in told and "disable_log_stats" in told and "tensor" not in told
     for wrong, told in (
         ({"data_parallel_size": 2}, "one host"), ({"enable_lora": True}, "LoRA"), ({"cpu_offload_gb": 4}, "memory"),
-        ({"nonsense": 1}, "nonsense"),
+        ({"nonsense": 1}, "nonsense"), ({"pooler_config": PoolerConfig(pooling_type="MEAN")}, "pooling"),
+        ({"kv_transfer_config": KVTransferConfig(kv_connector="NixlConnector")}, "memory"),
     ):  # fmt: skip
         with pytest.raises(BadConfig, match=told):
             keywords(wrong)
@@ -321,10 +332,12 @@ def test_the_prefix_cache_forgets_and_the_engine_sleeps(tiny: LLM):
     assert fresh.num_cached_tokens == 0
     [salted] = tiny.generate(TokensPrompt(prompt_token_ids=ids, cache_salt="mine"), params)
     assert salted.num_cached_tokens == 0
-    tiny.sleep()
-    tiny.sleep(level=2)
-    assert tiny.is_sleeping() and not hasattr(tiny, "engine")
-    tiny.wake_up()
+    for level in (0, 1, 2):
+        tiny.sleep(level=level)
+        assert tiny.is_sleeping() and tiny.get_metrics()
+        with pytest.raises(BadRequest, match="wake_up"):
+            tiny.generate(ids, params)
+    assert tiny.wake_up(tags=["weights"]) and not tiny.is_sleeping()
     [awake] = tiny.generate(ids, params)
     assert awake.outputs[0].token_ids == first.outputs[0].token_ids and awake.num_cached_tokens == 0
     metrics = tiny.get_metrics()
@@ -356,6 +369,12 @@ def test_an_engine_that_its_caller_steps(tiny: LLM):
     with pytest.raises(BadRequest, match="empty"):
         engine.add_request("c", [], params)
     assert not engine.has_unfinished_requests() and engine.step() == []
+    engine.sleep(level=2)
+    assert engine.is_sleeping() and engine.get_metrics() and engine.wake_up() and engine.reset_prefix_cache()
+    engine.add_request("d", ids[1], SamplingParams(max_tokens=3, **GREEDY))
+    while engine.has_unfinished_requests():
+        [last] = engine.step() or [None]
+    assert last.finished and last.num_cached_tokens == 0
 
 
 def test_the_asynchronous_engine(tiny: LLM):
@@ -379,6 +398,15 @@ def test_the_asynchronous_engine(tiny: LLM):
             await engine.abort("endless")
             *_, end = [one async for one in endless]
             assert end.outputs[0].finish_reason == "abort"
+            vectors = [one async for one in engine.encode(ids, PoolingParams(task="embed"), request_id="vector")]
+            assert [one.request_id for one in vectors] == ["vector"]
+            assert torch.equal(vectors[0].outputs.data, tiny.encode(ids, use_tqdm=False)[0].outputs.data)
+            await engine.sleep(level=1)
+            assert await engine.is_sleeping() and not engine.errored
+            with pytest.raises(BadRequest, match="wake_up"):
+                await anext(engine.encode(ids, PoolingParams(), request_id="asleep"))
+            assert await engine.wake_up(tags=["kv_cache"]) and await engine.reset_prefix_cache()
+            assert await tokens(engine, RequestOutputKind.FINAL_ONLY, "awake") == [said]
             await engine.check_health()
         finally:
             engine.shutdown()

@@ -15,7 +15,7 @@ from fastqwen.client.engine import Stream, error_of
 from fastqwen.client.prepare import prepare
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
-from fastqwen.records import EngineRequest, Grammar, RequestDelta, SamplingParams
+from fastqwen.records import ALL, EngineRequest, Grammar, RequestDelta, SamplingParams
 from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.request_limits import check_limits
@@ -176,7 +176,8 @@ class Generation:
     def _keep(self, piece: Piece) -> None:
         """Raises BadRequest or Overloaded."""
         num_new = sum(map(len, piece.logprobs or ())) + sum(map(len, piece.prompt_logprobs or ()))
-        self._state.kept.keep(num_new, self.num_logprobs + num_new)
+        unbounded = self._state.config.max_logprobs == ALL
+        self._state.kept.keep(num_new, self.num_logprobs + num_new, unbounded=unbounded)
         self.num_logprobs += num_new
 
     async def finish(self) -> None:
@@ -189,6 +190,12 @@ class Generation:
         """Seconds, once the answer is there."""
         assert self._clock is not None, "pieces come first"
         return self._clock.timing()
+
+    def told_times(self) -> dict[str, float] | None:
+        """Of one answer, once it is there; None where there are several, or none was timed."""
+        if self._clock is None or len(self.choices) > 1:
+            return None
+        return self._clock.told(self.num_generated_tokens)
 
     def end_story(self, story: CacheStory, *, explain: bool) -> dict[str, Any] | None:
         """Once the answer is there: keep it for later prompts. Gives the explanation for this one if that was asked."""

@@ -21,11 +21,13 @@ class KeptLogprobs:
         self.num_kept = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="logprobs")
 
-    def keep(self, num_new: int, num_own: int) -> None:
-        """``num_own``: of the same prompt's answers, with these. Raises BadRequest or Overloaded where it is too much."""
-        if num_own > MOST_OF_A_PROMPT:
+    def keep(self, num_new: int, num_own: int, *, unbounded: bool = False) -> None:
+        """``num_own``: of the same prompt's answers, with these; ``unbounded``: an operator lets requests ask for all there are.
+        Raises BadRequest or Overloaded where it is too much."""
+        most = MOST_OF_ALL if unbounded else MOST_OF_A_PROMPT
+        if num_own > most:
             raise BadRequest(
-                f"the answers have more than {MOST_OF_A_PROMPT} log-probabilities: ask for fewer alternatives (top_logprobs, "
+                f"the answers have more than {most} log-probabilities: ask for fewer alternatives (top_logprobs, "
                 "logprobs, prompt_logprobs), answers (n) or tokens (max_tokens)",
                 "logprobs",
             )

@@ -96,6 +96,24 @@ class RequestClock:
             "wrote_s": round(max(0.0, self._last_s[0] - first_s), 4),
         }
 
+    def told(self, num_tokens: int) -> dict[str, float]:
+        """The first answer's times under vLLM's names, without those that it had not."""
+        first_s, last_s = self._first_s[0], self._last_s[0]
+        if not first_s:
+            return {}
+        begun_s = self._start_s + min(self.waited_s, first_s - self._start_s)
+        found = {
+            "queue_time_ms": begun_s - self._start_s,
+            "time_to_first_token_ms": first_s - begun_s,
+            "generation_time_ms": last_s - first_s,
+        }
+        if num_tokens > 1:
+            found["mean_itl_ms"] = (last_s - first_s) / (num_tokens - 1)
+        return {
+            **{name: round(seconds * 1e3, 3) for name, seconds in found.items()},
+            "tokens_per_second": round(num_tokens / max(last_s - begun_s, 1e-6), 3),
+        }
+
     def finished(self, index: int, reason: str, num_tokens: int) -> None:
         metrics, first_s, last_s = self._metrics, self._first_s[index], self._last_s[index]
         metrics.finished[reason] += 1

@@ -23,6 +23,7 @@ from fastqwen.server.answer.request_limits import check_grammar_length
 from fastqwen.server.answer.response_store import ResponseStore
 from fastqwen.server.config import ServerConfig
 from fastqwen.server.mcp import McpTools
+from fastqwen.text.content import text_of
 from fastqwen.text.formats import Formats
 from fastqwen.text.load import TextTools
 from fastqwen.text.worker import Check, Checked, Compile, Encode, Render, TextJob
@@ -166,9 +167,10 @@ class ServerState:
         reserved = RESERVED_OPTIONS & options.keys()
         if reserved:
             raise BadRequest(f"chat_template_kwargs cannot set {min(reserved)}", "chat_template_kwargs")
-        self.text.tokenizer.check_length(sum(len(message["content"]) for message in messages))
-        for message in messages:
-            self.text.tokenizer.check(message["content"])
+        texts = [text_of(message["content"]) for message in messages]
+        self.text.tokenizer.check_length(sum(map(len, texts)))
+        for text in texts:
+            self.text.tokenizer.check(text)
         options = {**options, "add_generation_prompt": add_generation_prompt}
         if continue_final_message:
             options["continue_final_message"] = True

@@ -24,6 +24,7 @@ from fastqwen.server.dialects.tools import tool_options
 from fastqwen.server.http.sse import encode, event
 from fastqwen.text import react
 from fastqwen.text.answer import THINK, THINK_END, Parts, prompt_opens_thinking
+from fastqwen.text.content import text_of
 from fastqwen.text.tool_calls import Call
 
 PROMPT_END_TOKENS = 12  # enough to see whether the template has opened the thinking block
@@ -65,7 +66,7 @@ class Chat(OpenAIWork):
         )
         token_ids = truncated(token_ids, body.truncate_prompt_tokens, facts, side=body.truncation_side)
         if body.echo and messages[-1]["role"] == "assistant":
-            self._echoed = messages[-1]["content"]
+            self._echoed = text_of(messages[-1]["content"])
         if len(token_ids) >= facts.max_model_len:
             raise BadRequest(
                 f"the messages have {len(token_ids)} tokens, but the model's context is {facts.max_model_len} tokens, "
@@ -137,6 +138,7 @@ class Chat(OpenAIWork):
             "usage": self.usage(),
             **({"prompt_token_ids": generation.prompt_token_ids} if self._body.return_token_ids else {}),
             **self._prompt_text(),
+            **self.measured(),
             **self._ending(),
         }
 
@@ -166,7 +168,7 @@ class Chat(OpenAIWork):
                         chunk["usage"] = self.usage()
                     yield event(chunk)
         if self._final_usage:
-            yield event({**head, "choices": [], "usage": self.usage()})
+            yield event({**head, "choices": [], "usage": self.usage(), **self.measured()})
 
     def _first_chunk(self, head: dict[str, Any], index: int) -> dict[str, Any]:
         chunk = self._chunk(head, index, {"role": "assistant", "content": self._echoed})

@@ -16,8 +16,9 @@ from pydantic import BaseModel
 
 from fastqwen.errors import BadRequest
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.body import Body, parse, parse_checked
 from fastqwen.server.dialects.conversation import MEDIA_PARTS
-from fastqwen.server.dialects.schema import Body, ChatMessage, parse, parse_checked
+from fastqwen.server.dialects.schema import ChatMessage
 from fastqwen.text.worker import Check, Checked
 
 B = TypeVar("B", bound=Body)

@@ -83,7 +83,7 @@ class Completion(OpenAIWork):
         await gather([generation.finish() for generation in self.generations])
         choices = await self.written(self._choices)
         head = {**self.head("text_completion"), **WITHOUT_MEANING}
-        return {**head, "choices": choices, "usage": self.usage(), **self.notes()}
+        return {**head, "choices": choices, "usage": self.usage(), **self.measured(), **self.notes()}
 
     def _choices(self) -> Iterator[dict[str, Any]]:
         best = [(one, output) for one in self.generations for output in self._best(one.outputs)]
@@ -118,7 +118,7 @@ class Completion(OpenAIWork):
                     chunk["usage"] = self.usage()
                 yield event(chunk)
         if self._final_usage:
-            yield event({**head, "choices": [], "usage": self.usage()})
+            yield event({**head, "choices": [], "usage": self.usage(), **self.measured()})
 
     async def _prompts(self) -> list[list[int]]:
         prompts = as_list(self._body.prompt)

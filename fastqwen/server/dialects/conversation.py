@@ -14,6 +14,7 @@ from fastqwen.errors import BadRequest
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.schema import ChatMessage
 from fastqwen.server.dialects.warnings import Warnings
+from fastqwen.text.content import joined_or_parts, text_of
 from fastqwen.text.formats import Formats
 from fastqwen.text.strict_json import StrictJsonError, loads
 
@@ -86,7 +87,7 @@ async def rendered(
 def _system_first(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One system message in front; the leading ones are joined, and later ones are the user's."""
     num_leading = next((at for at, one in enumerate(messages) if one["role"] != "system"), len(messages))
-    leading = [{**messages[0], "content": "\n\n".join(one["content"] for one in messages[:num_leading])}]
+    leading = [{**messages[0], "content": "\n\n".join(text_of(one["content"]) for one in messages[:num_leading])}]
     later = [{**one, "role": "user"} if one["role"] == "system" else one for one in messages[num_leading:]]
     return (leading if num_leading else []) + later
 
@@ -103,9 +104,11 @@ def for_template(messages: Sequence[ChatMessage], formats: Formats, warnings: Wa
         values["role"] = _role(message.role, place, formats, warnings)
         thoughts: list[str] = []
         parts = [message.content] if isinstance(message.content, str) else message.content or []
-        values["content"] = "".join(
-            _part(part, f"{place}.content.{at}", warnings, thoughts, refuse_media=index == newest)
-            for at, part in enumerate(parts)
+        values["content"] = joined_or_parts(
+            [
+                _part(part, f"{place}.content.{at}", warnings, thoughts, refuse_media=index == newest)
+                for at, part in enumerate(parts)
+            ]
         )
         _set_answer_keys(values, thoughts, place, warnings)
         found.append(values)

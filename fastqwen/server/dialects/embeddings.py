@@ -12,9 +12,9 @@ from pydantic import Field
 from fastqwen.errors import BadRequest
 from fastqwen.records import ALL
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.body import Body, Priority, Whole
 from fastqwen.server.dialects.openai import noted
 from fastqwen.server.dialects.pooling import MAX_INPUTS, Pooled, VectorFields, listing
-from fastqwen.server.dialects.schema import Body, Priority, Whole
 
 TO_SIGNED = 128
 
@@ -77,7 +77,10 @@ async def cohere_embed(state: ServerState, body: CohereEmbedRequest) -> dict[str
         "id": work.id,
         "embeddings": {kind: [_typed(vector, kind) for vector in vectors] for kind in types},
         "texts": texts,
-        "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": work.num_prompt_tokens}},
+        "meta": {
+            "api_version": {"version": "2"},
+            "billed_units": {"input_tokens": work.num_prompt_tokens, "image_tokens": 0},
+        },
         "response_type": "embeddings_by_type",
         **noted(state, body.warnings),
     }

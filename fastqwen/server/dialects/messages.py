@@ -17,10 +17,11 @@ from fastqwen.errors import BadRequest
 from fastqwen.server.answer.generation import Choice, Generation, parts_of
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects import spellings
+from fastqwen.server.dialects.body import Body, CacheSalt, Count, Probability, Temperature, TopK
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.conversation import MEDIA_PARTS, left_out, note_rest
 from fastqwen.server.dialects.openai import noted
-from fastqwen.server.dialects.schema import AnyTool, Body, CacheSalt, ChatRequest, Count, Probability, Temperature, TopK
+from fastqwen.server.dialects.schema import AnyTool, ChatRequest
 from fastqwen.server.dialects.warnings import Warnings
 from fastqwen.server.http.errors import in_anthropics_words
 from fastqwen.server.http.sse import named_event

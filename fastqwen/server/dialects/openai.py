@@ -79,7 +79,8 @@ class OpenAIWork:
 
     def token_name(self, token_id: int, text: str | None) -> str:
         """What log-probabilities call a token."""
-        return f"token_id:{token_id}" if self._body.return_tokens_as_token_ids else text or ""
+        by_id = self._body.return_tokens_as_token_ids or self._state.config.return_tokens_as_token_ids
+        return f"token_id:{token_id}" if by_id else text or ""
 
     async def written(self, write: Callable[[], Iterable[dict[str, Any]]]) -> list[Any]:
         """Whole answers, spelled at once where their log-probabilities are many: as objects these take five times the room."""
@@ -100,6 +101,13 @@ class OpenAIWork:
                 notes["cache"] = explanation
                 notes["timing"] = self.generation.timing()
         return notes
+
+    def measured(self) -> dict[str, Any]:
+        """Once the answer is there: its times, where the operator tells them."""
+        if not self._state.config.enable_per_request_metrics or len(self.generations) > 1:
+            return {}
+        times = self.generation.told_times()
+        return {} if times is None else {"metrics": times}
 
     def failure(self, status: int, body: dict[str, Any]) -> bytes:
         return event(body)

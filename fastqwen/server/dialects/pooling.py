@@ -18,18 +18,10 @@ from fastqwen.errors import BadRequest
 from fastqwen.records import EngineRequest, PoolingTask, RequestDelta
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.body import Body, CacheSalt, Priority, Truncation, Whole, whole_ids
 from fastqwen.server.dialects.conversation import for_template, rendered
 from fastqwen.server.dialects.openai import noted
-from fastqwen.server.dialects.schema import (
-    Body,
-    CacheSalt,
-    ChatMessage,
-    Priority,
-    Truncation,
-    Whole,
-    as_list,
-    whole_ids,
-)
+from fastqwen.server.dialects.schema import ChatMessage, as_list
 
 MAX_INPUTS = 2048  # as OpenAI's
 MAX_TOKEN_NUMBERS = 2**24  # of an answer that has a line for each token: some 300 MB of JSON
@@ -226,7 +218,8 @@ class Pooled:
 
 def task_of(state: ServerState, asked: PoolingTask | None, dimensions: int | None) -> PoolingTask:
     """The model's own, if none was asked for. Raises BadRequest."""
-    task: PoolingTask = asked or ("embed" if state.facts().model.classifier is None else "classify")
+    own = asked or state.engine_config.pooling_task
+    task: PoolingTask = own or ("embed" if state.facts().model.classifier is None else "classify")
     if task.endswith("classify") and dimensions is not None:
         raise BadRequest("dimensions belongs to vectors, not to labels", "dimensions")
     return task

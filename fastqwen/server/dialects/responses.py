@@ -12,9 +12,9 @@ from typing import Any
 from fastqwen.outputs import Logprob
 from fastqwen.server.answer.generation import parts_of
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects.body import Body
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.responses_request import ENCRYPTED, FunctionTool, ResponsesRequest
-from fastqwen.server.dialects.schema import Body
 from fastqwen.server.http.sse import named_event
 from fastqwen.text.answer import Parts
 from fastqwen.text.tool_calls import Call
@@ -90,7 +90,7 @@ class Responses:
         whole = self._head("incomplete" if cut else "completed", items)
         if self._body.store is not False:
             self._state.responses.keep(self._id, self._items, items)
-        return {**whole, "usage": usage, "incomplete_details": details, **self._chat.notes()}
+        return {**whole, "usage": usage, "incomplete_details": details, **self._chat.measured(), **self._chat.notes()}
 
     def _head(self, status: str, items: list[dict[str, Any]]) -> dict[str, Any]:
         body = self._body

@@ -11,25 +11,21 @@ from pydantic import BeforeValidator, Field
 from fastqwen.errors import BadRequest
 from fastqwen.server.answer.response_store import ResponseStore
 from fastqwen.server.dialects import spellings
-from fastqwen.server.dialects.conversation import note_rest
-from fastqwen.server.dialects.schema import (
-    AccountFields,
-    AnyTool,
+from fastqwen.server.dialects.body import (
     Body,
     CacheSalt,
-    ChatRequest,
     Count,
-    JsonSchemaFormat,
     Logprobs,
     Penalty,
     Priority,
     Probability,
     Seed,
-    StructuredFields,
     Temperature,
     TopK,
     Whole,
 )
+from fastqwen.server.dialects.conversation import note_rest
+from fastqwen.server.dialects.schema import AccountFields, AnyTool, ChatRequest, JsonSchemaFormat, StructuredFields
 from fastqwen.server.dialects.warnings import Warnings
 
 # Fields that need a server with a memory for longer, and what to do instead.

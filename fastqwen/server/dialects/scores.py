@@ -14,8 +14,8 @@ from fastqwen.errors import BadRequest
 from fastqwen.records import EngineRequest, RequestDelta
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.state import ServerState, new_id
+from fastqwen.server.dialects.body import Body, CacheSalt, Count, Priority, Truncation, Whole
 from fastqwen.server.dialects.openai import noted
-from fastqwen.server.dialects.schema import Body, CacheSalt, Count, Priority, Truncation, Whole
 
 MAX_TEXTS = 2048
 
@@ -126,7 +126,10 @@ class Scores:
         pieces = judge.pieces(query, document, self._instruction, tokenizer)
         encoded = [await state.tokenize(piece, add_special_tokens=False) for piece in pieces]
         ids = [one for part in encoded for one in part]
-        return judge.prompt(self._cut(ids if judge.templated else [*ids, *tokenizer.closing_ids]), state.facts())
+        ids = self._cut(ids if judge.templated else [*ids, *tokenizer.closing_ids])
+        if cut := judge.cut(ids, state.facts()):
+            self._body.warnings.tell(cut)
+        return judge.prompt(ids, state.facts())
 
     def _cut(self, ids: list[int]) -> list[int]:
         body, facts = self._body, self._state.facts()

@@ -39,7 +39,9 @@ async def tokenize(state: ServerState, body: TokenizeRequest) -> dict[str, Any]:
         "count": len(tokens),
         "max_model_len": state.facts().max_model_len,
         "tokens": tokens,
-        "token_strs": [state.text.tokenizer.token_text(one) for one in tokens] if body.return_token_strs else None,
+        "token_strs": [state.text.tokenizer.vocabulary_entry(one) for one in tokens]
+        if body.return_token_strs
+        else None,
     }
     return {**found, **noted(state, body.warnings)}
 

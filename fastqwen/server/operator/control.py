@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ from fastqwen.errors import BadRequest, Overloaded
 from fastqwen.server.answer.state import ServerState
 from fastqwen.version import __version__
 
+TAGS = ("weights", "kv_cache", "scheduling")
+WAIT_S = 0.05
 # Of the configs: names of files are nobody's business but the operator's, who has the command line.
 HIDDEN = frozenset({"api_keys", "model", "tokenizer", "chat_template", "download_dir", "mcp", "generation_config"})
 
@@ -54,23 +57,33 @@ def _add_looks(app: FastAPI, state: ServerState) -> None:
 def _add_acts(app: FastAPI, state: ServerState) -> None:
     @app.post("/sleep")
     async def sleep(request: Request) -> JSONResponse:
-        """End the engine's process, and with it what it holds of the device's memory, until /wake_up."""
+        """Take no requests until /wake_up. ``level`` 0 gives no memory back, 1 (the default) all but the weights, which wait in
+        host memory, 2 all. Where requests run it is refused, unless ``mode`` is abort, which ends them, or wait."""
         _check_operator(state)
-        level = request.query_params.get("level", "1")
-        if level not in ("0", "1", "2"):
-            raise BadRequest(f"level is {level[:20]!r}, but must be 1 or 2", "level")
-        if state.num_active:
-            raise Overloaded(f"{state.num_active} requests are running: wait for them, then let the model sleep")
-        await _sleeper(state).sleep()
-        state.num_cache_resets += 1
-        return JSONResponse({"is_sleeping": True})
+        level = _one_of(request, "level", ("0", "1", "2"), "1")
+        mode = _one_of(request, "mode", ("", "abort", "wait"), "")
+        sleeper = _sleeper(state)
+        while mode == "wait" and state.num_active:
+            await asyncio.sleep(WAIT_S)
+        if state.num_active and not mode:
+            raise Overloaded(
+                f"{state.num_active} requests are running: wait for them, then let the model sleep, or send mode=abort"
+            )
+        await sleeper.sleep(int(level))
+        if level != "0":
+            state.num_cache_resets += 1
+        return JSONResponse({"status": "sleeping", "level": int(level), "is_sleeping": True})
 
     @app.post("/wake_up")
-    async def wake_up() -> JSONResponse:
-        """Start the engine again; answers when it is ready. All of it wakes, whatever ``tags`` say."""
+    async def wake_up(request: Request) -> JSONResponse:
+        """Answers when the engine is ready. All of it wakes, whichever of ``tags`` is asked for first."""
         _check_operator(state)
+        tags = request.query_params.getlist("tags") or None
+        for tag in tags or ():
+            if tag not in TAGS:
+                raise BadRequest(f"tags: {tag[:20]!r} is none of {', '.join(TAGS)}", "tags")
         await _sleeper(state).wake_up()
-        return JSONResponse({"is_sleeping": False})
+        return JSONResponse({"status": "awake", "tags": tags, "is_sleeping": False})
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> JSONResponse:
@@ -78,6 +91,14 @@ def _add_acts(app: FastAPI, state: ServerState) -> None:
         _check_operator(state)
         state.num_cache_resets += 1
         return JSONResponse({"success": True})
+
+
+def _one_of(request: Request, name: str, values: tuple[str, ...], default: str) -> str:
+    value = request.query_params.get(name, default)
+    if value not in values:
+        known = ", ".join(one for one in values if one)
+        raise BadRequest(f"{name} is {value[:20]!r}, but must be one of {known}", name)
+    return value
 
 
 def _sleeper(state: ServerState) -> Sleeper:

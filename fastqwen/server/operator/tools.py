@@ -10,7 +10,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from fastqwen.server.answer.state import ServerState
-from fastqwen.server.dialects.schema import Body, parse
+from fastqwen.server.dialects.body import Body, parse
 from fastqwen.server.http.body import read_body
 from fastqwen.server.mcp import McpTools
 

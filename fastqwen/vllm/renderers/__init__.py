@@ -1,0 +1,1 @@
+"""Part of vLLM's module layout."""
