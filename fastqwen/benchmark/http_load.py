@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,14 @@ DONE = b"data: [DONE]"
 MAX_REST_BYTES = 2**20  # of a line, or of an answer that is not a stream
 
 
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     completion_tokens: int
+    prompt_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Closing(msgspec.Struct):
@@ -31,7 +37,17 @@ class _Closing(msgspec.Struct):
     error: Any = None
 
 
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+
+
+class _Told(msgspec.Struct):
+    choices: list[_Choice] = []
+
+
 _read_closing = msgspec.json.Decoder(_Closing).decode
+_read_ids = msgspec.json.Decoder(_Told).decode
+Talk = Generator[bytes, "Stream", None]  # a request's body, then, told how it was answered, the next one's
 
 
 @dataclass
@@ -43,12 +59,29 @@ class Stream:
     last_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt
+    keeps_lines: bool = False
+    lines: list[bytes] = field(default_factory=list)  # the events of tokens
     error: str | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The answer's, where the server was asked for them (return_token_ids). Raises FastqwenError for one that says none."""
+        found = [choice.token_ids for line in self.lines for choice in _read_ids(line[len(EVENT) :]).choices[:1]]
+        if not any(found):
+            raise FastqwenError("the server tells no token ids (return_token_ids), which --turns needs")
+        return [token_id for ids in found for token_id in ids or []]
 
     @property
     def ttft_s(self) -> float:
         assert self.first_s is not None
         return self.first_s - self.start_s
+
+    @property
+    def normalized_latency_s(self) -> float:
+        """From the request to the last token, for each token of the answer (Yu et al., Orca, OSDI 2022)."""
+        return (self.last_s - self.start_s) / max(1, self.num_tokens)
 
 
 class Target:
@@ -65,10 +98,10 @@ class Target:
         self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 
-    async def stream(self, body: bytes) -> Stream:
+    async def stream(self, body: bytes, *, keeps_lines: bool = False) -> Stream:
         """One completion, read to its end; whatever goes wrong is told in ``error``."""
         loop = asyncio.get_running_loop()
-        stream = Stream(time.perf_counter())
+        stream = Stream(time.perf_counter(), keeps_lines=keeps_lines)
         answer = _Answer(stream, self._request(body), loop.create_future())
         hostname = self.host if self._ssl else None
         try:
@@ -164,8 +197,12 @@ def take_event(line: bytes, stream: Stream, now_s: float) -> None:
         if value.error is not None:
             stream.error = str(value.error.get("message") if isinstance(value.error, dict) else value.error)
         elif not value.choices and value.usage is not None:
-            stream.num_tokens = value.usage.completion_tokens
+            stream.num_tokens, stream.num_prompt_tokens = value.usage.completion_tokens, value.usage.prompt_tokens
+            details = value.usage.prompt_tokens_details
+            stream.num_cached_tokens = 0 if details is None else details.cached_tokens or 0
             return
+    if stream.keeps_lines:
+        stream.lines.append(line)
     if stream.first_s is None:
         stream.first_s = now_s
     else:
@@ -177,13 +214,35 @@ async def closed_loop(
     target: Target, bodies: list[bytes], concurrency: int, on_end: Callable[[Stream], None] = lambda stream: None
 ) -> list[Stream]:
     """All requests, ``concurrency`` of them at any time. ``on_end`` is told of each."""
-    waiting = iter(bodies)
+    return await talk_loop(target, map(_once, bodies), concurrency, on_end)
+
+
+async def talk_loop(
+    target: Target,
+    talks: Iterable[Talk],
+    concurrency: int,
+    on_end: Callable[[Stream], None] = lambda stream: None,
+    *,
+    keeps_lines: bool = False,
+) -> list[Stream]:
+    """All talks, ``concurrency`` of them at any time, the requests of each one after another."""
+    waiting = iter(talks)
 
     async def worker() -> list[Stream]:
-        done = []
-        for body in waiting:
-            done.append(await target.stream(body))
-            on_end(done[-1])
+        done: list[Stream] = []
+        for talk in waiting:
+            body = next(talk, None)
+            while body is not None:
+                done.append(await target.stream(body, keeps_lines=keeps_lines))
+                on_end(done[-1])
+                try:
+                    body = talk.send(done[-1])
+                except StopIteration:
+                    body = None
         return done
 
     return [stream for done in await asyncio.gather(*[worker() for _ in range(concurrency)]) for stream in done]
+
+
+def _once(body: bytes) -> Talk:
+    yield body

@@ -115,6 +115,10 @@ def serve(
     ] = None,
     input_len: Annotated[int, typer.Option("--input-len", "--random-input-len", min=1, help="Prompt tokens.")] = 128,
     output_len: Annotated[int, typer.Option("--output-len", "--random-output-len", min=2, help="Answer tokens.")] = 64,
+    turns: Annotated[
+        int, typer.Option(min=1, help="Requests of a conversation, each with all in front of it in its prompt.")
+    ] = 1,
+    system_len: Annotated[int, typer.Option(min=0, help="Prompt tokens in front of all, the same everywhere.")] = 0,
     base_url: Annotated[str | None, typer.Option(help="A running server, in MODEL's place.")] = None,
     dataset_name: Annotated[str, typer.Option(help="Prompts are random tokens: random is all there is.")] = "random",
     request_rate: Annotated[str, typer.Option(help="Streams follow each other at once: inf is all there is.")] = "inf",
@@ -124,6 +128,7 @@ def serve(
 
     fastqwen bench serve demo --concurrency 1 --concurrency 64
     fastqwen bench serve http://localhost:8000 --concurrency 256 --input-len 512 --output-len 128
+    fastqwen bench serve demo --concurrency 8 --turns 6 --system-len 500 --input-len 60 --output-len 40
     """
     from fastqwen.errors import BadConfig
 
@@ -144,6 +149,8 @@ def serve(
         num_requests=num_requests,
         input_len=input_len,
         output_len=output_len,
+        turns=turns,
+        system_len=system_len,
         api_key=api_key,
     )
 

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from fastqwen.benchmark.http_load import Target, closed_loop
+from fastqwen.errors import FastqwenError
 from tests.server.live import LiveServer, one_line, run
 
 
@@ -61,5 +62,38 @@ def test_broken_answers(answer: bytes, error: str | None):
         assert len(streams) == 3
         for stream in streams:
             assert stream.error is None if error is None else error in str(stream.error)
+
+    asyncio.run(play())
+
+
+def test_turns_of_conversations(server: LiveServer):
+    """Each request has all in front of it in its prompt, answers included, and a start that all conversations share."""
+    words = ["--concurrency", "2", "--num-requests", "6", "--turns", "3", "--system-len", "64", "--input-len", "20"]
+    done = run("bench", "serve", server.url, *words, "--output-len", "6")
+    assert done.returncode == 0, done.stderr
+    [found] = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert (found["requests"], found["errors"]) == (6, 0)
+    assert found["normalized_latency_p90_ms"] >= found["itl_p50_ms"] * 5 / 6
+    asked = 2 * sum(64 + 20 * turn + 6 * (turn - 1) for turn in (1, 2, 3))
+    # at least the system prompt of all but the first two, and of later turns what is in whole blocks of 16
+    least = 2 * (64 + 80) + 2 * (80 - 64)
+    assert least / asked <= found["prefix_hits"] < 1
+
+
+def test_turns_need_the_answers_ids():
+    events = HEAD + TOKEN + b'data: {"choices":[],"usage":{"completion_tokens":1}}\n\ndata: [DONE]\n\n'
+
+    async def play() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(events)
+            writer.close()
+
+        listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with listening:
+            target = Target(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", {})
+            stream = await target.stream(b"{}", keeps_lines=True)
+        with pytest.raises(FastqwenError, match="--turns"):
+            _ = stream.token_ids
 
     asyncio.run(play())
