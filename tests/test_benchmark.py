@@ -87,6 +87,19 @@ def test_latency_of_what_people_ask_for(config_only: Path):
     assert (wished.top_k, wished.presence_penalty, wished.logprobs) == (20, 1.5, 3)
 
 
+def test_latency_under_a_schema(tmp_path: Path):
+    """Every second sequence is held to it, and the others are timed apart."""
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"type": "integer"}, "minItems": 1000}')
+    words = ["--batch-size", "2", "--output-len", "3", "--num-iters", "1", "--prefill", "1x8", "--input-len", "8"]
+    done = run("bench", "latency", "demo", *words, "--json-schema", str(schema), "--max-model-len", "512")
+    assert done.returncode == 0, done.stderr
+    decoded, read = last_json(done.stdout)["results"]
+    assert 0 < decoded["free_ms"] <= decoded["ms"] * 1.01 and "free_ms" not in read
+    assert "ms of rows without it" in done.stdout
+    assert "--json-schema" in one_line(run("bench", "latency", "demo", "--json-schema", str(tmp_path / "none")))
+
+
 def test_the_hosts_work_is_what_a_step_takes_when_the_device_is_idle():
     core, executor = make_engine(run_ahead=2)
     stream = LocalEngine(core, READY).stream([request(name, 10, 6) for name in "abc"])

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -26,7 +26,7 @@ from fastqwen.hub import find_checkpoint
 from fastqwen.model_config import ModelConfig
 from fastqwen.plan import choose_dtype
 from fastqwen.plot import save_plot
-from fastqwen.records import EngineRequest, Sampling
+from fastqwen.records import EngineRequest, Sampling, SamplingParams, StructuredOutputs
 from fastqwen.runner.device import choose_device, device_facts
 
 GREEDY = Sampling(temperature=0.0)
@@ -49,9 +49,10 @@ def run(
     prompts: tuple[int, int],
     iters: int,
     sampling: Sampling = GREEDY,
+    json_schema: dict[str, Any] | None = None,
     plot: Path | None = None,
 ) -> None:
-    bench = Bench(config, sampling)
+    bench = Bench(config, sampling, json_schema)
     print(describe(bench.machine), flush=True)
     decoded = [bench.decode(batch, length, output_len, iters) for length in input_lens for batch in batch_sizes]
     results = [*decoded, bench.prefill(*prompts, iters)]
@@ -60,7 +61,14 @@ def run(
          percent(one["flop_share"]), "-" if one.get("host_ms") is None else f"{one['host_ms']:.2f}"]
         for one in results
     ]  # fmt: skip
-    print(table(["work", "ms", "tokens/s", "of bandwidth", "of FLOP rate", "host ms"], rows), flush=True)
+    headers = ["work", "ms", "tokens/s", "of bandwidth", "of FLOP rate", "host ms"]
+    if json_schema is not None:
+        headers.append("ms of rows without it")
+        rows = [
+            [*row, "-" if one.get("free_ms") is None else f"{one['free_ms']:.2f}"]
+            for row, one in zip(rows, results, strict=True)
+        ]
+    print(table(headers, rows), flush=True)
     finish("latency", bench.machine, {"model": config.model, "load_s": round(bench.load_s, 2), "results": results})
     if plot is not None:  # last: a disk that is full must not cost the figures
         from fastqwen.benchmark.curves import plot_decode
@@ -84,15 +92,25 @@ def gpus_of(config: EngineConfig) -> int:
     return config.tensor_parallel_size if choose_device(config).type == "cuda" else 1
 
 
-class Bench:
-    """An engine of its own, without a tokenizer and without a prefix cache: every token is computed."""
+class Run(NamedTuple):
+    """Seconds until all sequences had their tokens, and until those without a grammar had."""
 
-    def __init__(self, config: EngineConfig, sampling: Sampling) -> None:
+    all_s: float
+    free_s: float
+
+
+class Bench:
+    """An engine of its own, without a prefix cache: every token is computed. With ``json_schema`` every second sequence of
+    a decoding batch is held to it."""
+
+    def __init__(self, config: EngineConfig, sampling: Sampling, json_schema: dict[str, Any] | None = None) -> None:
         self._sampling = sampling
         self.machine, _ = machine_for(config)
         start_s = time.perf_counter()
         loaded = LoadedModel(config)
         self.load_s = time.perf_counter() - start_s
+        wish = None if json_schema is None else StructuredOutputs(json=json_schema)
+        self._grammar = loaded.grammar(SamplingParams(structured_outputs=wish))
         self._engine = LocalEngine(loaded.core, loaded.ready)
         self._model, self._plan = loaded.ready.model, loaded.ready.plan
         self._device = choose_device(config)
@@ -109,9 +127,9 @@ class Bench:
         self._run(batch, input_len, 2, progress)
         times = []
         for _ in range(iters):
-            first_s = self._run(batch, input_len, 1, progress)
-            times.append((self._run(batch, input_len, 1 + output_len, progress) - first_s) / output_len)
-        step_s = statistics.median(times)
+            first, whole = (self._run(batch, input_len, count, progress) for count in (1, 1 + output_len))
+            times.append(Run(*((after - before) / output_len for before, after in zip(first, whole, strict=True))))
+        step_s = statistics.median(one.all_s for one in times)
         context = input_len + output_len / 2
         needs = decode_step(
             self._model, self._plan.dtype, batch=batch, context_tokens=context,
@@ -122,6 +140,7 @@ class Bench:
             "batch": batch,
             "ms": step_s * 1e3,
             "tokens_per_s": batch / step_s,
+            "free_ms": None if self._grammar is None else statistics.median(one.free_s for one in times) * 1e3,
             "host_ms": self._host_ms(batch, input_len, output_len),
             **shares(needs, step_s, self.machine),
         }
@@ -139,7 +158,7 @@ class Bench:
         progress = Progress(work, (1 + iters * batch) * tokens, "tokens")
         times = []
         for count in (1, *[batch] * iters):  # the first one only warms up
-            times.append(self._run(count, tokens, 1))
+            times.append(self._run(count, tokens, 1).all_s)
             progress.tick(count * tokens)
         prefill_s = statistics.median(times[1:])
         needs = prefill(self._model, self._plan.dtype, batch=batch, tokens=tokens, num_gpus=self._num_gpus)
@@ -160,19 +179,25 @@ class Bench:
                 f"{plan.max_model_len} tokens each and {room} in all; see --max-num-seqs and --kv-cache-memory-bytes"
             )
 
-    def _run(self, batch: int, input_len: int, output_len: int, progress: Progress | None = None) -> float:
-        """Seconds until all sequences have their tokens."""
-        with self._begin(batch, input_len, output_len) as stream:
+    def _run(self, batch: int, input_len: int, output_len: int, progress: Progress | None = None) -> Run:
+        requests = self._requests(batch, input_len, output_len)
+        free = {request.request_id for request in requests if request.grammar is None}
+        with self._engine.stream(requests) as stream:
             synchronize(self._device)
-            start_s = end_s = time.perf_counter()
-            for _ in stream:
+            start_s = end_s = free_s = time.perf_counter()
+            for deltas in stream:
                 end_s = time.perf_counter()
+                if any(delta.request_id in free for delta in deltas):
+                    free_s = end_s
                 if progress is not None:
                     progress.tick()
-        return end_s - start_s
+        return Run(end_s - start_s, free_s - start_s)
 
     def _begin(self, batch: int, input_len: int, output_len: int) -> BlockingStream:
-        requests = [
+        return self._engine.stream(self._requests(batch, input_len, output_len))
+
+    def _requests(self, batch: int, input_len: int, output_len: int) -> list[EngineRequest]:
+        return [
             EngineRequest(
                 request_id=str(next(self._ids)),
                 prompt_token_ids=random_ids(self._random, input_len, self._model.vocab_size),
@@ -180,10 +205,10 @@ class Bench:
                 stop_token_ids=[],
                 max_tokens=output_len,
                 seed=0,
+                grammar=self._grammar if index % 2 else None,
             )
-            for _ in range(batch)
+            for index in range(batch)
         ]
-        return self._engine.stream(requests)
 
 
 def host_ms(steps: Iterator[object], synchronize: Callable[[], None]) -> float:

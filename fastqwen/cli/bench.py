@@ -19,6 +19,22 @@ INPUT_LENS = [128]
 CONCURRENCIES = [1, 16, 64]
 
 
+def read_schema(given: str) -> dict[str, Any]:
+    """JSON, or a file of it. Raises BadConfig."""
+    import json
+    from pathlib import Path
+
+    from fastqwen.errors import BadConfig
+
+    try:
+        found = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadConfig(f"--json-schema is neither JSON nor a file of it: {error}") from None
+    if not isinstance(found, dict):
+        raise BadConfig(f"--json-schema must be an object, not {type(found).__name__}")
+    return found
+
+
 @with_engine_options
 def latency(
     engine_options: dict[str, Any],
@@ -35,6 +51,12 @@ def latency(
     ] = False,
     penalties: Annotated[bool, typer.Option("--penalties", help="The same with a presence penalty of 1.5.")] = False,
     logprobs: Annotated[int | None, typer.Option(min=0, help="Log-probabilities told of each token.")] = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON|FILE", help="Hold every second sequence to this schema while decoding: one of long answers."
+        ),
+    ] = None,
     prefill: Annotated[str, typer.Option(help="Prompts to read: how many x how long.")] = "4x512",
     num_iters: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 3,
     plot: Annotated[
@@ -46,6 +68,7 @@ def latency(
     fastqwen bench latency demo
     fastqwen bench latency demo --batch-size 1 --batch-size 4 --batch-size 16 --plot speed.png
     fastqwen bench latency demo --sampling --logprobs 5 --input-len 128 --input-len 1024
+    fastqwen bench latency demo --batch-size 4 --json-schema '{"type": "array", "items": {"type": "integer"}, "minItems": 1000}'
     fastqwen bench latency configs/Qwen3-8B --load-format dummy --batch-size 1 --batch-size 64 --prefill 32x4096
     """
     import re
@@ -62,8 +85,9 @@ def latency(
     from fastqwen.benchmark.latency import run, sampling_of
     from fastqwen.config import EngineConfig
 
+    schema = None if json_schema is None else read_schema(json_schema)
     config = EngineConfig(
-        model=model, **{**engine_options, "skip_tokenizer_init": True, "enable_prefix_caching": False}
+        model=model, **{**engine_options, "skip_tokenizer_init": schema is None, "enable_prefix_caching": False}
     )
     prompts = (int(shape[1]), int(shape[2]))
     run(
@@ -74,6 +98,7 @@ def latency(
         prompts=prompts,
         iters=num_iters,
         sampling=sampling_of(sampled=sampling, penalties=penalties, logprobs=logprobs),
+        json_schema=schema,
         plot=plot,
     )
 
