@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,28 @@ def test_a_template_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(BadCheckpoint, match="does not come to an end"):
         ChatTemplate(LOOPS, origin="x").render([{"role": "user", "content": "hi"}])
     assert ChatTemplate("{{ messages[0].content }}", origin="x").render([{"content": "hi"}]) == "hi"
+
+
+def test_an_end_that_is_lost_in_a_callback_comes_again(monkeypatch: pytest.MonkeyPatch):
+    """Python prints what a finalizer raises, and goes on: the limit must not be spent with that."""
+    monkeypatch.setattr("fastqwen.text.template.READ_WITHIN_S", 0.1)
+    monkeypatch.setattr("sys.unraisablehook", lambda told: lost.append(told.exc_type))
+    lost: list[type] = []
+
+    class Slow:
+        def __del__(self) -> None:
+            while not lost and time.monotonic() < end_s:
+                pass
+
+    class Drops(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            Slow()
+            return super().__iter__()
+
+    end_s = time.monotonic() + 20
+    with pytest.raises(BadCheckpoint, match="does not come to an end"):
+        ChatTemplate("{% for a in messages %}{% endfor %}" + LOOPS, origin="x").render(Drops())
+    assert lost == [BadCheckpoint]
 
 
 def overwrite(path: Path) -> None:
