@@ -125,7 +125,7 @@ def _bounded(origin: str, within_s: float) -> Iterator[None]:
         return
 
     def give_up(number: int, frame: object) -> None:
-        raise BadCheckpoint(f"{origin}: the chat template does not come to an end within {within_s:g} s")
+        raise BadCheckpoint(f"{origin}: the chat template does not come to an end within {within_s:.1f} s")
 
     before = signal.signal(signal.SIGVTALRM, give_up)
     # Again and again: what is raised inside a callback of C code may be lost.

@@ -15,6 +15,9 @@ from fastqwen.cli.find_model import find_model
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadCheckpoint
 from fastqwen.hub import find_checkpoint
+from fastqwen.text.folder_templates import folder_templates
+from fastqwen.text.folder_tokenizer import from_tokenizer_json, tokenizer_words
+from fastqwen.text.memory import memory_limit
 from fastqwen.text.template import ChatTemplate
 from tests.models.tiny import make, prompt
 
@@ -44,6 +47,23 @@ def test_what_is_no_regular_file_is_told_and_not_read(folder: Path, name: str, k
     for load in (lambda: find_checkpoint(EngineConfig(model=str(folder))), lambda: find_model(str(folder))):
         with pytest.raises(BadCheckpoint, match=f"{name} is {kind}, not a regular file"):
             load()
+
+
+READERS = {
+    "config.json": lambda folder: find_model(str(folder)),
+    "tokenizer.json": lambda folder: from_tokenizer_json(folder, {}),
+    "tokenizer_config.json": tokenizer_words,
+    "chat_template.jinja": lambda folder: folder_templates(folder, {}),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_of_holes_is_told_of_and_not_read(folder: Path, name: str):
+    """200 GB that take no place on the disk."""
+    with (folder / name).open("w") as file:
+        file.truncate(200 * 2**30)
+    with memory_limit(2**31), pytest.raises(BadCheckpoint, match=f"{name} is larger than"):
+        READERS[name](folder)
 
 
 def test_a_template_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch):
