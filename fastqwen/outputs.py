@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import msgspec
 
-@dataclass
-class Logprob:
-    """``rank`` 1 is the most likely token. ``decoded_token`` is None without a tokenizer."""
+
+class Logprob(msgspec.Struct, gc=False):
+    """``rank`` 1 is the most likely token. ``decoded_token`` is None without a tokenizer.
+
+    Answers have hundreds of thousands of them: collections of garbage pass them by.
+    """
 
     logprob: float
     rank: int | None = None

@@ -336,7 +336,7 @@ class ScheduledBatch(msgspec.Struct, kw_only=True, frozen=True):
         return sum(row.num_tokens for row in self.rows)
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
     """The chosen token's log-probability, its rank (1 is the most likely), and the top alternatives, or those asked for."""
 
     token_id: int

@@ -26,6 +26,7 @@ OTHERS = {
     GGUF: "is a GGUF file: give that file itself, not its folder",
 }
 HEAD_BYTES = 512
+MAX_SMALL_BYTES = 2**28
 
 
 def what_instead(path: Path) -> str | None:
@@ -85,9 +86,13 @@ def decoded(data: bytes) -> str:
 def read_bytes(path: Path) -> bytes:
     """Of a small file. Raises BadCheckpoint, naming it."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            found = file.read(MAX_SMALL_BYTES + 1)
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    if len(found) > MAX_SMALL_BYTES:
+        raise BadCheckpoint(f"{path} is larger than {MAX_SMALL_BYTES} bytes, which no such file is")
+    return found
 
 
 def read_text(path: Path) -> str:

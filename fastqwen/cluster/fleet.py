@@ -252,10 +252,9 @@ class Fleet:
     async def _made(self, card: Card, files: Files) -> ServedModel:
         """The model's text side, from the files that its worker sent."""
         folder = tempfile.TemporaryDirectory(prefix="fastqwen-")
+        pool = None
         try:
             config, path = unpack(card.config, files.files, Path(folder.name))
-            text = await asyncio.to_thread(load_text, path, files.model, config)
-            text.tokenizer.limit_length(card.ready.plan.max_model_len)
             pool = TextPool(
                 config,
                 path,
@@ -265,8 +264,12 @@ class Fleet:
                 checks=CHECKS,
                 log_format=self._config.log_format,
             )
-            await pool.start()
+            await pool.start()  # before they are read here: a process can be ended where a template does not end
+            text = await asyncio.to_thread(load_text, path, files.model, config)
+            text.tokenizer.limit_length(card.ready.plan.max_model_len)
         except BaseException:
+            if pool is not None:
+                await pool.close()
             folder.cleanup()
             raise
         engine = FailoverEngine(Router(), max_requests=self._config.max_concurrent_requests)

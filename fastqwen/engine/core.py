@@ -60,7 +60,7 @@ class EngineCore:
         """Submit as far ahead as the executor allows, then commit the oldest step in flight."""
         deltas, self._aborted = self._aborted, []
         while len(self._in_flight) < self._executor.run_ahead:
-            batch = self.scheduler.schedule()
+            batch = self.scheduler.schedule(self._is_late)
             if batch is None:
                 break
             handle = self._executor.submit(batch)
@@ -79,6 +79,9 @@ class EngineCore:
         else:
             time.sleep(ASIDE_S)  # all that runs has stepped aside
         return deltas
+
+    def _is_late(self, slot: int) -> bool | None:
+        return self._executor.is_late(slot)
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler

@@ -24,3 +24,6 @@ class Executor(Protocol):
     run_ahead: int
 
     def submit(self, batch: ScheduledBatch) -> StepHandle: ...
+
+    def is_late(self, slot: int) -> bool | None:
+        """Whether the row that stepped aside in this slot would do so again; None where that is not known."""

@@ -109,16 +109,21 @@ class Scheduler:
 
     # ---- a step ----
 
-    def schedule(self) -> ScheduledBatch | None:
-        """The next step, or None if nothing can advance before an earlier step is committed."""
+    def schedule(self, is_late: Callable[[int], bool | None] = lambda slot: None) -> ScheduledBatch | None:
+        """The next step, or None if nothing can advance before an earlier step is committed.
+
+        ``is_late`` says of the slot of a row that stepped aside whether it would again (engine/executor.py).
+        """
         rows: list[Row] = []
         admissions: list[Admission] = []
+        now_s = time.monotonic()
+        aside = {one.request_id for one in self._running if one.is_aside and one.stays_aside(now_s, is_late)}
         prompts_first = self.policy.prompts_first
         budget = self.policy.token_budget(self._running)
-        budget = self._schedule_running(rows, budget, streams=not prompts_first)
+        budget = self._schedule_running(rows, budget, aside, streams=not prompts_first)
         budget = self._schedule_waiting(rows, admissions, budget)
         if prompts_first:
-            self._schedule_running(rows, budget, prompts=False)
+            self._schedule_running(rows, budget, aside, prompts=False)
         if not rows:
             return None
         index, surplus = self.policy.surplus(rows)
@@ -155,16 +160,17 @@ class Scheduler:
         sequence.num_pending -= row.num_logits + row.pools
         return msgspec.structs.replace(row, num_tokens=row.num_tokens - surplus, num_logits=0, pools=False)
 
-    def _schedule_running(self, rows: list[Row], budget: int, *, prompts: bool = True, streams: bool = True) -> int:
+    def _schedule_running(
+        self, rows: list[Row], budget: int, aside: set[str], *, prompts: bool = True, streams: bool = True
+    ) -> int:
         """Advance what runs and has no row yet, in order; preempt from the end of the order when blocks run out."""
         self._running.sort(key=_ORDER)
         scheduled = {row.request_id for row in rows}
         index = 0
-        now_s = time.monotonic()
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
             index += 1
-            if sequence.aside_until_s > now_s:
+            if sequence.request_id in aside:
                 continue
             num_left = sequence.num_left
             if not sequence.wants_more or not (streams if num_left == 1 else prompts):
@@ -304,7 +310,7 @@ class Scheduler:
             new_blocks += tuple(taken)
         start, repeats = sequence.num_computed, sequence.repeats
         sequence.num_computed += num_tokens
-        sequence.repeats = False
+        sequence.repeats = sequence.is_aside = False
         last = sequence.num_computed == sequence.num_known
         pools = last and sequence.request.pooling is not None
         sequence.num_pending += last  # a vector is waited for like a token

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastqwen.engine.blocks import BlockHash, chain_next, chain_root
 from fastqwen.records import EngineRequest
 
@@ -32,6 +34,7 @@ class Sequence:
         self.admitted_in_step = 0  # rows of earlier steps belong to blocks that a preemption took away
         self.slot = NO_SLOT
         self.blocks: list[int] = []
+        self.is_aside = False
         self.num_late = 0  # times that it stepped aside, two less with each token
         self.aside_until_s = 0.0
         self.num_registered = 0  # leading blocks that the prefix cache knows
@@ -82,17 +85,21 @@ class Sequence:
         self.num_computed -= num_tokens
 
     def step_aside(self, now_s: float) -> None:
-        """Its last scheduled token cannot be chosen yet: it is computed again, after a pause that grows."""
+        """Its last scheduled token cannot be chosen yet: it is computed again once it can be, or after a pause that grows."""
         self.num_pending -= 1
         self.num_computed -= 1
-        self.repeats = True
+        self.repeats = self.is_aside = True
         self.aside_until_s = now_s + min(LONGEST_ASIDE_S, FIRST_ASIDE_S * ASIDE_GROWS**self.num_late)
         self.num_late = min(self.num_late + 1, 5)
+
+    def stays_aside(self, now_s: float, is_late: Callable[[int], bool | None]) -> bool:
+        late = is_late(self.slot)
+        return self.aside_until_s > now_s if late is None else late
 
     def forget_cache(self) -> None:
         """After preemption: all that is known must be computed again."""
         self.num_computed = 0
         self.num_registered = 0
-        self.repeats = False
+        self.repeats = self.is_aside = False
         self.blocks = []
         self.slot = NO_SLOT

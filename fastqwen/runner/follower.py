@@ -31,6 +31,9 @@ class GrammarMarks:
     def constrains(self, slot: int) -> bool:
         return slot in self._slots
 
+    def is_late(self, slot: int) -> bool:
+        return False  # the first shard chooses
+
     def bits(self, choices: Sequence[Choice], vocab_size: int, errors: dict[int, Failure]) -> tuple[set[int], Bits]:
         return set(), np.full((len(choices), 0), -1, dtype=np.int32)
 

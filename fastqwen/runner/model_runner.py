@@ -91,6 +91,9 @@ class ModelRunner:
         self._check_weights()
         return done if vectors is None else PooledStep(done, batch.rows, vectors, self._decoder.classifier)
 
+    def is_late(self, slot: int) -> bool | None:
+        return self._structured is not None and self._structured.is_late(slot)
+
     def _finish(self, batch: ScheduledBatch, hidden: Tensor) -> StepOutput:
         """Sample, and look for rows that failed: hidden [tokens, hidden], row after row"""
         choices, start = choices_of(batch.rows), 0

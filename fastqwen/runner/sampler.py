@@ -86,17 +86,31 @@ def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
     low = _mix32(seed & _MASK32)
     high = _mix32(((seed >> 32) & _MASK32) ^ low)
     key = _mix32(high ^ (position.long() * 0x9E3779B1 & _MASK32))
-    tokens = torch.arange(vocab, device=seed.device)
-    bits = _mix32(tokens[None, :] * 0x85EBCA77 & _MASK32 ^ key[:, None])
-    bits = _mix32((bits + low[:, None]) & _MASK32)
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # 24 bits: exact in float32, never 0 or 1
-    return -torch.log(-torch.log(uniform))
+    # In place and in 32 bits, of which products keep the lowest: eight times as fast on a CPU as it is written above.
+    tokens = torch.arange(vocab, dtype=torch.int32, device=seed.device) * _signed(0x85EBCA77)
+    bits = _mix32_in_place(tokens[None, :] ^ key.to(torch.int32)[:, None])
+    bits = _mix32_in_place(bits.add_(low.to(torch.int32)[:, None]))
+    # 24 bits: exact in float32, never 0 or 1
+    uniform = bits.bitwise_right_shift_(9).bitwise_and_(_MASK32 >> 9).float().add_(0.5).mul_(2.0**-23)
+    return uniform.log_().neg_().log_().neg_()
 
 
 def _mix32(x: Tensor) -> Tensor:
+    """int64"""
     x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK32
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK32
     return x ^ (x >> 16)
+
+
+def _mix32_in_place(x: Tensor) -> Tensor:
+    """int32: its shifts bring the sign in, which is taken out again."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(_MASK32 >> 16)).mul_(_signed(0x85EBCA6B))
+    x.bitwise_xor_((x >> 13).bitwise_and_(_MASK32 >> 13)).mul_(_signed(0xC2B2AE35))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(_MASK32 >> 16))
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
 
 
 def penalize(logits: Tensor, token_ids: Tensor, num_prompt: Tensor, num_known: Tensor, params: list[Sampling]) -> None:

@@ -129,6 +129,10 @@ class _Constraint:
     def active(self) -> bool:
         return not self._awaited
 
+    @property
+    def is_waiting(self) -> bool:
+        return self.job is not None and not self.job.done()
+
     def compute(self, native: Native) -> Mask:
         """In a lane. Nothing else touches the matcher until it is done."""
         problem = self.meter.problem
@@ -147,6 +151,8 @@ class Constraints(Protocol):
     def admit(self, admissions: Sequence[Admission]) -> None: ...
 
     def constrains(self, slot: int) -> bool: ...
+
+    def is_late(self, slot: int) -> bool: ...
 
     def bits(self, choices: Sequence[Choice], vocab_size: int, errors: dict[int, Failure]) -> tuple[set[int], Bits]: ...
 
@@ -188,6 +194,10 @@ class StructuredOutput:
     def constrains(self, slot: int) -> bool:
         return slot in self._constraints
 
+    def is_late(self, slot: int) -> bool:
+        constraint = self._constraints.get(slot)
+        return constraint is not None and constraint.is_waiting and constraint.meter.problem is None
+
     def bits(self, choices: Sequence[Choice], vocab_size: int, errors: dict[int, Failure]) -> tuple[set[int], Bits]:
         """Which tokens may come, [choices, vocab_size / 32]. Rows that cannot go on are added to ``errors``, with the reason.
 
@@ -206,7 +216,7 @@ class StructuredOutput:
         for index, constraint in active.items():
             row = choices[index].row
             problem = constraint.meter.problem
-            if problem is None and constraint.job is not None and not constraint.job.done():
+            if problem is None and constraint.is_waiting:
                 late.add(row)
                 continue
             with only_this_row(row, errors):

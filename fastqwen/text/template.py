@@ -26,7 +26,9 @@ Message = dict[str, Any]
 UNREADABLE = (
     SyntaxError, RecursionError, MemoryError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError,
 )  # fmt: skip
-READ_WITHIN_S = 2.0  # of processor time, to parse a template or to render a few words with it
+READ_WITHIN_S = 1.0  # of processor time, to parse a template or to render a few words with it
+MESSAGE_WITHIN_S = 0.001  # as much more for each message
+LOOK_AGAIN_S = 0.2
 READ_WITHIN_BYTES = 2**30
 MAX_POWER, MAX_BASE, MAX_REPEATED = 64, 2**32, 2**20
 
@@ -66,7 +68,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _strftime_now
         try:
-            with _bounded(origin):
+            with _bounded(origin, READ_WITHIN_S):
                 self._template = environment.from_string(source)
                 self._tool_template = self._template if tool_source is None else environment.from_string(tool_source)
                 self._format, self._tool_format = (
@@ -104,7 +106,7 @@ class ChatTemplate:
             template, wanted = (
                 (self._template, self._format) if tools is None else (self._tool_template, self._tool_format)
             )
-            with _bounded(self.origin):
+            with _bounded(self.origin, READ_WITHIN_S + MESSAGE_WITHIN_S * len(messages)):
                 return template.render(
                     **self._variables,
                     **options,
@@ -140,7 +142,7 @@ class ChatTemplate:
 
 
 @contextmanager
-def _bounded(origin: str) -> Iterator[None]:
+def _bounded(origin: str, within_s: float) -> Iterator[None]:
     """Raises BadCheckpoint inside once the process has computed for so long, MemoryError once it has grown so much. Only in a
     program's main thread, where templates are read while a model is loaded; a server renders messages in processes that it
     can end."""
@@ -149,10 +151,11 @@ def _bounded(origin: str) -> Iterator[None]:
         return
 
     def give_up(number: int, frame: object) -> None:
-        raise BadCheckpoint(f"{origin}: the chat template does not come to an end within {READ_WITHIN_S:g} s")
+        raise BadCheckpoint(f"{origin}: the chat template does not come to an end within {within_s:.1f} s")
 
     before = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, READ_WITHIN_S)
+    # Again and again: what is raised inside a callback of C code may be lost.
+    signal.setitimer(signal.ITIMER_VIRTUAL, within_s, LOOK_AGAIN_S)
     try:
         with memory_limit(READ_WITHIN_BYTES):
             yield

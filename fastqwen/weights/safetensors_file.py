@@ -170,3 +170,6 @@ def _open(path: Path) -> safe_open:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise not_weights(path) or damaged(path, error) from None
+    except MemoryError:
+        size = path.stat().st_size
+        raise BadCheckpoint(f"{path} has {size} bytes, and this process may not map so many (ulimit -v)") from None

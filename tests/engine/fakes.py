@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 
 from fastqwen.client.engine import Ready
 from fastqwen.client.local_engine import LocalEngine
@@ -58,6 +59,7 @@ class FakeExecutor:
         self.batches: list[ScheduledBatch] = []
         self.fail: set[str] = set()
         self.late: set[tuple[str, int]] = set()  # request and position: the first time that it is due, it steps aside
+        self.waits: Callable[[int], bool | None] = lambda slot: None
         self.broken = False
         self.step_s = 0.0
         self._seed: dict[int, int] = {}
@@ -74,6 +76,9 @@ class FakeExecutor:
             self._tokens[admission.slot] = list(admission.token_ids)
             self._tables[admission.slot] = []
         return FakeHandle(StepOutput(step_id=batch.step_id, rows=[self._run(row) for row in batch.rows]))
+
+    def is_late(self, slot: int) -> bool | None:
+        return self.waits(slot)
 
     def _run(self, row) -> SampledRow:
         table, tokens = self._tables[row.slot], self._tokens[row.slot]

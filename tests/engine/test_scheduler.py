@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -204,6 +206,27 @@ def test_a_row_that_is_not_finite_ends_alone_and_is_not_cached():
     assert engine.stats().num_corrupted == 1
 
 
+def test_a_row_that_stepped_aside_costs_the_others_nothing_until_it_can_go_on():
+    """One row of a step tells that it is late; it is in none before the executor says that it is not any more."""
+    engine, executor = make_engine()
+    executor.late = {("late", 6)}
+    executor.waits = lambda slot: len(executor.batches) < 12
+    engine.add(request("late", 6, 4))
+    engine.add(request("other", 6, 20))
+    found = run(engine)
+    steps = [index for index, batch in enumerate(executor.batches) for row in batch.rows if row.request_id == "late"]
+    assert steps == [0, 12, 13, 14, 15]
+    assert tokens_of(found["late"]) == expected(request("late", 6, 4))
+    assert tokens_of(found["other"]) == expected(request("other", 6, 20))
+
+
+def test_where_nobody_knows_a_row_that_stepped_aside_is_tried_again_after_a_pause():
+    engine, executor = make_engine()
+    executor.late = {("late", 6)}
+    engine.add(request("late", 6, 4))
+    assert tokens_of(run(engine)["late"]) == expected(request("late", 6, 4))
+
+
 def test_the_longest_possible_sequence_fits_exactly():
     engine, _ = make_engine(blocks=5)
     one = request("a", 10, 11)  # the last token's key is never needed: 10 + 11 - 1 = 20 = 5 blocks of 4
@@ -240,6 +263,8 @@ REQUESTS = st.lists(
 )
 def test_any_mix_gives_each_request_what_it_gets_alone(requests, blocks, budget, seqs, run_ahead, late, abort, policy):
     engine, executor = make_engine(blocks=blocks, budget=budget, max_num_seqs=seqs, run_ahead=run_ahead, **policy)
+    chance = random.Random(budget)
+    executor.waits = lambda slot: chance.choice([None, False, True])
     made = []
     for index, one in enumerate(requests):
         prompt = [7] * one["prompt"] if one["same"] else [index] * one["prompt"]

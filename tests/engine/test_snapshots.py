@@ -101,6 +101,9 @@ class CheckingExecutor:
         self.held: dict[int, list[int]] = {}
         self.copies: dict[int, list[int]] = {}
 
+    def is_late(self, slot: int) -> bool | None:
+        return self._chance.choice([None, False, True])
+
     def submit(self, batch: ScheduledBatch) -> Handle:
         for one in batch.admissions:
             self.tokens[one.slot] = list(one.token_ids)

@@ -76,6 +76,9 @@ class MockExecutor:
         self._output = StepOutput(step_id=batch.step_id, rows=rows)
         return self
 
+    def is_late(self, slot: int) -> bool:
+        return self._structured.is_late(slot)
+
     def result(self) -> StepOutput:
         now_s = time.monotonic()
         self._due_s = max(self._due_s + self._step_s, now_s)

@@ -206,6 +206,27 @@ def test_the_noise_is_gumbel():
     assert (distribution - steps).abs().max() < 1.95 / math.sqrt(len(ranked)) * 1.5  # Kolmogorov and Smirnov
 
 
+def test_the_noise_is_the_hash_that_it_says():
+    """Computed here with Python's whole numbers: negative seeds, seeds of 63 bits, late positions, all words of the hash."""
+    low32 = 2**32 - 1
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 16)) * 0x85EBCA6B & low32
+        x = (x ^ (x >> 13)) * 0xC2B2AE35 & low32
+        return x ^ (x >> 16)
+
+    def expected(seed: int, position: int, token: int) -> float:
+        low = mix(seed & low32)
+        key = mix(mix(seed >> 32 & low32 ^ low) ^ position * 0x9E3779B1 & low32)
+        bits = mix(mix(token * 0x85EBCA77 & low32 ^ key) + low & low32)
+        return -math.log(-math.log(((bits >> 9) + 0.5) * 2.0**-23))
+
+    seeds, positions = [0, -1, 2**63 - 1, -(2**63), 0xC2B2AE35], [0, 1, 2**31 - 1, 70_000, 5]
+    noise = gumbel(torch.tensor(seeds), torch.tensor(positions), 300)
+    wanted = [[expected(*pair, token) for token in range(300)] for pair in zip(seeds, positions, strict=True)]
+    torch.testing.assert_close(noise, torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("what", ["positions", "seeds", "high seeds", "tokens"])
 def test_neighbours_are_not_correlated(what: str):
     """Seeds and positions are small counters in practice; their noise must look independent all the same."""

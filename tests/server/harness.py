@@ -115,6 +115,9 @@ class Speaker:
             self.tokens[admission.slot] = list(admission.token_ids)
         return self._Done(StepOutput(step_id=batch.step_id, rows=[self._row(row) for row in batch.rows]))
 
+    def is_late(self, slot: int) -> bool:
+        return self.structured.is_late(slot)
+
     def _row(self, row: Any) -> SampledRow:
         admission, tokens = self.admissions[row.slot], self.tokens[row.slot]
         scored = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,9 @@ from fastqwen.cli.find_model import find_model
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadCheckpoint
 from fastqwen.hub import find_checkpoint
+from fastqwen.text.folder_templates import folder_templates
+from fastqwen.text.folder_tokenizer import from_tokenizer_json, tokenizer_words
+from fastqwen.text.memory import memory_limit
 from fastqwen.text.template import ChatTemplate
 from tests.models.tiny import make, prompt
 
@@ -44,11 +49,50 @@ def test_what_is_no_regular_file_is_told_and_not_read(folder: Path, name: str, k
             load()
 
 
+READERS = {
+    "config.json": lambda folder: find_model(str(folder)),
+    "tokenizer.json": lambda folder: from_tokenizer_json(folder, {}),
+    "tokenizer_config.json": tokenizer_words,
+    "chat_template.jinja": lambda folder: folder_templates(folder, {}),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_of_holes_is_told_of_and_not_read(folder: Path, name: str):
+    """200 GB that take no place on the disk."""
+    with (folder / name).open("w") as file:
+        file.truncate(200 * 2**30)
+    with memory_limit(2**31), pytest.raises(BadCheckpoint, match=f"{name} is larger than"):
+        READERS[name](folder)
+
+
 def test_a_template_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fastqwen.text.template.READ_WITHIN_S", 0.2)
     with pytest.raises(BadCheckpoint, match="does not come to an end"):
         ChatTemplate(LOOPS, origin="x").render([{"role": "user", "content": "hi"}])
     assert ChatTemplate("{{ messages[0].content }}", origin="x").render([{"content": "hi"}]) == "hi"
+
+
+def test_an_end_that_is_lost_in_a_callback_comes_again(monkeypatch: pytest.MonkeyPatch):
+    """Python prints what a finalizer raises, and goes on: the limit must not be spent with that."""
+    monkeypatch.setattr("fastqwen.text.template.READ_WITHIN_S", 0.1)
+    monkeypatch.setattr("sys.unraisablehook", lambda told: lost.append(told.exc_type))
+    lost: list[type] = []
+
+    class Slow:
+        def __del__(self) -> None:
+            while not lost and time.monotonic() < end_s:
+                pass
+
+    class Drops(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            Slow()
+            return super().__iter__()
+
+    end_s = time.monotonic() + 20
+    with pytest.raises(BadCheckpoint, match="does not come to an end"):
+        ChatTemplate("{% for a in messages %}{% endfor %}" + LOOPS, origin="x").render(Drops())
+    assert lost == [BadCheckpoint]
 
 
 def overwrite(path: Path) -> None:
