@@ -52,7 +52,8 @@ def create_routes(state: ServerState) -> FastAPI:
         title="fastqwen",
         version=__version__,
         description="OpenAI-compatible API for Qwen models",
-        docs_url=None,  # FastAPI's own pages load their scripts from elsewhere; docs_page.py does not
+        openapi_url=None,  # written anew for each request, while docs_page.py does so once
+        docs_url=None,  # and these load their scripts from elsewhere
         redoc_url=None,
         servers=[{"url": state.config.root_path}] if state.config.root_path else None,
     )

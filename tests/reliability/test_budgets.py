@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -187,6 +187,32 @@ def test_no_part_of_http_is_endless(model: Path, part: str):
                 assert time.monotonic() - start_s < 30, f"{sent} bytes and no end"
 
 
+def chunks_of(size: int, body: bytes) -> bytes:
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b""))
+
+
+def test_a_body_in_small_chunks_is_read(mock_server: Server):
+    """As programs send it that write JSON word by word, and a short one byte by byte."""
+    long = b'{"messages": [{"role": "user", "content": "%b"}], "max_tokens": 2}' % (b"hello " * 600)
+    for size, body in ((8, long), (1, BODY)):
+        found = answers(
+            mock_server, POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks_of(size, body) + GET + b"\r\n", 2
+        )
+        assert found.count(b"HTTP/1.1 200") == 2, size
+
+
+def test_chunks_of_a_byte_each_cost_no_more_than_other_requests(mock_server: Server):
+    """20 connections with 150,000 chunks each: what is little but framing ends soon."""
+    data = POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 150_000
+    with ExitStack() as stack, cheap(mock_server):
+        for _ in range(20):
+            connection = stack.enter_context(connected(mock_server))
+            with suppress(OSError):
+                connection.sendall(data)
+        time.sleep(1)
+
+
 def test_work_ends_with_its_client_whatever_else_it_sent(model: Path):
     long = json.dumps({"prompt": "a", "max_tokens": 4000, "ignore_eos": True}).encode()
     with serving(model, step_s=0.02) as server:
@@ -262,7 +288,14 @@ PAGE = {"origin": "https://evil.example", "sec-fetch-site": "cross-site"}
 )
 def test_a_page_of_another_site_has_nothing_computed(mock_server: Server, path: str):
     url = mock_server.url
-    for headers in (PAGE, {"origin": "null"}, {"sec-fetch-site": "cross-site"}, {"origin": "http://127.0.0.1:1"}):
+    unknown = {"sec-fetch-site": "a browser of tomorrow"}
+    for headers in (
+        PAGE,
+        {"origin": "null"},
+        {"sec-fetch-site": "cross-site"},
+        {"origin": "http://127.0.0.1:1"},
+        unknown,
+    ):
         for kind in ("text/plain", "application/json", "application/x-www-form-urlencoded"):
             response = httpx.post(f"{url}{path}", content=BODY, headers={**headers, "content-type": kind})
             assert response.status_code == 403, (headers, kind)

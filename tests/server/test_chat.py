@@ -242,6 +242,8 @@ def test_a_refused_switch_of_the_template_is_told():
     response = ask(make_state(), PATH, chat(chat_template_kwargs={"no_such_switch": 1})).json()
     assert "no_such_switch has no effect" in response["warnings"][0]
     assert ask(make_state(), PATH, chat(chat_template_kwargs={"messages": []})).status_code == 400
+    many = ask(make_state(), PATH, chat(chat_template_kwargs={f"no_such_{one}": 1 for one in range(9000)})).json()
+    assert len(many["warnings"]) < 20 and "8984 more" in many["warnings"][-1]
 
 
 def test_usage_comes_last_in_a_stream_when_asked_for():

@@ -15,6 +15,7 @@ EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"}
 EFFORT_TOKENS = {"minimal": 512, "low": 1024, "medium": 8192}
 # What Qwen's own API makes of other APIs' words for the templates with an effort, which raise for words that are not theirs.
 EFFORT_ALIASES = {"minimal": "low", "high": "xhigh", "max": "xhigh"}
+MAX_NAMED = 16  # of the switches without an effect
 
 
 def thinking_options(body: ChatRequest, formats: Formats, usual: dict[str, Any] | None = None) -> ThinkingOptions:
@@ -43,8 +44,12 @@ def thinking_options(body: ChatRequest, formats: Formats, usual: dict[str, Any] 
                 "this model's chat template has no place for documents: send them in messages", "documents"
             )
     own = body.chat_template is not None  # which may have any switches
-    for name in [name for name in switches if not own and not formats.has_switch(name)]:
-        warnings.append(f"{name} has no effect: this model's chat template has no such switch")
+    unused = [name for name in switches if not own and not formats.has_switch(name)]
+    why = "has no effect: this model's chat template has no such switch"
+    warnings += [f"{name[:80]} {why}" for name in unused[:MAX_NAMED]]
+    if len(unused) > MAX_NAMED:
+        warnings.append(f"and {len(unused) - MAX_NAMED} more of chat_template_kwargs have none")
+    for name in unused:
         del switches[name]
     if not formats.reasoning and (budget is not None or (effort is not None and effort != "none")):
         warnings.append("this model does not think in a marked block, so there is no thinking to limit")

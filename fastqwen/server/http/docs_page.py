@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from html import escape
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, Response
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -21,9 +23,19 @@ EXAMPLE = """curl {origin}/v1/chat/completions -H "Content-Type: application/jso
 
 
 def add_route(app: FastAPI) -> None:
+    @functools.cache
+    def written() -> tuple[bytes, bytes]:
+        """Once: anybody may ask for them, as often as they like."""
+        document = app.openapi()
+        return page(document).encode(), json.dumps(document, ensure_ascii=False).encode()
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(page(app.openapi()))
+        return HTMLResponse(written()[0])
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi_json() -> Response:
+        return Response(written()[1], media_type="application/json")
 
 
 def page(schema: dict[str, Any]) -> str:

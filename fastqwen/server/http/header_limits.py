@@ -17,7 +17,7 @@ from fastqwen.server.config import FrontConfig
 MAX_HEADER_BYTES = 64 * 2**10
 MAX_AHEAD_BYTES = 256 * 2**10  # of requests behind one that is being answered
 FRAMING = 2  # a chunked body may take so many times its own size, and FRAMING_BYTES, on the wire
-FRAMING_BYTES = 2**20
+FRAMING_BYTES = 64 * 2**10  # trailers among them
 PIECE_BYTES = 16 * 2**10
 MAX_PIPELINED = 16  # requests within one piece, where a chunked body does not tell its end
 STOPPED_S = 1.0  # a timer that is so late says that this process was stopped, not that the client was slow
@@ -81,7 +81,10 @@ class BoundedHttp(HttpToolsProtocol):
     front: FrontConfig
     _in_body = False
     _body_left = 0  # of a body that told its length
-    _budget_bytes = 0  # of a body, its framing and its trailers
+    _budget_bytes = (
+        0  # that a chunked body, its framing and its trailers may still take; grows with what is there of it
+    )
+    _total_bytes = 0  # the same, however much there is
     _searched = 0  # of what is held: there is no end of a head in it
     _timer: asyncio.TimerHandle | None = None
 
@@ -89,6 +92,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_made(transport)
         self._held = bytearray()
         self._open: set[Any] = set()  # cycles whose responses are not complete
+        self._chunks: list[bytes] = []  # of the piece that is being parsed
         self._start_timer(self.front.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -109,6 +113,7 @@ class BoundedHttp(HttpToolsProtocol):
         """Whatever may be parsed now."""
         while self._held and not self.transport.is_closing() and (piece := self._next_piece()):
             super().data_received(piece)
+            self._hand_on()
         if self._held and not self._in_body and not self._answering and self._timer is None:
             self._start_timer(self.front.header_timeout_s)
 
@@ -147,10 +152,12 @@ class BoundedHttp(HttpToolsProtocol):
     def _taken(self, size: int) -> bytes:
         piece = bytes(self._held[:size])
         del self._held[:size]
-        if self._in_body:
-            self._body_left = max(0, self._body_left - len(piece))
+        if self._body_left:
+            self._body_left -= len(piece)
+        elif self._in_body:
             self._budget_bytes -= len(piece)
-            if self._budget_bytes < 0:
+            self._total_bytes -= len(piece)
+            if self._budget_bytes < 0 or self._total_bytes < 0:
                 self.transport.close()
                 return b""
         return piece
@@ -182,7 +189,8 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         length = next((value for name, value in self.headers if name == b"content-length"), b"")
         self._body_left = int(length[:20]) if length.isdigit() else 0
-        self._budget_bytes = FRAMING * self.front.max_body_bytes + FRAMING_BYTES
+        self._budget_bytes = FRAMING_BYTES
+        self._total_bytes = FRAMING * self.front.max_body_bytes + FRAMING_BYTES
         self._in_body = True
         # The route has its own clock, and an answer for who is too slow; this one is for bodies that no route reads.
         self._start_timer(self.front.body_timeout_s + self.front.header_timeout_s)
@@ -191,7 +199,19 @@ class BoundedHttp(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.0":
             _end_with_the_connection(self.cycle)
 
+    def on_body(self, body: bytes) -> None:
+        """Chunks of a byte each are not added to the body one by one, which copies it each time."""
+        self._budget_bytes += FRAMING * len(body)
+        self._chunks.append(body)
+
+    def _hand_on(self) -> None:
+        if self._chunks:
+            body = b"".join(self._chunks)
+            self._chunks.clear()
+            super().on_body(body)
+
     def on_message_complete(self) -> None:
+        self._hand_on()
         self._in_body = False
         self._stop_timer()
         super().on_message_complete()
