@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastqwen import LLM, SamplingParams
+from fastqwen.kernels.cpu.ops import CpuOps
 from fastqwen.runner import held, start
 from fastqwen.runner.held import HeldWeights, tensors_of
 from tests.models.tiny import make, prompt
@@ -31,7 +32,8 @@ def bytes_behind(weights: HeldWeights) -> int:
 
 
 def test_the_memory_behind_all_weights_goes_and_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What a device holds is told by a switch here, so that the same is done to this host's memory."""
+    """What a device holds is told by a switch here, so that the same is done to this host's memory, weights in their own."""
+    monkeypatch.setattr(CpuOps, "settled", lambda self, weight: weight)
     llm = load(tmp_path, dtype="float32")
     weights = llm._loaded._weights
     assert weights is not None
