@@ -99,7 +99,7 @@ def test_the_second_signal_aborts(own_server: LiveServer):
     own_server.signal(signal.SIGTERM)
     start_s = time.monotonic()
     own_server.process.wait(10)
-    assert time.monotonic() - start_s < 3
+    assert time.monotonic() - start_s < 6  # a drain would take as long as the answer
     reader.join(5)
     assert not reader.is_alive()
     assert reader.broken or "[DONE]" not in reader.seen, "a broken answer must not look like a whole one"
@@ -111,7 +111,7 @@ def test_an_idle_server_ends_at_once(own_server: LiveServer):
     own_server.signal(signal.SIGINT)
     start_s = time.monotonic()
     assert own_server.process.wait(10) == 0
-    assert time.monotonic() - start_s < 3
+    assert time.monotonic() - start_s < 6
 
 
 def test_a_killed_engine_ends_streams_with_an_error_and_comes_back(own_server: LiveServer):
