@@ -13,7 +13,7 @@ from tests.engine.fakes import READY, make_engine
 
 
 def start(message: wire.Start, progress: Callable[[int, int], None]) -> Any:
-    core, executor = make_engine(blocks=256)
+    core, executor = make_engine(blocks=1024)
     executor.fail, executor.step_s = {"bad"}, 0.002
     progress(1, 1)
     return SimpleNamespace(
