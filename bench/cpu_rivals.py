@@ -103,6 +103,9 @@ def rival_python(package: str) -> Path:
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True, clear=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", package], check=True)
+        if package.startswith("vllm"):  # it asks for images' libraries that were built for another torch, and end its start
+            torchs_own = ["torchvision", "torchaudio", "torchcodec"]
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *torchs_own], check=True)
         (folder / "ready").touch()
     return python
 
@@ -133,7 +136,8 @@ def write_shape(model: Path, folder: Path) -> None:
 def in_process(python: Path, engine: str, model: Path, threads: int) -> dict[str, float]:
     command = [str(python), __file__, str(model), "--threads", str(threads), "--engine", engine]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=TIMEOUT_S)
-    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    [*_, last] = [line for line in run.stdout.splitlines() if line.startswith(b"{")]  # engines say more when they end
+    found: dict[str, float] = json.loads(last)
     return found
 
 

@@ -94,9 +94,10 @@ def test_with_a_norm_and_a_gate(ops: CpuOps, out_size: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_a_row_has_the_same_bits_in_any_batch(ops: CpuOps, name: str) -> None:
+    # from 16 rows on some processors have instructions of their own for them
     product, x = ops.coded(make_weight(name, 80, 256)), torch.randn(141, 256)
     whole = product.plain(x)
-    for size in (1, 2, 3, 7, 8, 13, 128):
+    for size in (1, 2, 3, 7, 8, 13, 16, 37, 128):
         assert torch.equal(torch.cat([product.plain(part) for part in x.split(size)]), whole)
     ops.set_threads(1)
     assert torch.equal(product.plain(x), whole)
@@ -156,7 +157,7 @@ def test_grouped_weights_stay_packed(ops: CpuOps, bits: int, group_size: int, sy
     weight = grouped(bits, group_size, symmetric=symmetric, ordered=ordered)
     product = ops.packed(weight, torch.bfloat16)
     assert product is not None
-    x, norm = torch.randn(6, 384), Norm(torch.rand(384), 1e-6)
+    x, norm = torch.randn(22, 384), Norm(torch.rand(384), 1e-6)
     order = torch.arange(384) if weight.group_of is None else weight.group_of.argsort(stable=True)
     plain = unpack_grouped(weight, 0, weight.out_size).double()[:, order]
     assert weight.bias is not None

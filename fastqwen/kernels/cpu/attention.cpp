@@ -1,4 +1,4 @@
-// Rotation of queries and keys, the paged cache, and attention over it.
+// Attention over the paged cache.
 //
 // Every sum has an order that depends on its own token alone: which tokens and heads are computed together, and what else is
 // in the step, changes nothing. A score is 16 sums over the dimensions i, i + 16, i + 32 .., added up as ``sum`` adds a
@@ -8,8 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "pool.h"
-#include "vectors.h"
+#include "cache.h"
 
 namespace {
 
@@ -17,127 +16,19 @@ constexpr int64_t KEYS = LANES;        // as many keys are looked at together, o
 constexpr int ROWS = 4;                // as many queries of a task share what was read of a key
 constexpr int64_t SECOND_LEVEL = 1 << 20;  // bytes of a core's cache, about
 constexpr int64_t AHEAD = 4 * KEYS;    // keys and values are asked for this many tokens before they are read
-constexpr int64_t ROWS_OF_TASK = 32;   // at most, unless one token has more heads
+constexpr int64_t WIDE_VALUES = 4096;  // as many numbers are made float32 at a time, for all rows of a task
+constexpr int64_t FEW_ROWS = 32, MANY_ROWS = 96;  // of a task, unless one token has more heads
 
-struct Shape {
-  int64_t heads, kv_heads, head_dim, rotary_dim, block_size, window;
-  int shift;  // block_size is 2^shift; -1: it is no power of two, which no engine takes
+// Numbers that begin at a cache line, so that a vector of them is read from one.
+class Buffer {
+ public:
+  void resize(int64_t count) { lines_.resize((count + LANES - 1) / LANES); }
+  float* data() { return lines_.empty() ? nullptr : lines_.front().of; }
 
-  int64_t block_of(int64_t position) const { return shift < 0 ? position / block_size : position >> shift; }
+ private:
+  struct alignas(LINE) Numbers { float of[LANES]; };
+  std::vector<Numbers> lines_;
 };
-
-inline int shift_of(int64_t size) {
-  int shift = 0;
-  while (int64_t{1} << shift < size) shift++;
-  return int64_t{1} << shift == size ? shift : -1;
-}
-
-// A layer's cache. Scales are of 8-bit numbers only: a number is its scale times what is stored.
-template <typename C>
-struct Cache { C *k, *v; f16 *k_scale, *v_scale; };
-
-// Where each token's sequence has its blocks.
-struct Pages {
-  const int32_t *positions, *slots, *tables;  // [tokens], [tokens], [slots, width]
-  int64_t width;
-  const int32_t* of(int64_t token) const { return tables + slots[token] * width; }
-};
-
-// ---- rotation and cache ----
-
-inline void rotate(float* x, const float* cos_sin, const Shape& s, float scale) {
-  const int64_t half = s.rotary_dim / 2;
-  for (int64_t i = 0; i < half; i++) {
-    const float a = x[i], b = x[i + half], cosine = cos_sin[i], sine = cos_sin[i + half];
-    x[i] = (a * cosine - b * sine) * scale;
-    x[i + half] = (b * cosine + a * sine) * scale;
-  }
-  for (int64_t i = s.rotary_dim; i < s.head_dim; i++) x[i] *= scale;
-}
-
-// A head as sums of all its numbers with signs (see kernels/reference.py, spread): of a size that is no power of two, in pieces.
-inline void spread(float* x, int64_t size) {
-  const int64_t piece = size & -size;
-  const float length = 1.0f / std::sqrt(static_cast<float>(piece));
-  for (int64_t bit = 1; bit < piece; bit *= 2)
-    for (int64_t first = 0; first < size; first += 2 * bit)
-      for (int64_t i = first; i < first + bit; i++) {
-        const float a = x[i], b = x[i + bit];
-        x[i] = a + b;
-        x[i + bit] = a - b;
-      }
-  for (int64_t i = 0; i < size; i++) x[i] *= length;
-}
-
-struct HeadNorms { const float *q, *k; float eps; };  // null: there are none
-
-inline void head(const float* x, const float* norm, float eps, const float* angles, const Shape& s, float scale, float* out) {
-  if (norm) norm_row(x, norm, out, s.head_dim, eps); else std::memcpy(out, x, s.head_dim * sizeof(float));
-  rotate(out, angles, s, scale);
-}
-
-// One head's key or value to ``place``, which counts heads of tokens.
-template <typename C>
-inline void put(const float* x, C* cache, f16*, int64_t place, int64_t size) {
-  for (int64_t i = 0; i < size; i++) narrow(x[i], cache + place * size + i);
-}
-// The nearest number of 8 bits, of two the even one, of ``v``, which is 1 / most of the largest at most.
-inline void narrow(float v, int8_t* out) {
-  const float whole = std::nearbyint(v);
-  *out = static_cast<int8_t>(whole >= 127.0f ? 127.0f : whole > -127.0f ? whole : -127.0f);
-}
-inline void narrow(float v, e4m3* out) {
-  const uint32_t bits = as_bits(v), size = as_bits(std::fmin(std::fabs(v), 448.0f) * 0x1p-120f);
-  out->bits = static_cast<uint8_t>((bits >> 24 & 0x80u) | (size + 0x7ffffu + ((size >> 20) & 1u)) >> 20);
-}
-constexpr float most(const int8_t*) { return 127.0f; }
-constexpr float most(const e4m3*) { return 448.0f; }
-
-template <typename C>
-inline void put_scaled(const float* x, C* cache, f16* scales, int64_t place, int64_t size) {
-  float largest = 0.0f, nothing = 0.0f;
-  for (int64_t i = 0; i < size; i++) {
-    largest = std::fabs(x[i]) <= largest ? largest : std::fabs(x[i]);
-    nothing += x[i] * 0.0f;  // NaN where a number is not finite
-  }
-  largest = largest / most(cache);
-  narrow((largest < 1e-6f ? 1e-6f : largest) + nothing, scales + place);
-  const float scale = wide(scales[place]);
-  for (int64_t i = 0; i < size; i++) narrow(x[i] / scale, cache + place * size + i);
-}
-inline void put(const float* x, int8_t* cache, f16* scales, int64_t place, int64_t size) { put_scaled(x, cache, scales, place, size); }
-inline void put(const float* x, e4m3* cache, f16* scales, int64_t place, int64_t size) { put_scaled(x, cache, scales, place, size); }
-
-// One token's queries to q_out, its keys and values to the cache.
-template <typename C>
-void rope_token(const float* row, const float* angles, float q_scale, const HeadNorms& norms, int64_t place,
-                const Cache<C>& cache, float* q_out, const Shape& s) {
-  static thread_local std::vector<float> key;
-  const int64_t d = s.head_dim;
-  key.resize(d);
-  for (int64_t h = 0; h < s.heads; h++) {
-    head(row + h * d, norms.q, norms.eps, angles, s, q_scale, q_out + h * d);
-    if (sizeof(C) == 1) spread(q_out + h * d, d);
-  }
-  for (int64_t h = 0; h < s.kv_heads; h++) {
-    head(row + (s.heads + h) * d, norms.k, norms.eps, angles, s, 1.0f, key.data());
-    if (sizeof(C) == 1) spread(key.data(), d);
-    put(key.data(), cache.k, cache.k_scale, place + h * s.block_size, d);
-    put(row + (s.heads + s.kv_heads + h) * d, cache.v, cache.v_scale, place + h * s.block_size, d);
-  }
-}
-
-template <typename C>
-void rope_all(const float* qkv, int64_t width, const float* cos_sin, const float* q_scale, const Pages& pages,
-              const HeadNorms& norms, const Cache<C>& cache, float* q_out, int64_t tokens, const Shape& s) {
-  in_parts(tokens, part_size(tokens, width), [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; t++) {
-      const int64_t block = s.block_of(pages.positions[t]), offset = pages.positions[t] - block * s.block_size;
-      rope_token(qkv + t * width, cos_sin + t * s.rotary_dim, q_scale ? q_scale[t] : 1.0f, norms,
-                 pages.of(t)[block] * s.kv_heads * s.block_size + offset, cache, q_out + t * s.heads * s.head_dim, s);
-    }
-  });
-}
 
 // ---- what is read of the cache ----
 
@@ -192,36 +83,58 @@ void columns_of_keys(const Lines<C>& lines, int64_t position, int64_t start, int
     for (int64_t j = 0; j < KEYS; j++) out[i * KEYS + j] = keys[j].one(i);
 }
 
+// Values of the tokens ``first`` to ``last`` - 1 as float32: out [tokens, head_dim].
+template <typename C>
+void widen_values(const Lines<C>& lines, int64_t first, int64_t last, float* out) {
+  const int64_t d = lines.s.head_dim;
+  for (int64_t p = first; p < last; p++, out += d) {
+    if (p + AHEAD < last) lines.ask_for(lines.cache.v, p + AHEAD);
+    const Line<C> line = lines.value(p);
+    int64_t i = 0;
+    for (; i + LANES <= d; i += LANES) store(out + i, line.at(i));
+    for (; i < d; i++) out[i] = line.one(i);
+  }
+}
+
 // ---- scores ----
 
 template <int N>
 struct Many { floats of[N]; };
 
-// The sums over dimensions ``lane``, lane + 16, .. of N queries with 16 keys, and of the lanes that are added to it. As
-// ``sum`` does: lanes that are 8 apart first, then 4, 2, 1.
-template <int N, int STRIDE>
-inline Many<N> lanes_from(const float* q, int64_t d, const float* keys, int64_t lane) {
+// The sums over dimensions LANE, LANE + 16, .. of N queries with 16 keys, and of the lanes that are added to it. As ``sum``
+// does: lanes that are 8 apart first, then 4, 2, 1. ``d`` is a constant for usual heads: nothing is left of the loops then.
+template <int N, int LANE, int STRIDE, typename Size>
+INLINE Many<N> lanes_from(const float* q, Size d, const float* keys) {
   if constexpr (STRIDE == LANES) {
     Many<N> acc = {};
-    for (int64_t i = lane; i < d / LANES * LANES; i += LANES) {
+    for (int64_t i = LANE; i < d / LANES * LANES; i += LANES) {
       const floats k = load(keys + i * KEYS);
       for (int n = 0; n < N; n++) acc.of[n] += q[n * d + i] * k;
     }
     return acc;
   } else {
-    Many<N> a = lanes_from<N, STRIDE * 2>(q, d, keys, lane);
-    const Many<N> b = lanes_from<N, STRIDE * 2>(q, d, keys, lane + STRIDE);
+    Many<N> a = lanes_from<N, LANE, STRIDE * 2>(q, d, keys);
+    const Many<N> b = lanes_from<N, LANE + STRIDE, STRIDE * 2>(q, d, keys);
     for (int n = 0; n < N; n++) a.of[n] += b.of[n];
     return a;
   }
 }
 
-template <int N>
-inline Many<N> scores(const float* q, int64_t d, const float* keys) {
-  Many<N> total = lanes_from<N, 1>(q, d, keys, 0);
+template <int N, typename Size>
+inline Many<N> scores(const float* q, Size d, const float* keys) {
+  Many<N> total = lanes_from<N, 0, 1>(q, d, keys);
   for (int64_t i = d / LANES * LANES; i < d; i++)
     for (int n = 0; n < N; n++) total.of[n] += q[n * d + i] * load(keys + i * KEYS);
   return total;
+}
+
+template <int N>
+inline Many<N> scores_of(const float* q, int64_t d, const float* keys) {
+  switch (d) {
+    case 64: return scores<N>(q, std::integral_constant<int64_t, 64>(), keys);
+    case 128: return scores<N>(q, std::integral_constant<int64_t, 128>(), keys);
+    default: return scores<N>(q, d, keys);
+  }
 }
 
 // ---- tasks: some tokens of a sequence that follow each other, one KV head, all query heads of its group ----
@@ -258,22 +171,37 @@ inline void softmax(float* w, int64_t count) {
 template <int N>
 inline void score_rows(const Row* rows, int64_t d, const float* keys, int64_t position) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  const Many<N> found = scores<N>(rows[0].q, d, keys);
+  const Many<N> found = scores_of<N>(rows[0].q, d, keys);
   for (int n = 0; n < N; n++) {
     const Row& row = rows[n];
     if (position < row.last && position + KEYS > row.first) store(row.weights + position - row.first, found.of[n] * scale);
   }
 }
 
+// Values of the tokens ``first`` to ``last`` - 1 as they are in the cache, or as float32.
+template <typename C>
+struct CachedValues {
+  const Lines<C>& lines;
+  int64_t first, last, d;
+  void ask_for(int64_t position) const { lines.ask_for(lines.cache.v, position); }
+  Line<C> value(int64_t position) const { return lines.value(position); }
+};
+struct WideValues {
+  const float* numbers;
+  int64_t first, last, d;
+  void ask_for(int64_t) const {}
+  Line<float> value(int64_t position) const { return {numbers + (position - first) * d, 1.0f}; }
+};
+
 // out += weights * values of the keys first to last - 1, for N rows that see all of them, dimensions ``dim`` on
-template <int N, int VECTORS, typename C>
-inline void add_values(const Row* rows, const Lines<C>& lines, int64_t first, int64_t last, int64_t dim) {
+template <int N, int VECTORS, typename V>
+inline void add_values(const Row* rows, const V& values, int64_t first, int64_t last, int64_t dim) {
   floats acc[N][VECTORS];
   for (int n = 0; n < N; n++)
     for (int v = 0; v < VECTORS; v++) acc[n][v] = load(rows[n].out + dim + v * LANES);
   for (int64_t p = first; p < last; p++) {
-    if (p + AHEAD < last) lines.ask_for(lines.cache.v, p + AHEAD);
-    const Line<C> line = lines.value(p);
+    if (p + AHEAD < last) values.ask_for(p + AHEAD);
+    const auto line = values.value(p);
     for (int v = 0; v < VECTORS; v++) {
       const floats value = line.at(dim + v * LANES);
       for (int n = 0; n < N; n++) acc[n][v] += rows[n].weights[p - rows[n].first] * value;
@@ -283,27 +211,32 @@ inline void add_values(const Row* rows, const Lines<C>& lines, int64_t first, in
     for (int v = 0; v < VECTORS; v++) store(rows[n].out + dim + v * LANES, acc[n][v]);
 }
 
-template <int N, typename C>
-void add_all_values(const Row* rows, const Lines<C>& lines, int64_t first, int64_t last) {
+template <int N, typename V>
+void add_all_values(const Row* rows, const V& values, int64_t first, int64_t last) {
   if (first >= last) return;
-  const int64_t d = lines.s.head_dim;
+  const int64_t d = values.d;
   int64_t i = 0;
-  for (; i + 4 * LANES <= d; i += 4 * LANES) add_values<N, 4>(rows, lines, first, last, i);
-  for (; i + LANES <= d; i += LANES) add_values<N, 1>(rows, lines, first, last, i);
+  for (; i + 4 * LANES <= d; i += 4 * LANES) add_values<N, 4>(rows, values, first, last, i);
+  for (; i + LANES <= d; i += LANES) add_values<N, 1>(rows, values, first, last, i);
   for (int64_t p = first; p < last && i < d; p++)
     for (int n = 0; n < N; n++)
       for (int64_t rest = i; rest < d; rest++)
-        rows[n].out[rest] = std::fma(rows[n].weights[p - rows[n].first], lines.value(p).one(rest), rows[n].out[rest]);
+        rows[n].out[rest] = std::fma(rows[n].weights[p - rows[n].first], values.value(p).one(rest), rows[n].out[rest]);
 }
 
-template <int N, typename C>
-void values_of_rows(const Row* rows, const Lines<C>& lines) {
-  int64_t first = rows[0].first, last = rows[0].last;  // what all of them see
-  for (int n = 1; n < N; n++) { first = std::max(first, rows[n].first); last = std::min(last, rows[n].last); }
-  last = std::max(first, last);
-  for (int n = 0; n < N; n++) add_all_values<1>(rows + n, lines, rows[n].first, std::min(first, rows[n].last));
-  add_all_values<N>(rows, lines, first, last);
-  for (int n = 0; n < N; n++) add_all_values<1>(rows + n, lines, std::max(last, rows[n].first), rows[n].last);
+template <int N, typename V>
+void values_of_rows(const Row* rows, const V& values) {
+  int64_t first[N], last[N], begin = values.first, end = values.last;  // of each, and what all of them see
+  for (int n = 0; n < N; n++) {
+    first[n] = std::max(rows[n].first, values.first);
+    last[n] = std::min(rows[n].last, values.last);
+    begin = std::max(begin, first[n]);
+    end = std::min(end, last[n]);
+  }
+  end = std::max(begin, end);
+  for (int n = 0; n < N; n++) add_all_values<1>(rows + n, values, first[n], std::min(begin, last[n]));
+  add_all_values<N>(rows, values, begin, end);
+  for (int n = 0; n < N; n++) add_all_values<1>(rows + n, values, std::max(end, first[n]), last[n]);
 }
 
 // body(rows, how many) with at most four at a time; how many is a constant.
@@ -321,7 +254,7 @@ inline void by_fours(const std::vector<Row>& rows, F&& body) {
 // Rows of a task are neighbours in ``q`` of one token only: they are laid out one after the other first.
 template <typename C>
 void attend(const Task& t, const float* q, const Cache<C>& cache, const Pages& pages, float* out, const Shape& s) {
-  static thread_local std::vector<float> queries, weights, keys;
+  static thread_local Buffer queries, weights, keys, values;
   static thread_local std::vector<Row> rows;
   const int64_t d = s.head_dim, end = t.position + t.tokens;
   const int64_t start = s.window > 0 && t.position + 1 > s.window ? t.position + 1 - s.window : 0;
@@ -351,13 +284,31 @@ void attend(const Task& t, const float* q, const Cache<C>& cache, const Pages& p
     by_fours(rows, [&](const Row* some, auto n) { score_rows<n>(some, d, keys.data(), p); });
   }
   for (const Row& row : rows) softmax(row.weights, row.last - row.first);
-  by_fours(rows, [&](const Row* some, auto n) { values_of_rows<n>(some, lines); });
+  if (t.rows() <= ROWS) {
+    const CachedValues<C> all{lines, start, end, d};
+    return by_fours(rows, [&](const Row* some, auto n) { values_of_rows<n>(some, all); });
+  }
+  const int64_t at_once = std::max<int64_t>(1, WIDE_VALUES / d);
+  values.resize(at_once * d);
+  for (int64_t p = start; p < end; p += at_once) {
+    const int64_t last = std::min(p + at_once, end);
+    widen_values(lines, p, last, values.data());
+    const WideValues some_values{values.data(), p, last, d};
+    by_fours(rows, [&](const Row* some, auto n) { values_of_rows<n>(some, some_values); });
+  }
+}
+
+// Rows of a task share what is made of keys and values. Their weights are to stay in a cache, and threads to have some tasks each.
+int64_t rows_of_task(int64_t keys, int64_t rows) {
+  const int64_t cached = SECOND_LEVEL / 2 / sizeof(float) / keys, even = rows / (4 * Pool::shared().threads());
+  return std::max(FEW_ROWS, std::min({MANY_ROWS, cached, even}));
 }
 
 std::vector<Task> tasks_of(const Pages& pages, int64_t tokens, const Shape& s) {
-  const int64_t group = s.heads / s.kv_heads, most = std::max<int64_t>(1, ROWS_OF_TASK / group);
+  const int64_t group = s.heads / s.kv_heads;
   std::vector<Task> tasks;
   for (int64_t t = 0, count; t < tokens; t += count) {
+    const int64_t most = rows_of_task(pages.positions[t] + 1, tokens * s.heads) / group;
     count = 1;
     while (count < most && t + count < tokens && pages.slots[t + count] == pages.slots[t] &&
            pages.positions[t + count] == pages.positions[t] + count)

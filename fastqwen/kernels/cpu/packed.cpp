@@ -4,9 +4,7 @@
 // such blocks: of each the products of codes and x are whole numbers, and exact. What a lane adds, and in which order,
 // depends on its own row and output alone, so a row gives the same bits alone and in any batch.
 
-#include "dots.h"
-#include "pool.h"
-#include "vectors.h"
+#include "rounded.h"
 
 namespace {
 
@@ -31,44 +29,6 @@ struct Matrix {
   int64_t tiles() const { return (outputs + TILE - 1) / TILE; }
   int64_t scales_of_tile() const { return ((blocks() - 1) >> shift) + 1; }
 };
-
-// ---- x, rounded ----
-
-struct Block {
-  float scale, sum;  // of all numbers as they were rounded
-  int32_t sums[2];   // of each half's whole numbers
-  Numbers numbers;   // of 16 bits, to be multiplied by the scale
-};
-
-constexpr float TOP = 32639.0f;  // 256 * 127 + 127
-
-// NaN and infinity are larger than every number by their bits: the scale is one of them then, and so is the result.
-inline Block rounded(const float* x) {
-  const floats parts[2] = {load(x), load(x + LANES)};
-  const words mask = words{} + 0x7fffffffu;
-  const words p = as<words>(parts[0]) & mask, q = as<words>(parts[1]) & mask;
-  const words larger = choose(p > q, p, q);
-  uint32_t bits[LANES], top = 0;
-  std::memcpy(bits, &larger, sizeof bits);
-  for (uint32_t one : bits) top = one > top ? one : top;
-  Block block{};
-  const float largest = as_float(top);
-  block.scale = largest < 1e-30f ? 0.0f : largest / TOP;
-  if (!(block.scale > 0.0f && largest <= 3e38f)) return block;  // zeros, or nothing that could be rounded
-  const float inverse = TOP / largest;
-  for (int h = 0; h < 2; h++) {
-    // adding 1.5 * 2^23 rounds to the nearest integer, which is in the lowest bits then
-    const ints whole = as<ints>(parts[h] * inverse + spread(12582912.0f)) - 0x4b400000;
-    put(whole, h, &block.numbers);
-    block.sums[h] = lanes_added(whole);
-  }
-  block.sum = block.scale * static_cast<float>(block.sums[0] + block.sums[1]);
-  return block;
-}
-
-inline void round_row(const float* x, int64_t blocks, Block* out) {
-  for (int64_t b = 0; b < blocks; b++) out[b] = rounded(x + b * BLOCK);
-}
 
 // ---- codes ----
 
@@ -166,6 +126,14 @@ INLINE void add_half(const Matrix& w, const C& codes, const Scales<HALVES>& of, 
   }
 }
 
+template <int ROWS>
+INLINE void with_bias(const Matrix& w, int64_t tile, const floats (&y)[ROWS], floats (&out)[ROWS]) {
+  float bias[TILE] = {};
+  const int64_t there = w.outputs - tile * TILE;
+  if (w.bias) std::memcpy(bias, w.bias + tile * TILE, (there < TILE ? there : TILE) * sizeof(float));
+  for (int m = 0; m < ROWS; m++) out[m] = w.bias ? y[m] + load(bias) : y[m];
+}
+
 // While many rows are computed with a block, the processor sees no stream of codes that it would fetch ahead of.
 constexpr int64_t AHEAD = 4096;  // bytes
 
@@ -183,10 +151,7 @@ __attribute__((noinline)) void tile_rows(const Matrix& matrix, int64_t tile, con
     for (int m = 0; m < ROWS; m += COUNT)
       for (int h = 0; h < HALVES; h++) add_half<KIND, HALVES, COUNT>(w, codes, of, x + m * blocks + b, blocks, h, y + m);
   }
-  float bias[TILE] = {};
-  const int64_t there = w.outputs - tile * TILE;
-  if (w.bias) std::memcpy(bias, w.bias + tile * TILE, (there < TILE ? there : TILE) * sizeof(float));
-  for (int m = 0; m < ROWS; m++) out[m] = w.bias ? y[m] + load(bias) : y[m];
+  with_bias(w, tile, y, out);
 }
 
 enum Form { PLAIN = 0, ADDED = 1, GATED = 2 };
@@ -213,10 +178,101 @@ void some_rows(const Matrix& w, int64_t tile, const Block* x, int64_t row, const
   for (int m = 0; m < ROWS; m++) out.put(row + m, tile, out.form == GATED ? gated(y[m], up[m]) : y[m]);
 }
 
+#if defined(HAS_TILES)
+
+// ---- y of 16 rows ----
+
+constexpr int64_t UNPACKED = QUADS * LANES * 4;  // bytes of a tile's block, a code in each
+
+// Codes with their zero taken off: then they fit into signed bytes. Those without one may need all 8 bits.
+template <int KIND>
+__attribute__((noinline)) void unpack_tile(const Matrix& w, int64_t tile, std::vector<uint8_t>* out) {
+  out->resize(w.blocks() * UNPACKED);
+  const uint8_t* packed = w.codes + tile * w.blocks() * BLOCK_BYTES[KIND];
+  const uint8_t zero = static_cast<uint8_t>(w.zero);
+  for (int64_t b = 0; b < w.blocks(); b++, packed += BLOCK_BYTES[KIND]) {
+    ask_for(packed + AHEAD, BLOCK_BYTES[KIND]);
+    for (int q = 0; q < QUADS; q++) write(out->data() + b * UNPACKED + q * 64, quad_of<KIND>(packed, q) - zero);
+  }
+}
+
+using Sixteen = std::make_integer_sequence<int, ROWS_OF_TILE>;
+
+template <int... M>
+INLINE void copy_16(const floats (&from)[ROWS_OF_TILE], floats (&to)[ROWS_OF_TILE], std::integer_sequence<int, M...>) {
+  ((to[M] = from[M]), ...);
+}
+
+template <int HALVES, int... M>
+INLINE void add_16(const Matrix& w, const Scales<HALVES>& of, const BlockOf16& x, int h, const TileSums& sums, floats* y,
+                   std::integer_sequence<int, M...>) {
+  ((y[M] += to_floats(sums.total(M)) * (of.scale[h] * x.scale[M])), ...);
+  if (w.minima) ((y[M] += of.minimum[h] * x.sum[h][M]), ...);
+}
+
+// A block is multiplied while the one before is added up.
+template <int HALVES, bool SIGNED>
+__attribute__((noinline)) void tile_of_16(const Matrix& matrix, int64_t tile, const uint8_t* codes, const BlockOf16* x,
+                                          floats (&out)[ROWS_OF_TILE]) {
+  TileSums sums[2][HALVES];
+  const Matrix w = matrix;
+  const int64_t blocks = w.blocks(), scales_at = tile * w.scales_of_tile();
+  const auto multiply = [&](int64_t b) {
+    const uint8_t* quads = codes + b * UNPACKED;
+    TileSums& out = sums[b & 1][0];
+    if constexpr (SIGNED) { TILE_SUMS(_tile_dpbssd, 0, 1, quads, x[b], 0, out); }
+    else { TILE_SUMS(_tile_dpbsud, 0, 1, quads, x[b], 0, out); }
+    if constexpr (HALVES == 2) {
+      TileSums& second = sums[b & 1][1];
+      if constexpr (SIGNED) { TILE_SUMS(_tile_dpbssd, 2, 3, quads + UNPACKED / 2, x[b], LANES, second); }
+      else { TILE_SUMS(_tile_dpbsud, 2, 3, quads + UNPACKED / 2, x[b], LANES, second); }
+    }
+  };
+  floats y[ROWS_OF_TILE];  // with indices that are constants, so that all stay in registers
+  copy_16({}, y, Sixteen());
+  multiply(0);
+  for (int64_t b = 0; b < blocks; b++) {
+    if (b + 1 < blocks) multiply(b + 1);
+    const Scales<HALVES> of(w, (scales_at + (b >> w.shift)) * TILE, (tile * blocks + b) * HALVES * TILE);
+    for (int h = 0; h < HALVES; h++)
+      add_16<HALVES>(w, of, x[b], h, sums[b & 1][h], y, Sixteen());
+  }
+  copy_16(y, out, Sixteen());
+  with_bias(w, tile, out, out);
+}
+
+template <int HALVES>
+INLINE void any_tile_of_16(const Matrix& w, int64_t tile, const uint8_t* codes, const BlockOf16* x, floats (&out)[ROWS_OF_TILE]) {
+  if (w.zero) tile_of_16<HALVES, true>(w, tile, codes, x, out); else tile_of_16<HALVES, false>(w, tile, codes, x, out);
+}
+
+// Rows from ``row`` on as long as there are 16; which is the next.
+template <int KIND, int HALVES>
+int64_t sixteens(const Matrix& w, int64_t tile, const Inputs& x, int64_t row, int64_t end, const Output& out) {
+  static thread_local std::vector<uint8_t> codes, codes_up;
+  const bool is_gated = out.form == GATED;
+  unpack_tile<KIND>(w, tile, &codes);
+  if (is_gated) unpack_tile<KIND>(w, tile + w.tiles() / 2, &codes_up);
+  const WithTiles shapes(BLOCK / HALVES);
+  for (; row + ROWS_OF_TILE <= end; row += ROWS_OF_TILE) {
+    floats y[ROWS_OF_TILE], up[ROWS_OF_TILE];
+    const BlockOf16* rows = x.sixteens + row / ROWS_OF_TILE * w.blocks();
+    any_tile_of_16<HALVES>(w, tile, codes.data(), rows, y);
+    if (is_gated) any_tile_of_16<HALVES>(w, tile + w.tiles() / 2, codes_up.data(), rows, up);
+    for (int m = 0; m < ROWS_OF_TILE; m++) out.put(row + m, tile, is_gated ? gated(y[m], up[m]) : y[m]);
+  }
+  return row;
+}
+#endif
+
 constexpr int MOST_ROWS = ROWS_OF_CODES == 1 ? 8 : 4, SOME_ROWS = MOST_ROWS / 2;
 
 template <int KIND, int HALVES>
-void all_rows(const Matrix& w, int64_t tile, const Block* x, int64_t row, int64_t end, const Output& out) {
+void all_rows(const Matrix& w, int64_t tile, const Inputs& in, int64_t row, int64_t end, const Output& out) {
+#if defined(HAS_TILES)
+  if (in.sixteens) row = sixteens<KIND, HALVES>(w, tile, in, row, end, out);
+#endif
+  const Block* x = in.rows;
   for (; row + MOST_ROWS <= end; row += MOST_ROWS) some_rows<KIND, HALVES, MOST_ROWS>(w, tile, x, row, out);
   for (; row + SOME_ROWS <= end; row += SOME_ROWS) some_rows<KIND, HALVES, SOME_ROWS>(w, tile, x, row, out);
   for (; row < end; row++) some_rows<KIND, HALVES, 1>(w, tile, x, row, out);
@@ -225,7 +281,7 @@ void all_rows(const Matrix& w, int64_t tile, const Block* x, int64_t row, int64_
 constexpr int64_t ROWS_AT_ONCE = 128;  // this many rows of x stay in the second-level cache beside a tile
 
 template <int KIND, int HALVES>
-void product(const Matrix& w, const Block* x, int64_t rows, const Output& out) {
+void product(const Matrix& w, const Inputs& x, int64_t rows, const Output& out) {
   const int64_t tiles = out.form == GATED ? w.tiles() / 2 : w.tiles();
   const int64_t at_once = rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE, rounds = (rows + at_once - 1) / at_once;
   const int64_t size = part_size(tiles, w.inputs * at_once * 2), parts = (tiles + size - 1) / size;
@@ -236,7 +292,7 @@ void product(const Matrix& w, const Block* x, int64_t rows, const Output& out) {
   });
 }
 
-void any_product(const Matrix& w, const Block* x, int64_t rows, const Output& out) {
+void any_product(const Matrix& w, const Inputs& x, int64_t rows, const Output& out) {
   switch (w.kind) {
     case BYTES: return product<BYTES, 1>(w, x, rows, out);
     case NIBBLES: return product<NIBBLES, 1>(w, x, rows, out);
@@ -245,18 +301,6 @@ void any_product(const Matrix& w, const Block* x, int64_t rows, const Output& ou
     case PAIRS: return product<PAIRS, 2>(w, x, rows, out);
     case PAIRS_BITS: return product<PAIRS_BITS, 2>(w, x, rows, out);
   }
-}
-
-template <typename W>
-void rounded_rows(const float* x, const W* norm, float eps, int64_t rows, int64_t size, Block* out) {
-  in_parts(rows, part_size(rows, 2 * size), [&](int64_t first, int64_t last) {
-    static thread_local std::vector<float> normed;
-    if (norm) normed.resize(size);
-    for (int64_t r = first; r < last; r++) {
-      if (norm) norm_row(x + r * size, norm, normed.data(), size, eps);
-      round_row(norm ? normed.data() : x + r * size, size / BLOCK, out + r * (size / BLOCK));
-    }
-  });
 }
 
 }  // namespace
@@ -276,7 +320,7 @@ void fq_packed_product(const Matrix* w, const float* x, const void* norm, int no
   static thread_local std::vector<Block> blocks;
   blocks.resize(rows * w->blocks());
   BY_TYPE(norm_type, W, rounded_rows(x, static_cast<const W*>(norm), eps, rows, w->inputs, blocks.data()))
-  any_product(*w, blocks.data(), rows, Output{y, form == GATED ? w->outputs / 2 : w->outputs, form});
+  any_product(*w, {blocks.data(), in_sixteens(blocks.data(), rows, w->blocks(), w->halves)}, rows, Output{y, form == GATED ? w->outputs / 2 : w->outputs, form});
 }
 
 }
