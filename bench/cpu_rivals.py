@@ -103,7 +103,9 @@ def rival_python(package: str) -> Path:
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True, clear=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", package], check=True)
-        if package.startswith("vllm"):  # it asks for images' libraries that were built for another torch, and end its start
+        if package.startswith(
+            "vllm"
+        ):  # it asks for images' libraries that were built for another torch, and end its start
             torchs_own = ["torchvision", "torchaudio", "torchcodec"]
             subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *torchs_own], check=True)
         (folder / "ready").touch()

@@ -9,6 +9,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from fastqwen.collections_paused import collections_paused
 from fastqwen.version import __version__
 
 # After each of torch's own operations its threads would look for the next one for milliseconds, on the cores that the CPU
@@ -39,4 +40,6 @@ _HOME = {"LLM": "fastqwen.llm", "ChatModel": "fastqwen.chat_model", "SamplingPar
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'fastqwen' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME.get(name, "fastqwen.outputs")), name)
+    with collections_paused():
+        home = importlib.import_module(_HOME.get(name, "fastqwen.outputs"))
+    return getattr(home, name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -39,14 +40,24 @@ def build_decoder(
     source: str = "config.json",
     world: World = Alone(),  # noqa: B008 it has no state
     progress: Callable[[int, int], None] = lambda done, total: None,
+    at_once: int = 1,
 ) -> Decoder:
-    """``progress`` is told after each layer how many of how many are ready."""
+    """``progress`` is told after each layer how many of how many are ready; ``at_once``: as many are made side by side."""
     builder = _Builder(config, weights, ops, source, world)
     layers = []
-    for index in range(config.num_layers):
-        layers.append(builder.layer(index))
-        progress(index + 1, config.num_layers)
+    for layer in _in_order(builder.layer, config.num_layers, at_once):
+        layers.append(layer)
+        progress(len(layers), config.num_layers)
     return builder.decoder(layers)
+
+
+def _in_order(make: Callable[[int], Layer], count: int, at_once: int) -> Iterator[Layer]:
+    yield make(0)  # alone: what is said once of a checkpoint is said here
+    pool = ThreadPoolExecutor(at_once, "fastqwen-load")
+    try:
+        yield from pool.map(make, range(1, count))
+    finally:  # after an error nothing else is read
+        pool.shutdown(cancel_futures=True)
 
 
 class _Builder:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastqwen.runner.start import Engine
 
 from fastqwen.client.engine import Ready
+from fastqwen.collections_paused import collections_paused
 from fastqwen.engine.core import EngineCore, EngineStats
 from fastqwen.errors import FastqwenError
 from fastqwen.ipc import wire
@@ -93,7 +94,8 @@ def start_real_engine(
     weights: HeldWeights | None = None,
 ) -> Engine:
     """``rank_command`` starts a rank, where there are several (ranks/group.py). ``weights`` are an earlier engine's."""
-    from fastqwen.ranks.start import start_engine
+    with collections_paused():
+        from fastqwen.ranks.start import start_engine
     from fastqwen.text.load import load_text
 
     path = Path(start.path)

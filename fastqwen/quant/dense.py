@@ -95,7 +95,7 @@ def packed_codes(weights: Weights, ops: Ops, parts: Sequence[CodedWeight]) -> Pa
     joined: dict[str, Any] = {field: None if of[0] is None else torch.cat(of) for field, of in of_each.items()}
     whole = replace(parts[0], **joined)
     product = ops.coded(whole)
-    weights.num_bytes += product.num_bytes
+    weights.hand_out(product.num_bytes)
     return PackedLinear(ops, product)
 
 

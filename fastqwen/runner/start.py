@@ -229,6 +229,12 @@ def _on_gpu(
     return plan, runner, room.step_bytes
 
 
+def _layers_at_once(device: torch.device, checkpoint: Checkpoint) -> int:
+    """On a CPU one layer is unpacked while another is packed. Made-up weights depend on their order; a GPU has no room for a
+    second layer's unpacked numbers."""
+    return 2 if device.type == "cpu" and checkpoint.tensors is not None and torch.get_num_threads() > 1 else 1
+
+
 def _load(
     config: EngineConfig,
     checkpoint: Checkpoint,
@@ -244,6 +250,14 @@ def _load(
         weights: Weights = DummyWeights(dtype, device, config.seed or 0)
     else:
         weights = Weights(checkpoint.tensors, dtype, device)
-    decoder = build_decoder(checkpoint.model, weights, ops, source=checkpoint.source, world=world, progress=progress)
+    decoder = build_decoder(
+        checkpoint.model,
+        weights,
+        ops,
+        source=checkpoint.source,
+        world=world,
+        progress=progress,
+        at_once=_layers_at_once(device, checkpoint),
+    )
     account(weights, checkpoint.model, checkpoint.source)
     return HeldWeights(decoder, weights.num_bytes, mapped)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastqwen.collections_paused import collections_paused
 from fastqwen.config import EngineConfig
 from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
 from fastqwen.hub import resolve
@@ -65,6 +66,7 @@ class _TextFiles:
     ends: tuple[int, ...] = ()  # further tokens that end an answer
 
 
+@collections_paused()
 def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools:
     """Raises BadCheckpoint, naming the files, where tokenizer and weights do not belong together."""
     where = resolve(config.tokenizer, weights=False, folder=config.download_dir) if config.tokenizer else path

@@ -95,7 +95,10 @@ def _half(blocks: Bytes, start: int) -> Halves:
 
 def _nibbles(packed: Bytes) -> Bytes:
     """[..., n] -> [..., 2, n]: all low halves, then all high halves."""
-    return np.stack((packed & 15, packed >> 4), axis=-2)
+    out = np.empty((*packed.shape[:-1], 2, packed.shape[-1]), dtype=np.uint8)
+    np.bitwise_and(packed, 15, out=out[..., 0, :])
+    np.right_shift(packed, 4, out=out[..., 1, :])
+    return out
 
 
 def _bits32(blocks: Bytes, start: int) -> Bytes:

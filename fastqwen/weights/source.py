@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -41,6 +42,8 @@ class CodedFile(Protocol):
 class Weights:
     """Tensors for one device and type. Raises BadCheckpoint, naming file and tensor, for what is missing or wrong."""
 
+    _counting = threading.Lock()  # layers may be made side by side
+
     def __init__(self, file: TensorFile, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
@@ -48,6 +51,10 @@ class Weights:
         self._file = file
         self._names = set(file.names())
         self._read: set[str] = set()
+
+    def hand_out(self, num_bytes: int) -> None:
+        with self._counting:
+            self.num_bytes += num_bytes
 
     def has(self, name: str) -> bool:
         return name in self._names
@@ -60,7 +67,7 @@ class Weights:
         found = found.to(device=self.device, dtype=found.dtype if keep_type else self.dtype)
         if not _is_finite(found):
             raise self.fault(name, "contains NaN or infinity")
-        self.num_bytes += found.nbytes
+        self.hand_out(found.nbytes)
         return found
 
     def words(self, name: str, shape: tuple[int, ...], *, part: Part | None = None) -> Tensor:
@@ -68,7 +75,7 @@ class Weights:
         found = self.raw(name, shape, part)
         if found.dtype != torch.int32:
             raise self.fault(name, f"holds {_type_name(found)}, expected 32-bit whole numbers")
-        self.num_bytes += found.nbytes
+        self.hand_out(found.nbytes)
         return found.to(self.device)
 
     def eighths(self, name: str, shape: tuple[int, ...], *, part: Part | None = None) -> Tensor:
@@ -79,7 +86,7 @@ class Weights:
         found = found.to(self.device)
         if not _is_finite(found):
             raise self.fault(name, "contains NaN or infinity")
-        self.num_bytes += found.nbytes
+        self.hand_out(found.nbytes)
         return found
 
     def scales(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -266,7 +273,7 @@ class DummyWeights(Weights):
     def tensor(self, name: str, shape: tuple[int, ...], *, keep_type: bool = False, part: Part | None = None) -> Tensor:
         dtype = torch.float16 if keep_type else self.dtype
         out = torch.empty(shape if part is None else part.shape(shape), dtype=dtype, device=self.device)
-        self.num_bytes += out.nbytes
+        self.hand_out(out.nbytes)
         if len(shape) == 1 and not name.endswith(".bias"):
             return out.fill_(1.0)
         spread = 2e-4 if name.endswith(".scales") else 0.02  # scales are multiplied by codes of up to 8 bits
@@ -275,7 +282,7 @@ class DummyWeights(Weights):
     def eighths(self, name: str, shape: tuple[int, ...], *, part: Part | None = None) -> Tensor:
         out = torch.empty(shape if part is None else part.shape(shape), dtype=torch.float16, device=self.device)
         out = out.normal_(0.0, 32.0, generator=self._generator).to(torch.float8_e4m3fn)
-        self.num_bytes += out.nbytes
+        self.hand_out(out.nbytes)
         return out
 
     def scales(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -283,7 +290,7 @@ class DummyWeights(Weights):
 
     def words(self, name: str, shape: tuple[int, ...], *, part: Part | None = None) -> Tensor:
         out = torch.zeros(shape if part is None else part.shape(shape), dtype=torch.int32, device=self.device)
-        self.num_bytes += out.nbytes
+        self.hand_out(out.nbytes)
         if name.endswith(".g_idx"):
             return out
         if name.endswith(".qzeros"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,7 @@ class Arena:
 
     def __init__(self) -> None:
         self._left = torch.empty(0, dtype=torch.uint8)
+        self._taking = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As torch.empty, on the host."""
@@ -33,9 +35,10 @@ class Arena:
         taken = -(-num_bytes // LINE) * LINE
         if taken > CHUNK:
             return _chunk(num_bytes)[:num_bytes].view(dtype).view(*shape)
-        if taken > len(self._left):
-            self._left = _chunk(CHUNK)
-        found, self._left = self._left[:num_bytes], self._left[taken:]
+        with self._taking:
+            if taken > len(self._left):
+                self._left = _chunk(CHUNK)
+            found, self._left = self._left[:num_bytes], self._left[taken:]
         return found.view(dtype).view(*shape)
 
     def copy(self, tensor: Tensor) -> Tensor:
