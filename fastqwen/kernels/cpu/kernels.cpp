@@ -55,7 +55,8 @@ inline void dots(const Rows<W>& rows, int64_t row, const W* w, float (&out)[MT][
       for (int64_t j = i; j < k; j++) out[m][n] = std::fma(x[m * k + j], wide(w[n * k + j]), out[m][n]);
 }
 
-#if defined(__AVX512BF16__)
+// Those with AMX (Intel's) take three times as long for such an instruction as others, and longer than for plain products.
+#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
 
 // The processor multiplies pairs of bfloat16 numbers. A number of x is the sum of two, which leaves 16 bits of its fraction.
 template <>
