@@ -67,6 +67,22 @@ struct Lines {
   Line<C> value(int64_t position) const { return of(cache.v, cache.v_scale, position); }
 };
 
+// Two numbers of bfloat16 change places as one of 32 bits, in half as many steps, and are made float32 there. Where it ended.
+inline int64_t columns_of_pairs(const Line<bf16> (&keys)[KEYS], int64_t d, float* out) {
+  using Words = of_register<uint32_t>;
+  int64_t i = 0;
+  for (; i + 2 * LANES <= d; i += 2 * LANES) {
+    transposed([&](int key, int lane) { return read<of_floats>(keys[key].numbers + i + 2 * lane); },
+               [&](int row, int key, of_floats found) {
+                 const Words pair = as<Words>(found);
+                 float* first = out + (i + 2 * row) * KEYS + key;
+                 write(first, as<of_floats>(pair << 16));
+                 write(first + KEYS, as<of_floats>(pair & 0xffff0000u));
+               });
+  }
+  return i;
+}
+
 // KEYS keys from ``position`` on as columns: out [head_dim, KEYS]. Nobody looks at those in front of ``start`` and from ``end``
 // on: others stand in their place.
 template <typename C>
@@ -75,6 +91,7 @@ void columns_of_keys(const Lines<C>& lines, int64_t position, int64_t start, int
   Line<C> keys[KEYS];
   for (int64_t j = 0; j < KEYS; j++) keys[j] = lines.key(std::max(start, std::min(position + j, end - 1)));
   int64_t i = 0;
+  if constexpr (std::is_same<C, bf16>::value) i = columns_of_pairs(keys, d, out);
   for (; i + LANES <= d; i += LANES) {
     transposed([&](int key, int lane) { return keys[key].piece(i + lane); },
                [&](int row, int key, of_floats found) { write(out + (i + row) * KEYS + key, found); });
