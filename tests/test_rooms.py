@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastqwen"
 # From the ground up. A room may import itself and those before it.
 ORDER = [
-    "version", "errors", "logs", "lifeline", "paths", "plot", "text_files", "records", "outputs", "config",
+    "version", "errors", "logs", "lifeline", "collections_paused", "paths", "plot", "text_files", "records", "outputs", "config",
     "vllm_names", "sharding", "model_config", "classifier_config", "common_config", "config_keys", "hybrid_config", "models",
     "kernels",
     "layers", "weights", "quant", "plan", "build", "engine", "runner", "names", "demo", "hub", "text", "ranks",

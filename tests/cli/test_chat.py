@@ -18,6 +18,7 @@ import pytest
 from tests.server.live import ROOT, LiveServer, command, environment, eventually, one_line, run
 
 QUESTION = "What is the capital of France?"
+ENDLESS = "List the first 1000 prime numbers.\n"  # the answer has more than 3000 tokens
 
 
 class Terminal:
@@ -72,7 +73,7 @@ def test_a_conversation_with_a_server(server: LiveServer):
 def test_ctrl_c_stops_the_answer_but_not_the_conversation(server: LiveServer):
     with terminal("chat", server.url, "--temperature", "0") as chat:
         chat.wait_for("> ")
-        chat.type("Tell me a very long story about a lighthouse.\n")
+        chat.type(ENDLESS)
         eventually(lambda: server.metric("num_requests_running") == 1, 10, "a running answer")
         time.sleep(0.5)
         os.kill(chat.process.pid, signal.SIGINT)
@@ -107,7 +108,7 @@ def test_pasted_lines_are_one_message_and_arrow_up_brings_it_back_next_time(serv
 def test_what_is_typed_while_an_answer_comes_waits_for_the_prompt(server: LiveServer):
     with terminal("chat", server.url, "--temperature", "0") as chat:
         chat.wait_for("> ")
-        chat.type("Tell me a very long story about a lighthouse.\n")
+        chat.type(ENDLESS)
         eventually(lambda: server.metric("num_requests_running") == 1, 10, "a running answer")
         chat.type("XYZZY")
         time.sleep(0.5)

@@ -33,6 +33,7 @@ STORY = {
     "temperature": 0,
     "stream": True,
 }
+ENDLESS = {**STORY, "ignore_eos": True}
 
 
 class Web:
@@ -166,7 +167,7 @@ def test_our_own_server_behind_the_page(server: LiveServer):
 
 
 def test_tokens_come_one_by_one(server: LiveServer):
-    with web(server.url) as page, page.http.stream("POST", CHAT, json={**STORY, "max_tokens": 60}) as response:
+    with web(server.url) as page, page.http.stream("POST", CHAT, json={**ENDLESS, "max_tokens": 300}) as response:
         arrived = [time.monotonic() for line in response.iter_lines() if line]
     assert len(arrived) > 30
     assert arrived[-1] - arrived[0] > 0.2, "the answer was kept back until it was whole"
@@ -174,13 +175,13 @@ def test_tokens_come_one_by_one(server: LiveServer):
 
 def test_a_closed_browser_aborts_the_answer_behind(server: LiveServer):
     with web(server.url) as page:
-        with page.http.stream("POST", CHAT, json=STORY) as response:
+        with page.http.stream("POST", CHAT, json=ENDLESS) as response:
             lines = response.iter_lines()  # kept: whoever drops it closes the stream
             next(lines)
             eventually(lambda: server.metric("num_requests_running") == 1, 5, "a running answer")
         eventually(server.is_idle, 3, "an abort")
         with pytest.raises(httpx.ReadTimeout):
-            page.http.post(CHAT, json={**STORY, "stream": False}, timeout=0.7)
+            page.http.post(CHAT, json={**ENDLESS, "stream": False}, timeout=0.7)
         eventually(server.is_idle, 3, "an abort of an answer in one piece")
 
 

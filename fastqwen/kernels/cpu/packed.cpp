@@ -270,7 +270,7 @@ constexpr int MOST_ROWS = ROWS_OF_CODES == 1 ? 8 : 4, SOME_ROWS = MOST_ROWS / 2;
 template <int KIND, int HALVES>
 void all_rows(const Matrix& w, int64_t tile, const Inputs& in, int64_t row, int64_t end, const Output& out) {
 #if defined(HAS_TILES)
-  if (in.sixteens) row = sixteens<KIND, HALVES>(w, tile, in, row, end, out);
+  if (in.sixteens && row + ROWS_OF_TILE <= end) row = sixteens<KIND, HALVES>(w, tile, in, row, end, out);
 #endif
   const Block* x = in.rows;
   for (; row + MOST_ROWS <= end; row += MOST_ROWS) some_rows<KIND, HALVES, MOST_ROWS>(w, tile, x, row, out);
