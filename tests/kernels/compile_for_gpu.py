@@ -208,9 +208,10 @@ def models(capability: int) -> Iterator[tuple[str, ModelConfig, str, int, str]]:
 
 def main() -> None:
     capability, names = int(sys.argv[1]), sys.argv[2:]
+    index, count = map(int, names.pop().split("/")) if names and "/" in names[-1] else (0, 1)  # 0/2: every second one
     found = stand_in(capability)
-    for name, model, dtype, block_size, cache_dtype in models(capability):
-        if names and name not in names:
+    for place, (name, model, dtype, block_size, cache_dtype) in enumerate(models(capability)):
+        if (names and name not in names) or place % count != index:
             continue
         before = set(found)
         with torch.inference_mode():
