@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,20 +27,20 @@ from fastqwen.outputs import (
 from fastqwen.records import EngineRequest, PoolingParams, RequestDelta
 
 
-class PoolingCalls:
+class PoolingCalls(ABC):
     """For a class that has a model loaded and can run requests."""
 
     _loaded: LoadedModel
     _ids: itertools.count[int]
 
     @property
-    def _salt(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _salt(self) -> str: ...
 
+    @abstractmethod
     def _run(
         self, requests: list[EngineRequest], use_tqdm: bool | Callable[..., Any] = False
-    ) -> dict[str, RequestDelta]:
-        raise NotImplementedError
+    ) -> dict[str, RequestDelta]: ...
 
     def embed(
         self,
