@@ -7,6 +7,7 @@ import json
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ Message = dict[str, Any]
 UNREADABLE = (
     SyntaxError, RecursionError, MemoryError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError,
 )  # fmt: skip
-READ_WITHIN_S = 1.0  # of processor time, to parse a template or to render a few words with it
+READ_WITHIN_S = 3.0  # of the thread's processor time, to parse a template or to render a few words with it
 MESSAGE_WITHIN_S = 0.001  # as much more for each message
 LOOK_AGAIN_S = 0.2
 READ_WITHIN_BYTES = 2**30
@@ -143,14 +144,20 @@ class ChatTemplate:
 
 @contextmanager
 def _bounded(origin: str, within_s: float) -> Iterator[None]:
-    """Raises BadCheckpoint inside once the process has computed for so long, MemoryError once it has grown so much. Only in a
-    program's main thread, where templates are read while a model is loaded; a server renders messages in processes that it
-    can end."""
+    """Raises BadCheckpoint inside once this thread has computed for so long, MemoryError once the process has grown so much. Only
+    in a program's main thread, where templates are read while a model is loaded; a server renders messages in processes that
+    it can end."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
+    ends_s = time.thread_time() + within_s
+
     def give_up(number: int, frame: object) -> None:
+        if (
+            time.thread_time() < ends_s
+        ):  # the timer counts what all threads compute, such as those of a model's products
+            return
         raise BadCheckpoint(f"{origin}: the chat template does not come to an end within {within_s:.1f} s")
 
     before = signal.signal(signal.SIGVTALRM, give_up)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +73,33 @@ def test_a_template_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(BadCheckpoint, match="does not come to an end"):
         ChatTemplate(LOOPS, origin="x").render([{"role": "user", "content": "hi"}])
     assert ChatTemplate("{{ messages[0].content }}", origin="x").render([{"content": "hi"}]) == "hi"
+
+
+def test_what_other_threads_compute_is_not_the_templates_time(monkeypatch: pytest.MonkeyPatch):
+    """The timer of a process counts all of its threads."""
+    monkeypatch.setattr("fastqwen.text.template.READ_WITHIN_S", 0.3)
+    ended = threading.Event()
+    data = bytes(2**20)
+
+    def compute() -> None:
+        while not ended.is_set():
+            hashlib.sha256(data)  # lets go of Python's lock
+
+    class Waits(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            begun_s = time.process_time()
+            while time.process_time() - begun_s < 0.5:
+                time.sleep(0.01)
+            return super().__iter__()
+
+    other = threading.Thread(target=compute)
+    other.start()
+    try:
+        template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", origin="x")
+        assert template.render(Waits([{"content": "hi"}])) == "hi"
+    finally:
+        ended.set()
+        other.join()
 
 
 def test_an_end_that_is_lost_in_a_callback_comes_again(monkeypatch: pytest.MonkeyPatch):
