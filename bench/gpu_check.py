@@ -1,6 +1,6 @@
 """One call on a GPU machine: are the kernels right, how fast is each, how fast is the engine.
 
-python bench/gpu_check.py OUT.json [kernels] [random] [MODEL ... decode|steps|prefill|offline|profile [b1 b8 ...]]
+python bench/gpu_check.py OUT.json [kernels] [random] [MODEL ... decode|steps|prefill|long|offline|profile [b1 b8 ...]]
     [sampled] [penalties] [logprobs] [kv_cache_dtype=int8] [quantization=int4] ...
 
 Prints a short table last and writes everything to OUT.json. Dummy weights, the work defined in docs/performance.md, greedy;
@@ -26,6 +26,7 @@ import torch
 from fastqwen.benchmark.latency import host_ms
 from fastqwen.benchmark.report import commit
 from fastqwen.benchmark.work import decode_step
+from fastqwen.benchmark.work import prefill as prefill_work
 from fastqwen.config import EngineConfig
 from fastqwen.engine.core import EngineCore
 from fastqwen.records import EngineRequest, SamplingParams
@@ -153,6 +154,18 @@ def prefill(engine: Engine, model: str) -> None:
     add(core, 32, [4096] * 32, [1] * 32, vocab, "prefill")
     seconds, _ = run(core)
     note(f"{model} prefill 32x4096", tok_s=32 * 4096 / seconds)
+
+
+def long_prompts(engine: Engine, model: str) -> None:
+    """Milliseconds to the last first token, and the share of what their operations need at 790 TFLOP/s."""
+    core, vocab = engine.core, engine.model.vocab_size
+    add(core, 1, [8192], [1], vocab, "warm")
+    run(core)
+    for count, length in ((1, 32768), (8, 16384)):
+        add(core, count, [length] * count, [1] * count, vocab, "long")
+        seconds, _ = run(core)
+        needs = prefill_work(engine.model, engine.plan.dtype, batch=count, tokens=length)
+        note(f"{model} prompts {count}x{length}", ms=seconds * 1e3, share_of_790=needs.operations / 790e12 / seconds)
 
 
 def host_share(engine: Engine, model: str, batch: int) -> None:
@@ -307,6 +320,8 @@ def benchmarks(words: list[str]) -> None:
                 prefill(engine, model)
                 if "profile" in words:
                     profile_prefill(engine, model)
+            if "long" in words:
+                long_prompts(engine, model)
             if "offline" in words:
                 offline(engine, model)
         finally:

@@ -176,7 +176,9 @@ def attend_prompts(model: str, number: int, layers: int, tiling: prefill.Prefill
 
     def run() -> None:
         for _ in range(4):
-            prefill.prefill_attention(q, step, cache, AttentionParts(shape), out=out, tiling=tiling)
+            prefill.prefill_attention(
+                q, step, cache, AttentionParts(shape), Workspace(q.device), out=out, tiling=tiling
+            )
 
     return run, operations, 4
 

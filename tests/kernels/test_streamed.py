@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
 
 from fastqwen.kernels import AttentionParts, DenseWeight, HeadShape, LayerCache
 from fastqwen.kernels.reference import ReferenceOps
-from fastqwen.kernels.triton import streamed_narrow
+from fastqwen.kernels.triton import streamed_narrow, streamed_scalar
 from fastqwen.kernels.triton.attention import DecodeWorkspace
 from fastqwen.kernels.triton.streamed import StreamTiling, streamed_linear
 from fastqwen.kernels.triton.streamed_attention import DecodeTiling, decode_attention
@@ -157,13 +158,19 @@ def _spoil_unused(batch, cache: LayerCache) -> None:
 
 @pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("kernels", "shape"),
+    [(streamed_narrow, shape) for shape in SHAPES]
+    + [(streamed_scalar, shape) for shape in (*SHAPES, HeadShape(8, 2, 64, 64)) if shape.group <= 4],
+    ids=str,
+)
 @pytest.mark.parametrize("window", [None, 33])
 @pytest.mark.parametrize("tiling", [DecodeTiling(1, 128), DecodeTiling(3, 64), DecodeTiling(12, 128)], ids=str)
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_attention_over_8_bits(
     cache_dtype: torch.dtype,
     dtype: torch.dtype,
+    kernels: ModuleType,
     shape: HeadShape,
     window: int | None,
     tiling: DecodeTiling,
@@ -183,8 +190,8 @@ def test_attention_over_8_bits(
     space = DecodeWorkspace(DEVICE, max_rows=16, shape=shape, max_parts=4096)
     for _ in range(2):
         out = torch.full((len(CONTEXTS), shape.num_heads * dim), float("nan"), dtype=dtype, device=DEVICE)
-        streamed_narrow.decode_attention(qkv, batch, cache, parts, space, out=out, tiling=tiling)
-        close(out, expected.double(), factor=4.0)
+        kernels.decode_attention(qkv, batch, cache, parts, space, out=out, tiling=tiling)
+        close(out, expected.double(), factor=8.0 if cache_dtype == torch.float8_e4m3fn else 4.0)
         assert not space.counter.any()
     used = ~unused
     for found, wanted in ((cache.k_scale, exact.k_scale), (cache.v_scale, exact.v_scale)):

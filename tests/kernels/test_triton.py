@@ -20,7 +20,7 @@ import triton.language as tl  # noqa: E402
 
 from fastqwen.kernels import AttentionParts, DenseWeight, ExpertsWeight, HeadShape, LayerCache, Norm  # noqa: E402
 from fastqwen.kernels.reference import ReferenceOps  # noqa: E402
-from fastqwen.kernels.triton import attention, experts, linear  # noqa: E402
+from fastqwen.kernels.triton import attention, experts, linear, prefill  # noqa: E402
 from fastqwen.kernels.triton.cache_numbers import bits_of, raised  # noqa: E402
 from fastqwen.kernels.triton.ops import TritonOps  # noqa: E402
 from fastqwen.kernels.triton.workspace import Workspace  # noqa: E402
@@ -154,6 +154,25 @@ def test_mixed_batches(ops: TritonOps, dtype: torch.dtype, shape: HeadShape, win
     rows = [(0, 1), (15, 1), (70, 1), (0, 40), (33, 17), (16, 2)]
     step, cache = make_batch(rows, shape, dtype=dtype, device=DEVICE, logn=shape.num_heads == 4)
     check_attention(ops, step, cache, shape, dtype, window)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"), [(torch.float32, None), (torch.float16, None), (torch.float16, torch.int8)]
+)
+@pytest.mark.parametrize("window", [None, 150])
+def test_few_new_tokens_behind_a_long_context(
+    ops: TritonOps,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The context is cut into parts, for one row; for the others it is too short for that."""
+    monkeypatch.setattr(prefill, "LEAST_KEYS", 64)
+    shape = HeadShape(2, 1, 64, 64)
+    step, cache = make_batch([(10, 1), (400, 5), (0, 30)], shape, dtype=cache_dtype or dtype, device=DEVICE)
+    for _ in range(2):  # the second time with the counters that the first one left
+        check_attention(ops, step, cache, shape, dtype, window)
 
 
 # The interpreter cuts numbers off where a GPU rounds them, but for float16.

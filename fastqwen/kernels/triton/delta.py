@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastqwen.kernels import DeltaParts, DeltaState, StepTokens
+from fastqwen.kernels.triton.workspace import Workspace
 
 LENGTH_EPS = tl.constexpr(1e-6)
+VALUE_BLOCK = 32  # columns of a memory in one program's registers: with all of them one program fills a multiprocessor
 
 
 @triton.jit
@@ -49,6 +51,8 @@ def _step(
     memory_ptr,  # float32 [slots, HEADS, DK, DV]
     inputs_ptr,  # [slots, TAPS, CHANNELS]
     out_ptr,  # [rows, HEADS * DV]
+    partial_ptr,  # float32 [rows, HEADS, DV]
+    counter_ptr,  # int32 [rows, HEADS], zero before and after
     width,
     eps,
     scale,
@@ -58,16 +62,18 @@ def _step(
     DV: tl.constexpr,
     DK_2: tl.constexpr,  # the next powers of two
     DV_2: tl.constexpr,
+    BLOCK: tl.constexpr,
     TAPS: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
-    """One value head of a row, its whole memory in registers.
+    """Some columns of one value head's memory of a row, in registers. The program of a head that ends last norms all of it.
 
     Programs of one key head read the same lines of the ring, and one of them writes the token's: another line, so that
     none waits for another. A token that is computed once more finds itself in the memory already, and fades nothing.
     """
     head = tl.program_id(0)
-    row = tl.program_id(1)
+    block = tl.program_id(1)
+    row = tl.program_id(2)
     if COUNTED:  # noqa: SIM102 (the second condition needs the pointer that the first one promises)
         if row >= tl.load(count_ptr):
             return
@@ -75,8 +81,11 @@ def _step(
     CHANNELS: tl.constexpr = 2 * KEYS + HEADS * DV
     position, held = tl.load(positions_ptr + row), tl.load(held_ptr + row)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    i, j = tl.arange(0, DK_2), tl.arange(0, DV_2)
+    i, j = tl.arange(0, DK_2), block * BLOCK + tl.arange(0, BLOCK)
     here_k, here_v = i < DK, j < DV
+    place = memory_ptr + ((slot * HEADS + head) * DK + i)[:, None] * DV + j[None, :]
+    inside = here_k[:, None] & here_v[None, :]
+    memory = tl.load(place, mask=inside & (held > 0), other=0.0)  # first: the rest is computed while it comes
     x = projected_ptr + row.to(tl.int64) * width
     ring = inputs_ptr + slot * TAPS * CHANNELS
     at_q = head // GROUP * DK + i
@@ -97,9 +106,7 @@ def _step(
     beta = tl.where(again, 0.0, beta)
     fade = tl.where(again, 1.0, fade)
 
-    place = memory_ptr + ((slot * HEADS + head) * DK + i)[:, None] * DV + j[None, :]
-    inside = here_k[:, None] & here_v[None, :]
-    memory = tl.load(place, mask=inside & (held > 0), other=0.0) * fade
+    memory = memory * fade
     new = beta * (v - tl.sum(k[:, None] * memory, axis=0))
     memory += k[:, None] * new[None, :]
     tl.store(place, memory, mask=inside)
@@ -107,27 +114,51 @@ def _step(
 
     line = ring + position % TAPS * CHANNELS
     tl.store(line + at_v, own_v, mask=here_v)
-    first = head % GROUP == 0
+    first = (head % GROUP == 0) & (block == 0)
     tl.store(line + at_q, own_q, mask=here_k & first)
     tl.store(line + at_k, own_k, mask=here_k & first)
 
-    z = tl.load(x + CHANNELS + head * DV + j, mask=here_v, other=0.0).to(tl.float32)
-    out = out * tl.rsqrt(tl.sum(out * out, axis=0) / DV + eps)
-    out = out * tl.load(norm_ptr + j, mask=here_v, other=0.0) * silu(z)
-    home = out_ptr + (row.to(tl.int64) * HEADS + head) * DV + j
-    tl.store(home, out.to(out_ptr.dtype.element_ty), mask=here_v)
+    own = row.to(tl.int64) * HEADS + head
+    z_ptr = x + CHANNELS + head * DV
+    if BLOCK >= DV:
+        _norm_head(out, z_ptr, norm_ptr, out_ptr + own * DV, j, eps, DV)
+    else:
+        tl.store(partial_ptr + own * DV + j, out, mask=here_v)
+        tl.debug_barrier()
+        if tl.atomic_add(counter_ptr + own, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+            tl.debug_barrier()
+            every = tl.arange(0, DV_2)
+            whole = tl.load(partial_ptr + own * DV + every, mask=every < DV, other=0.0, cache_modifier=".cg")
+            _norm_head(whole, z_ptr, norm_ptr, out_ptr + own * DV, every, eps, DV)
+            tl.store(counter_ptr + own, 0)
 
 
-def delta_step(projected: Tensor, step: StepTokens, state: DeltaState, parts: DeltaParts, *, out: Tensor) -> None:
+@triton.jit
+def _norm_head(x, z_ptr, norm_ptr, out_ptr, j, eps, DV: tl.constexpr):
+    """RMSNorm of one head's numbers, gated by z."""
+    here = j < DV
+    z = tl.load(z_ptr + j, mask=here, other=0.0).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / DV + eps)
+    x = x * tl.load(norm_ptr + j, mask=here, other=0.0) * silu(z)
+    tl.store(out_ptr + j, x.to(out_ptr.dtype.element_ty), mask=here)
+
+
+def delta_step(
+    projected: Tensor, step: StepTokens, state: DeltaState, parts: DeltaParts, workspace: Workspace, *, out: Tensor
+) -> None:
     """The step's leading rows: projected [rows, width] -> out [at least rows, value_size]"""
     shape, rows = parts.shape, projected.shape[0]
+    heads = shape.num_value_heads
     keys, values = triton.next_power_of_2(shape.key_dim), triton.next_power_of_2(shape.value_dim)
     assert projected.stride(1) == 1 and step.held is not None
-    _step[(shape.num_value_heads, rows)](
+    room = rows * heads <= workspace.counter.numel() and rows * shape.value_size <= workspace.partial.numel()
+    block = min(values, VALUE_BLOCK) if room else values
+    _step[(heads, triton.cdiv(shape.value_dim, block), rows)](
         projected, parts.conv, parts.decay, parts.decay_bias, parts.norm.weight, step.slots, step.positions, step.held,
-        step.decode_count, state.memory, state.inputs, out, projected.stride(0), parts.norm.eps, shape.key_dim**-0.5,
-        HEADS=shape.num_value_heads, GROUP=shape.group, DK=shape.key_dim, DV=shape.value_dim, DK_2=keys, DV_2=values,
-        TAPS=shape.taps, COUNTED=step.decode_count is not None, num_warps=8 if keys * values > 8192 else 4,
+        step.decode_count, state.memory, state.inputs, out, workspace.partial, workspace.counter, projected.stride(0),
+        parts.norm.eps, shape.key_dim**-0.5, HEADS=heads, GROUP=shape.group, DK=shape.key_dim, DV=shape.value_dim,
+        DK_2=keys, DV_2=values, BLOCK=block, TAPS=shape.taps, COUNTED=step.decode_count is not None,
+        num_warps=8 if keys * block > 8192 else 4,
     )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ class TritonOps(ReferenceOps):
         q, k, v = pointwise.rope_and_cache(
             qkv, step, cache, parts, first_token=first, room=room, keep=bool(prompts.fresh)
         )
-        prefill.prefill_attention(q, step, cache, parts, out=out)
+        prefill.prefill_attention(q, step, cache, parts, self._linear_space, out=out)
         if k is not None and v is not None:
             if not self._card.has_dots:  # there the library has no kernel for keys that several heads share
                 k, v = (part.repeat_interleave(shape.group, dim=1) for part in (k, v))
@@ -140,7 +140,7 @@ class TritonOps(ReferenceOps):
         size = (projected.shape[0], parts.shape.value_size)
         out = torch.empty(size, dtype=projected.dtype, device=projected.device)
         if step.num_decode_rows:
-            delta.delta_step(projected[: step.num_decode_rows], step, state, parts, out=out)
+            delta.delta_step(projected[: step.num_decode_rows], step, state, parts, self._linear_space, out=out)
         if step.prompts is not None:
             delta_prompt.delta_prompts(projected, step, state, parts, out=out)
         return out
@@ -182,15 +182,15 @@ def _streamed_if_they_run(device: torch.device) -> tuple[ModuleType | None, tupl
     if card_of(device).capability[0] != 9:
         return None, ()
     try:
-        from fastqwen.kernels.triton import streamed, streamed_attention, streamed_narrow
+        from fastqwen.kernels.triton import streamed, streamed_attention, streamed_narrow, streamed_scalar
 
-        for module in (streamed, streamed_attention, streamed_narrow):
+        for module in (streamed, streamed_attention, streamed_scalar, streamed_narrow):
             module.try_out(device)
     except Exception as error:
         log.warning("steps of few rows use slower kernels, the faster ones do not run here: %s", error)
         log.debug("why they do not run", exc_info=True)
         return None, ()
-    return streamed, (streamed_attention, streamed_narrow)
+    return streamed, (streamed_attention, streamed_scalar, streamed_narrow)
 
 
 def library_length(num_tokens: int) -> int:

@@ -6,6 +6,8 @@ thread, are raised there, and go to shared memory just before they are used.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
@@ -49,7 +51,7 @@ def _fetch(cache_ptr, scale_ptr, table, kv_head, first, position, stop, KV_HEADS
 
 
 @gluon.jit
-def _numbers(words, kind: gl.constexpr, dtype: gl.constexpr):
+def numbers_of(words, kind: gl.constexpr, dtype: gl.constexpr):
     """The numbers / UNIT of words of four, in ``dtype``: [KEYS, DIM / 4] -> [KEYS, DIM]"""
     KEYS: gl.constexpr = words.shape[0]
     DIM: gl.constexpr = 4 * words.shape[1]
@@ -68,7 +70,7 @@ def _add_mates(x, size: gl.constexpr):
 
 
 @gluon.jit
-def _spread(x, dim, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+def spread_heads(x, dim, DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Heads as sums of all their numbers with signs (reference.py), float32 [heads, DIM]. Eight numbers of a head stand in one
     thread, the others in its neighbours."""
     for stage in gl.static_range(3):
@@ -89,7 +91,7 @@ def _spread(x, dim, DIM: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _store_head(x, cache_ptr, scale_ptr, line, head, dim, DIM: gl.constexpr):
+def store_new_head(x, cache_ptr, scale_ptr, line, head, dim, DIM: gl.constexpr):
     """A head to its line of the cache: x float32 [heads, DIM], the same in every line. Returned as it is there."""
     nothing = gl.sum(x * 0.0, axis=1)  # NaN where a number is not finite: no 8 bits would say so
     scale = scale_of(gl.max(gl.abs(x), axis=1), cache_ptr) + nothing.to(gl.float16)
@@ -185,7 +187,7 @@ def _decode_narrow(
     q = rotated(qkv + kv_head * GROUP * DIM, q_norm_ptr, cos_sin, head * DIM, dim, head < GROUP, eps, DIM, NORM)
     if LOGN:
         q *= gl.load(q_scale_ptr + row)
-    q = _spread(q, dim, DIM, wide).to(dtype)
+    q = spread_heads(q, dim, DIM, wide).to(dtype)
     queries.store(q)
 
     top = gl.full((HEADS_2,), float("-inf"), gl.float32, gl.SliceLayout(0, mma))
@@ -196,17 +198,17 @@ def _decode_narrow(
         line = (block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
         new = qkv + (HEADS + kv_head) * DIM  # the same in every line, so that it stands where the queries do
         new_k = rotated(new, k_norm_ptr, cos_sin, head * 0, dim, head >= 0, eps, DIM, NORM)
-        new_k = _store_head(_spread(new_k, dim, DIM, wide), k_cache_ptr, k_scale_ptr, line, head, dim, DIM)
+        new_k = store_new_head(spread_heads(new_k, dim, DIM, wide), k_cache_ptr, k_scale_ptr, line, head, dim, DIM)
         new_v = gl.load(new + KV_HEADS * DIM + dim[None, :] + head[:, None] * 0).to(gl.float32)
-        new_v = _store_head(new_v, v_cache_ptr, v_scale_ptr, line, head, dim, DIM)
+        new_v = store_new_head(new_v, v_cache_ptr, v_scale_ptr, line, head, dim, DIM)
         top = gl.convert_layout(gl.sum(q.to(gl.float32) * new_k, axis=1) * scale, gl.SliceLayout(0, mma))
         total += 1.0
         acc = gl.convert_layout(gl.permute(new_v, (1, 0)), mma)
 
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, mma))
     for at in range(begin, stop, KEYS):
-        keys.store(_numbers(k, kind, dtype))
-        values.store(_numbers(v, kind, dtype))
+        keys.store(numbers_of(k, kind, dtype))
+        values.store(numbers_of(v, kind, dtype))
         k_now = k_unit
         v_now = v_unit
         fence_async_shared()
@@ -273,6 +275,10 @@ def decode_attention(
 
 def try_out(device: torch.device) -> None:
     """Raises whatever Triton raises where it cannot compile this kernel, RuntimeError where that computes wrongly."""
+    try_out_kernel(device, decode_attention)
+
+
+def try_out_kernel(device: torch.device, attend: Callable[..., None]) -> None:
     numbers = (torch.zeros(1, 1, 64, 64, dtype=torch.int8, device=device) for _ in range(2))
     scales = (torch.zeros(1, 1, 64, dtype=torch.float16, device=device) for _ in range(2))
-    try_out_with(LayerCache(*numbers, *scales), decode_attention, tolerance=0.02)
+    try_out_with(LayerCache(*numbers, *scales), attend, tolerance=0.02)
