@@ -137,10 +137,14 @@ class LLM(PoolingCalls):
         if continue_final_message:
             options.update(continue_final_message=True, add_generation_prompt=False)
         template = self._loaded.template(chat_template, chat_template_content_format)
-        prompts = [self._chat_prompt(conversation, template, options) for conversation in conversations]
+        params = self._params_for(sampling_params, len(conversations))
+        prompts = [
+            self._chat_prompt(conversation, template, {**options, **self._loaded.thinking_switch(one)})
+            for conversation, one in zip(conversations, params, strict=True)
+        ]
         return self.generate(
             prompts,
-            sampling_params,
+            params,
             use_tqdm=use_tqdm,
             lora_request=lora_request,
             priority=priority,

@@ -115,6 +115,7 @@ COMPLETIONS = {
     "echo": (True, {}, "Hello"),
     "best_of": (3, {}, "Hello"),
     "logprobs": (2, {}, "Hello"),
+    "thinking_token_budget": (3, {}, "<think>" + "abc" * 30),
     "add_special_tokens": (False, {}, "Hello"),
     "return_tokens_as_token_ids": (True, {"logprobs": 1}, "Hello"),
 }
