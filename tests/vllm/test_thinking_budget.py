@@ -42,7 +42,16 @@ def ends(llm: LLM) -> list[int]:
 def test_a_script_and_a_server_give_the_same_answers(demo: LLM, demo_gguf: Path, tmp_path: Path):
     template = tmp_path / "template.jinja"
     template.write_text(THINKING)
-    flags = ("--dtype", "float32", "--max-model-len", "1024", "--chat-template", str(template))
+    flags = (
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "1024",
+        "--chat-template",
+        str(template),
+        "--generation-config",
+        "none",
+    )
     with LiveServer(str(demo_gguf), *flags) as server:
         for temperature in (0.0, 0.9):
             [ours] = demo.chat(MESSAGES, params(temperature=temperature), use_tqdm=False)
