@@ -401,4 +401,5 @@ class RequestDelta(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     error: Failure | None = None
     num_cached_tokens: int = 0
     waited_s: float = 0.0  # for other requests, before the first step that served it; with the first token
+    num_preemptions: int = 0  # how often it had to begin again, so far
     embedding: bytes | None = None  # as in SampledRow; comes with the finish_reason

@@ -162,7 +162,13 @@ class Generation:
                         clock.saw(choice.index, len(piece.token_ids), now_s)
                     if piece.finish_reason is not None:
                         del self._running[delta.request_id]
-                        clock.finished(choice.index, piece.finish_reason, len(choice.assembler.output.token_ids))
+                        clock.finished(
+                            choice.index,
+                            piece.finish_reason,
+                            len(choice.assembler.output.token_ids),
+                            num_cached_tokens=choice.assembler.num_cached_tokens,
+                            num_preemptions=delta.num_preemptions,
+                        )
                         if piece.finish_reason in ("error", "abort"):
                             raise error_of(piece.error)
                         if piece.abort:
