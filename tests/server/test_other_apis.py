@@ -29,6 +29,23 @@ def events(response) -> list[dict]:
     return found
 
 
+def input_tokens(usage: dict[str, int]) -> int:
+    return usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_messages_tell_what_was_read_from_the_cache_and_what_was_written(caching: bool):
+    state = make_state(engine={"enable_prefix_caching": caching})
+    body = {"messages": [{"role": "user", "content": "a" * 100}], "max_tokens": 5, "stream": True}
+    for read in (False, True):
+        found = events(ask(state, "/v1/messages", body))
+        begun, usage = found[0]["message"]["usage"], found[-2]["usage"]
+        assert begun["input_tokens"] == input_tokens(begun) == input_tokens(usage) > 100
+        whole = begun["input_tokens"] // 16 * 16 if caching else 0
+        kinds = (usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"])
+        assert kinds == ((whole, 0) if read else (0, whole))
+
+
 def test_messages_has_blocks_for_thinking_text_and_tools():
     body = {
         "messages": USER,
@@ -79,7 +96,7 @@ def test_count_tokens_counts_what_messages_would_use():
     state = make_state()
     body = {"messages": USER, "system": "x"}
     counted = ask(state, "/v1/messages/count_tokens", body).json()["input_tokens"]
-    assert ask(make_state(), "/v1/messages", {**body, "max_tokens": 5}).json()["usage"]["input_tokens"] == counted
+    assert input_tokens(ask(make_state(), "/v1/messages", {**body, "max_tokens": 5}).json()["usage"]) == counted
     assert state.engine.requests == []
 
 

@@ -127,6 +127,15 @@ class Generation:
         return max(choice.assembler.num_cached_tokens for choice in self.choices)
 
     @property
+    def num_cache_written_tokens(self) -> int:
+        """Of the prompt, once it is computed: the whole blocks that the prefix cache holds now and did not before."""
+        state = self._state
+        if not self.num_generated_tokens or not state.engine_config.enable_prefix_caching:
+            return 0
+        num_whole = len(self.prompt_token_ids) // state.block_size * state.block_size
+        return max(0, num_whole - self.num_cached_tokens)
+
+    @property
     def num_generated_tokens(self) -> int:
         return sum(len(output.token_ids) for output in self.outputs)
 
@@ -194,7 +203,8 @@ class Generation:
     def _keep(self, piece: Piece) -> None:
         """Raises BadRequest or Overloaded."""
         num_new = sum(map(len, piece.logprobs or ())) + sum(map(len, piece.prompt_logprobs or ()))
-        unbounded = self._state.config.max_logprobs == ALL
+        most = self._state.config.max_logprobs
+        unbounded = most == ALL or most >= self._state.facts().model.vocab_size
         self._state.kept.keep(num_new, self.num_logprobs + num_new, unbounded=unbounded)
         self.num_logprobs += num_new
 
