@@ -165,6 +165,7 @@ RESPONSES = {
     "chat_template_kwargs": ({"extra": "x"}, {}, "Hello"),
     "top_logprobs": (2, {}, "Hello"),
     "stream": (True, {}, "Hello"),
+    "enable_response_messages": (True, {}, "Hello"),
     "tools": ([FUNCTION], {}, CALL),
     "tool_choice": ("none", {"tools": [FUNCTION]}, CALL),
     "parallel_tool_calls": (False, {"tools": [FUNCTION]}, CALL * 2),
