@@ -119,6 +119,12 @@ class BatchJob:
         self.requests += requests
         self.outputs.append(output)
 
+    def join(self, other: BatchJob) -> None:
+        """Its prompts as well, behind these."""
+        self._pending.update(other._pending)
+        self.requests += other.requests
+        self.outputs += other.outputs
+
     def take(self, deltas: list[RequestDelta], stream: Ways) -> int:
         """How many prompts these finished."""
         pending, num_finished = self._pending, 0
