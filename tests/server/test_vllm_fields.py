@@ -245,3 +245,13 @@ def test_what_a_stream_should_tell_is_refused_without_a_stream(path: str, body: 
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "stream_options"
     for nothing in (None, {}, {name: None}, {name: False}):
         answer(path, {**body, "stream_options": nothing})
+
+
+@pytest.mark.parametrize("length", [600, 100_000], ids=["counted in tokens", "seen to be too long"])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/embeddings"])
+def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_clients_look_for(path: str, length: int):
+    body = {CHAT: chat(messages=[{"role": "user", "content": "a" * length}])}.get(path, {"prompt": "a" * length})
+    refused = ask(make_state(max_model_len=512), path, {"input": body["prompt"]} if path.endswith("ings") else body)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+    for words in ("this model's maximum context length", "Please reduce the length of the input prompt"):
+        assert words in refused.json()["error"]["message"]

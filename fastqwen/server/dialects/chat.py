@@ -68,8 +68,8 @@ class Chat(OpenAIWork):
             self._echoed = text_of(messages[-1]["content"])
         if len(token_ids) >= facts.max_model_len:
             raise BadRequest(
-                f"the messages have {len(token_ids)} tokens, but the model's context is {facts.max_model_len} tokens, "
-                "prompt and answer together: shorten the conversation",
+                f"the messages have {len(token_ids)} tokens, but this model's maximum context length is {facts.max_model_len} "
+                "tokens, prompt and answer together. Please reduce the length of the input prompt: shorten the conversation",
                 "messages",
                 "context_length_exceeded",
             )
