@@ -113,6 +113,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         str, option("How the model writes tool calls: hermes, qwen3_coder, react or none. auto: from its template.")
     ] = "auto"
     reasoning_parser: Annotated[str, option("qwen3 or none. auto: <think> blocks if the template knows them.")] = "auto"
+    reasoning_config: Annotated[
+        dict[str, Any] | None,
+        option(
+            "What ends thinking that has reached its budget, for example "
+            '{"reasoning_end_str": "I have to answer now.</think>"}. Default: Qwen\'s sentence, or </think> for '
+            "thinking_token_budget."
+        ),
+    ] = None
     pooling_task: Annotated[
         PoolingTask | None,
         option(

@@ -51,6 +51,7 @@ class LLM(PoolingCalls):
         self._sleeping = SleepingEngine(self._loaded, LocalEngine)
         self._ids = itertools.count()
         self._seeds = random.Random(self.config.seed)  # noqa: S311 not a secret
+        self._queued = self._job()
 
     @property
     def engine(self) -> LocalEngine:
@@ -87,29 +88,63 @@ class LLM(PoolingCalls):
         mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """One RequestOutput per prompt, in order. A prompt is a text, a list of ids, or {"prompt_token_ids": [...]}."""
-        refuse_lora(lora_request)
-        listed = as_list(prompts)
-        params = self._params_for(sampling_params, len(listed))
-        texts_and_ids = [text_and_ids(prompt, self._loaded) for prompt in listed]
-        cut = cut_of(tokenization_kwargs)
-        if cut is not None:
-            params = [msgspec.structs.replace(one, truncate_prompt_tokens=cut) for one in params]
-        if mm_processor_kwargs:
-            raise BadRequest("mm_processor_kwargs: this model reads text only", "prompts")
-        priorities = [priority or 0] * len(listed) if priority is None or isinstance(priority, int) else list(priority)
-        if len(priorities) != len(listed):
-            raise BadRequest(f"{len(listed)} prompts, but {len(priorities)} priorities", "priority")
-        job = self._job()
-        for prompt, (text, token_ids), sampling, one in zip(listed, texts_and_ids, params, priorities, strict=True):
-            job.add(text, token_ids, sampling, one, salt=salt_of(prompt))
-        with self.engine.stream(job.requests) as stream, bar(len(listed), use_tqdm) as progress:
-            for deltas in stream:
-                num_finished = job.take(deltas, stream)
-                if num_finished:
-                    progress.update(num_finished)
-                    speed = job.num_generated / max(progress.format_dict["elapsed"], 1e-9)
-                    progress.set_postfix_str(f"{speed:.0f} tok/s")
-        return job.outputs
+        job = self._prepared(
+            prompts,
+            sampling_params,
+            lora_request=lora_request,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
+        return self._finished(job, use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        **options: Any,
+    ) -> list[str]:
+        """Prompts that run in ``wait_for_completion``; the names of their outputs. ``options`` as in ``generate``."""
+        job = self._prepared(prompts, sampling_params, lora_request=lora_request, priority=priority, **options)
+        self._queued.join(job)
+        return [output.request_id for output in job.outputs]
+
+    def enqueue_chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Conversations, as ``chat`` takes them, for ``wait_for_completion``."""
+        prompts, params = self._rendered(
+            messages,
+            sampling_params,
+            self._loaded.template(chat_template, chat_template_content_format),
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.enqueue(prompts, params, lora_request, priority, **options)
+
+    def wait_for_completion(
+        self, output_type: Any = None, *, use_tqdm: bool | Callable[..., Any] = True
+    ) -> list[RequestOutput]:
+        """The answers to all that was enqueued, in its order. ``output_type``: there is but the one."""
+        job, self._queued = self._queued, self._job()
+        return self._finished(job, use_tqdm) if job.requests else []
 
     def chat(
         self,
@@ -132,15 +167,18 @@ class LLM(PoolingCalls):
         ``chat_template`` is a Jinja template, or a file with one, for this call; ``chat_template_content_format`` says how
         it gets contents (EngineConfig).
         """
-        conversations = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
-        options = {"tools": tools, "add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
-        if continue_final_message:
-            options.update(continue_final_message=True, add_generation_prompt=False)
-        template = self._loaded.template(chat_template, chat_template_content_format)
-        prompts = [self._chat_prompt(conversation, template, options) for conversation in conversations]
+        prompts, params = self._rendered(
+            messages,
+            sampling_params,
+            self._loaded.template(chat_template, chat_template_content_format),
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         return self.generate(
             prompts,
-            sampling_params,
+            params,
             use_tqdm=use_tqdm,
             lora_request=lora_request,
             priority=priority,
@@ -246,10 +284,67 @@ class LLM(PoolingCalls):
                         progress.update(1)
         return found
 
-    def _chat_prompt(self, conversation: Any, template: Template, options: dict[str, Any]) -> Prompt:
+    def _prepared(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
+    ) -> BatchJob:
+        """All prompts checked, and none begun. Raises BadRequest."""
+        refuse_lora(lora_request)
+        listed = as_list(prompts)
+        params = self._params_for(sampling_params, len(listed))
+        texts_and_ids = [text_and_ids(prompt, self._loaded) for prompt in listed]
+        cut = cut_of(tokenization_kwargs)
+        if cut is not None:
+            params = [msgspec.structs.replace(one, truncate_prompt_tokens=cut) for one in params]
+        if mm_processor_kwargs:
+            raise BadRequest("mm_processor_kwargs: this model reads text only", "prompts")
+        priorities = [priority or 0] * len(listed) if priority is None or isinstance(priority, int) else list(priority)
+        if len(priorities) != len(listed):
+            raise BadRequest(f"{len(listed)} prompts, but {len(priorities)} priorities", "priority")
+        job = self._job()
+        for prompt, (text, token_ids), sampling, one in zip(listed, texts_and_ids, params, priorities, strict=True):
+            job.add(text, token_ids, sampling, one, salt=salt_of(prompt))
+        return job
+
+    def _finished(self, job: BatchJob, use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+        with self.engine.stream(job.requests) as stream, bar(len(job.outputs), use_tqdm) as progress:
+            for deltas in stream:
+                num_finished = job.take(deltas, stream)
+                if num_finished:
+                    progress.update(num_finished)
+                    speed = job.num_generated / max(progress.format_dict["elapsed"], 1e-9)
+                    progress.set_postfix_str(f"{speed:.0f} tok/s")
+        return job.outputs
+
+    def _rendered(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        template: Template,
+        *,
+        continue_final_message: bool,
+        chat_template_kwargs: dict[str, Any] | None,
+        **options: Any,
+    ) -> tuple[list[Prompt], list[SamplingParams]]:
+        """A prompt for each conversation, and its parameters. Raises BadRequest."""
+        conversations = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
+        params = self._params_for(sampling_params, len(conversations))
+        options.update(chat_template_kwargs or {})
+        if continue_final_message:
+            options.update(continue_final_message=True, add_generation_prompt=False)
         tokenizer = self._loaded.need_text().tokenizer
-        ids = template.encode(tokenizer, for_template(conversation), **options)
-        return {"prompt": tokenizer.decode(ids), "prompt_token_ids": ids}
+        prompts: list[Prompt] = []
+        for conversation, one in zip(conversations, params, strict=True):
+            switches = {**options, **self._loaded.thinking_switch(one)}
+            ids = template.encode(tokenizer, for_template(conversation), **switches)
+            prompts.append({"prompt": tokenizer.decode(ids), "prompt_token_ids": ids})
+        return prompts, params
 
     def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:

@@ -114,7 +114,9 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
     length. ``logprobs`` and ``prompt_logprobs`` of -1 are the whole vocabulary's. ``bad_words`` are texts that an answer must
     not hold, with or without a space before them. ``logprob_token_ids`` are told of at each token of the answer, in place of the
     likeliest. ``truncate_prompt_tokens`` keeps a prompt's last tokens, as many as that;
-    -1: as many as the context takes. Raises BadRequest, naming the field, for a value out of range.
+    -1: as many as the context takes. ``thinking_token_budget`` is how many tokens may lie between <think> and </think>; -1 or None:
+    no limit, and none under ``structured_outputs``, which hold from the first token. Raises BadRequest, naming the field, for a
+    value out of range.
     """
 
     n: int = 1
@@ -129,6 +131,7 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
     structured_outputs: StructuredOutputs | None = None
     bad_words: list[str] = []
     truncate_prompt_tokens: int | None = None
+    thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "bad_words"):
@@ -175,6 +178,14 @@ class SamplingParams(Sampling, kw_only=True, omit_defaults=True):
             _within("truncate_prompt_tokens", self.truncate_prompt_tokens, ALL, 2**31 - 1)
             if self.truncate_prompt_tokens == 0:
                 raise BadRequest("truncate_prompt_tokens is 0, which leaves nothing", "truncate_prompt_tokens")
+        if self.thinking_token_budget is not None:
+            if isinstance(self.thinking_token_budget, (bool, float)):
+                raise BadRequest("thinking_token_budget must be a whole number", "thinking_token_budget")
+            _within("thinking_token_budget", self.thinking_token_budget, ALL, 2**31 - 1)
+            if not self.detokenize:
+                raise BadRequest(
+                    "thinking_token_budget needs detokenize: thinking is found in the text", "thinking_token_budget"
+                )
         self._check_lists()
         self._check_forbidden()
 
@@ -390,4 +401,5 @@ class RequestDelta(msgspec.Struct, kw_only=True, frozen=True, gc=False):
     error: Failure | None = None
     num_cached_tokens: int = 0
     waited_s: float = 0.0  # for other requests, before the first step that served it; with the first token
+    num_preemptions: int = 0  # how often it had to begin again, so far
     embedding: bytes | None = None  # as in SampledRow; comes with the finish_reason

@@ -150,7 +150,6 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "send it with each request: chat_template_kwargs, or the field of this name": {
         "reasoning-effort-map": (),
-        "reasoning-config": (),
         "tool-strict-level": (), "return-sampling-mask": (), "enable-return-routed-experts": (),
     },
     "log-probabilities are the model's own, before temperature and penalties": {"logprobs-mode": ("raw_logprobs",)},
@@ -300,6 +299,8 @@ def _as_ours(name: str, value: Any) -> Any:
     """None: as if it were not given."""
     if name == "dtype" and value is not None:
         value = str(value).removeprefix("torch.")  # a torch.dtype is taken as well as its name
+    if name == "reasoning-config" and hasattr(value, "__dict__"):  # an object of vllm.config
+        return vars(value)
     if name == "served-model-name" and isinstance(value, str):
         return [value]
     if isinstance(value, (str, int)) and not isinstance(value, bool):

@@ -51,14 +51,17 @@ for output in llm.generate(["The capital of France is"], SamplingParams(temperat
 ```
 
 `fastqwen.vllm` has `LLM` (`generate`, `chat`, `embed`, `encode`, `classify`, `reward`, `score`, `beam_search`,
-`get_tokenizer`, `reset_prefix_cache`, `get_metrics`, `sleep`, `wake_up`), `AsyncLLM` (`generate`, `encode`), `LLMEngine`,
-`EngineArgs`, `AsyncEngineArgs`, `SamplingParams`, `PoolingParams`, `BeamSearchParams`, `StructuredOutputsParams`, `TextPrompt`,
-`TokensPrompt`, and the modules that scripts import them from: `config`, `engine.arg_utils`, `entrypoints.llm`, `inputs`,
-`outputs`, `sampling_params`, `utils`, `v1.engine.async_llm` and more.
+`enqueue`, `enqueue_chat`, `wait_for_completion`, `get_tokenizer`, `reset_prefix_cache`, `get_metrics`, `sleep`, `wake_up`),
+`AsyncLLM` (`generate`, `encode`), `LLMEngine`, `EngineArgs`, `AsyncEngineArgs`, `SamplingParams`, `PoolingParams`,
+`BeamSearchParams`, `StructuredOutputsParams`, `TextPrompt`, `TokensPrompt`, and the modules that scripts import them from:
+`config`, `engine.arg_utils`, `entrypoints.llm`, `exceptions`, `inputs`, `outputs`, `sampling_params`, `utils`,
+`v1.engine.async_llm` and more.
 `LLM` takes the flags below as keywords. `sleep` gives weights and cache back: at level 1 the weights wait in host
 memory for `wake_up`, at level 2 they are read again (as they are where several GPUs share them), at level 0 nothing is
 given back. So do `/sleep?level=1` and `/wake_up` of a server; with `mode=abort` or `mode=wait` running requests are no
 hindrance.
+`thinking_token_budget` is how many tokens may lie between `<think>` and `</think>`, for scripts as for the server. What is said
+when they are used up is `reasoning_end_str` of `reasoning_config`, and else the mark alone.
 
 Not there: adapters (LoRA), images and sound, speculative decoding, plugins.
 

@@ -25,7 +25,7 @@ GROUPS = {
     "The model and its files": (
         "dtype", "quantization", "device", "load_format", "download_dir", "revision", "trust_remote_code", "tokenizer",
         "skip_tokenizer_init", "chat_template", "chat_template_content_format", "tool_call_parser", "reasoning_parser",
-        "pooling_task", "generation_config", "override_generation_config", "served_model_name",
+        "reasoning_config", "pooling_task", "generation_config", "override_generation_config", "served_model_name",
         "rope_per_request", "rope_scaling", "rope_theta", "hf_overrides", "seed",
     ),
     "Memory and speed": (

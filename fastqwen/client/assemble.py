@@ -66,7 +66,9 @@ class Assembler:
             prompt_logprobs=None if delta.prompt_logprobs is None else self._named(delta.prompt_logprobs),
             error=delta.error,
         )
-        if delta.token_ids:
+        if (
+            delta.token_ids and not self.output.token_ids
+        ):  # one that goes on under another id finds its own past in the cache
             self.num_cached_tokens = delta.num_cached_tokens
         for position, token_id in enumerate(delta.token_ids):
             ends = delta.finish_reason == "stop" and position == len(delta.token_ids) - 1
@@ -83,7 +85,8 @@ class Assembler:
     def _feed_token(self, delta: RequestDelta) -> Piece:
         """What ``feed`` does, for the delta that nearly all are: one token and nothing else."""
         [token_id] = delta.token_ids
-        self.num_cached_tokens = delta.num_cached_tokens
+        if not self.output.token_ids:
+            self.num_cached_tokens = delta.num_cached_tokens
         detokenizer = self._detokenizer
         piece = Piece(token_ids=[token_id], error=delta.error)
         if detokenizer is not None:

@@ -89,6 +89,10 @@ class ServedEngine(EngineClient["AsyncStream"], Protocol):
 class Sleeper(Protocol):
     """An engine of this host that can give its memory back for a while."""
 
+    @property
+    def depth(self) -> int | None:
+        """The level at which it sleeps; None: it is awake."""
+
     async def sleep(self, level: int = 2) -> None:
         """Take no requests until ``wake_up``, and give memory back: at ``level`` 0 nothing, at 1 all but the weights, which wait in
         host memory, at 2 all. Deeper than it sleeps already, or not at all. Raises EngineGone where it is not ready."""

@@ -17,7 +17,6 @@ from fastqwen.errors import BadCheckpoint, BadConfig
 from fastqwen.hub import resolve
 from fastqwen.records import SamplingParams
 from fastqwen.text.answer import Parts, TextParser, prompt_opens_thinking
-from fastqwen.text.formats import derive_formats
 from fastqwen.text.load import own_generation_config
 
 PROMPT_END_TOKENS = 16  # enough to see whether a prompt ends with an opened thinking block
@@ -39,9 +38,7 @@ class LocalPartner:
             )
         self._model = LoadedModel(config)
         self._text = self._model.need_text()
-        self._formats = derive_formats(
-            self._text.template, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
-        )
+        self._formats = self._model.formats
         self._thread = EngineThread(self._model.core, self._model.ready, num_threads=config.num_threads)
         self.engine: EngineClient[BlockingStream] = self._thread
         self._ids = itertools.count()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextlib import closing
 from typing import Any, cast, get_args
@@ -10,14 +11,16 @@ import msgspec
 
 from fastqwen.client.engine import Ready
 from fastqwen.client.loading_bar import LoadingBar
+from fastqwen.client.thinking import ThinkingOptions, token_budget
 from fastqwen.config import ContentFormat, EngineConfig
 from fastqwen.engine.core import EngineCore
 from fastqwen.errors import BadCheckpoint, BadConfig, BadRequest
 from fastqwen.hub import find_checkpoint
 from fastqwen.ranks.start import start_engine
-from fastqwen.records import Grammar, SamplingParams
+from fastqwen.records import ALL, Grammar, SamplingParams
 from fastqwen.runner.held import HeldWeights, give_back
 from fastqwen.text.chatml import PiecewiseChatMl
+from fastqwen.text.formats import Formats, derive_formats
 from fastqwen.text.grammar import check_grammar, to_grammar
 from fastqwen.text.load import TextTools, eos_without_tokenizer, load_text, read_template
 from fastqwen.text.template import ChatTemplate, Message
@@ -124,6 +127,32 @@ class LoadedModel:
             return variables.with_source(read_template(given), origin="chat_template")
         except (BadCheckpoint, BadConfig) as error:
             raise BadRequest(str(error), "chat_template") from None
+
+    @functools.cached_property
+    def formats(self) -> Formats:
+        """Which words it thinks and calls tools in. Raises BadRequest without a tokenizer."""
+        config = self.config
+        return derive_formats(
+            self.need_text().template,
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+            reasoning_config=config.reasoning_config,
+        )
+
+    def thinking(self, sampling: SamplingParams) -> ThinkingOptions | None:
+        """Where an answer's thinking must end. Raises BadRequest."""
+        budget = sampling.thinking_token_budget
+        if budget is None or budget == ALL or sampling.structured_outputs is not None:
+            return None
+        found = token_budget(budget, self.formats)
+        if found is None:
+            log.warning("thinking_token_budget: this model does not think in a marked block: there is nothing to limit")
+        return found
+
+    def thinking_switch(self, sampling: SamplingParams) -> dict[str, Any]:
+        """For the chat template: thinking that may take no token is not begun, where it can be switched off."""
+        none = sampling.thinking_token_budget == 0 and self.formats.has_switch("enable_thinking")
+        return {"enable_thinking": False} if none else {}
 
     def grammar(self, sampling: SamplingParams) -> Grammar | None:
         """Compiled once here, so that a bad one is refused before anything runs. Raises BadRequest."""

@@ -51,12 +51,17 @@ def _check_ids(token_ids: list[int], facts: ModelFacts, field: str, name: str, *
     if len(token_ids) > room:
         both = ", prompt and answer together" if room < facts.max_model_len else ""
         raise BadRequest(
-            f"{name} has {len(token_ids)} tokens, but the model's context is {facts.max_model_len} tokens{both}",
+            # Clients look for these words to know that a shorter prompt would do.
+            f"{name} has {len(token_ids)} tokens, but this model's maximum context length is {facts.max_model_len} tokens{both}. "
+            "Please reduce the length of the input prompt",
             field,
             "context_length_exceeded",
         )
     if min(token_ids) < 0 or max(token_ids) >= facts.model.vocab_size:
-        raise BadRequest(f"{field}: token ids must be at least 0 and less than {facts.model.vocab_size}", field)
+        raise BadRequest(
+            f"{field}: token ids must be at least 0 and less than {facts.model.vocab_size}; others are out of vocabulary",
+            field,
+        )
 
 
 def check_sampling(sampling: SamplingParams, facts: ModelFacts) -> None:

@@ -278,7 +278,10 @@ class Fleet:
             engine_config=config,
             text=text,
             formats=derive_formats(
-                text.template, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
+                text.template,
+                tool_call_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
+                reasoning_config=config.reasoning_config,
             ),
             workers=pool,
             config=self._config,

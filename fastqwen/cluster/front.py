@@ -27,9 +27,11 @@ from fastqwen.cluster.sockets import endpoint, split_address
 from fastqwen.errors import EngineGone, Overloaded, UnknownModelName
 from fastqwen.lifeline import end_with_starter
 from fastqwen.logs import configure_logging
+from fastqwen.server.answer.response_store import ResponseStore
 from fastqwen.server.answer.state import MAX_RECENT_ERRORS
 from fastqwen.server.app import MANY_NUMBERS, PROMPTS_OF_IDS
 from fastqwen.server.config import ServerConfig
+from fastqwen.server.dialects import kept_responses
 from fastqwen.server.dialects.body import Body
 from fastqwen.server.dialects.chat_batch import ChatBatchRequest
 from fastqwen.server.dialects.classify import ClassifyRequest
@@ -132,6 +134,7 @@ def create_front(state: FrontState) -> ASGIApp:
         _add_post(app, state, path, kind)
     for path in ASKED:
         _add_get(app, state, path)
+    kept_responses.add_routes(app, lambda: _response_stores(state))
     _add_models(app, state)
     _add_health(app, state)
     add_pages(app)
@@ -189,6 +192,10 @@ def _asked_model(state: FrontState, name: str | None) -> ServedModel:
     if isinstance(model, RelayedModel):
         raise UnknownModelName("that model's server tells nothing here")
     return model
+
+
+def _response_stores(state: FrontState) -> list[ResponseStore]:
+    return [model.state.responses for model in state.fleet.models.values()]
 
 
 def _add_get(app: FastAPI, state: FrontState, path: str) -> None:

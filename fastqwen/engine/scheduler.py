@@ -381,6 +381,7 @@ class Scheduler:
             stop_reason=token_ids[-1] if stopped else None,
             num_cached_tokens=sequence.num_cached,
             waited_s=0.0 if num_before else sequence.waited_s,
+            num_preemptions=sequence.num_preemptions,
         )
 
     # ---- blocks of a sequence ----
@@ -414,7 +415,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, **gained: Any) -> RequestDelta:
         self._forget(sequence)
-        return RequestDelta(request_id=sequence.request_id, **gained)
+        return RequestDelta(request_id=sequence.request_id, num_preemptions=sequence.num_preemptions, **gained)
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]

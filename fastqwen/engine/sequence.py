@@ -29,6 +29,7 @@ class Sequence:
         self.num_computed = 0  # tokens whose keys and values are in the cache once all scheduled steps are done
         self.num_pending = 0
         self.num_cached = 0  # of the prompt, found in the prefix cache at the first admission
+        self.num_preemptions = 0
         self.was_admitted = False
         self.waited_s = 0.0  # from arrival to the first admission
         self.admitted_in_step = 0  # rows of earlier steps belong to blocks that a preemption took away
@@ -98,6 +99,7 @@ class Sequence:
 
     def forget_cache(self) -> None:
         """After preemption: all that is known must be computed again."""
+        self.num_preemptions += 1
         self.num_computed = 0
         self.num_registered = 0
         self.repeats = self.is_aside = False

@@ -64,6 +64,10 @@ class ProcessEngine:
         return self._stats
 
     @property
+    def depth(self) -> int | None:
+        return self._depth if self.state == "asleep" else None
+
+    @property
     def silent_for_s(self) -> float:
         """Since when the engine has said nothing. Even an idle one speaks every half second."""
         return time.monotonic() - self._heard_s

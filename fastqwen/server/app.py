@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp
 
 from fastqwen.server.answer.state import ServerState
+from fastqwen.server.dialects import kept_responses
 from fastqwen.server.dialects.body import Body
 from fastqwen.server.dialects.chat import Chat
 from fastqwen.server.dialects.chat_batch import ChatBatchRequest, chat_batch
@@ -128,6 +129,7 @@ def _add_dialects(app: FastAPI, state: ServerState) -> None:
     add_work("/v1/responses", "responses", ResponsesRequest, Responses, done=b"")
     add_work("/v1/messages", "messages", MessagesRequest, Messages, done=b"")
     add_post("/v1/messages/count_tokens", "counted", CountRequest, lambda _, body: count_tokens(state, body))
+    kept_responses.add_routes(app, lambda: [state.responses])
     add_whole("/v1/embeddings", "embeddings", EmbeddingRequest, embed)
     add_whole("/v2/embed", "cohere_embed", CohereEmbedRequest, cohere_embed)
     add_whole("/v1/score", "score", ScoreRequest, score)

@@ -88,6 +88,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, engine_command: 
                 text.template,
                 tool_call_parser=engine_config.tool_call_parser,
                 reasoning_parser=engine_config.reasoning_parser,
+                reasoning_config=engine_config.reasoning_config,
             ),
             workers=workers,
             config=config,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastqwen.errors import BadConfig
-from fastqwen.text.answer import THINK_END, AnswerParser, TextParser
+from fastqwen.text.answer import THINK, THINK_END, AnswerParser, TextParser
 from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.react import ReActParser
 from fastqwen.text.template import ChatTemplate
@@ -31,6 +31,7 @@ class Formats:
     tools: str
     reasoning: bool
     source: str  # the template's text: its switches are found in it
+    thinking_end: str | None = None  # what is said in the model's place to end its thinking; None: not chosen
 
     def has_switch(self, name: str) -> bool:
         """Whether the template looks at a variable of that name."""
@@ -68,9 +69,16 @@ class Formats:
 
 
 def derive_formats(
-    template: ChatTemplate | PiecewiseChatMl | None, *, tool_call_parser: str = "auto", reasoning_parser: str = "auto"
+    template: ChatTemplate | PiecewiseChatMl | None,
+    *,
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
+    reasoning_config: dict[str, Any] | None = None,
 ) -> Formats:
     """Raises BadConfig for a flag that names no format."""
+    thinking_end, named_parser = _reasoning_parts(reasoning_config or {})
+    if reasoning_parser == "auto" and named_parser:
+        reasoning_parser = named_parser
     source = template.source if template is not None else ""
     if tool_call_parser == "auto":
         tools = _tools_of(template, source)
@@ -80,7 +88,28 @@ def derive_formats(
         reasoning = THINK_END in source
     else:
         reasoning = _named(reasoning_parser, REASONING_FORMATS, "--reasoning-parser") != "none"
-    return Formats(tools, reasoning, source)
+    return Formats(tools, reasoning, source, thinking_end)
+
+
+def _reasoning_parts(config: dict[str, Any]) -> tuple[str | None, str]:
+    """What ends thinking, and which parser, of vLLM's object; what is empty says nothing. Raises BadConfig."""
+    for name, value in config.items():
+        if name not in ("reasoning_start_str", "reasoning_end_str", "reasoning_parser"):
+            raise BadConfig(
+                f"--reasoning-config has no {name[:80]!r}: use reasoning_start_str, reasoning_end_str or reasoning_parser"
+            )
+        if value is not None and not isinstance(value, str):
+            raise BadConfig(f"--reasoning-config: {name} must be a text")
+    start, end = config.get("reasoning_start_str") or THINK, config.get("reasoning_end_str") or None
+    if start.strip() != THINK:
+        raise BadConfig(
+            f"--reasoning-config: reasoning_start_str is {start[:80]!r}, but Qwen's models begin with {THINK}"
+        )
+    if end is not None and (not end.rstrip().endswith(THINK_END) or end.count(THINK_END) > 1):
+        raise BadConfig(
+            f"--reasoning-config: reasoning_end_str is {end[:80]!r}, but must end with {THINK_END}, as Qwen's models do"
+        )
+    return end, config.get("reasoning_parser") or ""
 
 
 def _named(word: str, formats: dict[str, str], flag: str) -> str:

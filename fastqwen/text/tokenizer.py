@@ -78,7 +78,8 @@ class Tokenizer(ABC):
     def check_length(self, num_chars: int) -> None:
         if num_chars > self.max_chars:
             raise BadRequest(
-                f"the prompt has {num_chars} characters; more than {self.max_chars} cannot fit into the model's context",
+                f"the prompt has {num_chars} characters; more than {self.max_chars} cannot fit into this model's maximum context "
+                "length. Please reduce the length of the input prompt",
                 "prompt",
                 "context_length_exceeded",
             )

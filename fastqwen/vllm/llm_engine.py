@@ -17,7 +17,7 @@ from fastqwen.client.sleeping import SleepingEngine
 from fastqwen.client.user_tokenizer import UserTokenizer
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import Histogram, Metric, RequestOutput
-from fastqwen.records import SamplingParams
+from fastqwen.records import EngineRequest, SamplingParams
 
 
 class LLMEngine:
@@ -85,7 +85,7 @@ class LLMEngine:
         outputs = []
         for name in grown:
             job = self._jobs[name]
-            job.take([delta for delta in news if self._name_of.get(delta.request_id) == name], self)
+            job.take([delta for delta in news if self._name_of.get(delta.request_id) == name], _Ways(self, name))
             outputs.append(copy.deepcopy(job.outputs[0]))
             if job.outputs[0].finished:
                 self._forget(name)
@@ -95,7 +95,12 @@ class LLMEngine:
         """For the engine: news of some requests."""
         self._news += deltas
 
-    def abort(self, request_ids: Iterable[str]) -> None:
+    def go_on(self, name: str, requests: list[EngineRequest]) -> None:
+        """For a job: one of its answers goes on as another request."""
+        self._name_of.update({one.request_id: name for one in requests})
+        self._engine.submit(self, requests)
+
+    def end(self, request_ids: Iterable[str]) -> None:
         """For a job: one of its answers ended at a stop string."""
         self._engine.abort(request_ids)
 
@@ -137,3 +142,16 @@ class LLMEngine:
     def _forget(self, name: str) -> None:
         for one in self._jobs.pop(name).requests:
             self._name_of.pop(one.request_id, None)
+
+
+class _Ways:
+    """One request's way back to the engine."""
+
+    def __init__(self, engine: LLMEngine, name: str) -> None:
+        self._engine, self._name = engine, name
+
+    def abort(self, request_ids: list[str]) -> None:
+        self._engine.end(request_ids)
+
+    def add(self, requests: list[EngineRequest]) -> None:
+        self._engine.go_on(self._name, requests)

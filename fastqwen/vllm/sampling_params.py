@@ -21,7 +21,6 @@ ADVICE = {
     "spaces_between_special_tokens": "a text is the sum of its tokens' bytes, nothing is put between them",
     "flat_logprobs": "log-probabilities are lists of dicts",
     "extra_args": "no field has further ones",
-    "thinking_token_budget": "ChatModel and the server limit thinking",
     "repetition_detection": "use repetition_penalty or frequency_penalty",
     "use_beam_search": "call LLM.beam_search",
     "watermarking": "no answer carries a mark",
@@ -33,7 +32,7 @@ ADVICE = {
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 0, 1), "logits_processors": (None, []), "spaces_between_special_tokens": (True, None),
-    "flat_logprobs": (False, None), "extra_args": (None, {}), "thinking_token_budget": (None, -1),
+    "flat_logprobs": (False, None), "extra_args": (None, {}),
     "watermarking": (None, False), "prompt_logprob_token_ids": (None, []), "prompt_logprob_start": (None, 0),
     "skip_reading_prefix_cache": (None, False), "trace_decode_token_ids": (None, []), "routed_experts_prompt_start": (0,),
     "repetition_detection": (None,), "use_beam_search": (False, None),
@@ -107,7 +106,6 @@ class SamplingParams(records.SamplingParams, kw_only=True, omit_defaults=True, m
     skip_clone: bool = False  # whether vLLM may keep the caller's own object: here it is only read
     extra_args: dict[str, Any] | None = None
     skip_reading_prefix_cache: bool | None = None
-    thinking_token_budget: int | None = None
     repetition_detection: Any = None
     routed_experts_prompt_start: int = 0
     trace_decode_token_ids: list[int] | None = None

@@ -14,6 +14,7 @@ from fastqwen.records import EngineRequest, Failure
 class FakeEngine:
     """It computes while ``run`` runs, and remembers what was asked of it."""
 
+    depth: int | None = None  # at which it sleeps
     failure, loading, num_restarts, silent_for_s, is_draining = "", (1, 1), 0, 0.0, False
 
     def __init__(self, core: EngineCore, ready: Ready) -> None:

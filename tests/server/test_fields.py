@@ -115,6 +115,7 @@ COMPLETIONS = {
     "echo": (True, {}, "Hello"),
     "best_of": (3, {}, "Hello"),
     "logprobs": (2, {}, "Hello"),
+    "thinking_token_budget": (3, {}, "<think>" + "abc" * 30),
     "add_special_tokens": (False, {}, "Hello"),
     "return_tokens_as_token_ids": (True, {"logprobs": 1}, "Hello"),
 }
@@ -164,6 +165,7 @@ RESPONSES = {
     "chat_template_kwargs": ({"extra": "x"}, {}, "Hello"),
     "top_logprobs": (2, {}, "Hello"),
     "stream": (True, {}, "Hello"),
+    "enable_response_messages": (True, {}, "Hello"),
     "tools": ([FUNCTION], {}, CALL),
     "tool_choice": ("none", {"tools": [FUNCTION]}, CALL),
     "parallel_tool_calls": (False, {"tools": [FUNCTION]}, CALL * 2),

@@ -12,7 +12,7 @@ from fastqwen.client.assemble import Assembler
 from fastqwen.records import RequestDelta, SamplingParams, TokenLogprobs
 from fastqwen.server.answer import kept
 from fastqwen.server.dialects import openai
-from tests.server.harness import END, ByteTokenizer, client_of, make_state
+from tests.server.harness import END, VOCAB, ByteTokenizer, client_of, make_state
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 3, "n": 2, "max_tokens": 20}
 TEXT = {"prompt": "hi", "logprobs": 3, "prompt_logprobs": 2, "n": 2, "max_tokens": 20}
@@ -64,7 +64,6 @@ def test_more_than_are_kept_end_the_request(
     assert "log-probabilities" in streamed.text and left == 0
     [[few], _] = answers(path, {**body, "logprobs": None, "top_logprobs": None, "prompt_logprobs": None})
     assert few.status_code == 200, "without them nothing is kept"
-    [[all_of_them], _] = answers(
-        path, body, max_logprobs=-1
-    )  # the operator bounds a request no further than all requests
-    assert all_of_them.status_code == (200 if limit == "MOST_OF_A_PROMPT" else 400)
+    for whole in (-1, VOCAB):  # the operator bounds a request no further than all requests
+        [[all_of_them], _] = answers(path, body, max_logprobs=whole)
+        assert all_of_them.status_code == (200 if limit == "MOST_OF_A_PROMPT" else 400)

@@ -81,3 +81,67 @@ def test_what_vllms_boards_read_of_the_engine_is_there():
     steps = state.engine.stats().num_steps
     assert steps and f'vllm:iteration_tokens_total_count{{model_name="mock"}} {float(steps)}' in text
     assert 'vllm:iteration_tokens_total_sum{model_name="mock"} 22.0' in text, "the last token of an answer is not read"
+
+
+def value(text: str, sample: str) -> float:
+    """``sample``: the name and its labels but the model's."""
+    name, _, labels = sample.partition("{")
+    wanted = labels.rstrip("}")
+    [found] = [
+        line for line in text.splitlines() if line.startswith(f"vllm:{name}{{") and wanted in line.rsplit(" ", 1)[0]
+    ]
+    return float(found.rsplit(" ", 1)[1])
+
+
+def test_preemptions_are_told_by_request():
+    state = make_state(lambda prompt, seed: "x" * 300, blocks=24, max_model_len=320)
+
+    async def run() -> str:
+        body = {"prompt": "a" * 20, "max_tokens": 250, "temperature": 0, "n": 2}
+        async with client_of(state) as client:
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(run())
+    total = value(text, "num_preemptions_total")
+    assert total > 0
+    assert value(text, "request_num_preemptions_sum") == total
+    assert value(text, "request_num_preemptions_count") == 2
+    assert value(text, 'request_num_preemptions_bucket{le="20.0"}') == 2
+
+
+def test_requests_that_are_turned_away_are_counted():
+    state = make_state(max_concurrent_requests=1)
+    assert value(get(state, "/metrics").text, 'admission_rejections_total{reason="max_num_queued_reqs"}') == 0
+    state.num_active = 1
+    assert ask(state, "/v1/completions", {"prompt": "hi"}).status_code == 429
+    state.num_active = 0
+    text = get(state, "/metrics").text
+    assert value(text, 'admission_rejections_total{reason="max_num_queued_reqs"}') == 1
+    assert value(text, 'admission_rejections_total{reason="max_num_queued_tokens"}') == 0
+
+
+def test_the_prompts_that_were_computed_leave_out_what_the_cache_held():
+    state = make_state(blocks=64, max_model_len=1024)
+    for _ in range(2):
+        ask(state, "/v1/completions", {"prompt": "a" * 100, "max_tokens": 2, "temperature": 0})
+    text = get(state, "/metrics").text
+    assert value(text, "request_prefill_kv_computed_tokens_sum") == 200 - value(text, "prompt_tokens_cached_total")
+    assert value(text, "prompt_tokens_cached_total") == 96
+
+
+def test_the_caches_size_is_told():
+    state = make_state(blocks=64, max_model_len=512)
+    text = get(state, "/metrics").text
+    assert value(text, 'cache_config_info{kv_cache_max_concurrency="2.0",kv_cache_size_tokens="1024"') == 1
+
+
+@pytest.mark.parametrize(
+    ("depth", "name"), [(None, "awake"), (0, None), (1, "weights_offloaded"), (2, "discard_all")], ids=str
+)
+def test_how_deep_it_sleeps_is_told(depth: int | None, name: str | None):
+    state = make_state()
+    state.engine.depth = depth
+    text = get(state, "/metrics").text
+    for one in ("awake", "weights_offloaded", "discard_all"):
+        assert value(text, f'engine_sleep_state{{sleep_state="{one}"}}') == (one == name)

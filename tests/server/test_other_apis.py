@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.server.harness import ask, make_state
+from tests.server.harness import ask, get, make_state
 
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 TEXT = f"<think>Hm</think>I add. {CALL}"
@@ -27,6 +27,23 @@ def events(response) -> list[dict]:
             found.append(json.loads(data.removeprefix("data: ")))
             assert found[-1]["type"] == name.removeprefix("event: ")
     return found
+
+
+def input_tokens(usage: dict[str, int]) -> int:
+    return usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_messages_tell_what_was_read_from_the_cache_and_what_was_written(caching: bool):
+    state = make_state(engine={"enable_prefix_caching": caching})
+    body = {"messages": [{"role": "user", "content": "a" * 100}], "max_tokens": 5, "stream": True}
+    for read in (False, True):
+        found = events(ask(state, "/v1/messages", body))
+        begun, usage = found[0]["message"]["usage"], found[-2]["usage"]
+        assert begun["input_tokens"] == input_tokens(begun) == input_tokens(usage) > 100
+        whole = begun["input_tokens"] // 16 * 16 if caching else 0
+        kinds = (usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"])
+        assert kinds == ((whole, 0) if read else (0, whole))
 
 
 def test_messages_has_blocks_for_thinking_text_and_tools():
@@ -79,7 +96,7 @@ def test_count_tokens_counts_what_messages_would_use():
     state = make_state()
     body = {"messages": USER, "system": "x"}
     counted = ask(state, "/v1/messages/count_tokens", body).json()["input_tokens"]
-    assert ask(make_state(), "/v1/messages", {**body, "max_tokens": 5}).json()["usage"]["input_tokens"] == counted
+    assert input_tokens(ask(make_state(), "/v1/messages", {**body, "max_tokens": 5}).json()["usage"]) == counted
     assert state.engine.requests == []
 
 
@@ -129,3 +146,27 @@ def test_responses_refuses_what_needs_a_memory(field: dict):
     response = ask(make_state(), "/v1/responses", {"input": "hi", **field})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == next(iter(field))
+
+
+def test_an_answer_is_given_once_more_while_it_is_kept():
+    state = make_state()
+    whole = ask(state, "/v1/responses", {"input": "hi"}).json()
+    assert get(state, f"/v1/responses/{whole['id']}").json() == whole
+    [streamed] = events(ask(state, "/v1/responses", {"input": "hi", "stream": True}))[-1:]
+    assert get(state, f"/v1/responses/{streamed['response']['id']}").json() == streamed["response"]
+    cancelled = ask(state, f"/v1/responses/{whole['id']}/cancel", {})
+    assert cancelled.status_code == 400 and "Cannot cancel a synchronous" in cancelled.text
+    forgotten = ask(state, "/v1/responses", {"input": "hi", "store": False}).json()["id"]
+    for path in (f"/v1/responses/{forgotten}", "/v1/responses/resp_no"):
+        refused = get(state, path)
+        assert refused.status_code == 404 and "not found" in refused.json()["error"]["message"]
+
+
+def test_what_went_in_and_came_out_is_told_as_tokens_where_it_is_asked_for():
+    body = {"input": "hi", "enable_response_messages": True}
+    whole = ask(make_state(says("Hello.")), "/v1/responses", body).json()
+    [put], [said] = whole["input_messages"], whole["output_messages"]
+    assert put["type"] == said["type"] == "raw_message_tokens"
+    assert "<|im_start|>userhi" in put["message"] and len(put["tokens"]) == whole["usage"]["input_tokens"]
+    assert said["message"].startswith("Hello.") and len(said["tokens"]) == whole["usage"]["output_tokens"]
+    assert "input_messages" not in ask(make_state(), "/v1/responses", {"input": "hi"}).json()

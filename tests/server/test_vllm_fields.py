@@ -236,3 +236,22 @@ def test_an_operator_has_tokens_named_by_their_ids():
     for options, named in (({}, False), ({"return_tokens_as_token_ids": True}, True)):
         [token] = ask(make_state(**options), CHAT, body).json()["choices"][0]["logprobs"]["content"]
         assert token["token"].startswith("token_id:") == named
+
+
+@pytest.mark.parametrize("name", ["include_usage", "continuous_usage_stats"])
+@pytest.mark.parametrize(("path", "body"), [(CHAT, chat()), (COMPLETIONS, {"prompt": "hi"})])
+def test_what_a_stream_should_tell_is_refused_without_a_stream(path: str, body: dict[str, Any], name: str):
+    refused = ask(make_state(), path, {**body, "stream": False, "stream_options": {name: True}})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "stream_options"
+    for nothing in (None, {}, {name: None}, {name: False}):
+        answer(path, {**body, "stream_options": nothing})
+
+
+@pytest.mark.parametrize("length", [600, 100_000], ids=["counted in tokens", "seen to be too long"])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/embeddings"])
+def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_clients_look_for(path: str, length: int):
+    body = {CHAT: chat(messages=[{"role": "user", "content": "a" * length}])}.get(path, {"prompt": "a" * length})
+    refused = ask(make_state(max_model_len=512), path, {"input": body["prompt"]} if path.endswith("ings") else body)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+    for words in ("this model's maximum context length", "Please reduce the length of the input prompt"):
+        assert words in refused.json()["error"]["message"]

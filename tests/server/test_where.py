@@ -33,7 +33,7 @@ def asked(transport: dict[str, Any], **server: Any) -> tuple[str, httpx.Response
             serving = DrainingServer(create_app(state), state)
             task = asyncio.create_task(serving.serve(sockets=[bound]))
             address = address_of(state.config, bound)
-            base = address if "uds" not in server else "http://localhost"
+            base = address if "uds" not in server else "http://vllm.sock"  # which no name server knows
             try:
                 made = httpx.AsyncHTTPTransport(retries=3, **transport)
                 async with httpx.AsyncClient(transport=made, base_url=base, timeout=60) as client:

@@ -58,7 +58,8 @@ def test_the_modules_of_vllms_layout_hold_their_names():
         ("engine.arg_utils", "EngineArgs"), ("engine.async_llm_engine", "AsyncLLMEngine"), ("entrypoints.llm", "LLM"),
         ("inputs", "TokensPrompt"), ("outputs", "RequestOutput"), ("pooling_params", "PoolingParams"),
         ("sampling_params", "StructuredOutputsParams"), ("utils", "FlexibleArgumentParser"),
-        ("v1.engine.async_llm", "AsyncLLM"), ("v1.metrics.reader", "Counter"),
+        ("v1.engine.async_llm", "AsyncLLM"), ("v1.engine.llm_engine", "LLMEngine"), ("exceptions", "VLLMValidationError"),
+        ("config", "ReasoningConfig"), ("v1.metrics.reader", "Counter"),
         ("lora.request", "LoRARequest"), ("logprobs", "Logprob"), ("version", "__version__"),
         ("distributed", "cleanup_dist_env_and_memory"), ("config", "CompilationConfig"),
         ("multimodal.utils", "fetch_image"), ("platforms", "current_platform"), ("logger", "init_logger"),
@@ -412,3 +413,26 @@ def test_the_asynchronous_engine(tiny: LLM):
             engine.shutdown()
 
     asyncio.run(run())
+
+
+def test_prompts_that_wait_are_answered_as_those_that_do_not(demo: LLM):
+    params = SamplingParams(temperature=0, max_tokens=4)
+    chat = [{"role": "user", "content": "Hi"}]
+    expected = [*demo.generate(["One, two", "Three"], params), *demo.chat(chat, params)]
+    names = demo.enqueue(["One, two", "Three"], params)
+    with pytest.raises(BadRequest, match="priorities"):
+        demo.enqueue(["never", "queued"], params, priority=[])
+    names += demo.enqueue_chat(chat, params, use_tqdm=False)
+    found = demo.wait_for_completion(use_tqdm=False)
+    assert [output.request_id for output in found] == names
+    assert [output.outputs[0].text for output in found] == [output.outputs[0].text for output in expected]
+    assert demo.wait_for_completion() == []
+
+
+def test_mistakes_are_caught_by_vllms_names(demo: LLM):
+    from fastqwen.vllm.exceptions import VLLMError, VLLMValidationError
+
+    with pytest.raises(VLLMValidationError):
+        demo.generate([""])
+    with pytest.raises(VLLMError):
+        LLM("demo", max_num_seqs=0)

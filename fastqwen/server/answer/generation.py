@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from fastqwen.client.assemble import Assembler, Piece
-from fastqwen.client.engine import Stream, error_of
+from fastqwen.client.engine import Deltas, Stream, error_of
 from fastqwen.client.prepare import prepare
+from fastqwen.client.thinking import ThinkingGuard, ThinkingOptions, continued, end_thinking, singles
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.records import ALL, EngineRequest, Grammar, RequestDelta, SamplingParams
@@ -20,7 +21,6 @@ from fastqwen.server.answer.cache_story import CacheStory
 from fastqwen.server.answer.metrics import RequestClock
 from fastqwen.server.answer.request_limits import check_limits
 from fastqwen.server.answer.state import ServerState
-from fastqwen.server.answer.thinking_guard import EARLY_STOP, ThinkingGuard, ThinkingOptions
 from fastqwen.text.answer import THINK_END, Parts, TextParser
 
 
@@ -32,6 +32,7 @@ class GenerationOptions:
     cache_salt: str = ""
     grammar: Grammar | None = None
     make_parser: Callable[[], TextParser | None] = lambda: None
+    whole_text: bool = False  # the text is the answer as it is, and the parser only says where its thinking is
     single_call: bool = False
     thinking: ThinkingOptions | None = None
     shortens: bool = False  # agents ask for their own model's length, whatever the context here
@@ -47,8 +48,8 @@ class Choice:
     parser: TextParser | None
     guard: ThinkingGuard | None
     parts: Parts = field(default_factory=Parts)
-    num_continued: int = 0
     num_thinking_tokens: int = 0
+    whole_text: bool = False
 
     index: int = field(init=False)  # asked for with every token
 
@@ -58,7 +59,9 @@ class Choice:
     @property
     def answer(self) -> Parts:
         """The whole, once it is there."""
-        return self.parts if self.parser is not None else Parts(content=self.assembler.output.text)
+        return (
+            self.parts if self.parser is not None and not self.whole_text else Parts(content=self.assembler.output.text)
+        )
 
 
 class Generation:
@@ -124,6 +127,15 @@ class Generation:
         return max(choice.assembler.num_cached_tokens for choice in self.choices)
 
     @property
+    def num_cache_written_tokens(self) -> int:
+        """Of the prompt, once it is computed: the whole blocks that the prefix cache holds now and did not before."""
+        state = self._state
+        if not self.num_generated_tokens or not state.engine_config.enable_prefix_caching:
+            return 0
+        num_whole = len(self.prompt_token_ids) // state.block_size * state.block_size
+        return max(0, num_whole - self.num_cached_tokens)
+
+    @property
     def num_generated_tokens(self) -> int:
         return sum(len(output.token_ids) for output in self.outputs)
 
@@ -146,7 +158,7 @@ class Generation:
         with self._state.engine.stream([choice.request for choice in self.choices]) as stream, self._kept():
             async for deltas in stream:
                 now_s = time.perf_counter()
-                for delta in deltas:
+                for delta in self._countable(deltas):
                     choice = self._running.get(delta.request_id)
                     if choice is None:
                         continue  # it was ended here, and its last words came too late
@@ -159,12 +171,27 @@ class Generation:
                         clock.saw(choice.index, len(piece.token_ids), now_s)
                     if piece.finish_reason is not None:
                         del self._running[delta.request_id]
-                        clock.finished(choice.index, piece.finish_reason, len(choice.assembler.output.token_ids))
+                        clock.finished(
+                            choice.index,
+                            piece.finish_reason,
+                            len(choice.assembler.output.token_ids),
+                            num_cached_tokens=choice.assembler.num_cached_tokens,
+                            num_preemptions=delta.num_preemptions,
+                        )
                         if piece.finish_reason in ("error", "abort"):
                             raise error_of(piece.error)
                         if piece.abort:
                             stream.abort([delta.request_id])
                     yield first_index + choice.index, piece
+
+    def _countable(self, deltas: Deltas) -> Iterator[RequestDelta]:
+        """Token by token, where a budget counts them."""
+        for delta in deltas:
+            choice = self._running.get(delta.request_id)
+            if choice is not None and choice.guard is not None and choice.guard.counts:
+                yield from singles(delta)
+            else:
+                yield delta
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
@@ -176,7 +203,8 @@ class Generation:
     def _keep(self, piece: Piece) -> None:
         """Raises BadRequest or Overloaded."""
         num_new = sum(map(len, piece.logprobs or ())) + sum(map(len, piece.prompt_logprobs or ()))
-        unbounded = self._state.config.max_logprobs == ALL
+        most = self._state.config.max_logprobs
+        unbounded = most == ALL or most >= self._state.facts().model.vocab_size
         self._state.kept.keep(num_new, self.num_logprobs + num_new, unbounded=unbounded)
         self.num_logprobs += num_new
 
@@ -225,6 +253,7 @@ class Generation:
             ),
             parser=parser,
             guard=None if parser is None or thinking is None else ThinkingGuard(thinking),
+            whole_text=self._options.whole_text,
         )
 
     def _take(self, choice: Choice, delta: RequestDelta, stream: Stream) -> Piece:
@@ -237,20 +266,21 @@ class Generation:
             return choice.assembler.feed(delta)
         thinking = choice.parser is not None and choice.parser.thinking
         choice.num_thinking_tokens += len(delta.token_ids) if thinking else 0
-        guarded = choice.guard is not None and thinking
         piece = choice.assembler.feed(delta)
         if piece.prompt_logprobs and choice.index == 0 and self.prompt_logprobs is not None:
             self.prompt_logprobs.extend(piece.prompt_logprobs)
         if choice.parser is not None:
             self._parse(choice, choice.parser, piece)
-        if guarded and choice.guard is not None and piece.finish_reason is None:
-            why = choice.guard.saw(delta.token_ids)
+        if choice.guard is not None and piece.finish_reason is None:
+            why = choice.guard.saw(delta.token_ids if thinking else [])
             if why is not None and choice.parser is not None and choice.parser.thinking:
-                choice.guard = None
                 self._end_thinking(choice, piece, why, stream)
         return piece
 
     def _parse(self, choice: Choice, parser: TextParser, piece: Piece) -> None:
+        if self._options.whole_text:
+            parser.push(piece.text)
+            return
         parts = parser.push(piece.text) if piece.text else Parts()
         if piece.finish_reason is not None:
             parts.add(parser.finish())
@@ -265,51 +295,33 @@ class Generation:
         piece.parts = parts
 
     def _end_thinking(self, choice: Choice, piece: Piece, why: str, stream: Stream) -> None:
-        """Say the sentence that ends the thinking in the model's place, and let it go on from there.
-
-        The sequence goes on under a new id; its past is in the prefix cache.
-        """
-        closing = self._state.text.tokenizer.encode(EARLY_STOP)
-        said = choice.assembler.feed(RequestDelta(request_id=choice.request.request_id, token_ids=closing))
-        assert choice.parser is not None
-        parts = choice.parser.push(said.text)
-        choice.parts.add(parts)
+        """Say the sentence that ends the thinking in the model's place, and let it go on from there under a new id."""
+        assert choice.parser is not None and choice.guard is not None
+        text = end_thinking(
+            choice.assembler,
+            piece,
+            choice.guard.end,
+            self._state.text.tokenizer,
+            choice.request,
+        )
+        choice.guard = None
+        parts = choice.parser.push(text)
         if piece.parts is not None:
+            choice.parts.add(parts)
             piece.parts.add(parts)
-        piece.token_ids += closing
-        if said.finish_reason is not None:  # the sentence contains one of the request's stop strings
-            piece.finish_reason, piece.stop_reason, piece.abort = said.finish_reason, said.stop_reason, True
+        if piece.finish_reason is not None:
             return
         self.warnings.append(why if len(self.choices) == 1 else f"choice {choice.index}: {why}")
-        output = choice.assembler.output
-        token_ids = self.prompt_token_ids + output.token_ids
-        first = choice.request
-        left = min(self._max_tokens - len(output.token_ids), self._max_model_len - len(token_ids))
-        stream.abort([first.request_id])
-        del self._running[first.request_id]
-        if left < 1:
-            piece.finish_reason = output.finish_reason = "length"
-            self._running[first.request_id] = choice  # its caller takes it out
-            return
-        stream.add([self._continued(choice, token_ids, left)])
-
-    def _continued(self, choice: Choice, token_ids: list[int], left: int) -> EngineRequest:
-        """Another sequence in place of this one: everything said so far is its prompt."""
         first, output = choice.request, choice.assembler.output
-        choice.num_continued += 1
-        sampling: Any = msgspec.structs.replace(
-            first.sampling, min_tokens=max(0, first.sampling.min_tokens - len(output.token_ids))
-        )
-        choice.request = msgspec.structs.replace(
-            first,
-            request_id=f"{first.request_id}.{choice.num_continued}",
-            prompt_token_ids=token_ids,
-            sampling=sampling,
-            max_tokens=left,
-            grammar=None if first.grammar is None else Grammar(first.grammar.text),
-        )
-        self._running[choice.request.request_id] = choice
-        return choice.request
+        stream.abort([first.request_id])
+        following = continued(first, output, max_model_len=self._max_model_len)
+        if following is None:
+            piece.finish_reason = output.finish_reason = "length"
+            return
+        del self._running[first.request_id]
+        choice.request = following
+        self._running[following.request_id] = choice
+        stream.add([following])
 
 
 def parts_of(piece: Piece) -> Parts:

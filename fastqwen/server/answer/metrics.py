@@ -9,6 +9,7 @@ from itertools import accumulate
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.8, 2.0)
 TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 NUMBERS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -37,6 +38,7 @@ class Metrics:
     def __init__(self) -> None:
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.rejections = 0  # requests that a limit on how many may run or wait turned away
         self.finished: dict[str, int] = dict.fromkeys(("stop", "length", "tool_calls", "abort", "error"), 0)
         make = Histogram
         self.e2e_s = make("e2e_request_latency_seconds", "Time from request to its last token", LATENCY_S)
@@ -55,6 +57,10 @@ class Metrics:
         self.request_max_tokens = make("request_params_max_tokens", "Longest answer that was asked for", TOKENS)
         self.request_longest = make("request_max_num_generation_tokens", "Length of a request's longest answer", TOKENS)
         self.request_n = make("request_params_n", "Answers asked for", NUMBERS)
+        self.request_preemptions = make("request_num_preemptions", "Times that an answer was preempted", PREEMPTIONS)
+        self.request_computed = make(
+            "request_prefill_kv_computed_tokens", "Prompt tokens that were not in the prefix cache", TOKENS
+        )
         self.histograms = [one for one in vars(self).values() if isinstance(one, Histogram)]
 
 
@@ -67,6 +73,7 @@ class RequestClock:
         self._first_s = [0.0] * num_choices
         self._last_s = [0.0] * num_choices
         self._num_left, self._longest = num_choices, 0
+        self._num_prompt_tokens = num_prompt_tokens
         self.waited_s = 0.0  # for other requests, as the engine tells with the first token
         metrics.prompt_tokens += num_prompt_tokens
         metrics.request_prompt_tokens.observe(num_prompt_tokens)
@@ -114,10 +121,14 @@ class RequestClock:
             "tokens_per_second": round(num_tokens / max(last_s - begun_s, 1e-6), 3),
         }
 
-    def finished(self, index: int, reason: str, num_tokens: int) -> None:
+    def finished(
+        self, index: int, reason: str, num_tokens: int, *, num_cached_tokens: int = 0, num_preemptions: int = 0
+    ) -> None:
         metrics, first_s, last_s = self._metrics, self._first_s[index], self._last_s[index]
         metrics.finished[reason] += 1
         metrics.request_generation_tokens.observe(num_tokens)
+        metrics.request_preemptions.observe(num_preemptions)
+        metrics.request_computed.observe(self._num_prompt_tokens - num_cached_tokens)
         self._num_left, self._longest = self._num_left - 1, max(self._longest, num_tokens)
         if not self._num_left:
             metrics.request_longest.observe(self._longest)

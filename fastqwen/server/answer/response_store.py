@@ -15,6 +15,7 @@ Item = dict[str, Any]
 class _Kept(NamedTuple):
     conversation: list[Item]
     output: list[Item]
+    whole: Item  # as it was answered
     num_bytes: int
 
 
@@ -26,12 +27,12 @@ class ResponseStore:
         self._items: dict[str, Item] = {}
         self._num_bytes = 0
 
-    def keep(self, response_id: str, conversation: list[Item], output: list[Item]) -> None:
-        """``conversation`` is everything before this answer, earlier answers too."""
-        num_bytes = len(json.dumps([conversation, output]))
+    def keep(self, response_id: str, conversation: list[Item], output: list[Item], whole: Item) -> None:
+        """``conversation`` is everything before this answer, earlier answers too; ``whole`` holds its output as well."""
+        num_bytes = len(json.dumps([conversation, whole]))
         if num_bytes > MAX_BYTES:
             return
-        self._kept[response_id] = _Kept(conversation, output, num_bytes)
+        self._kept[response_id] = _Kept(conversation, output, whole, num_bytes)
         self._items.update({item["id"]: item for item in output})
         self._num_bytes += num_bytes
         while len(self._kept) > MAX_RESPONSES or self._num_bytes > MAX_BYTES:
@@ -44,6 +45,11 @@ class ResponseStore:
         """Up to and with that answer; None if it is not kept."""
         kept = self._kept.get(response_id)
         return None if kept is None else [*kept.conversation, *kept.output]
+
+    def whole(self, response_id: str) -> Item | None:
+        """The answer itself; None if it is not kept."""
+        kept = self._kept.get(response_id)
+        return None if kept is None else kept.whole
 
     def item(self, item_id: str) -> Item | None:
         return self._items.get(item_id)

@@ -105,6 +105,7 @@ class ServerState:
         if self.engine.state != "ready":
             raise EngineGone(self.why_not_ready())
         if self.num_active >= self.config.max_concurrent_requests:
+            self.metrics.rejections += 1
             raise Overloaded(
                 f"{self.num_active} requests are running or waiting, no more are accepted: try again in a moment"
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastqwen.client.assemble import Piece
 from fastqwen.client.prepare import truncated
+from fastqwen.client.thinking import prompt_end
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import Logprob
 from fastqwen.records import ALL
@@ -26,8 +27,6 @@ from fastqwen.text import react
 from fastqwen.text.answer import THINK, THINK_END, Parts, prompt_opens_thinking
 from fastqwen.text.content import text_of
 from fastqwen.text.tool_calls import Call
-
-PROMPT_END_TOKENS = 12  # enough to see whether the template has opened the thinking block
 
 
 class Chat(OpenAIWork):
@@ -69,8 +68,8 @@ class Chat(OpenAIWork):
             self._echoed = text_of(messages[-1]["content"])
         if len(token_ids) >= facts.max_model_len:
             raise BadRequest(
-                f"the messages have {len(token_ids)} tokens, but the model's context is {facts.max_model_len} tokens, "
-                "prompt and answer together: shorten the conversation",
+                f"the messages have {len(token_ids)} tokens, but this model's maximum context length is {facts.max_model_len} "
+                "tokens, prompt and answer together. Please reduce the length of the input prompt: shorten the conversation",
                 "messages",
                 "context_length_exceeded",
             )
@@ -105,7 +104,7 @@ class Chat(OpenAIWork):
         A model that may open the block itself has it opened where a grammar must know when the answer begins.
         """
         tokenizer, formats = self._state.text.tokenizer, self._state.formats
-        end = tokenizer.decode(token_ids[-PROMPT_END_TOKENS:]).rstrip()
+        end = prompt_end(token_ids, tokenizer)
         opened = formats.reasoning and prompt_opens_thinking(end)
         may_think = formats.reasoning and formats.has_switch("enable_thinking") and not end.endswith(THINK_END)
         begins = self._body.add_generation_prompt is not False and not self._body.continue_final_message

@@ -78,7 +78,8 @@ def _check_length(plain: dict[str, Any], max_chars: int) -> None:
 
 def _too_long(length: int, allowed: int, place: str) -> BadRequest:
     return BadRequest(
-        f"the prompt has {length} characters; more than {allowed} cannot fit into the model's context",
+        f"the prompt has {length} characters; more than {allowed} cannot fit into this model's maximum context length. "
+        "Please reduce the length of the input prompt",
         place,
         "context_length_exceeded",
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastqwen.client.assemble import Piece
 from fastqwen.client.prepare import truncated
+from fastqwen.client.thinking import thinking_parser, token_budget
 from fastqwen.errors import BadRequest
 from fastqwen.outputs import CompletionOutput, Logprob
 from fastqwen.records import ALL
@@ -17,6 +20,7 @@ from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.grammars import answer_grammar
 from fastqwen.server.dialects.openai import WITHOUT_MEANING, OpenAIWork, finite, prompt_logprobs_json
 from fastqwen.server.dialects.schema import CompletionRequest, as_list
+from fastqwen.server.dialects.thinking import NO_LIMIT
 from fastqwen.server.http.sse import encode, event
 
 MAX_PROMPTS = 1024
@@ -65,12 +69,21 @@ class Completion(OpenAIWork):
                 f"{len(prompts)} prompts with {sampling.n} answers each: at most {MAX_SEQUENCES} in one request", "n"
             )
         for index, token_ids in enumerate(prompts):
-            self.generations.append(self.generated(index, token_ids, sampling, options))
+            self.generations.append(self.generated(index, token_ids, sampling, self._with_budget(options, token_ids)))
         self._ids_left = set(range(len(prompts) * self._n))
         if self._explain_cache and len(prompts) > 1:
             raise BadRequest("explain_cache explains one prompt: send the prompts one by one", "explain_cache")
         if len(prompts) == 1:
             self._story = self._state.cache_stories.begin(prompts[0], self._state.salted(body.cache_salt))
+
+    def _with_budget(self, options: GenerationOptions, token_ids: list[int]) -> GenerationOptions:
+        """A grammar holds from the first token, so there is no thinking under one."""
+        state, budget = self._state, self._body.thinking_token_budget
+        thinking = token_budget(None if budget == NO_LIMIT else budget, state.formats)
+        if thinking is None or options.grammar is not None:
+            return options
+        parser = partial(thinking_parser, token_ids, state.text.tokenizer, state.formats)
+        return replace(options, thinking=thinking, make_parser=parser, whole_text=True)
 
     def _check(self) -> None:
         self.check_named_tokens(asked=self._body.logprobs is not None)

@@ -323,11 +323,12 @@ def _ending(choice: Choice) -> dict[str, Any]:
 
 
 def _usage(generation: Generation) -> dict[str, int]:
-    cached = generation.num_cached_tokens
+    """The three kinds of input are the prompt; all of it is of the first kind until it is computed."""
+    read, written = generation.num_cached_tokens, generation.num_cache_written_tokens
     return {
-        "input_tokens": len(generation.prompt_token_ids) - cached,
-        "cache_read_input_tokens": cached,
-        "cache_creation_input_tokens": 0,
+        "input_tokens": len(generation.prompt_token_ids) - read - written,
+        "cache_read_input_tokens": read,
+        "cache_creation_input_tokens": written,
         "output_tokens": generation.num_generated_tokens,
     }
 

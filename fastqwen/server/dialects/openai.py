@@ -41,6 +41,8 @@ class OpenAIWork:
         self.warnings = body.warnings
         options = body.stream_options
         if options is not None and not body.stream:
+            if options.include_usage or options.continuous_usage_stats:
+                raise BadRequest("stream_options is for streams: set stream to true, or leave it out", "stream_options")
             self.warnings.tell("stream_options has no effect: stream is not true")
         forced = state.config.enable_force_include_usage
         self._final_usage = forced or (options is not None and options.include_usage)

@@ -198,7 +198,13 @@ class Pooled:
             async for deltas in stream:
                 for delta in deltas:
                     assert delta.finish_reason is not None
-                    clocks[delta.request_id].finished(0, delta.finish_reason, 0)
+                    clocks[delta.request_id].finished(
+                        0,
+                        delta.finish_reason,
+                        0,
+                        num_cached_tokens=delta.num_cached_tokens,
+                        num_preemptions=delta.num_preemptions,
+                    )
                     if delta.embedding is None:
                         raise error_of(delta.error)
                     found[delta.request_id] = delta

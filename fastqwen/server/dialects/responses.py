@@ -87,10 +87,29 @@ class Responses:
             "total_tokens": len(generation.prompt_token_ids) + generation.num_generated_tokens,
         }
         details = {"reason": "max_output_tokens"} if cut else None
-        whole = self._head("incomplete" if cut else "completed", items)
+        whole = {
+            **self._head("incomplete" if cut else "completed", items),
+            "usage": usage,
+            "incomplete_details": details,
+            **self._messages(),
+            **self._chat.measured(),
+            **self._chat.notes(),
+        }
         if self._body.store is not False:
-            self._state.responses.keep(self._id, self._items, items)
-        return {**whole, "usage": usage, "incomplete_details": details, **self._chat.measured(), **self._chat.notes()}
+            self._state.responses.keep(self._id, self._items, items, whole)
+        return whole
+
+    def _messages(self) -> dict[str, Any]:
+        """What went into the model and what came out of it, as text and as tokens, for who asks."""
+        if not self._body.enable_response_messages:
+            return {}
+        generation, tokenizer = self._chat.generation, self._state.text.tokenizer
+        [output] = generation.outputs
+        said = {"input_messages": generation.prompt_token_ids, "output_messages": output.token_ids}
+        return {
+            name: [{"type": "raw_message_tokens", "message": tokenizer.decode(token_ids), "tokens": token_ids}]
+            for name, token_ids in said.items()
+        }
 
     def _head(self, status: str, items: list[dict[str, Any]]) -> dict[str, Any]:
         body = self._body

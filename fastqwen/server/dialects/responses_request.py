@@ -121,6 +121,7 @@ class ResponsesRequest(AccountFields):
     previous_input_messages: list[dict[str, Any]] | None = None
     truncation: str | None = None
     include: list[str] | None = None
+    enable_response_messages: bool = False
 
     def look_through(self, *, strict: bool) -> None:
         store, self.store = self.store, None  # it has an effect here

@@ -36,6 +36,8 @@ from fastqwen.server.dialects.fail_fast import FailFastModel
 from fastqwen.server.dialects.warnings import Warnings
 
 MAX_TOOLS = 1024
+# vLLM's word, which ends thinking with nothing but its last mark; -1: no limit.
+TokenBudget = Annotated[Whole, Field(ge=-1, lt=2**31)]
 SMALLEST_TOP_P = 1e-6  # documented ranges begin at 0, which no set of tokens can have: the likeliest token alone
 
 
@@ -234,7 +236,7 @@ class ChatFields(SamplingFields):
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None
     thinking_budget: Count | None = None
-    thinking_token_budget: Count | None = None  # vLLM's name for it
+    thinking_token_budget: TokenBudget | None = None
     include_reasoning: bool | None = None
     loop_recovery: bool = True
     echo: bool = False
@@ -263,6 +265,7 @@ class CompletionRequest(SamplingFields):
     suffix: str | None = None
     echo: bool = False
     best_of: Annotated[Whole, Field(ge=0, le=MAX_N)] | None = None
+    thinking_token_budget: TokenBudget | None = None
     logprobs: Logprobs | None = None
     add_special_tokens: bool = True
 

@@ -161,7 +161,13 @@ class Scores:
                 for delta in deltas:
                     if delta.finish_reason is None:
                         continue
-                    clocks[delta.request_id].finished(0, delta.finish_reason, 0)
+                    clocks[delta.request_id].finished(
+                        0,
+                        delta.finish_reason,
+                        0,
+                        num_cached_tokens=delta.num_cached_tokens,
+                        num_preemptions=delta.num_preemptions,
+                    )
                     if delta.finish_reason in ("error", "abort"):
                         raise error_of(delta.error)
                     found[delta.request_id] = delta

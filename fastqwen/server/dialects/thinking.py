@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fastqwen.client.thinking import EARLY_STOP, ThinkingOptions
 from fastqwen.errors import BadRequest
-from fastqwen.server.answer.thinking_guard import ThinkingOptions
 from fastqwen.server.dialects.schema import ChatRequest
+from fastqwen.text.answer import THINK_END
 from fastqwen.text.formats import Formats
 
 EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
@@ -15,6 +16,7 @@ EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"}
 EFFORT_TOKENS = {"minimal": 512, "low": 1024, "medium": 8192}
 # What Qwen's own API makes of other APIs' words for the templates with an effort, which raise for words that are not theirs.
 EFFORT_ALIASES = {"minimal": "low", "high": "xhigh", "max": "xhigh"}
+NO_LIMIT = -1
 MAX_NAMED = 16  # of the switches without an effect
 
 
@@ -25,7 +27,9 @@ def thinking_options(body: ChatRequest, formats: Formats, usual: dict[str, Any] 
     warnings: list[str] = []
     if body.enable_thinking is not None:
         switches["enable_thinking"] = body.enable_thinking
-    budget = body.thinking_budget if body.thinking_budget is not None else body.thinking_token_budget
+    budget, end = body.thinking_budget, formats.thinking_end or EARLY_STOP
+    if budget is None and body.thinking_token_budget not in (None, NO_LIMIT):
+        budget, end = body.thinking_token_budget, formats.thinking_end or THINK_END
     effort = body.reasoning_effort
     if effort is not None and effort not in EFFORTS:
         body.warnings.unknown("reasoning_effort", f"{effort[:50]!r} is none of {', '.join(sorted(EFFORTS))}")
@@ -53,7 +57,7 @@ def thinking_options(body: ChatRequest, formats: Formats, usual: dict[str, Any] 
         del switches[name]
     if not formats.reasoning and (budget is not None or (effort is not None and effort != "none")):
         warnings.append("this model does not think in a marked block, so there is no thinking to limit")
-    return ThinkingOptions(switches, budget, body.loop_recovery, warnings)
+    return ThinkingOptions(switches, budget, body.loop_recovery, end, warnings)
 
 
 def _translate_effort(switches: dict[str, Any], formats: Formats) -> None:

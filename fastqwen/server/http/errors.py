@@ -24,7 +24,12 @@ from fastqwen.errors import (
 from fastqwen.server.http.codings import CODINGS
 from fastqwen.server.http.door import Door
 
-STATUS_OF_CODE = {"request_too_large": 413, "request_timeout": 408, "unsupported_content_encoding": 415}
+STATUS_OF_CODE = {
+    "response_not_found": 404,
+    "request_too_large": 413,
+    "request_timeout": 408,
+    "unsupported_content_encoding": 415,
+}
 # Status, type, param and code of what is no field's fault; the whole tree's root comes last.
 DESCRIBED: dict[type[FastqwenError], tuple[Any, ...]] = {
     UnknownModelName: (404, "invalid_request_error", "model", "model_not_found"),

@@ -146,9 +146,11 @@ class Guard:
             return False
 
     def _host_allowed(self, host: str) -> bool:
-        """On the loopback address only loopback names: a web page whose name was rebound to it is turned away."""
+        """On the loopback address only loopback names: a web page whose name was rebound to it is turned away. No browser
+        reaches a Unix socket, and clients put anything into the header there."""
         own, allowed = self._state.config.host, self._allowed_names
-        if "*" in allowed or (own not in LOCAL_HOSTS and not allowed):
+        is_loopback = own in LOCAL_HOSTS and self._state.config.uds is None
+        if "*" in allowed or (not is_loopback and not allowed):
             return True
         name = host.rsplit(":", 1)[0] if host.rpartition(":")[2].isdigit() else host
         return name.lower() in LOCAL_HOSTS or name.lower() in allowed or name == own

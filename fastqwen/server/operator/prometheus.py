@@ -9,6 +9,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from fastqwen.client.engine import Sleeper
 from fastqwen.engine.core import STEP_BOUNDS_TOKENS, EngineStats
 from fastqwen.server.answer.state import ServerState
 from fastqwen.version import __version__
@@ -72,6 +73,10 @@ class _Families:
         yield self._counter("engine_restarts", restarts, [((), engine.num_restarts)])
         finished = [((reason,), count) for reason, count in metrics.finished.items()]
         yield self._counter("request_success", "Requests that ended", finished, labels=["finished_reason"])
+        # vLLM's words for its two limits; here there is the one, on requests.
+        rejected = [(("max_num_queued_reqs",), metrics.rejections), (("max_num_queued_tokens",), 0)]
+        turned_away = "Requests that --max-concurrent-requests turned away"
+        yield self._counter("admission_rejections", turned_away, rejected, labels=["reason"])
         yield self._step_tokens(stats)
         yield from self._of_the_engine(stats)
         for one in metrics.histograms:
@@ -97,12 +102,17 @@ class _Families:
         engine, config = self._state.engine, self._state.engine_config
         cached = "Prompt tokens that were not computed again"
         yield self._counter("prompt_tokens_cached", cached, [((), stats.prefix_hits_tokens)])
-        asleep = engine.state == "asleep"
-        states = [(("awake",), float(not asleep)), (("weights_offloaded",), 0.0), (("discard_all",), float(asleep))]
+        depth = engine.depth if isinstance(engine, Sleeper) else None
+        said_of = {"awake": depth is None, "weights_offloaded": depth == 1, "discard_all": depth == 2}
+        states = [((name,), float(holds)) for name, holds in said_of.items()]
         yield self._gauge("vllm:engine_sleep_state", "1 for the state it is in", states, labels=["sleep_state"])
+        size_tokens = stats.num_blocks * self._state.block_size
+        max_model_len = self._state.facts().max_model_len if engine.ready is not None else 0
         labels = {
             "block_size": self._state.block_size,
             "num_gpu_blocks": stats.num_blocks,
+            "kv_cache_size_tokens": size_tokens,
+            "kv_cache_max_concurrency": round(size_tokens / max_model_len, 2) if max_model_len else 0.0,
             "enable_prefix_caching": config.enable_prefix_caching,
             "gpu_memory_utilization": config.gpu_memory_utilization,
         }
