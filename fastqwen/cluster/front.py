@@ -47,7 +47,7 @@ from fastqwen.server.http.exposure import check_exposure
 from fastqwen.server.http.guard import COUNTED_PATHS, Guard
 from fastqwen.server.http.listen import DrainingServer, address_of, bind, run_loop
 from fastqwen.server.http.pages import add_pages
-from fastqwen.server.operator.prometheus import metrics_text
+from fastqwen.server.operator.prometheus import MetricsPage
 from fastqwen.server.operator.status import figures_of
 from fastqwen.version import __version__
 
@@ -254,10 +254,11 @@ def _add_health(app: FastAPI, state: FrontState) -> None:
             return JSONResponse({"status": "loading", "progress": 0.0, "message": str(error)}, 503)
         return JSONResponse({"status": "ready", "progress": 1.0, "message": ""})
 
+    page = MetricsPage(lambda: {id(model): model.state for model in state.fleet.models.values()}.values())
+
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        states = {id(model): model.state for model in state.fleet.models.values()}
-        return PlainTextResponse(metrics_text(*states.values()), media_type=CONTENT_TYPE_LATEST)
+        return PlainTextResponse(page.text(), media_type=CONTENT_TYPE_LATEST)
 
     def workers() -> list[dict[str, Any]]:
         refused = state.fleet.refused

@@ -11,6 +11,7 @@ from fastqwen.text.template import ChatTemplate
 from fastqwen.text.tokenizer import Tokenizer
 
 PROBE = "zyxprobe"
+MAX_AROUND_CHARS = 200_000  # that a template may write around two messages
 CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": PROBE}]
 MARKER = re.compile(r"\s*(<\|[^|<>\s]{1,64}\|>)")
 REMEDY = "take the tokenizer that came with these weights, or name it with --tokenizer"
@@ -61,6 +62,11 @@ def check_template(tokenizer: Tokenizer, file: str, template: ChatTemplate | Pie
         rendered = template.render(CONVERSATION, add_generation_prompt=False)
     except BadRequest:
         return  # it wants other messages: nothing can be said
+    if len(rendered) > MAX_AROUND_CHARS:
+        raise BadCheckpoint(
+            f"the chat template of {template.origin} makes {len(rendered)} characters of two short messages, "
+            f"at most {MAX_AROUND_CHARS} are read: use another one with --chat-template"
+        )
     marker = MARKER.match(rendered.partition(PROBE)[2])
     if marker is not None and tokenizer.token_id(marker[1]) is None:
         raise BadCheckpoint(

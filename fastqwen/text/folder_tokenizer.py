@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastqwen.errors import BadCheckpoint, Unsupported
 from fastqwen.model_config import read_json
+from fastqwen.text import growth
 from fastqwen.text.tokenizer import QWEN_WORDS, JsonTokenizer
 from fastqwen.text_files import decoded, read_bytes, read_text, what_head_is
 
@@ -46,8 +47,16 @@ def from_tokenizer_json(folder: Path, words: dict[str, Any]) -> tuple[JsonTokeni
         raise BadCheckpoint(f"{path} is larger than {MAX_TOKENIZER_BYTES} bytes, which no tokenizer is")
     data = read_bytes(path)
     try:
-        inner = tokenizers.Tokenizer.from_str(decoded(data))
-    except Exception as error:  # the library raises plain Exception
+        text = decoded(data)
+        growth.check_file(text)
+        inner = tokenizers.Tokenizer.from_str(text)
+        growth.check_read(inner.normalizer, growth.check_normalizer)
+        growth.check_read(inner.post_processor, growth.check_post_processor)
+    except growth.BadRules as error:
+        raise BadCheckpoint(f"{path}: {error}") from None
+    except BaseException as error:  # the library raises plain Exception, and a panic of Rust's is not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise BadCheckpoint(f"{path} {what_head_is(data[:512]) or f'is damaged: {str(error)[:300]}'}") from None
     # What a training script left in the file: here, all of a text counts, and nothing but it.
     inner.no_truncation()

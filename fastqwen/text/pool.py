@@ -180,7 +180,8 @@ class TextPool:
             *self._arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            # A text that a tokenizer fails at is told its client; the library prints a line of its own, which is enough.
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid()), "RUST_BACKTRACE": "0"},
             start_new_session=True,  # Ctrl-C is for the server to act upon
         )
         process = _Process(made)

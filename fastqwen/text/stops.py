@@ -57,6 +57,9 @@ def derive_stops(
     return [StopToken(token_id, tokenizer.token_text(token_id), origin) for token_id, origin in found.items()]
 
 
+PROBE_TOKENS = 32  # more than the probe can be
+
+
 def _end_of_turn(tokenizer: Tokenizer, template: ChatTemplate | PiecewiseChatMl) -> int | None:
     """The first control token that the template writes after an assistant's answer."""
     try:
@@ -65,6 +68,6 @@ def _end_of_turn(tokenizer: Tokenizer, template: ChatTemplate | PiecewiseChatMl)
         return None  # a template that wants other messages: the other sources must do
     control = set(tokenizer.control_tokens.values())
     for length in range(1, len(ids)):
-        if tokenizer.decode(ids[:length]).rstrip().endswith(PROBE):
+        if tokenizer.decode(ids[max(0, length - PROBE_TOKENS) : length]).rstrip().endswith(PROBE):
             return next((token_id for token_id in ids[length:] if token_id in control), None)
     return None

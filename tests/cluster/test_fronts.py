@@ -325,7 +325,7 @@ def test_a_worker_with_an_address_that_is_none_keeps_nobody_out(folder: Path):
             broken = Member(key="broken", address="http://a/b", names=["Qwen"], kind="engine", state="ready")
             made.closing.insert(0, Beacon(TOKEN, made.address, lambda: broken, lambda: None))
             made.add_worker(folder, "a")
-            await until(lambda: "Qwen" in made.front.fleet.there)
+            await until(lambda: "Qwen" in made.front.fleet.there and "broken" in made.front.fleet.refused)
             assert "--worker-address" in made.front.fleet.refused["broken"]
 
     told(story())

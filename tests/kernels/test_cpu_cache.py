@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,6 +68,28 @@ def test_code_that_may_not_be_loaded_from_the_cache(
     monkeypatch.setenv("FASTQWEN_CACHE", str(tmp_path))
     monkeypatch.setattr(build.ctypes, "CDLL", load)
     assert build.load() == str(compiled[1]) and "failed to map" in caplog.text
+
+
+def test_a_full_disk_is_told_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("FASTQWEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr(build, "_run", lambda command, folder: pytest.fail("there is no room for what comes of it"))
+    with caplog.at_level(logging.WARNING):
+        assert build.load() is None
+    assert "No space left" in caplog.text and "using plain torch" in caplog.text and len(caplog.records) == 2
+
+
+def test_the_compiler_writes_where_its_work_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """TMPDIR may be full: Python looks for another place then, compilers do not."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\necho "$TMPDIR" >> "$0.log"\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    assert build.compile_kernels([str(compiler)], tmp_path / "kernels.so")
+    places = set((tmp_path / "g++.log").read_text().split())
+    assert len(places) == 1 and Path(places.pop()).parent == tmp_path
 
 
 def test_a_home_that_is_no_folder(monkeypatch: pytest.MonkeyPatch):

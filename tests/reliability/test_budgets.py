@@ -292,6 +292,7 @@ def test_a_page_of_another_site_has_nothing_computed(mock_server: Server, path: 
     for headers in (
         PAGE,
         {"origin": "null"},
+        {"origin": ""},
         {"sec-fetch-site": "cross-site"},
         {"origin": "http://127.0.0.1:1"},
         unknown,

@@ -15,6 +15,7 @@ from fastqwen.server.dialects.messages import Messages
 from fastqwen.server.dialects.responses import Responses
 from fastqwen.server.http.errors import error_body
 from fastqwen.server.http.guard import routed
+from fastqwen.server.http.pages import STATIC
 from tests.server.harness import ask, chat, client_of, get, make_state
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -168,3 +169,17 @@ def test_streamed_completions_count_their_offsets_on():
 def test_a_streamed_chat_has_the_prompts_log_probabilities():
     text = ask(make_state(), CHAT, chat(prompt_logprobs=1, stream=True)).text
     assert text.count('"prompt_logprobs"') == 1
+
+
+def test_files_of_the_pages_are_sent_whole_once_and_then_only_known():
+    state = make_state()
+    whole = get(state, "/static/vendor/katex/katex.js")
+    assert whole.content == (STATIC / "vendor/katex/katex.js").read_bytes() and whole.status_code == 200
+    assert whole.headers["content-type"].startswith("text/javascript") and "sandbox" not in str(whole.headers)
+    for asked in (whole.headers["etag"], f'"other", W/{whole.headers["etag"]}'):
+        known = send("GET", "/static/vendor/katex/katex.js", state, **{"If_None_Match": asked})
+        assert (known.status_code, known.content, known.headers["etag"]) == (304, b"", whole.headers["etag"])
+    assert send("GET", "/static/vendor/katex/katex.js", state, **{"If_None_Match": '"other"'}).status_code == 200
+    assert b'"../static/' in get(state, "/chat/abc").content
+    for path in ("/static/", "/static/none", "/static/../app.py", "/static/%2e%2e/app.py", "/static//js/app.js"):
+        assert get(state, path).status_code == 404, path

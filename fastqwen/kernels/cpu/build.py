@@ -28,6 +28,7 @@ FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-pthrea
 # clang takes only the second of these on some processors; where neither is taken, it is compiled for any of its kind.
 PROCESSOR_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 ERROR_LINES = 10
+ROOM_BYTES = 16 * 2**20  # what comes of compiling, with what the compiler writes beside it
 
 
 def load() -> ctypes.CDLL | None:
@@ -72,6 +73,8 @@ def compile_kernels(compilers: list[str], target: Path) -> bool:
     """By the first compiler and the first flags that work. Raises OSError where the target's folder cannot be written, or is
     full."""
     first_error = ""
+    if shutil.disk_usage(target.parent).free < ROOM_BYTES:  # else it shows when half a minute of work is done
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
     if compilers:
         log.info("compiling the CPU kernels, once for this machine (about ten seconds)")
     for compiler in compilers:
@@ -93,8 +96,8 @@ def _compile(command: list[str], target: Path) -> str | None:
         objects = [made.with_name(f"{source.stem}.o") for source in SOURCES]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             pairs = zip(SOURCES, objects, strict=True)
-            runs = list(pool.map(lambda pair: _run([*command, "-c", str(pair[0]), "-o", str(pair[1])]), pairs))
-        error = next(filter(None, runs), None) or _run([*command, *map(str, objects), "-o", str(made)])
+            runs = list(pool.map(lambda pair: _run([*command, "-c", str(pair[0]), "-o", str(pair[1])], folder), pairs))
+        error = next(filter(None, runs), None) or _run([*command, *map(str, objects), "-o", str(made)], folder)
         if error is not None:
             if os.strerror(errno.ENOSPC) in error:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
@@ -104,9 +107,10 @@ def _compile(command: list[str], target: Path) -> str | None:
     return None
 
 
-def _run(command: list[str]) -> str | None:
-    """What it said, if it failed."""
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], folder: str) -> str | None:
+    """What it said, if it failed. ``folder`` is for the files in between: TMPDIR may be full, where Python looks for another."""
+    env = {**os.environ, "TMPDIR": folder}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     return None if run.returncode == 0 else run.stderr or f"exit status {run.returncode}"
 
 

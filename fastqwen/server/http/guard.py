@@ -125,7 +125,11 @@ class Guard:
         Browsers say where a request comes from; what is no browser says nothing and may ask.
         """
         origin = _header(headers, b"origin")
-        if not origin and _header(headers, b"sec-fetch-site") in ("", "same-origin", "none"):
+        if not any(name == b"origin" for name, _ in headers) and _header(headers, b"sec-fetch-site") in (
+            "",
+            "same-origin",
+            "none",
+        ):
             return None
         if not self._is_own_page(origin, _header(headers, b"host")):
             foreign = f"the page at {origin[:200] or 'another site'} may not ask here; --allowed-origins adds it"

@@ -7,12 +7,14 @@ come ahead of time wait as bytes, of which there is a limit, and not as tasks.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fastqwen.server.config import FrontConfig
+from fastqwen.server.http.turns import Turns
 
 MAX_HEADER_BYTES = 64 * 2**10
 MAX_AHEAD_BYTES = 256 * 2**10  # of requests behind one that is being answered
@@ -25,6 +27,7 @@ STOPPED_S = 1.0  # a timer that is so late says that this process was stopped, n
 _HEAD_END = re.compile(rb"\n\r?\n")
 _OFFER = re.compile(rb"(?i)\nupgrade:")
 _REQUEST_LINE = re.compile(rb"(?P<method>[^ \r\n]+) [^\r\n]* HTTP/(?P<major>\d)\.(?P<minor>\d)(?=\r?\n)")
+_PROBE = re.compile(rb"(?:GET|HEAD) /(?:health|ping|metrics)[/ ]")
 _TRANSFER_CODING = re.compile(rb"(?i)\ntransfer-encoding:[ \t]*+(?!chunked[ \t]*\r?\n)")
 METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT"})
 
@@ -79,6 +82,10 @@ class BoundedHttp(HttpToolsProtocol):
     """Closes connections that take too long over a head or a body, or send too much of either, or too far ahead."""
 
     front: FrontConfig
+    turns: Turns
+    _last_s = -math.inf  # when the last request began, on the loop's clock
+    _waits = False  # for its turn, with a whole head
+    _has_turn = False
     _in_body = False
     _body_left = 0  # of a body that told its length
     _budget_bytes = (
@@ -114,7 +121,7 @@ class BoundedHttp(HttpToolsProtocol):
         while self._held and not self.transport.is_closing() and (piece := self._next_piece()):
             super().data_received(piece)
             self._hand_on()
-        if self._held and not self._in_body and not self._answering and self._timer is None:
+        if self._held and not self._in_body and not self._answering and not self._waits and self._timer is None:
             self._start_timer(self.front.header_timeout_s)
 
     @property
@@ -125,17 +132,37 @@ class BoundedHttp(HttpToolsProtocol):
     def _next_piece(self) -> bytes:
         if self._in_body:
             return self._taken(self._body_left or PIECE_BYTES)
-        if self._answering:
+        if self._answering or self._waits:
             return b""
         if self._held.startswith((b"\r", b"\n")):  # allowed between requests
             self._held = self._held.lstrip(b"\r\n")
         end = _HEAD_END.search(self._held, self._searched)
         size = len(self._held) if end is None else end.end()
-        self._searched = 0 if end is not None else max(0, size - 2)
         if size > MAX_HEADER_BYTES:
             self._refuse(TOO_LARGE if b"\n" in self._held[:MAX_HEADER_BYTES] else LONG_ADDRESS)
             return b""
-        return b"" if end is None else self._checked(self._taken(size))
+        self._searched = max(0, size - 2) if end is None else end.start()
+        if end is None or not self._may_begin():
+            return b""
+        self._searched = 0
+        return self._checked(self._taken(size))
+
+    def _may_begin(self) -> bool:
+        """Now; otherwise this goes on when it is this connection's turn."""
+        if not self._has_turn:
+            probe = _PROBE.match(self._held) is not None
+            self._has_turn = self.turns.take(self.loop, self._last_s, probe=probe, begin=self._begin)
+        self._waits = not self._has_turn
+        if self._waits:
+            self._stop_timer()
+            return False
+        self._has_turn = False
+        self._last_s = self.loop.time()
+        return True
+
+    def _begin(self) -> None:
+        self._waits, self._has_turn = False, True
+        self._feed()
 
     def _checked(self, head: bytes) -> bytes:
         """As the parser reads it; nothing if the answer went out already."""
@@ -243,4 +270,4 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 def bounded_http(config: FrontConfig) -> type[asyncio.Protocol]:
-    return type("BoundedHttp", (BoundedHttp,), {"front": config})
+    return type("BoundedHttp", (BoundedHttp,), {"front": config, "turns": Turns()})

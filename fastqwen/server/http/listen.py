@@ -26,6 +26,8 @@ log = logging.getLogger("fastqwen.server")
 
 Result = TypeVar("Result")
 
+ACCEPTED_AT_ONCE = 8  # connections in one round of the event loop
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket, before anything is loaded. Raises BadConfig that names address and port."""
@@ -146,6 +148,12 @@ class DrainingServer(uvicorn.Server):
                 **({} if state.config.ssl_certfile is None else _for_uvicorn(state.config)),
             )
         )
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvloop accepts one connection of a listening socket before it looks after all others again: behind some hundred
+        that come at once, one would wait for some hundred rounds. So the socket is listened at several times."""
+        copies = 0 if sys.platform == "win32" else ACCEPTED_AT_ONCE - 1
+        await super().serve([*(sockets or ()), *(one.dup() for one in sockets or () for _ in range(copies))])
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

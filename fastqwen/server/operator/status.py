@@ -13,7 +13,7 @@ from fastqwen.client.engine import Ready
 from fastqwen.names import is_hub_name
 from fastqwen.server.answer.state import ServerState
 from fastqwen.server.operator.planner import Planner
-from fastqwen.server.operator.prometheus import metrics_text
+from fastqwen.server.operator.prometheus import MetricsPage
 from fastqwen.version import __version__
 
 ENGINE_FIGURES = ("kv_usage", "num_blocks", "num_preemptions", "prefix_queries_tokens", "prefix_hits_tokens")
@@ -93,9 +93,11 @@ def _add_figures(app: FastAPI, state: ServerState) -> None:
         held_bytes = _figures(state.engine.ready, "measured").get("peak_bytes", 0)
         return {**await planner.found(held_bytes), "serving": state.engine_config.model}
 
+    page = MetricsPage(lambda: [state])
+
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(metrics_text(state), media_type=CONTENT_TYPE_LATEST)
+        return PlainTextResponse(page.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/admin/history")
     async def history() -> dict[str, Any]:
