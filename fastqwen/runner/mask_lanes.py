@@ -4,6 +4,7 @@ kept waiting for a processor holds Python's lock while the model's thread wants 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -17,68 +18,84 @@ from numpy.typing import NDArray
 
 Bits = NDArray[np.int32]  # a bit for each token that may come, from each word's lowest on
 Mask = tuple[Bits, str | None]  # of the tokens that the grammar knows, and what is wrong
+Row = tuple[llguidance.LLMatcher, Sequence[int]]  # and the tokens that it has not seen yet
 BITS_OF_A_WORD = 32
 
 
 class Lane:
-    """One native thread, and the Python thread that waits for it."""
+    """Native threads, and the Python thread that waits for them."""
 
-    def __init__(self, name: str, niceness: int = 0) -> None:
-        self._niceness = niceness
+    def __init__(self, name: str, niceness: int = 0, num_threads: int = 1) -> None:
+        self._niceness, self._num_threads = niceness, num_threads
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._native: Native | None = None  # begun with the first grammar: most engines see none
 
-    def submit(self, work: Callable[[Native], Mask]) -> Future[Mask]:
-        return self._waiter.submit(self._run, work)
+    def submit(self, count: int, work: Callable[[Native], list[Mask]]) -> list[Future[Mask]]:
+        """``work`` gives so many masks, in the order of these futures."""
+        jobs: list[Future[Mask]] = [Future() for _ in range(count)]
+        self._waiter.submit(self._run, jobs, work)
+        return jobs
 
-    def _run(self, work: Callable[[Native], Mask]) -> Mask:
-        if self._native is None:
-            self._native = Native(self._niceness)
-        return work(self._native)
+    def _run(self, jobs: list[Future[Mask]], work: Callable[[Native], list[Mask]]) -> None:
+        wanted = [job.set_running_or_notify_cancel() for job in jobs]
+        if not any(wanted):
+            return
+        try:
+            if self._native is None:
+                self._native = Native(self._niceness, self._num_threads)
+            masks = work(self._native)
+        except BaseException as error:  # whoever waits for a mask is told, as by an executor's own futures
+            for job in itertools.compress(jobs, wanted):
+                job.set_exception(error)
+            return
+        for job, mask in itertools.compress(zip(jobs, masks, strict=True), wanted):
+            job.set_result(mask)
 
 
 class Native:
-    """llguidance's executor with one thread of its own. For a single matcher it would compute in the thread that asks, and
+    """llguidance's executor with threads of its own. For a single matcher it would compute in the thread that asks, and
     keep Python's lock, so each has a companion: a matcher in error, which costs nothing."""
 
-    def __init__(self, niceness: int) -> None:
-        self._clock: int | None = None
+    def __init__(self, niceness: int, num_threads: int) -> None:
+        self._clocks: list[int] = []
         self._companion: llguidance.LLMatcher | None = None
-        starter = threading.Thread(target=self._start, args=(niceness,))
+        starter = threading.Thread(target=self._start, args=(niceness, num_threads))
         starter.start()
         starter.join()
 
-    def _start(self, niceness: int) -> None:
+    def _start(self, niceness: int, num_threads: int) -> None:
         """In a thread that ends soon: what it starts inherits its rank, which no one may raise again."""
         if sys.platform != "linux":
-            self._executor = llguidance.LLExecutor(1)
+            self._executor = llguidance.LLExecutor(num_threads)
             return
         with contextlib.suppress(OSError):
             own = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + niceness)
         before = set(os.listdir("/proc/self/task"))
-        self._executor = llguidance.LLExecutor(1)
+        self._executor = llguidance.LLExecutor(num_threads)
         begun = set(os.listdir("/proc/self/task")) - before
-        if len(begun) == 1:  # else another thread began just now: wall time will do
-            self._clock = ~int(begun.pop()) << 3 | 6  # Linux's clock of the processor time of one thread
+        if len(begun) == num_threads:  # else another thread began just now: wall time will do
+            self._clocks = [~int(one) << 3 | 6 for one in begun]  # Linux's clocks of the processor time of one thread
 
     def time_s(self) -> float:
-        return time.monotonic() if self._clock is None else time.clock_gettime(self._clock)
+        return sum(map(time.clock_gettime, self._clocks)) if self._clocks else time.monotonic()
 
-    def follow(
-        self, matcher: llguidance.LLMatcher, token_ids: Sequence[int], tokenizer: llguidance.LLTokenizer
-    ) -> Mask:
-        """What may come after these tokens. A matcher in error stays so, and allows nothing."""
+    def follow(self, rows: Sequence[Row], tokenizer: llguidance.LLTokenizer) -> list[Mask]:
+        """What may come next in each row. A matcher in error stays so, and allows nothing."""
         if self._companion is None:
             self._companion = llguidance.LLMatcher(tokenizer, "start: nothing", log_level=0)
         companion = self._companion
+        for tokens in itertools.zip_longest(*(token_ids for _, token_ids in rows)):
+            taken = [(row[0], token) for row, token in zip(rows, tokens, strict=True) if token is not None]
+            self._executor.consume_token_par([*taken, (companion, 0)])
         num_words = -(-tokenizer.vocab_size // BITS_OF_A_WORD)
-        for token_id in token_ids:
-            self._executor.consume_token_par([(matcher, token_id), (companion, 0)])
-        words = np.zeros((2, num_words), dtype=np.uint32)
-        if not matcher.is_error():
+        words = np.zeros((len(rows) + 1, num_words), dtype=np.uint32)
+        asked = [(matcher, index) for index, (matcher, _) in enumerate(rows) if not matcher.is_error()]
+        if asked:
             self._executor.unsafe_compute_mask_ptr(
-                [(matcher, 0), (companion, 1)], words.ctypes.data, num_words * BITS_OF_A_WORD // 8, 2
+                [*asked, (companion, len(rows))], words.ctypes.data, num_words * BITS_OF_A_WORD // 8, len(words)
             )
-        error = matcher.get_error() if matcher.is_error() else None
-        return words[0].view(np.int32), error
+        return [
+            (words[index].view(np.int32), matcher.get_error() if matcher.is_error() else None)
+            for index, (matcher, _) in enumerate(rows)
+        ]

@@ -7,9 +7,11 @@ wait for it, and it is computed again in a later step. A grammar that costs more
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from threading import Lock
 from typing import Protocol
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from fastqwen.records import Admission, Failure
 from fastqwen.runner.choices import Choice
-from fastqwen.runner.mask_lanes import Bits, Lane, Mask, Native
+from fastqwen.runner.mask_lanes import Bits, Lane, Mask, Native, Row
 from fastqwen.runner.results import only_this_row
 from fastqwen.runner.sampler import FORBIDDEN
 
@@ -28,6 +30,8 @@ MAX_CACHED_GRAMMARS = 64
 PATIENCE_S = 0.02  # what one step's other rows wait for masks in all
 LONE_PATIENCE_S = 0.2  # where no other row waits
 SLOW_S = 0.01  # masks that take longer have a lane of their own, so that the quick ones do not stand behind them
+SWIFT_S = 0.001  # masks that take less are computed together: asking for one costs more than the mask
+MOST_MASK_THREADS = 4  # for those, where there are processors enough
 SLOW_NICENESS = 10  # where processors are short, the model's threads go first
 BUDGET_S = 2.0  # of processor time for one grammar's masks, whoever uses it, and
 BUDGET_PER_TOKEN_S = 0.02  # as much more for each of its tokens
@@ -50,6 +54,11 @@ class Meter:
     def is_quick(self) -> bool:
         """As far as is known."""
         return self.last_s is not None and self.last_s <= SLOW_S
+
+    @property
+    def is_swift(self) -> bool:
+        """So quick that it is followed together with others, and none of them is kept waiting."""
+        return self.last_s is not None and self.last_s <= SWIFT_S
 
     @property
     def problem(self) -> str | None:
@@ -133,16 +142,23 @@ class _Constraint:
     def is_waiting(self) -> bool:
         return self.job is not None and not self.job.done()
 
-    def compute(self, native: Native) -> Mask:
-        """In a lane. Nothing else touches the matcher until it is done."""
-        problem = self.meter.problem
-        if problem is not None:
-            return np.zeros(0, dtype=np.int32), problem
-        begin_s = native.time_s()
+    def row(self) -> Row:
+        """Its matcher, and what that must take. In a lane: nothing else touches it until the mask is there."""
         untaken, self._untaken = self._untaken, []
-        mask = native.follow(self._matcher, untaken, self._tokenizer)
-        self.meter.note(native.time_s() - begin_s, len(untaken))
-        return mask
+        return self._matcher, untaken
+
+
+def _compute(constraints: Sequence[_Constraint], tokenizer: llguidance.LLTokenizer, native: Native) -> list[Mask]:
+    """Together, so that Python asks once for all; each has cost as much as another."""
+    problems = [one.meter.problem for one in constraints]
+    going_on = [one for one, problem in zip(constraints, problems, strict=True) if problem is None]
+    rows = [one.row() for one in going_on]
+    begin_s = native.time_s()
+    masks = iter(native.follow(rows, tokenizer) if rows else ())
+    took_s = native.time_s() - begin_s
+    for one, (_, taken) in zip(going_on, rows, strict=True):
+        one.meter.note(took_s / len(rows), len(taken))
+    return [next(masks) if problem is None else (np.zeros(0, dtype=np.int32), problem) for problem in problems]
 
 
 class Constraints(Protocol):
@@ -174,7 +190,7 @@ class StructuredOutput:
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._constraints: dict[int, _Constraint] = {}
-        self._quick = Lane("masks")
+        self._quick = Lane("masks", num_threads=max(1, min(MOST_MASK_THREADS, (os.cpu_count() or 1) // 4)))
         self._new = Lane("first-masks", SLOW_NICENESS)
         self._slow = Lane("slow-masks", SLOW_NICENESS)
 
@@ -189,7 +205,7 @@ class StructuredOutput:
                 constraint = _Constraint(admission, matcher, meter, self._compiler.tokenizer())
                 constraint.take(admission.token_ids[admission.num_prompt_tokens :])
                 self._constraints[admission.slot] = constraint
-                self._begin(constraint)
+                self._begin([constraint])
 
     def constrains(self, slot: int) -> bool:
         return slot in self._constraints
@@ -240,18 +256,34 @@ class StructuredOutput:
 
     def take(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """What was sampled in these slots."""
+        taken = []
         for slot, token_id in zip(slots, token_ids, strict=True):
             constraint = self._constraints.get(slot)
             if constraint is not None:
                 constraint.take([token_id])
-                self._begin(constraint)
+                taken.append(constraint)
+        self._begin(taken)
 
-    def _begin(self, constraint: _Constraint) -> None:
-        """Its next mask is computed while the model computes the next step."""
-        if constraint.active and constraint.job is None:
-            meter = constraint.meter
+    def _begin(self, constraints: Sequence[_Constraint]) -> None:
+        """Their next masks are computed while the model computes the next step."""
+        together = []
+        for one in constraints:
+            meter = one.meter
+            if not one.active or one.job is not None:
+                continue
+            if meter.is_swift:
+                together.append(one)
+                continue
             lane = self._quick if meter.is_quick else self._new if meter.last_s is None else self._slow
-            constraint.job = lane.submit(constraint.compute)
+            self._submit(lane, [one])
+        self._submit(self._quick, together)
+
+    def _submit(self, lane: Lane, constraints: list[_Constraint]) -> None:
+        if not constraints:
+            return
+        work = partial(_compute, constraints, self._compiler.tokenizer())
+        for one, job in zip(constraints, lane.submit(len(constraints), work), strict=True):
+            one.job = job
 
     def _wait(self, constraints: Sequence[_Constraint], *, alone: bool) -> None:
         """``alone``: no other row waits. Else only those that are known to be quick are waited for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ PROMPT = list(b"prompt")
 @pytest.fixture
 def compiler() -> GrammarCompiler:
     return GrammarCompiler(lambda: grammar_tokenizer(ByteTokenizer(), [END], VOCAB))
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine is no grammar's fault."""
+    monkeypatch.setattr(structured, "LONE_PATIENCE_S", 60.0)
 
 
 def admission(regex: str, said: bytes = b"", after: str = "", slot: int = 0) -> Admission:
@@ -128,13 +135,13 @@ def test_a_request_that_was_left_before_the_engine_took_it_is_never_taken(gramma
 def test_a_slow_mask_steps_aside_and_its_row_goes_on_later(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
     """The other row has its token meanwhile; the late one's tokens are those that it has without any hurry."""
     computing = threading.Event()
-    compute = structured._Constraint.compute
+    follow = Native.follow
 
-    def slow(self: structured._Constraint, native: Native) -> Mask:
+    def slow(self: Native, *asked: Any) -> list[Mask]:
         computing.wait(10)
-        return compute(self, native)
+        return follow(self, *asked)
 
-    monkeypatch.setattr(structured._Constraint, "compute", slow)
+    monkeypatch.setattr(Native, "follow", slow)
     output = StructuredOutput(compiler)
     output.admit([admission("ab", slot=0)])
     choices = [Choice(row=0, slot=0, position=7), Choice(row=1, slot=1, position=7)]
@@ -142,6 +149,55 @@ def test_a_slow_mask_steps_aside_and_its_row_goes_on_later(compiler: GrammarComp
     assert mask(output, torch.zeros((2, VOCAB)), choices, failed) == {0}
     computing.set()
     assert allowed(output) == {"a"} and not failed
+
+
+def test_quick_masks_of_a_step_are_asked_for_once(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
+    """Rows of several grammars, one of which has just failed and one of which sleeps; each is as if alone."""
+    together: list[int] = []
+    follow = Native.follow
+
+    def noted(self: Native, rows: list[Any], *more: Any) -> list[Mask]:
+        together.append(len(rows))
+        return follow(self, rows, *more)
+
+    monkeypatch.setattr(Native, "follow", noted)
+    monkeypatch.setattr(structured, "SWIFT_S", 10.0)
+    output = StructuredOutput(compiler)
+    output.admit([admission("ab+", slot=0), admission("[xy]{3}", slot=1), admission("b", after="!", slot=2)])
+    output.admit([admission("a?c", slot=3)])
+    first = [allowed(output, slot) for slot in (0, 1, 3)]
+    assert first == [{"a"}, {"x", "y"}, {"a", "c"}]
+    del together[:]
+    output.take([0, 1, 2, 3], list(b"ax?a"))
+    assert [allowed(output, slot) for slot in (0, 1, 3)] == [{"b"}, {"x", "y"}, {"c"}] and together == [3]
+    output.take([0, 1, 3], list(b"?yc"))  # the first one's grammar does not allow this
+    assert "cannot be used" in failures(output, torch.zeros((1, VOCAB)))[0].message
+    assert [allowed(output, slot) for slot in (1, 3)] == [{"x", "y"}, {str(END)}] and together == [3, 3]
+
+
+def test_masks_that_came_too_late_together_are_asked_for_one_by_one(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+):
+    """It is not known which of them was slow; alone each tells."""
+    together: list[int] = []
+    follow = Native.follow
+
+    def noted(self: Native, rows: list[Any], *more: Any) -> list[Mask]:
+        together.append(len(rows))
+        if len(rows) > 1:
+            clock[0] += 1.0
+        return follow(self, rows, *more)
+
+    clock = [0.0]
+    monkeypatch.setattr(Native, "follow", noted)
+    monkeypatch.setattr(Native, "time_s", lambda self: clock[0])
+    output = StructuredOutput(compiler)
+    output.admit([admission("a+", slot=0), admission("b+", slot=1)])
+    for _ in range(3):
+        assert [allowed(output, slot) - {str(END)} for slot in (0, 1)] == [{"a"}, {"b"}]
+        output.take([0, 1], list(b"ab"))
+    assert [allowed(output, slot) for slot in (0, 1)] == [{"a", str(END)}, {"b", str(END)}]
+    assert together == [1, 1, 2, 1, 1, 2]
 
 
 def test_a_grammar_beyond_its_budget_ends(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch):
