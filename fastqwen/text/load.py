@@ -19,6 +19,7 @@ from fastqwen.text.chatml import PiecewiseChatMl
 from fastqwen.text.folder_templates import folder_templates
 from fastqwen.text.folder_tokenizer import from_tokenizer_json, from_vocabulary, no_tokenizer, tokenizer_words
 from fastqwen.text.stops import StopToken, derive_stops
+from fastqwen.text.task_prompts import read_task_prompts
 from fastqwen.text.template import CHATML, ChatTemplate
 from fastqwen.text.tokenizer import JsonTokenizer, NoTokenizer, Tokenizer
 from fastqwen.text_files import read_text
@@ -42,6 +43,7 @@ class TextTools:
     stops: list[StopToken]
     default_sampling: dict[str, Any] = field(default_factory=dict)
     generation_config: dict[str, Any] = field(default_factory=dict)
+    task_prompts: dict[str, str] = field(default_factory=dict)  # what stands before a text to embed, by its kind
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -97,6 +99,7 @@ def load_text(path: Path, model: ModelConfig, config: EngineConfig) -> TextTools
         stops=stops,
         default_sampling=_default_sampling(generation, file),
         generation_config=generation,
+        task_prompts=read_task_prompts(path),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def test_coheres_shape():
     for truncate, left in (("START", b"cd"), ("END", b"ab")):
         ask(state, "/v2/embed", {"texts": ["abcd"], "truncate": truncate, "max_tokens": 2})
         assert state.engine.requests[-1].prompt_token_ids == [*left]
+
+
+def test_a_text_of_a_kind_gets_what_the_models_makers_put_before_it():
+    """Cohere's names for the two kinds of a search stand for the model's own."""
+    state = make_state()
+    state.text = replace(state.text, task_prompts={"query": "Q:", "document": "", "other": "O:"})
+    for kind, told in (("query", b"Q:ab"), ("search_query", b"Q:ab"), ("search_document", b"ab"), ("other", b"O:ab")):
+        found = ask(state, "/v2/embed", {"texts": ["ab"], "input_type": kind}).json()
+        assert state.engine.requests[-1].prompt_token_ids == [*told]
+        assert found["texts"] == ["ab"] and not found.get("warnings")
+    refused = ask(state, "/v2/embed", {"texts": ["ab"], "input_type": "clustering"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input_type")
+    assert "document, other, query" in refused.json()["error"]["message"]
 
 
 def test_each_label_has_a_number():

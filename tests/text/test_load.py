@@ -316,3 +316,23 @@ def test_the_tokenizer_of_another_folder_is_named(folder: Path, tmp_path_factory
     with pytest.raises(BadCheckpoint) as caught:
         load(folder, tokenizer=str(other))
     assert str(other / "tokenizer.json") in str(caught.value) and str(folder / "config.json") in str(caught.value)
+
+
+def test_prompts_for_kinds_of_texts_come_from_the_makers_file(folder: Path):
+    assert load(folder).task_prompts == {}
+    file = folder / "config_sentence_transformers.json"
+    file.write_text(
+        json.dumps({"prompts": {"query": "Instruct: find it\nQuery:", "document": ""}, "similarity_fn_name": "cosine"})
+    )
+    assert load(folder).task_prompts == {"query": "Instruct: find it\nQuery:", "document": ""}
+    file.write_text(json.dumps({"prompts": None}))
+    assert load(folder).task_prompts == {}
+
+
+@pytest.mark.parametrize(
+    "prompts", [["query"], {"query": 1}, {"query": "x" * 10_000}, {str(i): "" for i in range(1000)}]
+)
+def test_prompts_that_are_no_texts_are_told(folder: Path, prompts: Any):
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    with pytest.raises(BadCheckpoint, match=r"config_sentence_transformers\.json: prompts"):
+        load(folder)

@@ -15,6 +15,7 @@ from fastqwen.server.answer.state import ServerState
 from fastqwen.server.dialects.body import Body, Priority, Whole
 from fastqwen.server.dialects.openai import noted
 from fastqwen.server.dialects.pooling import MAX_INPUTS, Pooled, VectorFields, listing
+from fastqwen.text.task_prompts import kind_of
 
 TO_SIGNED = 128
 
@@ -59,12 +60,11 @@ async def cohere_embed(state: ServerState, body: CohereEmbedRequest) -> dict[str
     """Every text in each of the asked types."""
     texts, types = _texts(body), body.embedding_types or ["float"]
     _check_types([*types], body.output_dimension or state.facts().model.hidden_size)
-    if body.input_type is not None:
-        body.warnings.tell("input_type has no effect: write the model's instruction into the text")
+    prefix = _task_prompt(state, body)
     cut = None if body.truncate == "NONE" else body.max_tokens or ALL
     fields = VectorFields(
         model=body.model,
-        input=texts,
+        input=[prefix + text for text in texts],
         truncate_prompt_tokens=cut,
         truncation_side="left" if body.truncate == "START" else "right",
         priority=body.priority,
@@ -84,6 +84,24 @@ async def cohere_embed(state: ServerState, body: CohereEmbedRequest) -> dict[str
         "response_type": "embeddings_by_type",
         **noted(state, body.warnings),
     }
+
+
+def _task_prompt(state: ServerState, body: CohereEmbedRequest) -> str:
+    """What the model's makers put before texts of this kind. Raises BadRequest for a kind that they do not know."""
+    if body.input_type is None:
+        return ""
+    prompts = state.text.task_prompts
+    if not prompts:
+        body.warnings.tell(
+            "input_type has no effect: this model comes with no prompts for kinds of texts; write its instruction into the text"
+        )
+        return ""
+    kind = kind_of(prompts, body.input_type)
+    if kind is None:
+        raise BadRequest(
+            f"input_type is {body.input_type[:60]!r}, but this model knows {', '.join(sorted(prompts))}", "input_type"
+        )
+    return prompts[kind]
 
 
 def _check_types(types: list[str], dimensions: int) -> None:
