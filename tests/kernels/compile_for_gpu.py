@@ -137,11 +137,11 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 def make_runner(model: ModelConfig, dtype: str, block_size: int, cache_dtype: str, capability: int) -> Any:
-    from fastqwen.kernels.triton import streamed, streamed_attention, streamed_narrow
+    from fastqwen.kernels.triton import streamed, streamed_attention, streamed_narrow, streamed_scalar
     from fastqwen.kernels.triton.ops import TritonOps
     from fastqwen.runner.cuda_runner import CudaRunner
 
-    for module in (streamed, streamed_attention, streamed_narrow):
+    for module in (streamed, streamed_attention, streamed_narrow, streamed_scalar):
         module.try_out = lambda device: None  # type: ignore[assignment]  # it would look at numbers
     config = EngineConfig(
         model="meta", dtype=dtype, max_model_len=8192, block_size=block_size, kv_cache_dtype=cache_dtype  # type: ignore[arg-type]
