@@ -16,7 +16,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState as Connections
 
 from fastqwen.server.config import FrontConfig
-from fastqwen.server.http.header_limits import bounded_http
+from fastqwen.server.http.header_limits import MAX_AHEAD_BYTES, bounded_http
 from fastqwen.server.http.listen import ACCEPTED_AT_ONCE, DrainingServer, bind, run_loop
 from fastqwen.server.http.turns import AT_ONCE, Turns
 from fastqwen.server.operator.prometheus import MetricsPage
@@ -36,6 +36,7 @@ class Transport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.num_answers = 0
+        self.is_read = True
 
     def write(self, data: Any) -> None:
         self.num_answers += bytes(data).count(b"HTTP/1.1 ")
@@ -47,10 +48,13 @@ class Transport(asyncio.Transport):
         return default
 
     def pause_reading(self) -> None:
-        pass
+        self.is_read = False
 
     def resume_reading(self) -> None:
-        pass
+        self.is_read = True
+
+    def abort(self) -> None:
+        raise AssertionError("a connection was ended")
 
 
 class Front:
@@ -97,6 +101,25 @@ def test_a_single_request_does_not_wait_for_those_that_others_have_ahead(probe: 
 
 def test_a_probe_does_not_wait_for_the_first_requests_of_many_connections():
     assert asyncio.run(answers_in_front_of(PROBE, hogs=300, again=False)) < 60
+
+
+def test_a_body_that_comes_before_its_requests_turn_waits_with_it():
+    """However much of it is there already; no more is read until then."""
+    body = b"x" * 2 * MAX_AHEAD_BYTES
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    async def main() -> tuple[bool, bool]:
+        front = Front()
+        for _ in range(AT_ONCE["rested"]):
+            front.connect()[0].data_received(HOG)
+        protocol, mine = front.connect()
+        protocol.data_received(head + body)
+        waited = not mine.is_read
+        while not mine.num_answers or not mine.is_read:
+            await asyncio.sleep(0)
+        return waited, mine.is_read
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == (True, True)
 
 
 def test_each_kind_has_its_share_in_the_order_of_coming():

@@ -113,7 +113,9 @@ class BoundedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._held += data
         self._feed()
-        if len(self._held) > MAX_AHEAD_BYTES:
+        if self._waits:
+            self.flow.pause_reading()  # a body may stand behind the head that waits
+        elif len(self._held) > MAX_AHEAD_BYTES:
             self.transport.abort()
 
     def _feed(self) -> None:
@@ -162,7 +164,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _begin(self) -> None:
         self._waits, self._has_turn = False, True
-        self._feed()
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            self._feed()
 
     def _checked(self, head: bytes) -> bytes:
         """As the parser reads it; nothing if the answer went out already."""
